@@ -1,0 +1,50 @@
+"""Sketches of gradients and Hessian-vector products, and the questions they answer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name → module that defines it. Resolved on first use, so that `gradsketch --help` never waits for torch.
+_HOME = {
+    "FingerprintError": "gradsketch.errors",
+    "GradsketchError": "gradsketch.errors",
+    "GradsketchWarning": "gradsketch.errors",
+    "InputError": "gradsketch.errors",
+    "LinearMap": "gradsketch.linear_map",
+    "NonFiniteError": "gradsketch.errors",
+    "Parameters": "gradsketch.gradients.parameters",
+    "Sketch": "gradsketch.sketches.base",
+    "StoreError": "gradsketch.errors",
+    "Stream": "gradsketch.random",
+    "Task": "gradsketch.gradients.tasks",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from gradsketch.errors import (
+        FingerprintError,
+        GradsketchError,
+        GradsketchWarning,
+        InputError,
+        NonFiniteError,
+        StoreError,
+    )
+    from gradsketch.gradients.parameters import Parameters
+    from gradsketch.gradients.tasks import Task
+    from gradsketch.linear_map import LinearMap
+    from gradsketch.random import Stream
+    from gradsketch.sketches.base import Sketch
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gradsketch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

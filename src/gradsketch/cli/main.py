@@ -1,0 +1,36 @@
+"""Parse the command's name, then hand over to its module."""
+
+import importlib
+import sys
+
+from gradsketch.errors import GradsketchError
+
+__all__ = ["main"]
+
+# Command → (module with run(arguments) → exit code, one line of help). Modules are imported only when called.
+_COMMANDS: dict[str, tuple[str, str]] = {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] not in _COMMANDS:
+        print(f"gradsketch: no command {arguments[0]!r}.\n\n{_help()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(_COMMANDS[arguments[0]][0])
+    try:
+        return int(module.run(arguments[1:]))
+    except GradsketchError as error:
+        print(f"gradsketch {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ngradsketch {arguments[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = [f"  {name:<11}{text}" for name, (_, text) in _COMMANDS.items()]
+    return "usage: gradsketch COMMAND [options]   (gradsketch COMMAND --help explains one)\n\n" + "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Errors and warnings. Each message says what came, what was wanted and what to type."""
+
+__all__ = [
+    "FingerprintError",
+    "GradsketchError",
+    "GradsketchWarning",
+    "InputError",
+    "NonFiniteError",
+    "StoreError",
+]
+
+
+class GradsketchError(Exception):
+    """Base of every error this library raises on purpose.
+
+    Built from three sentences without their full stops: what came, what was wanted, and what to do about it.
+    """
+
+    def __init__(self, came: str, wanted: str, fix: str) -> None:
+        super().__init__(came, wanted, fix)
+        self.came, self.wanted, self.fix = came, wanted, fix
+
+    def __str__(self) -> str:
+        return f"{self.came}. Wanted: {self.wanted}. {self.fix}."
+
+
+class InputError(GradsketchError, ValueError):
+    """An argument has the wrong shape, type, range or kind."""
+
+
+class NonFiniteError(GradsketchError, ArithmeticError):
+    """A NaN or an infinity, with the place where it was found."""
+
+
+class FingerprintError(GradsketchError):
+    """Two things that must have been made alike (sketch, parameters, task, index) were not."""
+
+
+class StoreError(GradsketchError):
+    """A sketch store is damaged, incomplete, read-only or full."""
+
+
+class GradsketchWarning(UserWarning):
+    """A slower or less exact path was taken; the message names it and says how to avoid it."""

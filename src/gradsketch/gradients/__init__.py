@@ -1,0 +1,1 @@
+"""From a model, a task and a batch to gradients and curvature."""

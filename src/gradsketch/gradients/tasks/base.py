@@ -1,0 +1,58 @@
+"""What a model is asked to do: from raw examples to batches, and from a batch to per-example losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+__all__ = ["Batch", "Function", "Task", "as_task"]
+
+# A dict of tensors (the usual case), a tuple of tensors, or whatever the task's own ``losses`` takes. In every tensor
+# the first dim counts examples.
+Batch = Any
+
+
+class Task(ABC):
+    """Maps (model, batch) to per-example losses, and raw examples to batches."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        """Return one loss an example, in float32 or wider; an example's loss depends on no other example."""
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Make one batch of raw examples; by default what a DataLoader does with tensors, tuples and dicts of them."""
+        return default_collate(list(examples))
+
+    def length(self, example: Any) -> int:
+        """Return the cost of an example in tokens (1 where all cost the same), for batching by length."""
+        return 1
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        """Return what decides the losses, for fingerprints."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
+
+
+class Function(Task):
+    """Any function (model, batch) → losses [b] as a task."""
+
+    def __init__(self, function: Callable[[nn.Module, Batch], Float[Tensor, " b"]]) -> None:
+        self.function = function
+
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        return self.function(model, batch)
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {"function": getattr(self.function, "__qualname__", type(self.function).__name__)}
+
+
+def as_task(task: Task | Callable[[nn.Module, Batch], Float[Tensor, " b"]]) -> Task:
+    """Return the task itself, or the function as a task."""
+    return task if isinstance(task, Task) else Function(task)

@@ -1,0 +1,1 @@
+"""Random linear maps R^n to R^d."""

@@ -1,0 +1,1 @@
+"""The sketch store: immutable, checksummed shards on disk."""

@@ -1,0 +1,1 @@
+"""Orthonormal maps R^n to R^n."""
