@@ -33,7 +33,7 @@ def interleaved_seconds(jobs: dict[str, Callable[[], Any]], repeats: int = 7) ->
 
 
 def peak_bytes(job: Callable[[], Any]) -> int:
-    """Return the memory ``job`` needed at its peak beyond what was held before: of the GPU, or (Linux) of the process."""
+    """Return the memory ``job`` needed beyond what was held before: of the GPU, or (Linux) of the process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
