@@ -12,6 +12,7 @@ _HOME = {
     "FingerprintError": "gradsketch.errors",
     "GradsketchError": "gradsketch.errors",
     "GradsketchWarning": "gradsketch.errors",
+    "Hits": "gradsketch.attribution.results",
     "InputError": "gradsketch.errors",
     "LinearMap": "gradsketch.linear_map",
     "NonFiniteError": "gradsketch.errors",
@@ -25,6 +26,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from gradsketch.attribution.results import Hits
     from gradsketch.errors import (
         FingerprintError,
         GradsketchError,
