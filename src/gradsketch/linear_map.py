@@ -25,10 +25,15 @@ class LinearMap(ABC):
     A concrete map sets ``shape`` and writes the two underscored methods, which receive checked, contiguous batches
     ``[b, columns]`` and ``[b, rows]`` with b ≥ 1 and must not change them. Results are float32 for half-precision
     input and keep float32 and float64. Differentiable through its input.
+
+    A map that owns data (a model's Hessian) also sets ``device`` and ``dtype``: where and in what precision vectors
+    made for it should live. None means wherever the input is; a compound map answers for its parts.
     """
 
     shape: tuple[int, int]
     is_self_adjoint: bool = False
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
 
     @abstractmethod
     def _apply(self, x: Float[Tensor, "b columns"]) -> Float[Tensor, "b rows"]:
@@ -165,6 +170,7 @@ class _Apply(torch.autograd.Function):
 class _Adjoint(LinearMap):
     def __init__(self, inner: LinearMap) -> None:
         self.inner, self.shape = inner, inner.shape[::-1]
+        self.device, self.dtype = inner.device, inner.dtype
 
     def __repr__(self) -> str:
         return f"{self.inner!r}.T"
@@ -195,6 +201,7 @@ class _Product(LinearMap):
         factors = left.factors if isinstance(left, _Product) else (left,)
         factors += right.factors if isinstance(right, _Product) else (right,)
         self.factors: tuple[LinearMap, ...] = factors
+        self.device, self.dtype = _home(left, right)
         self.is_self_adjoint = all(_are_adjoint(a, b) for a, b in zip(factors, reversed(factors), strict=True))
 
     def __repr__(self) -> str:
@@ -217,6 +224,10 @@ def _are_adjoint(a: LinearMap, b: LinearMap) -> bool:
     return (isinstance(a, _Adjoint) and a.inner is b) or (isinstance(b, _Adjoint) and b.inner is a)
 
 
+def _home(left: LinearMap, right: LinearMap) -> tuple[torch.device | None, torch.dtype | None]:
+    return left.device if left.device is not None else right.device, left.dtype or right.dtype
+
+
 class _Sum(LinearMap):
     def __init__(self, left: LinearMap, right: LinearMap) -> None:
         if left.shape != right.shape:
@@ -227,6 +238,7 @@ class _Sum(LinearMap):
             )
         self.left, self.right, self.shape = left, right, left.shape
         self.is_self_adjoint = left.is_self_adjoint and right.is_self_adjoint
+        self.device, self.dtype = _home(left, right)
 
     def __repr__(self) -> str:
         return f"({self.left!r} + {self.right!r})"
@@ -242,6 +254,7 @@ class _Scaled(LinearMap):
     def __init__(self, inner: LinearMap, scale: float) -> None:
         self.inner, self.scale, self.shape = inner, scale, inner.shape
         self.is_self_adjoint = inner.is_self_adjoint
+        self.device, self.dtype = inner.device, inner.dtype
 
     def __repr__(self) -> str:
         return f"{self.scale:g} * {self.inner!r}"
