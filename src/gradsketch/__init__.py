@@ -9,14 +9,19 @@ __version__ = "0.1.0"
 
 # Public name → module that defines it. Resolved on first use, so that `gradsketch --help` never waits for torch.
 _HOME = {
+    "CausalLM": "gradsketch.gradients.tasks",
+    "Classification": "gradsketch.gradients.tasks",
     "FingerprintError": "gradsketch.errors",
+    "Function": "gradsketch.gradients.tasks",
     "GradsketchError": "gradsketch.errors",
     "GradsketchWarning": "gradsketch.errors",
     "Hits": "gradsketch.attribution.results",
     "InputError": "gradsketch.errors",
     "LinearMap": "gradsketch.linear_map",
+    "MaskedLM": "gradsketch.gradients.tasks",
     "NonFiniteError": "gradsketch.errors",
     "Parameters": "gradsketch.gradients.parameters",
+    "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
     "StoreError": "gradsketch.errors",
     "Stream": "gradsketch.random",
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from gradsketch.gradients.parameters import Parameters
-    from gradsketch.gradients.tasks import Task
+    from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap
     from gradsketch.random import Stream
     from gradsketch.sketches.base import Sketch

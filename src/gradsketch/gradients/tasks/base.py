@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from gradsketch.errors import InputError
+
 __all__ = ["Batch", "Function", "Task", "as_task"]
 
 # A dict of tensors (the usual case), a tuple of tensors, or whatever the task's own ``losses`` takes. In every tensor
@@ -41,13 +43,31 @@ class Task(ABC):
 
 
 class Function(Task):
-    """Any function (model, batch) → losses [b] as a task."""
+    """Any function (model, batch) → losses [b] as a task.
+
+    Example:
+        >>> import torch
+        >>> squares = Function(lambda model, batch: (model(batch[0]) - batch[1]).square().sum(-1))
+        >>> squares.losses(torch.nn.Linear(3, 1), (torch.zeros(2, 3), torch.zeros(2, 1))).shape
+        torch.Size([2])
+
+    Raises:
+        InputError: the function returns anything but one floating-point loss an example.
+    """
 
     def __init__(self, function: Callable[[nn.Module, Batch], Float[Tensor, " b"]]) -> None:
         self.function = function
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        return self.function(model, batch)
+        losses = self.function(model, batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point():
+            came = f"{losses.dtype} {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                f"the loss function returned {came}",
+                "one floating-point loss an example, a tensor of shape [b]",
+                'Do not average over the batch: cross_entropy(..., reduction="none")',
+            )
+        return losses
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {"function": getattr(self.function, "__qualname__", type(self.function).__name__)}

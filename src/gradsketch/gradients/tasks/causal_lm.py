@@ -1,0 +1,118 @@
+"""Causal language modelling: every counted token is predicted from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
+from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM(Task):
+    """Next-token cross-entropy of each example, in nats.
+
+    Raw examples are texts (every token but the first counts), ``(prompt, answer)`` pairs or dicts with ``prompt`` and
+    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, or tokenised dicts
+    (``input_ids`` and optionally ``attention_mask`` and ``labels``; labels of −100 do not count). Prompt and answer
+    are joined as they are, so the answer brings its own leading space, and tokenised together; a token that spans
+    the boundary belongs to the answer.
+
+    ``losses`` takes a batch of ``input_ids``, optional ``attention_mask`` and ``labels`` ``[b, t]`` and shifts the
+    labels itself; padding never counts.
+
+    Args:
+        tokenizer: any callable like a Hugging Face tokenizer; not needed for tokenised examples.
+        max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
+        reduction: "mean" over an example's counted tokens (what Hugging Face reports for a batch of one) or "sum"
+            (minus the log-probability of the answer).
+
+    Raises:
+        InputError: an empty text, an answer without a token (left), a token or label the model does not have, logits
+            of another shape.
+    """
+
+    def __init__(self, tokenizer: Any = None, *, max_length: int | None = None, reduction: Reduction = "mean") -> None:
+        tokens.check_reduction(reduction)
+        self.tokenizer, self.reduction = tokenizer, reduction
+        self.max_length = tokens.limit_of(tokenizer, max_length)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch.get("labels", batch["input_ids"])
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+        check_token_ids(model, batch["input_ids"])
+        logits = logits_of(model, inputs, labels.shape)
+        # Moving the labels, not the logits, saves a copy of [b, t, vocabulary].
+        following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+        return tokens.sequence_losses(logits, following, self.reduction)
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return tokens.stacked(tokens.encoded(self._encode, examples), self.tokenizer)
+
+    def length(self, example: Any) -> int:
+        return len(self._encode(example)["input_ids"])
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {
+            "reduction": self.reduction,
+            "max_length": self.max_length or 0,
+            "vocabulary": tokens.vocabulary(self.tokenizer),
+        }
+
+    def _encode(self, example: Any) -> Encoded:
+        if isinstance(example, Mapping) and "input_ids" in example:
+            row = tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
+            return {"labels": row["input_ids"], **row}
+        prompt, answer = _prompt_and_answer(example)
+        if not answer:
+            raise InputError("an empty text" if not prompt else "an empty answer", "some text to predict", "Drop it")
+        ids, first = self._boundary(prompt, answer)
+        first = max(first, 1)  # the first token has nothing before it to be predicted from
+        if len(ids) <= first:
+            raise InputError(
+                f"{answer[:40]!r} leaves no token to predict ({len(ids)} tokens in all, {first} before the answer)",
+                "at least one predicted token" + (f" within max_length={self.max_length}" if self.max_length else ""),
+                "Shorten the prompt, raise max_length, or drop the example",
+            )
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * first + ids[first:]}
+
+    def _boundary(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """Return the token ids of the joined text and the position of the answer's first token."""
+        whole = prompt + answer
+        if not prompt:
+            return list(tokens.encode(self.tokenizer, whole, limit=self.max_length)["input_ids"]), 0
+        if getattr(self.tokenizer, "is_fast", False):
+            encoded = tokens.encode(self.tokenizer, whole, limit=self.max_length, return_offsets_mapping=True)
+            ends = [end for _, end in encoded["offset_mapping"]]
+            first = next((t for t, end in enumerate(ends) if end > len(prompt)), len(ends))
+            return list(encoded["input_ids"]), first
+        ids = list(tokens.encode(self.tokenizer, whole, limit=self.max_length)["input_ids"])
+        alone = list(tokens.encode(self.tokenizer, prompt, limit=None)["input_ids"])
+        differ = (t for t, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b)
+        return ids, next(differ, min(len(ids), len(alone)))
+
+
+def _prompt_and_answer(example: Any) -> tuple[str, str]:
+    """Return (prompt, answer); the prompt of a plain text is empty."""
+    if isinstance(example, str):
+        return "", example
+    if isinstance(example, tuple | list) and len(example) == 2 and all(isinstance(part, str) for part in example):
+        return example[0], example[1]
+    if isinstance(example, Mapping):
+        answer = example.get("answer", example.get("completion"))
+        if isinstance(example.get("prompt"), str) and isinstance(answer, str):
+            return example["prompt"], answer
+        if isinstance(example.get("text"), str):
+            return "", example["text"]
+    raise tokens.unknown_example(example, "a text, (prompt, answer), or a dict with text, or prompt and answer")

@@ -1,0 +1,118 @@
+"""Masked language modelling: hidden tokens are predicted from all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
+from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.random import Stream
+
+__all__ = ["MaskedLM"]
+
+# Of the tokens to predict, this share is replaced by the mask token and half of the rest by a random one (BERT).
+_MASKED, _RANDOM = 0.8, 0.1
+
+
+class MaskedLM(Task):
+    """Cross-entropy of each example's hidden tokens, in nats.
+
+    Raw examples are texts, dicts with ``text``, or tokenised dicts; where these have ``labels`` (−100: not hidden)
+    they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019, section 3.1), drawn from
+    (seed, the example's own tokens): an example is masked alike in every batch, pass and process. At least one token
+    is hidden.
+
+    Args:
+        tokenizer: like a Hugging Face tokenizer with a mask token; not needed for examples with labels.
+        max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
+        probability: share of the tokens to predict.
+        seed: another seed, another mask.
+        reduction: "mean" over an example's hidden tokens, or "sum".
+
+    Raises:
+        InputError: an empty text, a tokenizer without a mask token, a token or label the model does not have, logits
+            of another shape.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        probability: float = 0.15,
+        seed: int = 0,
+        reduction: Reduction = "mean",
+    ) -> None:
+        tokens.check_reduction(reduction)
+        if not 0 < probability <= 1:
+            raise InputError(f"probability={probability!r}", "a share above 0 and up to 1", "Type probability=0.15")
+        self.tokenizer, self.probability, self.seed, self.reduction = tokenizer, probability, seed, reduction
+        self.max_length = tokens.limit_of(tokenizer, max_length)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        check_token_ids(model, batch["input_ids"])
+        logits = logits_of(model, inputs, batch["labels"].shape)
+        return tokens.sequence_losses(logits, batch["labels"], self.reduction)
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return tokens.stacked(tokens.encoded(self._encode, examples), self.tokenizer)
+
+    def length(self, example: Any) -> int:
+        return len(self._tokens(example)["input_ids"])
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {
+            "reduction": self.reduction,
+            "max_length": self.max_length or 0,
+            "probability": self.probability,
+            "seed": self.seed,
+            "vocabulary": tokens.vocabulary(self.tokenizer),
+        }
+
+    def _encode(self, example: Any) -> Encoded:
+        row = self._tokens(example)
+        return row if "labels" in row else self._hidden(row)
+
+    def _tokens(self, example: Any) -> Encoded:
+        if isinstance(example, Mapping) and "input_ids" in example:
+            return tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
+        text = example.get("text") if isinstance(example, Mapping) else example
+        if not isinstance(text, str):
+            raise tokens.unknown_example(example, "a text, a dict with text, or a tokenised dict")
+        if not text:
+            raise InputError("an empty text", "some text to hide tokens of", "Drop it")
+        encoded = tokens.encode(self.tokenizer, text, limit=self.max_length)
+        return {
+            name: list(encoded[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded
+        }
+
+    def _hidden(self, row: Encoded) -> Encoded:
+        """Hide tokens of one example; its own content decides which."""
+        mask_id = getattr(self.tokenizer, "mask_token_id", None)
+        if mask_id is None:
+            raise InputError(
+                "an example without labels, and no tokenizer with a mask token",
+                "labels (−100 where nothing is hidden), or a tokenizer with mask_token_id",
+                "Pass the model's tokenizer: MaskedLM(tokenizer)",
+            )
+        ids = torch.tensor(row["input_ids"])
+        ordinary = ~torch.isin(ids, torch.tensor(list(self.tokenizer.all_special_ids)))
+        if not ordinary.any():
+            raise InputError("a text of special tokens only", "at least one ordinary token to hide", "Drop it")
+        stream = Stream(self.seed, "MaskedLM", repr(row["input_ids"]))
+        draw = stream.child("which").uniforms(0, len(ids)).masked_fill(~ordinary, 2.0)
+        chosen = draw <= max(self.probability, float(draw.min()))
+        fate = stream.child("how").uniforms(0, len(ids))
+        random = stream.child("token").integers(0, len(ids), len(self.tokenizer))
+        shown = torch.where(chosen & (fate < _MASKED), mask_id, ids)
+        shown = torch.where(chosen & (fate >= 1 - _RANDOM), random, shown)
+        return {**row, "input_ids": shown.tolist(), "labels": torch.where(chosen, ids, IGNORED).tolist()}

@@ -1,0 +1,119 @@
+"""Sequence to sequence: every target token is predicted from the source and the target tokens before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
+from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+
+__all__ = ["Seq2SeqLM"]
+
+
+class Seq2SeqLM(Task):
+    """Cross-entropy of each target given its source, in nats, for encoder-decoders such as T5 and BART.
+
+    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target``, or tokenised dicts
+    (``input_ids``, ``labels`` and optionally ``attention_mask``; labels of −100 do not count). ``losses`` takes
+    ``input_ids [b, s]``, ``labels [b, t]`` and optionally ``attention_mask`` and ``decoder_input_ids``, which are by
+    default the labels moved one to the right behind the model's ``decoder_start_token_id``.
+
+    Args:
+        tokenizer: like a Hugging Face tokenizer, called with ``text_target=`` for targets; not needed for tokenised
+            examples.
+        max_length, max_target_length: sources and targets are cut on the right to this many tokens; by default to the
+            tokenizer's own limit.
+        reduction: "mean" over an example's counted tokens, or "sum".
+
+    Raises:
+        InputError: an empty source or target, a token or label the model does not have, no start token, logits of
+            another shape.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        max_target_length: int | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        tokens.check_reduction(reduction)
+        self.tokenizer, self.reduction = tokenizer, reduction
+        self.max_length = tokens.limit_of(tokenizer, max_length)
+        self.max_target_length = tokens.limit_of(tokenizer, max_target_length)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        labels = batch["labels"]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = _shifted_right(model, labels)
+        check_token_ids(model, inputs["input_ids"])
+        check_token_ids(model, inputs["decoder_input_ids"])
+        return tokens.sequence_losses(logits_of(model, inputs, labels.shape), labels, self.reduction)
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        sources, targets = zip(*tokens.encoded(self._encode, examples), strict=True)
+        return {**tokens.stacked(sources, self.tokenizer), **tokens.stacked(targets, self.tokenizer)}
+
+    def length(self, example: Any) -> int:
+        source, target = self._encode(example)
+        return len(source["input_ids"]) + len(target["labels"])
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {
+            "reduction": self.reduction,
+            "max_length": self.max_length or 0,
+            "max_target_length": self.max_target_length or 0,
+            "vocabulary": tokens.vocabulary(self.tokenizer),
+        }
+
+    def _encode(self, example: Any) -> tuple[Encoded, Encoded]:
+        if isinstance(example, Mapping) and {"input_ids", "labels"} <= set(example):
+            labels = tokens.tokenised({"input_ids": example["labels"]}, self.max_target_length)["input_ids"]
+            return tokens.tokenised(example, self.max_length), {"labels": labels}
+        source, target = _source_and_target(example)
+        for text, name in ((source, "source"), (target, "target")):
+            if not text:
+                raise InputError(f"an empty {name}", "a source and a target of at least one character", "Drop it")
+        ids = list(tokens.encode(self.tokenizer, source, limit=self.max_length)["input_ids"])
+        cut = {} if self.max_target_length is None else {"truncation": True, "max_length": self.max_target_length}
+        labels = list(self.tokenizer(text_target=target, **cut)["input_ids"])
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}, {"labels": labels}
+
+
+def _source_and_target(example: Any) -> tuple[str, str]:
+    pair = (example.get("source"), example.get("target")) if isinstance(example, Mapping) else example
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):
+        return pair[0], pair[1]
+    raise tokens.unknown_example(example, "(source, target), a dict with source and target, or a tokenised dict")
+
+
+def _shifted_right(model: nn.Module, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Return the decoder's input: the start token, then the labels but the last."""
+    start, padding = (_configured(model, name) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is None:
+        raise InputError(
+            f"{type(model).__name__} names no decoder_start_token_id and the batch has no decoder_input_ids",
+            "one of the two",
+            "Set model.config.decoder_start_token_id, or put decoder_input_ids in the batch",
+        )
+    moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return moved.masked_fill(moved == IGNORED, start if padding is None else padding)
+
+
+def _configured(model: nn.Module, name: str) -> int | None:
+    """Return an entry of the model's configuration, or else of its generation configuration."""
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return None
