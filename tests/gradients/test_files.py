@@ -1,0 +1,105 @@
+"""Reading examples: every kind of file gives the same rows, and a bad row is named and hides no other."""
+
+import gzip
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from gradsketch import InputError
+from gradsketch.gradients.files import read_examples
+
+ROWS = [{"text": "Grüße, 🎈", "label": 1}, {"text": 'two\nlines, "quoted"', "label": 0}, {"text": "7", "label": 2}]
+
+
+def _write(path, kind):
+    table = pa.Table.from_pylist(ROWS)
+    lines = "\n\n".join(json.dumps(row) for row in ROWS) + "\n"
+    if kind in (".jsonl", ".ndjson"):
+        path.write_text(lines)
+    elif kind == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        options = pyarrow.csv.WriteOptions(delimiter="\t" if kind == ".tsv" else ",")
+        pyarrow.csv.write_csv(table, path, options)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_kind_gives_the_same_rows(tmp_path, kind):
+    _write(path := tmp_path / f"data{kind}", kind)
+    rows = read_examples(path)
+    assert isinstance(rows, Sequence)
+    assert len(rows) == 3
+    assert list(rows) == ROWS
+    assert rows[-1] == ROWS[2]
+    assert rows[1:] == ROWS[1:]
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+def test_text_lines_and_folders(tmp_path):
+    (tmp_path / "b.txt").write_text("one\r\n\n  \ntwo", newline="")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.md").write_text("three\nlines\n")
+    (tmp_path / "other.bin").write_bytes(b"\xff")
+    assert list(read_examples(tmp_path / "b.txt")) == [{"text": "one"}, {"text": "two"}]
+    assert read_examples(tmp_path / "b.txt").where(1) == "b.txt, line 4"
+    assert [row["path"] for row in read_examples(tmp_path)] == ["b.txt", "sub/a.md"]
+    assert read_examples(tmp_path)[1]["text"] == "three\nlines\n"
+
+
+def test_a_string_is_a_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"hello"\n')
+    assert list(read_examples(str(tmp_path / "a.jsonl"))) == [{"text": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "words"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "b"}\n', "a.jsonl, line 3", "Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n{"text": "b"}', "a.jsonl, line 2", "a JSON list where an object"),
+        ("a.txt", b"a\n\xff\xfe\nb", "a.txt, line 2", "utf-8"),
+        ("a.json", b'[{"text": "a"}, 3, {"text": "b"}]', "a.json, entry 2", "a JSON int"),
+        ("a.csv", b'text\na\n"x,y",z\nb\n', "a.csv, row 2", "2 fields under a header of 1"),
+    ],
+)
+def test_a_bad_row_is_named_and_hides_no_other(tmp_path, name, content, place, words):
+    (tmp_path / name).write_bytes(content)
+    rows = read_examples(tmp_path / name)
+    assert (rows[0]["text"], rows[2]["text"], len(rows)) == ("a", "b", 3)
+    with pytest.raises(InputError, match=f"{place}: .*{words}"):
+        rows[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b"", "holds no example"),
+        ("a.txt", b"\n\n  \n", "holds no example"),
+        ("a.csv", b"text,label\n", "holds no example"),
+        ("a.csv", b"", "cannot be read"),
+        ("a.json", b'{"text": "a"}', "holds a dict"),
+        ("a.json", b"[1,", "cannot be read"),
+        ("a.parquet", b"no", "cannot be read"),
+        ("a.jsonl.gz", b"no", "cannot be read"),
+        ("a.docx", b"no", "of a kind that is not known"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_examples(tmp_path / name)
+
+
+def test_no_file_and_an_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        read_examples(tmp_path / "none.csv")
+    with pytest.raises(InputError, match="holds no example"):
+        read_examples(tmp_path)
