@@ -25,6 +25,7 @@ _HOME = {
     "Sketch": "gradsketch.sketches.base",
     "StoreError": "gradsketch.errors",
     "Stream": "gradsketch.random",
+    "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
 }
 
@@ -32,6 +33,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from gradsketch.attribution.results import Hits
+    from gradsketch.dimension.subspace import Subspace
     from gradsketch.errors import (
         FingerprintError,
         GradsketchError,

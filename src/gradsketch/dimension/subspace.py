@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Self
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class Subspace(nn.Module):
         self._substitution = self._point = None
         self._found.restore(self.model)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Subspace:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,8 +134,8 @@ class Subspace(nn.Module):
         if not (torch.is_grad_enabled() and self.w.requires_grad):
             return point.plain[name]
         if point.tracked is None:
-            point.tracked = _track(self.w, point, self.sketch)
-        return point.tracked[name]
+            point.track(self.w, self.sketch)
+        return point.reading(name)
 
     def _refresh(self) -> None:
         """Move to the present w. Compared by value, because not every optimiser raises its version counter."""
@@ -180,6 +181,18 @@ class _Point:
     w: Tensor
     plain: dict[str, Tensor]
     tracked: dict[str, Tensor] | None = None
+    gradient: _Gradient | None = None
+
+    def track(self, w: Tensor, sketch: Sketch) -> None:
+        self.gradient = _Gradient(self.plain, sketch)
+        with torch.inference_mode(False):
+            values = _Lift.apply(w, list(self.plain.values()), self.gradient)
+        self.tracked = dict(zip(self.plain, values, strict=True))
+
+    def reading(self, name: str) -> Tensor:
+        assert self.tracked is not None
+        value: Tensor = _Tap.apply(self.tracked[name], name, self.gradient)
+        return value
 
     def __deepcopy__(self, memo: Any) -> None:
         """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
@@ -219,74 +232,87 @@ class _Lift(torch.autograd.Function):
     """The values at a point as functions of w: theta0 + Phiᵀ w, whose vector-Jacobian product is the sketch."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, point: _Point, gradient: _Gradient) -> tuple[Tensor, ...]:
-        ctx.gradient = gradient
+    def forward(ctx: Any, w: Tensor, values: list[Tensor], gradient: _Gradient) -> tuple[Tensor, ...]:
+        ctx.gradient, ctx.dtype = gradient, w.dtype
         ctx.set_materialize_grads(False)
-        return tuple(value.detach() for value in point.plain.values())
+        return tuple(value.detach() for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
-        return ctx.gradient.sketched(grads), None, None
+        return ctx.gradient.sketched(grads).to(ctx.dtype), None, None
 
 
-def _track(w: Tensor, point: _Point, sketch: Sketch) -> dict[str, Tensor]:
-    gradient = _Gradient(w, point.plain, sketch)
-    with torch.inference_mode(False):
-        tracked: dict[str, Tensor] = dict(zip(point.plain, _Lift.apply(w, point, gradient), strict=True))
-    for name, value in tracked.items():
-        value.register_hook(gradient.collector(name))
-    return tracked
+class _Tap(torch.autograd.Function):
+    """One reading of one value: hands its gradient over as soon as there is one, so that autograd may free it.
+
+    Backward runs the nodes made last first, which is why a tap is made at the reading and not with the values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, name: str, gradient: _Gradient) -> Tensor:
+        ctx.name, ctx.gradient = name, gradient
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
+            return grad, None, None
+        if grad is not None:
+            ctx.gradient.add(ctx.name, grad)
+        return None, None, None
 
 
 class _Gradient:
-    """Collects the gradient with respect to theta into one vector as backward produces it, then sketches it.
+    """Gathers the gradient with respect to theta in one vector while backward runs, then sketches it.
 
-    Each tensor's gradient is freed as soon as it is copied, so that a step holds n numbers of gradient and not 2n.
-    Holds no tensor of the graph: the graph holds it, and a cycle would keep n numbers alive.
+    A step thus holds n numbers of gradient and not 2n. Holds no tensor of the graph: the graph holds it, and a cycle
+    would keep n numbers alive until the next garbage collection.
     """
 
-    def __init__(self, w: Tensor, values: dict[str, Tensor], sketch: Sketch) -> None:
-        self.sketch, self.dtype, self.vector = sketch, w.dtype, None
-        self.wide = max((value.dtype for value in values.values()), key=lambda dtype: torch.finfo(dtype).bits)
-        self.slices: dict[str, slice] = {}
-        start = 0
-        for name, value in values.items():
-            self.slices[name] = slice(start, start + value.numel())
-            start += value.numel()
+    def __init__(self, values: dict[str, Tensor], sketch: Sketch) -> None:
+        self.sketch = sketch
+        self.device = next(iter(values.values())).device
+        self.dtype = max((value.dtype for value in values.values()), key=lambda dtype: torch.finfo(dtype).bits)
+        ends = list(accumulate(value.numel() for value in values.values()))
+        self.places = {name: slice(*ends) for name, ends in zip(values, pairwise([0, *ends]), strict=True)}
+        # By backward pass: re-entrant checkpointing runs one inside another, and one that failed leaves its own behind.
+        self.passes: dict[int, tuple[Tensor, set[str]]] = {}
 
-    vector: Tensor | None
-
-    def collector(self, name: str) -> Callable[[Tensor], Tensor | None]:
-        def collect(grad: Tensor) -> Tensor | None:
-            if torch.is_grad_enabled():  # create_graph=True: the gradient itself is differentiated again
-                return None
-            if self.vector is None:
-                self.vector = torch.empty(self.sketch.n, dtype=self.wide, device=grad.device)
-            place = self.slices[name]
-            self.vector[place].view_as(grad).copy_(grad.to_dense() if grad.is_sparse else grad)
-            return grad.new_zeros(()).expand_as(grad)  # autograd wants the shape; only the copy is used
-
-        return collect
+    def add(self, name: str, grad: Tensor) -> None:
+        running = torch._C._current_graph_task_id()
+        if running not in self.passes:
+            self.passes[running] = torch.empty(self.sketch.n, dtype=self.dtype, device=self.device), set()
+        vector, seen = self.passes[running]
+        place = vector[self.places[name]].view(grad.shape)
+        grad = grad.to_dense() if grad.is_sparse else grad
+        if name in seen:
+            place.add_(grad)
+        else:
+            place.copy_(grad)
+            seen.add(name)
 
     def sketched(self, grads: tuple[Tensor | None, ...]) -> Tensor:
-        vector, self.vector = self.vector, None
-        if vector is None:
+        if any(grad is not None for grad in grads):
             return self._differentiably(grads)
-        for place, grad in zip(self.slices.values(), grads, strict=True):
-            if grad is None:  # a parameter that this loss does not use
-                vector[place].zero_()
+        running = torch._C._current_graph_task_id()
+        if running not in self.passes:
+            return torch.zeros(self.sketch.d, device=self.device)
+        vector, seen = self.passes.pop(running)
+        for name in self.places.keys() - seen:  # parameters that this loss does not use
+            vector[self.places[name]].zero_()
         with _full_precision(vector.device):
             # Unchecked, for infinities must reach the gradient scaler of mixed precision, which skips the step.
-            return self.sketch._apply(_wide(vector)[None])[0].to(self.dtype)
+            return self.sketch._apply(_wide(vector)[None])[0]
 
     def _differentiably(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         known = next(grad for grad in grads if grad is not None)
         parts = [
             known.new_zeros(place.stop - place.start) if grad is None else grad.reshape(-1)
-            for place, grad in zip(self.slices.values(), grads, strict=True)
+            for place, grad in zip(self.places.values(), grads, strict=True)
         ]
         with _full_precision(known.device):
-            return self.sketch(torch.cat([part.to(self.wide) for part in parts])).to(self.dtype)
+            return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
 
 
 def _checked(parameters: Parameters, sketch: Sketch) -> torch.device:
