@@ -1,28 +1,31 @@
-"""From a user's data to batches that can be read again and again."""
+"""From a user's data to batches: the same at every pass, or as large as memory takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Batches", "batch_length", "to_device"]
+__all__ = ["Batcher", "Batches", "batch_length", "batch_slice", "to_device"]
+
+Result = TypeVar("Result")
 
 
 class Batches:
     """A fixed sequence of batches over a user's data, the same at every pass.
 
-    ``data`` is one batch (a dict or tuple of tensors), a DataLoader, or a sequence of raw examples, which the task
-    collates ``batch_size`` at a time.
+    ``data`` is one batch (a dict or tuple of tensors), a DataLoader that does not shuffle, or a sequence of raw
+    examples, which the task collates ``batch_size`` at a time.
 
     Raises:
-        InputError: the data is empty or cannot be read twice (a generator).
+        InputError: the data is empty, cannot be read twice (a generator), or comes in another order at every pass.
     """
 
     def __init__(self, task: Task, data: Any, batch_size: int = 8) -> None:
@@ -33,6 +36,12 @@ class Batches:
                 f"data of type {type(data).__name__}, which can be read only once",
                 "a list, a dataset with a length, a DataLoader, or one batch of tensors",
                 "Wrap it in list(...)",
+            )
+        if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler):
+            raise InputError(
+                f"a DataLoader with a {type(data.sampler).__name__}",
+                "the same batches at every pass",
+                "Build it with shuffle=False",
             )
         if len(data) == 0:
             raise InputError("data that yields nothing", "at least one example", "Check the path or the filter")
@@ -53,6 +62,80 @@ class Batches:
         return len(self.data) if isinstance(self.data, DataLoader) else -(-len(self.data) // self.batch_size)
 
 
+class Batcher:
+    """Runs work over raw examples in batches as large as memory takes.
+
+    Examples of like length share a batch, longest first; a batch holds at most ``tokens`` tokens, padding included,
+    and ``examples`` examples (but at least one). Where the work runs out of memory, ``tokens`` becomes half of what
+    the batch held, for good, and the work goes on from there.
+
+    Example:
+        >>> from gradsketch.gradients.tasks import CausalLM
+        >>> batcher = Batcher(CausalLM(), tokens=8)
+        >>> data = [{"input_ids": [1] * length} for length in (2, 5, 4, 2)]
+        >>> [(places, list(batch["input_ids"].shape)) for places, batch in batcher.map(lambda batch: batch, data)]
+        [([1], [1, 5]), ([2, 0], [2, 4]), ([3], [1, 2])]
+
+    Raises:
+        InputError: an example the task cannot read, or one that runs out of memory alone; the message has its place.
+    """
+
+    def __init__(
+        self, task: Task, *, tokens: int = 4096, examples: int = 64, device: torch.device | str = "cpu"
+    ) -> None:
+        for name, value in (("tokens", tokens), ("examples", examples)):
+            if isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}={value!r}", "a positive integer", f"Type {name}=64")
+        self.task, self.tokens, self.examples, self.device = task, tokens, examples, device
+
+    def map(self, work: Callable[[Batch], Result], examples: Sequence[Any]) -> Iterator[tuple[list[int], Result]]:
+        """Yield, for every batch, the places of its examples in ``examples`` and the work's result."""
+        lengths = [self._length(examples, place) for place in range(len(examples))]
+        order = sorted(range(len(examples)), key=lambda place: -lengths[place])
+        start = 0
+        while start < len(order):
+            longest = max(1, lengths[order[start]])
+            places = order[start : start + max(1, min(self.examples, self.tokens // longest))]
+            done, result = self._attempt(work, [examples[place] for place in places])
+            if done:
+                start += len(places)
+                yield places, result
+            elif len(places) > 1:
+                self.tokens = max(1, len(places) * longest // 2)
+            else:
+                raise InputError(
+                    f"example {places[0]} of {longest} tokens does not fit into memory, even alone",
+                    "examples that fit",
+                    "Lower the task's max_length, or switch on gradient checkpointing",
+                )
+
+    def _length(self, examples: Sequence[Any], place: int) -> int:
+        try:
+            return self.task.length(examples[place])
+        except InputError as error:
+            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
+
+    def _attempt(self, work: Callable[[Batch], Result], examples: list[Any]) -> tuple[bool, Any]:
+        """Return (True, result), or (False, None) where memory ran out; nothing of the attempt is kept then."""
+        try:
+            return True, work(to_device(self.task.collate(examples), self.device))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Only here, with the exception gone, are the tensors of the failed attempt free.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False, None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in text for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+    )
+
+
 def _is_batch(data: Any) -> bool:
     if isinstance(data, Tensor):
         return True
@@ -61,19 +144,45 @@ def _is_batch(data: Any) -> bool:
 
 
 def batch_length(batch: Batch) -> int:
-    """Return the number of examples: the first dim of the first tensor found."""
+    """Return the number of examples: the first dim of the tensors in the batch, which must agree.
+
+    Raises:
+        InputError: no tensor, or tensors whose first dims differ.
+    """
+    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in _tensors(batch)}
+    if len(sizes) == 1:
+        return sizes.pop()
+    raise InputError(
+        f"a batch of tensors whose first dims are {sorted(sizes)}" if sizes else "a batch without a tensor",
+        "tensors whose first dim counts the examples",
+        "Collate the examples with task.collate(examples)",
+    )
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return batch.shape[0]
-    values: Sequence[Any] = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-    return next(batch_length(v) for v in values if isinstance(v, Tensor | Mapping | tuple | list))
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
+
+
+def batch_slice(batch: Batch, start: int, stop: int) -> Batch:
+    """Return examples ``start … stop-1`` of a batch."""
+    return _each_tensor(batch, lambda tensor: tensor[start:stop])
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Return the batch with every tensor in it on ``device``."""
+    return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _each_tensor(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        parts = [_each_tensor(value, change) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
