@@ -27,6 +27,8 @@ _HOME = {
     "Stream": "gradsketch.random",
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
+    "hessian": "gradsketch.gradients.curvature",
+    "loss_gradient": "gradsketch.gradients.curvature",
 }
 
 __all__ = sorted(_HOME)
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         StoreError,
     )
+    from gradsketch.gradients.curvature import hessian, loss_gradient
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap

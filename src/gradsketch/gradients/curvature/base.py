@@ -1,0 +1,228 @@
+"""What the Hessian, the Gauss–Newton matrix and the Fisher share: batches, three ways to differentiate, fall-backs."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.curvature.leaves import Leaves, split_as
+from gradsketch.gradients.curvature.objective import Objective
+from gradsketch.gradients.curvature.probe import check_deterministic
+from gradsketch.gradients.tasks import Batch
+from gradsketch.linear_map import LinearMap
+
+__all__ = ["Curvature", "Mode", "differentiable_attention"]
+
+Mode = Literal["auto", "grad-of-grad", "jvp-of-grad", "central-difference"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """First derivatives of one batch as a graph that can be differentiated again."""
+
+    leaves: Leaves
+    graph: Any
+    examples: int
+    reached: bool
+
+
+class Curvature(LinearMap):
+    """A self-adjoint map R^n → R^n: a sum over every example of every batch, divided by their number.
+
+    A concrete curvature says how one batch's product is added to the leaves' target in each of three modes. A graph
+    of first derivatives serves any number of vectors; the one of a single batch is kept until the model changes.
+    """
+
+    is_self_adjoint = True
+
+    def __init__(self, objective: Objective, mode: Mode, *, check: bool) -> None:
+        if mode not in get_args(Mode):
+            raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
+        self.objective, self.mode = objective, mode
+        self.shape = (objective.parameters.n, objective.parameters.n)
+        self._kept: tuple[Any, Recorded] | None = None
+        if check:
+            self._check()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.objective!r})"
+
+    @abstractmethod
+    def _record(self, leaves: Leaves, batch: Batch) -> Recorded:
+        """Evaluate a batch and record its first derivatives."""
+
+    @abstractmethod
+    def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
+        """Add the product with a vector to the leaves' target."""
+
+    @abstractmethod
+    def _push(self, leaves: Leaves, duals: list[Tensor], batch: Batch) -> tuple[int, bool]:
+        """Add a batch's product, carried by the duals' tangents; return examples and whether any leaf was reached."""
+
+    @abstractmethod
+    def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
+        """Add all batches' products by central differences; return examples and whether any leaf was reached."""
+
+    def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone() if x.is_inference() else x.detach()
+            out = torch.zeros_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            examples, reached = self._multiply(x, out)
+            self.objective.check_reached(reached)
+            out.div_(examples)
+            if not torch.isfinite(out).all():
+                self.objective.explain_non_finite()
+        return out
+
+    def _apply_adjoint(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        return self._apply(w)
+
+    def _check(self) -> None:
+        if self.mode == "central-difference":
+            check_deterministic(self.objective)
+            return
+        with differentiable_attention():
+            attention = check_deterministic(self.objective)
+        if attention:
+            warnings.warn(
+                "attention takes its math path during curvature products, since its fast kernels cannot be"
+                " differentiated twice; mode='central-difference' keeps them.",
+                GradsketchWarning,
+                stacklevel=4,
+            )
+
+    def _multiply(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
+        if self.mode in ("auto", "grad-of-grad"):
+            try:
+                with differentiable_attention():
+                    return self._multiply_by_graphs(x, out)
+            except RuntimeError as error:
+                self._kept = None
+                self._give_up_double_backward(error)
+                out.zero_()
+        if self.mode == "jvp-of-grad":
+            with differentiable_attention():
+                return self._multiply_by_tangents(x, out)
+        return self._multiply_by_differences(x, out)
+
+    def _multiply_by_graphs(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
+        if len(self.objective.data) == 1:
+            return self._replay_all(self._kept_graph(), x, out, keep=True)
+        leaves = Leaves(self.objective.values)
+        return _total(
+            self._replay_all(self._record(leaves, batch), x, out, keep=False) for batch in self.objective.batches()
+        )
+
+    def _kept_graph(self) -> Recorded:
+        state = self.objective.state()
+        if self._kept is None or self._kept[0] != state:
+            self._kept = None  # frees the old graph before the new one is made
+            (batch,) = self.objective.batches()
+            self._kept = (state, self._record(Leaves(self.objective.values), batch))
+        return self._kept[1]
+
+    def _replay_all(self, recorded: Recorded, x: Tensor, out: Tensor, *, keep: bool) -> tuple[int, bool]:
+        leaves = recorded.leaves
+        for row, (vector, target) in enumerate(zip(x, out, strict=True)):
+            with leaves.adding_to(target):
+                self._replay(recorded, _like(vector, leaves.tensors), retain=keep or row < len(x) - 1)
+        return recorded.examples, recorded.reached
+
+    def _multiply_by_tangents(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
+        leaves = Leaves(self.objective.values)
+        totals = (0, False)
+        for vector, target in zip(x, out, strict=True):
+            tangents = _like(vector, leaves.tensors)
+            with leaves.adding_to(target):
+                totals = _total(self._push_batch(leaves, tangents, batch) for batch in self.objective.batches())
+        return totals
+
+    def _push_batch(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
+            return self._push(leaves, duals, batch)
+
+    def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
+        totals = (0, False)
+        for vector, target in zip(x, out, strict=True):
+            step, pieces = self._step(vector)
+            totals = self._difference(pieces, step, target)
+        return totals
+
+    def _step(self, vector: Tensor) -> tuple[float, list[Tensor]]:
+        """Return a step that moves the weights by a fixed length along the vector, and the vector's pieces.
+
+        The length is the cube root of the rounding unit, where truncation and rounding error of a central difference
+        balance (Nocedal & Wright, Numerical Optimization, §8.1).
+        """
+        values = [_at_least_float32(v) for v in self.objective.values]
+        unit = max(torch.finfo(v.dtype).eps for v in values)
+        norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+        return unit ** (1 / 3) / norm if norm > 0 else 1.0, _like(vector, values)
+
+    def _shifted(self, vector: list[Tensor], step: float) -> Leaves:
+        """Return leaves at theta + step·vector, in float32 at least: half precision would round the step away."""
+        values = self.objective.values
+        return Leaves(torch.add(_at_least_float32(t), v, alpha=step) for t, v in zip(values, vector, strict=True))
+
+    def _give_up_double_backward(self, error: RuntimeError) -> None:
+        """Change to central differences where a kernel has no double backward and the mode may be chosen."""
+        if not any(phrase in str(error) for phrase in _NO_DOUBLE_BACKWARD):
+            raise error
+        if self.mode != "auto":
+            raise InputError(
+                f"{type(self.objective.model).__name__} has an operation that cannot be differentiated twice ({error})",
+                "double backward, which mode='grad-of-grad' needs",
+                "Type mode='central-difference', or leave mode out",
+            ) from error
+        warnings.warn(
+            f"{type(self.objective.model).__name__} uses an operation without double backward; curvature products are"
+            " central differences of gradients instead (about four digits). Load the model with eager attention and"
+            " uncompiled for exact ones.",
+            GradsketchWarning,
+            stacklevel=2,
+        )
+        self.mode = "central-difference"
+
+
+# What PyTorch says where a backward pass cannot itself be differentiated.
+_NO_DOUBLE_BACKWARD = (
+    "is not implemented",
+    "does not currently support double backward",
+    "trying to differentiate twice a function that was marked with @once_differentiable",
+)
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Keep scaled-dot-product attention on the path whose backward can itself be differentiated."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _total(parts: Iterator[tuple[int, bool]]) -> tuple[int, bool]:
+    examples, reached = 0, False
+    for count, any_reached in parts:
+        examples, reached = examples + count, reached or any_reached
+    return examples, reached
+
+
+def _like(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a vector into pieces with the shapes, devices and dtypes of the given tensors; views where they agree."""
+    pieces = split_as(vector, like)
+    return [piece.to(device=t.device, dtype=t.dtype) for piece, t in zip(pieces, like, strict=True)]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.itemsize < 4 else tensor

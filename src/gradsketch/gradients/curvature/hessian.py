@@ -1,0 +1,147 @@
+"""The Hessian of the mean loss, as a map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
+
+from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
+from gradsketch.gradients.curvature.leaves import Leaves
+from gradsketch.gradients.curvature.objective import LossFunction, Objective
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.linear_map import LinearMap
+
+__all__ = ["Hessian", "hessian", "loss_gradient"]
+
+
+def hessian(
+    model: nn.Module,
+    task: Task | LossFunction,
+    data: Any,
+    parameters: Parameters | None = None,
+    *,
+    mode: Mode = "auto",
+    batch_size: int = 8,
+    check: bool = True,
+) -> LinearMap:
+    """Return the Hessian of the mean loss over the data, as a self-adjoint map on vectors ``[..., n]``.
+
+    H = (1/N) Σ_i ∇²loss_i, over all N examples of all batches: batches of unequal length weigh by their examples.
+    The model is used as it is when a product is taken, and left as it was. Vectors of one call share the forward pass
+    and its graph. ``parameters`` (default: all trainable ones) choose the block, e.g. ``Parameters(model, "h.0.*")``.
+
+    Modes: "grad-of-grad" (reverse over reverse; with one batch the graph is kept from product to product),
+    "jvp-of-grad" (forward over reverse), "central-difference" of gradients with a step scaled by 1/‖v‖ (for kernels
+    without double backward; about four digits in float32). "auto" is the first, or the last where it must. The
+    first two take scaled-dot-product attention by its math path. Differentiating a forward-mode product once more is
+    not offered: PyTorch's fused normalisation layers get it wrong.
+
+    Weights in half precision are differentiated as they are and summed over batches in float32; differences of
+    gradients are taken at float32 copies. Weights changed through ``.data`` go unnoticed by a kept graph: change them
+    in place under ``torch.no_grad()``, as optimizers and ``load_state_dict`` do.
+
+    Args:
+        model: any module.
+        task: a task, or a function (model, batch) → losses ``[b]``.
+        data: one batch, a DataLoader, or a sequence of examples that the task collates ``batch_size`` at a time.
+        parameters: the parameters to differentiate by.
+        mode: how products are computed.
+        batch_size: examples a batch, for sequences of examples.
+        check: evaluate the losses twice first, and refuse data or models that give other losses the second time.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> squares = lambda model, batch: model(batch[0]).flatten(1).square().sum(1)
+        >>> H = hessian(model, squares, (torch.eye(2),))
+        >>> H(torch.tensor([1.0, 3.0]))
+        tensor([1., 3.])
+
+    Raises:
+        InputError: empty or unrepeatable data, random losses, no loss per example, no parameter reached.
+        NonFiniteError: a loss or a product is not finite; the message names the batch.
+    """
+    return Hessian(Objective(model, task, data, parameters, batch_size), mode, check=check)
+
+
+def loss_gradient(
+    model: nn.Module,
+    task: Task | LossFunction,
+    data: Any,
+    parameters: Parameters | None = None,
+    *,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, " n"]:
+    """Return the gradient of the mean loss over the data, the one whose derivative ``hessian`` is.
+
+    On the device of the first parameter, accumulated in ``dtype``; parameters the loss does not use get zeros.
+
+    Raises:
+        InputError: empty data, no loss per example, no parameter reached.
+        NonFiniteError: a loss is not finite; the message names the batch.
+    """
+    objective = Objective(model, task, data, parameters, batch_size)
+    leaves = Leaves(objective.values)
+    out = torch.zeros(objective.parameters.n, dtype=dtype, device=leaves.tensors[0].device)
+    with torch.inference_mode(False), torch.enable_grad():
+        examples, reached = add_gradients(objective, leaves, out)
+    objective.check_reached(reached)
+    if not torch.isfinite(out).all():
+        objective.explain_non_finite()
+    return out.div_(examples)
+
+
+def add_gradients(
+    objective: Objective, leaves: Leaves, target: Float[Tensor, " n"], scale: float = 1.0
+) -> tuple[int, bool]:
+    """Add scale·Σ_i ∇loss_i at the leaves to ``target``; return the number of examples and whether any was reached."""
+    examples, reached = 0, False
+    with leaves.adding_to(target, scale):
+        for batch in objective.batches():
+            losses = objective.losses(leaves.tensors, batch)
+            leaves.backward([losses.sum()] if losses.requires_grad else [])
+            examples, reached = examples + len(losses), reached or losses.requires_grad
+            del losses  # frees the graph before the next one is built
+    return examples, reached
+
+
+class Hessian(Curvature):
+    """Derivative of the gradient of the mean loss along a vector; built by ``hessian``."""
+
+    def _record(self, leaves: Leaves, batch: Batch) -> Recorded:
+        losses = self.objective.losses(leaves.tensors, batch)
+        if not losses.requires_grad:
+            return Recorded(leaves, [], len(losses), False)
+        grads = torch.autograd.grad(losses.sum(), leaves.tensors, create_graph=True, allow_unused=True)
+        # Edges rather than gradients: the graph is needed from here on, the n numbers are not. A parameter the loss
+        # does not use, or uses linearly, has no edge.
+        edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        return Recorded(leaves, edges, len(losses), True)
+
+    def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
+        edges = [edge for _, edge in recorded.graph]
+        recorded.leaves.backward(edges, [vector[i] for i, _ in recorded.graph], retain=retain)
+
+    def _push(self, leaves: Leaves, duals: list[Tensor], batch: Batch) -> tuple[int, bool]:
+        losses = self.objective.losses(duals, batch)
+        if not losses.requires_grad:
+            return len(losses), False
+        grads = torch.autograd.grad(losses.sum(), duals, create_graph=True, allow_unused=True)
+        for index, grad in enumerate(grads):
+            tangent = None if grad is None else forward_ad.unpack_dual(grad).tangent
+            if tangent is not None:
+                leaves.add(index, tangent)
+        return len(losses), True
+
+    def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
+        totals = (0, False)
+        for sign in (1.0, -1.0):
+            totals = add_gradients(self.objective, self._shifted(vector, sign * step), target, sign)
+        target.div_(2 * step)
+        return totals
