@@ -73,8 +73,8 @@ class _AttentionWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.seen: bool = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or func is scaled_dot_product_attention
+        self.seen |= func is scaled_dot_product_attention
         return func(*args, **(kwargs or {}))
