@@ -26,7 +26,8 @@ def check_deterministic(objective: Objective) -> bool:
         InputError: the losses differ, or no selected parameter has a part in them.
         NonFiniteError: a loss is not finite.
     """
-    with _AttentionWatch() as watch:
+    watch = _AttentionWatch()
+    with watch:
         first = _all_losses(objective)
     second = _all_losses(objective)
     if first.shape != second.shape:
