@@ -41,16 +41,13 @@ class Parameters:
         frozen: bool = False,
     ) -> None:
         include, exclude = _as_tuple(include), _as_tuple(exclude)
+        # torch.compile wraps the model; the names, and with them the random streams, stay those of the model itself.
+        model = getattr(model, "_orig_mod", model)
         aliases: dict[Tensor, list[str]] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(tensor, []).append(name)
         for glob in (*include, *exclude):
-            if not any(_matches(names, (glob,)) for names in aliases.values()):
-                raise InputError(
-                    f"the glob {glob!r} matches no parameter of {type(model).__name__}",
-                    f"globs of names such as {', '.join(n[0] for n in list(aliases.values())[:3])}",
-                    "List them with [name for name, _ in model.named_parameters()]",
-                )
+            _check_glob(model, glob, aliases, frozen or glob in exclude)
         chosen = {
             names[0]: tensor
             for tensor, names in aliases.items()
@@ -124,6 +121,23 @@ class Parameters:
 
 def _as_tuple(globs: str | Iterable[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
+def _check_glob(model: nn.Module, glob: str, aliases: Mapping[Tensor, list[str]], frozen: bool) -> None:
+    """Refuse a glob that selects nothing, or (unless ``frozen`` is allowed) only frozen parameters."""
+    matched = [tensor for tensor, names in aliases.items() if _matches(names, (glob,))]
+    if not matched and aliases:
+        raise InputError(
+            f"the glob {glob!r} matches no parameter of {type(model).__name__}",
+            f"globs of names such as {', '.join(names[0] for names in list(aliases.values())[:3])}",
+            "List them with [name for name, _ in model.named_parameters()]",
+        )
+    if not frozen and matched and not any(tensor.requires_grad for tensor in matched):
+        raise InputError(
+            f"the glob {glob!r} matches only frozen parameters",
+            "at least one trainable parameter for every glob",
+            "Call .requires_grad_(True) on them, or pass frozen=True",
+        )
 
 
 def _matches(names: Iterable[str], globs: Iterable[str]) -> bool:
