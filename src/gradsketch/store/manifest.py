@@ -1,0 +1,151 @@
+"""What a store holds and what it was made of: the contents of ``index.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from gradsketch.errors import FingerprintError, InputError, StoreError
+
+__all__ = ["COLUMN_TYPES", "DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "compare_facts", "parse_shard_name"]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "index.json"
+DTYPES = ("float16", "bfloat16", "float32", "int8")
+# Metadata columns hold these; anything else is stored as JSON text, and read back from it.
+COLUMN_TYPES = {"string": pa.large_string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+COLUMN_TYPES["json"] = pa.large_string()
+RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss")
+
+_SHARD_NAME = re.compile(r"part-(\d{12})-(\d{6,})\.arrow")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The fixed facts of a store: length and dtype of a sketch, rows in all, rows a shard, metadata columns.
+
+    ``facts`` says what the sketches were made of (model, task, sketch, parameters, data), as plain JSON values; two
+    manifests with equal fingerprints describe interchangeable stores.
+
+    Raises:
+        InputError: a number out of range, an unknown dtype or column type, a reserved column name.
+    """
+
+    d: int
+    rows: int
+    shard_rows: int
+    dtype: str = "float16"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("d", 1), ("rows", 0), ("shard_rows", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}", f"at least {least}", f"Pass a larger {name}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype={self.dtype!r}", f"one of {', '.join(DTYPES)}", 'Pass dtype="float16"')
+        for name, kind in self.columns.items():
+            if name in RESERVED or kind not in COLUMN_TYPES:
+                raise InputError(
+                    f"a metadata column {name!r} of type {kind!r}",
+                    f"a name other than {', '.join(RESERVED)} and a type among {', '.join(COLUMN_TYPES)}",
+                    "Rename the column in your data",
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every field; it stands in each shard."""
+        text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shard_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, count) of every shard a complete store has."""
+        for start in range(0, self.rows, self.shard_rows):
+            yield start, min(self.shard_rows, self.rows - start)
+
+    def to_json(self) -> str:
+        """Return the text of ``index.json``."""
+        body = {
+            "format": "gradsketch-store",
+            "version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            **asdict(self),
+        }
+        return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Read the text of ``index.json``.
+
+        Raises:
+            StoreError: not a store, a newer format, or text that no longer matches its own fingerprint.
+        """
+        try:
+            body = json.loads(text)
+            version = body["version"] if body["format"] == "gradsketch-store" else None
+            fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "columns", "facts")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(source, f"is not a store's {MANIFEST_NAME} ({type(error).__name__}: {error})") from error
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{source} has format version {version}",
+                f"version {FORMAT_VERSION}",
+                "Install the gradsketch that wrote it, or build the index again",
+            )
+        manifest = cls(**fields)
+        if manifest.fingerprint != body.get("fingerprint"):
+            raise _unreadable(source, "was changed after it was written: its fingerprint does not match")
+        return manifest
+
+    def require_same(self, other: Manifest, source: str) -> None:
+        """Check that a run with this manifest may go on with the store that has ``other``.
+
+        Raises:
+            FingerprintError: naming every field and fact that differs.
+        """
+        here, there = asdict(self), asdict(other)
+        compare_facts(
+            {**here.pop("facts"), **here}, {**there.pop("facts"), **there}, source, "Give the same arguments as the "
+            "first run to resume it, or choose another folder for a new index",
+        )  # fmt: skip
+
+
+def compare_facts(now: Mapping[str, Any], stored: Mapping[str, Any], source: str, fix: str) -> None:
+    """Check that two sets of facts agree.
+
+    Raises:
+        FingerprintError: naming each fact that differs, with both values.
+    """
+    different = [key for key in {**stored, **now} if now.get(key) != stored.get(key)]
+    if different:
+        raise FingerprintError(
+            "; ".join(f"{key} is now {_brief(now.get(key))}" for key in different),
+            f"what {source} was made with: " + "; ".join(f"{key} {_brief(stored.get(key))}" for key in different),
+            fix,
+        )
+
+
+def parse_shard_name(name: str) -> tuple[int, int] | None:
+    """Return (start, count) of a shard's file name, or None for any other file."""
+    match = _SHARD_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def shard_name(start: int, count: int) -> str:
+    """Return the file name of the shard with rows ``start … start+count-1``."""
+    return f"part-{start:012d}-{count:06d}.arrow"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def _unreadable(source: str, what: str) -> StoreError:
+    return StoreError(f"{source} {what}", "an index written by gradsketch", "Restore it from a copy, or build it again")

@@ -1,0 +1,284 @@
+"""One shard: an Arrow IPC file with one record batch. docs/format.md specifies its bytes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from gradsketch.errors import FingerprintError, InputError, StoreError
+from gradsketch.store.encoding import decode, encode, torch_dtype
+from gradsketch.store.manifest import COLUMN_TYPES, Manifest
+
+__all__ = ["CHECKSUM_ROWS", "Rows", "Shard", "damage", "encode_shard", "open_shard"]
+
+# Rows of sketches under one checksum: a damaged byte is named to within this many rows.
+CHECKSUM_ROWS = 64
+_HEADER = b"gradsketch"
+_CRC_MARK = b"gradsketch-crc32="
+_CRC_BLANK = b"00000000"
+# What reading a damaged Arrow file can raise.
+_UNREADABLE = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    SystemError,
+    RuntimeError,
+    AttributeError,
+    MemoryError,
+    pa.ArrowException,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to be written: ids, float sketches [rows, d], losses, and metadata columns by name (None = missing)."""
+
+    ids: Sequence[str]
+    sketches: Float[Tensor, "rows d"]
+    losses: Float[Tensor, " rows"]
+    columns: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard opened for reading. ``sketches`` and ``scale`` are views of the mapped file: do not write to them."""
+
+    name: str
+    start: int
+    count: int
+    batch: pa.RecordBatch
+    columns: Mapping[str, str]
+    sketches: Shaped[Tensor, "rows d"]
+    scale: Float[Tensor, " rows"]
+
+    def decoded(self, rows: slice | list[int] | Tensor = slice(None)) -> Float[Tensor, "rows d"]:
+        """Return sketches in float32; ``rows`` count from the shard's first."""
+        return decode(self.sketches[rows], self.scale[rows])
+
+    def numbers(self, name: str) -> Float[Tensor, " rows"]:
+        """Return ``gradient_norm`` or ``loss``."""
+        return _view(self.batch.column(name).buffers()[1], torch.float32, self.count)
+
+    def column(self, name: str) -> list[Any]:
+        """Return the ids or a metadata column as Python values."""
+        values: list[Any] = self.batch.column(name).to_pylist()
+        return [None if v is None else json.loads(v) for v in values] if self.columns.get(name) == "json" else values
+
+    def record(self, position: int) -> dict[str, Any]:
+        """Return id, loss, gradient_norm and the metadata of one row; ``position`` counts from the shard's first."""
+        wanted = ["id", "loss", "gradient_norm", *self.columns]
+        values = {name: self.batch.column(name)[position].as_py() for name in wanted}
+        for name, kind in self.columns.items():
+            if kind == "json" and values[name] is not None:
+                values[name] = json.loads(values[name])
+        return values
+
+
+def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
+    """Return the bytes of a shard.
+
+    Raises:
+        InputError: the parts disagree in length, or a metadata value does not fit its column.
+        NonFiniteError: a sketch holds a NaN or an infinity.
+    """
+    count = len(rows.ids)
+    lengths = {len(rows.sketches), len(rows.losses), *(len(column) for column in rows.columns.values())}
+    if lengths != {count} or rows.sketches.shape[1] != manifest.d or set(rows.columns) != set(manifest.columns):
+        raise InputError(
+            f"{count} ids, sketches {list(rows.sketches.shape)}, columns {sorted(rows.columns)}",
+            f"as many of each, sketches of length {manifest.d}, columns {sorted(manifest.columns)}",
+            "Pass one entry a row in every part",
+        )
+    stored, scale = encode(rows.sketches, manifest.dtype)
+    norms = torch.linalg.vector_norm(rows.sketches.detach().to("cpu", torch.float64), dim=-1).float()
+    arrays: dict[str, pa.Array] = {
+        "id": pa.array([str(i) for i in rows.ids], COLUMN_TYPES["string"]),
+        "sketch": _vectors(stored),
+        "scale": _floats(scale),
+        "gradient_norm": _floats(norms),
+        "loss": _floats(rows.losses.detach().to("cpu", torch.float32)),
+        **{name: _metadata(name, kind, rows.columns[name]) for name, kind in manifest.columns.items()},
+    }
+    header = {
+        "format": 1,
+        "fingerprint": manifest.fingerprint,
+        "start": start,
+        "count": count,
+        "dtype": manifest.dtype,
+        "crc32": {name: _column_checksums(name, array) for name, array in arrays.items()},
+    }
+    metadata = {_HEADER: json.dumps(header).encode(), b"checksum": _CRC_MARK + _CRC_BLANK}
+    fields = [
+        pa.field(n, a.type, metadata={"dtype": manifest.dtype} if n == "sketch" else None) for n, a in arrays.items()
+    ]
+    schema = pa.schema(fields, metadata=metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(list(arrays.values()), schema=schema))
+    return _sealed(sink.getvalue())
+
+
+def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> Shard:
+    """Open a shard's bytes without copying them.
+
+    Raises:
+        StoreError: the bytes are no such shard.
+        FingerprintError: the shard belongs to another store.
+    """
+    try:
+        reader = pa.ipc.open_file(data)
+        header = json.loads(reader.schema.metadata[_HEADER])
+        batch = reader.get_batch(0)
+        vectors = batch.column("sketch")
+        sound = header["start"] == start and header["count"] == count == batch.num_rows
+        sound = sound and vectors.type.list_size == manifest.d and header["dtype"] == manifest.dtype
+        fingerprint = header["fingerprint"]
+        sketches = _view(vectors.values.buffers()[1], torch_dtype(manifest.dtype), count * manifest.d)
+        scale = _view(batch.column("scale").buffers()[1], torch.float32, count)
+    except _UNREADABLE as error:
+        raise _broken(name, f"{type(error).__name__}: {error}") from error
+    if fingerprint != manifest.fingerprint:
+        raise FingerprintError(
+            f"{name} has fingerprint {fingerprint}",
+            f"{manifest.fingerprint}, that of the index it lies in",
+            "Remove the file and run the same build command again",
+        )
+    if not sound:
+        raise _broken(name, "its header and its rows do not agree")
+    return Shard(name, start, count, batch, manifest.columns, sketches.view(count, manifest.d), scale)
+
+
+def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> list[str]:
+    """Return what is wrong with a shard's bytes, each to within 64 rows where it is a sketch; empty where sound."""
+    if _file_checksum(data) == _stored_checksum(data):
+        try:
+            open_shard(data, name, start, count, manifest)
+        except (StoreError, FingerprintError) as error:
+            return [error.came]
+        return []
+    try:
+        reader = pa.ipc.open_file(data)
+        expected = json.loads(reader.schema.metadata[_HEADER])["crc32"]
+        batch = reader.get_batch(0)
+        found = [
+            _place(column, block, start, count)
+            for column in batch.schema.names
+            for block, crc in enumerate(_column_checksums(column, batch.column(column)))
+            if expected[column][block] != crc
+        ]
+    except _UNREADABLE as error:
+        return [f"the file's structure, rows {start}–{start + count - 1} ({type(error).__name__})"]
+    return found or [f"the file's header, padding or footer, rows {start}–{start + count - 1}"]
+
+
+def _place(column: str, block: int, start: int, count: int) -> str:
+    if column != "sketch":
+        return f"column {column!r}, rows {start}–{start + count - 1}"
+    first = start + block * CHECKSUM_ROWS
+    return f"column 'sketch', rows {first}–{min(first + CHECKSUM_ROWS, start + count) - 1}"
+
+
+def _vectors(stored: Shaped[Tensor, "rows d"]) -> pa.Array:
+    width = stored.shape[1]
+    array = stored.contiguous().view(torch.uint16 if stored.dtype == torch.bfloat16 else stored.dtype).numpy()
+    kind = pa.from_numpy_dtype(array.dtype)
+    values = pa.Array.from_buffers(kind, array.size, [None, pa.py_buffer(array)])
+    return pa.FixedSizeListArray.from_arrays(values, width)
+
+
+def _floats(values: Float[Tensor, " rows"]) -> pa.Array:
+    array = values.contiguous().numpy()
+    return pa.Array.from_buffers(pa.float32(), array.size, [None, pa.py_buffer(array)])
+
+
+def _metadata(name: str, kind: str, values: Sequence[Any]) -> pa.Array:
+    if kind == "json":
+        values = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
+    try:
+        return pa.array(values, COLUMN_TYPES[kind])
+    except (pa.ArrowException, OverflowError, UnicodeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"a value of metadata column {name!r} that is no {kind} ({error})",
+            f"values of type {kind}, as in the index's other rows",
+            "Correct the data, or leave the column out",
+        ) from error
+
+
+def _column_checksums(name: str, array: pa.Array) -> list[int]:
+    if name == "sketch":
+        data = memoryview(array.values.buffers()[1])
+        step = CHECKSUM_ROWS * array.type.list_size * array.type.value_type.bit_width // 8
+        return [zlib.crc32(data[i : i + step]) for i in range(0, len(data), step)]
+    checksum = 0
+    for buffer in array.buffers():
+        checksum = zlib.crc32(buffer, checksum) if buffer is not None else checksum
+    return [checksum]
+
+
+def _checksum_places(data: pa.Buffer) -> list[int]:
+    """Offsets of the file checksum's digits, which the schema carries at both ends of the file."""
+    view = np.frombuffer(data, np.uint8)
+    head, tail = view[: 1 << 20].tobytes(), view[-(1 << 20) :].tobytes()
+    places = {head.find(_CRC_MARK), len(view) - len(tail) + tail.rfind(_CRC_MARK)}
+    return sorted(place + len(_CRC_MARK) for place in places)
+
+
+def _pieces(data: pa.Buffer) -> Iterator[memoryview]:
+    """The file without the digits of its checksum."""
+    view, last = memoryview(data), 0
+    for place in _checksum_places(data):
+        yield view[last:place]
+        last = place + len(_CRC_BLANK)
+    yield view[last:]
+
+
+def _file_checksum(data: pa.Buffer) -> bytes:
+    checksum = 0
+    for piece in _pieces(data):
+        checksum = zlib.crc32(piece, checksum)
+    return b"%08x" % checksum
+
+
+def _stored_checksum(data: pa.Buffer) -> bytes:
+    """The digits, or nothing where the two copies differ."""
+    view = memoryview(data)
+    copies = {bytes(view[place : place + len(_CRC_BLANK)]) for place in _checksum_places(data)}
+    return copies.pop() if len(copies) == 1 else b""
+
+
+def _sealed(data: pa.Buffer) -> pa.Buffer:
+    """Return the bytes with the file checksum filled in."""
+    digits = _file_checksum(data)
+    array = np.frombuffer(data, np.uint8).copy()
+    for place in _checksum_places(data):
+        array[place : place + len(digits)] = np.frombuffer(digits, np.uint8)
+    return pa.py_buffer(array)
+
+
+def _view(buffer: pa.Buffer, dtype: torch.dtype, count: int) -> Tensor:
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        # The mapping is read-only; Shard says so to its readers, and nothing here writes.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(memoryview(buffer), dtype=dtype, count=count)
+
+
+def _broken(name: str, why: str) -> StoreError:
+    return StoreError(
+        f"{name} is damaged ({why})",
+        "a whole shard of this index",
+        "Run gradsketch verify, remove the file it names, and run the same build command again",
+    )
