@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 # Public name → module that defines it. Resolved on first use, so that `gradsketch --help` never waits for torch.
 _HOME = {
+    "AFFD": "gradsketch.sketches.affd",
+    "AFJL": "gradsketch.sketches.afjl",
     "CausalLM": "gradsketch.gradients.tasks",
     "Classification": "gradsketch.gradients.tasks",
     "FingerprintError": "gradsketch.errors",
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap
     from gradsketch.random import Stream
+    from gradsketch.sketches.affd import AFFD
+    from gradsketch.sketches.afjl import AFJL
     from gradsketch.sketches.base import Sketch
 
 

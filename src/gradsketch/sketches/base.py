@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,25 +17,46 @@ from gradsketch.random import Stream
 
 __all__ = ["Sketch"]
 
+_Option = TypeVar("_Option", bound=str | int)
+
 
 class Sketch(LinearMap):
     """A random linear map Phi: R^n → R^d with E[PhiᵀPhi] = I.
 
     Inner products, norms and traces are therefore unbiased and callers never rescale. A concrete sketch writes
-    ``_apply``, ``_apply_adjoint`` and ``options`` (what besides n, d and seed decides the map), draws everything
-    random from ``self.stream`` and calls this constructor first.
+    ``_apply``, ``_apply_adjoint`` and ``options`` (the keyword arguments besides n, d and seed that rebuild the map),
+    draws everything random from ``self.stream`` and calls this constructor first.
+
+    **Nested sizes.** A kind with ``nesting`` holds the sketch of size d in the sketch of size D > d of the same vector:
+
+    * ``"prefix"``: the small sketch is √(D/d) times the first d numbers of the large one, and, the other way round,
+      lifting numbers that end in D − d zeros with the large sketch is √(d/D) times lifting the first d with the small
+      one. So a subspace can grow without losing what was trained.
+    * ``"fold"``: d divides D, and the small sketch is the sum of the D/d contiguous blocks of length d of the large
+      one. Its first d numbers alone are no sketch.
+
+    ``truncate(d)`` builds the small sketch and ``truncate_sketch(s, d)`` converts stored sketches; they agree:
+    ``phi.truncate(d)(x) == phi.truncate_sketch(phi(x), d)`` up to rounding. For this nothing random, nor any choice
+    made for the user, may depend on d.
 
     Raises:
         InputError: n or d is not a positive integer, or d > n.
     """
 
     # Raised by one whenever a kind starts to map the same vector to other numbers.
-    version: int = 1
+    version: ClassVar[int] = 1
+    nesting: ClassVar[Literal["prefix", "fold"] | None] = None
 
     def __init__(self, n: int, d: int, *, seed: int = 0) -> None:
         for name, value in (("n", n), ("d", d)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r}", "a positive integer", f"Type {type(self).__name__}(n, d, seed=0)")
+        if d > n:
+            raise InputError(
+                f"{type(self).__name__} with d={d} larger than n={n}",
+                "a sketch no longer than the vector",
+                f"Type d={n} or less, or keep the vectors as they are",
+            )
         self.shape = (d, n)
         self.seed = seed
         self.stream = Stream(seed, type(self).__name__)
@@ -62,11 +85,48 @@ class Sketch(LinearMap):
         Raises:
             InputError: this kind has no nested sizes, or not this one.
         """
-        raise InputError(
-            f"truncate({d}) of {self!r}",
-            "a kind whose sizes nest: Dense, AFFD, AFJL, SJLT, TiledSRHT, BlockSum",
-            f"Build a new sketch with d={d}",
-        )
+        self._check_nested(d)
+        return type(self)(self.n, d, seed=self.seed, **self.options())
+
+    def truncate_sketch(self, sketch: Float[Tensor, "... d"], d: int) -> Float[Tensor, "... d2"]:
+        """Turn sketches made by this map into those its ``truncate(d)`` makes, without the vectors.
+
+        Raises:
+            InputError: this kind has no nested sizes, or not this one; or the last dim is not this sketch's d.
+        """
+        self._check_nested(d)
+        if sketch.ndim == 0 or sketch.shape[-1] != self.d:
+            raise InputError(
+                f"a tensor of shape {list(sketch.shape)}",
+                f"sketches of length {self.d} in the last dim",
+                "Pass what this sketch returned",
+            )
+        if self.nesting == "fold":
+            blocks: Tensor = sketch.unflatten(-1, (self.d // d, d))
+            return blocks.sum(-2)
+        return sketch[..., :d].mul((self.d / d) ** 0.5)
+
+    def _check_nested(self, d: int) -> None:
+        if self.nesting is None:
+            raise InputError(
+                f"truncate({d}) of {self!r}",
+                "a kind whose sizes nest: Dense, FJL, AFFD, AFJL, SJLT, TiledSRHT, BlockSum",
+                f"Build a new sketch with d={d}",
+            )
+        fits = isinstance(d, int) and 1 <= d <= self.d
+        if not fits or (self.nesting == "fold" and self.d % d):
+            wanted = f"a size from 1 to {self.d}" + (" that divides it" if self.nesting == "fold" else "")
+            raise InputError(f"truncate({d!r}) of {self!r}", wanted, f"Type truncate({max(1, self.d // 2)})")
+
+    def _choice(self, name: str, value: _Option, allowed: Sequence[_Option]) -> _Option:
+        """Return an option's value, checked."""
+        if value not in allowed:
+            raise InputError(
+                f"{type(self).__name__}({name}={value!r})",
+                " or ".join(repr(a) for a in allowed),
+                f"Type {name}={allowed[0]!r}, the default",
+            )
+        return value
 
     @property
     def fingerprint(self) -> str:

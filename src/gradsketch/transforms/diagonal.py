@@ -1,0 +1,59 @@
+"""Diagonal matrices of random signs or normals, applied piece by piece."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from gradsketch.random import Stream
+
+__all__ = ["Diagonal", "Normals", "Signs"]
+
+_SIGN_BIT = {torch.float32: (torch.int32, -(1 << 31)), torch.float64: (torch.int64, -(1 << 63))}
+
+
+class Diagonal(ABC):
+    """A random diagonal matrix with E[D²] = I that can multiply any stretch of a vector."""
+
+    @abstractmethod
+    def multiply(self, x: Float[Tensor, "b m"], start: int, out: Float[Tensor, "b m"]) -> None:
+        """Write entries ``start … start+m-1`` of D·x, given those of x, into ``out`` (which may be x itself)."""
+
+
+class Signs(Diagonal):
+    """±1 on the diagonal, held as packed bits (n/8 bytes a device) once used: redrawing costs more than reading."""
+
+    def __init__(self, stream: Stream, n: int) -> None:
+        self._stream, self._words_needed = stream, -(-n // 32)
+        self._words: dict[torch.device, Int32[Tensor, " w"]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_words": {}}  # copies and pickles redraw
+
+    def multiply(self, x: Float[Tensor, "b m"], start: int, out: Float[Tensor, "b m"]) -> None:
+        """Flip the sign bit of the entries whose random bit is set; ``start`` is a multiple of 32."""
+        integer, sign_bit = _SIGN_BIT[out.dtype]
+        words = self._packed(x.device)[start // 32 : -(-(start + x.shape[-1]) // 32)].to(integer)
+        top = 31 if integer is torch.int32 else 63
+        shifts = top - torch.arange(32, dtype=integer, device=x.device)
+        flips = (words[:, None] << shifts).bitwise_and_(sign_bit).view(-1)[: x.shape[-1]]
+        torch.bitwise_xor(x.to(out.dtype).view(integer), flips, out=out.view(integer))
+
+    def _packed(self, device: torch.device) -> Int32[Tensor, " w"]:
+        if device not in self._words:
+            self._words[device] = self._stream.words(0, self._words_needed, device)
+        return self._words[device]
+
+
+class Normals(Diagonal):
+    """Standard normals on the diagonal, redrawn whenever they are used: keeping them would cost n numbers."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def multiply(self, x: Float[Tensor, "b m"], start: int, out: Float[Tensor, "b m"]) -> None:
+        """Multiply by normals ``start … start+m-1`` of the stream."""
+        torch.mul(x, self._stream.normals(start, x.shape[-1], dtype=out.dtype, device=x.device), out=out)

@@ -1,0 +1,84 @@
+"""Kronecker products of small matrices, applied to long vectors in one or two passes over memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.transforms.pieces import piece_length
+from gradsketch.transforms.precision import full_precision
+
+__all__ = ["apply_factors", "kronecker_"]
+
+Factors = Sequence[Float[Tensor, "_ _"]]
+
+
+def apply_factors(
+    source: Tensor, factors: Factors, buffers: tuple[Tensor, Tensor], *, inner: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """Return (F1 ⊗ … ⊗ FK ⊗ I_inner) applied to every contiguous stretch of ``source``, flattened.
+
+    Writes the products to the buffers in turn, beginning with the first, so ``source`` may lie in the second; the last
+    product goes to ``out`` where given, which may be ``source`` itself if there are two factors or more.
+    """
+    current, size = source, source.numel()
+    with full_precision(source.device):
+        for step, factor in enumerate(reversed(factors)):
+            rows, columns = factor.shape
+            size = size // columns * rows
+            last = out is not None and step == len(factors) - 1
+            target = out if last and out is not None else buffers[step % 2].view(-1)[:size]
+            if inner == 1:
+                torch.mm(current.view(-1, columns), factor.T.contiguous(), out=target.view(-1, rows))
+            else:
+                stacked = current.view(-1, columns, inner)
+                torch.bmm(factor.expand(len(stacked), -1, -1), stacked, out=target.view(-1, rows, inner))
+            current, inner = target, inner * rows
+    return current
+
+
+def kronecker_(x: Float[Tensor, "b n"], factors: Factors) -> None:
+    """Replace each vector by (F1 ⊗ … ⊗ FK) times it, square factors, in place.
+
+    The trailing factors act on contiguous rows that fit in cache; the leading ones on panels of columns copied there.
+    """
+    limit = piece_length(x.device)
+    length, split = 1, len(factors)
+    while split > 0 and length * len(factors[split - 1]) <= limit:
+        split -= 1
+        length *= len(factors[split])
+    buffers = x.new_empty(min(limit, x.numel())), x.new_empty(min(limit, x.numel()))
+    rows = x.view(-1, length)
+    step = max(1, limit // length)
+    for part in rows.split(step):
+        _in_place(part, factors[split:], buffers)
+    if split:
+        panels = x.view(len(x), -1, length)
+        width = limit // panels.shape[1]
+        for vector in panels:
+            for panel in vector.split(width, dim=1):
+                _columns(panel, factors[:split], buffers)
+
+
+def _in_place(x: Tensor, factors: Factors, buffers: tuple[Tensor, Tensor]) -> None:
+    if len(factors) == 1:
+        x.view(-1).copy_(apply_factors(x, factors, buffers))
+    else:
+        apply_factors(x, factors, buffers, out=x)
+
+
+def _columns(panel: Float[Tensor, "rows columns"], factors: Factors, buffers: tuple[Tensor, Tensor]) -> None:
+    first, second = buffers
+    copied = second[: panel.numel()].view_as(panel).copy_(panel)
+    panel.copy_(apply_factors(copied, factors, (first, second), inner=panel.shape[1]).view_as(panel))
+
+
+def balanced_sizes(n: int, largest: int) -> tuple[int, ...]:
+    """Return powers of two, at most ``largest`` and as equal as possible, whose product is n, smallest first."""
+    bits, most = int(math.log2(n)), int(math.log2(largest))
+    count = max(1, -(-bits // most))
+    return tuple(1 << (bits * (i + 1) // count - bits * i // count) for i in range(count))
