@@ -108,22 +108,44 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.GELU(), nn.Linear(10, 8, bias=False), nn.Linear(8, 3))
 
 
-_SMALL = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY)
+_SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}
 _LLAMA = dict(**_SMALL, intermediate_size=12, num_key_value_heads=1, max_position_embeddings=16)
 _BERT = dict(**_SMALL, intermediate_size=12, max_position_embeddings=16)
-_GPT2 = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=VOCABULARY, n_positions=16)
-_T5 = dict(d_model=8, d_ff=12, d_kv=4, num_layers=2, num_heads=2, vocab_size=VOCABULARY, decoder_start_token_id=0)
-_BART = dict(
-    d_model=8, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-    encoder_ffn_dim=12, decoder_ffn_dim=12, vocab_size=VOCABULARY, max_position_embeddings=16,
-)  # fmt: skip
+_GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": VOCABULARY, "n_positions": 16}
+_T5 = {
+    "d_model": 8,
+    "d_ff": 12,
+    "d_kv": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": VOCABULARY,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "d_model": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 12,
+    "decoder_ffn_dim": 12,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+}
 _OPT = dict(**_SMALL, ffn_dim=12, word_embed_proj_dim=8, max_position_embeddings=16)
 # The grouped kernel of transformers takes no float64.
 _MIXTRAL = dict(**_LLAMA, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
-_ALBERT = dict(**(_BERT | dict(num_hidden_layers=12)), embedding_size=6)
-_VIT = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
-_RESNET = dict(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
-_DISTILBERT = dict(dim=8, n_layers=2, n_heads=2, hidden_dim=12, vocab_size=VOCABULARY, max_position_embeddings=16)
+_ALBERT = dict(**(_BERT | {"num_hidden_layers": 12}), embedding_size=6)
+_VIT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+_DISTILBERT = {
+    "dim": 8,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 12,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+}
 
 CASES = {
     case.name: case
@@ -142,13 +164,17 @@ CASES = {
         Case("distilbert", _hf("DistilBertForMaskedLM", "DistilBertConfig", **_DISTILBERT), MaskedLM(), _masked()),
         Case("t5", _hf("T5ForConditionalGeneration", "T5Config", **_T5), Seq2SeqLM(), _pairs()),
         Case("bart", _hf("BartForConditionalGeneration", "BartConfig", **_BART), Seq2SeqLM(), _pairs()),
-        Case("vit", _hf("ViTForImageClassification", "ViTConfig", **_VIT, image_size=8, patch_size=4, num_labels=3),
-             Classification(), _images()),
+        Case(
+            "vit",
+            _hf("ViTForImageClassification", "ViTConfig", **_VIT, image_size=8, patch_size=4, num_labels=3),
+            Classification(),
+            _images(),
+        ),
         Case("resnet", _hf("ResNetForImageClassification", "ResNetConfig", **_RESNET), Classification(), _images(16)),
         Case("lstm", LSTM, CausalLM(), _lengths()),
         Case("mlp", mlp, Classification(), _vectors()),
     )
-}  # fmt: skip
+}
 
 
 def exact_gradients(model: nn.Module, task: Task, examples: list[Any], parameters: Parameters) -> Tensor:
