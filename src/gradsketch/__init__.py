@@ -29,6 +29,8 @@ _HOME = {
     "Stream": "gradsketch.random",
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
+    "fisher": "gradsketch.gradients.curvature",
+    "gauss_newton": "gradsketch.gradients.curvature",
     "hessian": "gradsketch.gradients.curvature",
     "loss_gradient": "gradsketch.gradients.curvature",
 }
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         StoreError,
     )
-    from gradsketch.gradients.curvature import hessian, loss_gradient
+    from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap

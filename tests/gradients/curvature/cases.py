@@ -17,6 +17,7 @@ class Case:
     model: nn.Module
     losses: Callable[[nn.Module, Any], Tensor]
     examples: list[Any]
+    kind: str = "cross-entropy"
 
     @property
     def batch(self) -> Any:
@@ -49,7 +50,7 @@ def mlp() -> Case:
 def regression() -> Case:
     torch.manual_seed(1)
     examples = [(torch.randn(3).double(), torch.randn(2).double()) for _ in range(7)]
-    return Case(nn.Linear(3, 2).double(), square_losses, examples)
+    return Case(nn.Linear(3, 2).double(), square_losses, examples, "squares")
 
 
 def layer_norm_mlp() -> Case:
@@ -124,26 +125,64 @@ def bert() -> Case:
 CASES = {f.__name__: f for f in (mlp, regression, layer_norm_mlp, conv_batch_norm, gpt2, llama, bert)}
 
 
-def gradient_by_backward(case: Case, shift: dict[str, Tensor] | None = None) -> Tensor:
+def gradient_by_backward(case: Case, shift: Tensor | None = None) -> Tensor:
     """The gradient of the mean loss, by ``.backward()`` of the plain mean on a copy whose weights were moved."""
-    model = copy.deepcopy(case.model)
-    if shift is not None:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p += shift[name]
+    model = copy.deepcopy(case.model) if shift is None else _moved(case, shift)
     case.losses(model, case.batch).mean().backward()
-    return torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.view(-1) for p in model.parameters()])
+    return _gradient_of(model)
 
 
 def hessian_times(case: Case, vector: Tensor) -> Tensor:
     """The product with the Hessian by a fourth-order difference of gradients: error about 1e-9 in float64."""
-    pieces = vector.split([p.numel() for p in case.model.parameters()])
     h = 2e-3 / float(vector.norm())
-    total = torch.zeros_like(vector)
+    steps = ((8, h), (-8, -h), (-1, 2 * h), (1, -2 * h))
+    return sum(weight * gradient_by_backward(case, step * vector) for weight, step in steps) / (12 * h)
+
+
+def gauss_newton_times(case: Case, vector: Tensor) -> Tensor:
+    """Jᵀ A J v / N: J v by differences of outputs, A in closed form, Jᵀ by plain backward."""
+    h = 2e-3 / float(vector.norm())
+    slope = torch.zeros(())
     for weight, step in ((8, h), (-8, -h), (-1, 2 * h), (1, -2 * h)):
-        named = zip(case.model.named_parameters(), pieces, strict=True)
-        total += weight * gradient_by_backward(case, {name: step * v.view(p.shape) for (name, p), v in named})
-    return total / (12 * h)
+        slope = slope + weight * _outputs(_moved(case, step * vector), case.batch).detach() / (12 * h)
+    model = copy.deepcopy(case.model)
+    outputs = _outputs(model, case.batch)
+    if case.kind == "squares":
+        curved = 2 * slope
+    else:
+        p = outputs.detach().softmax(-1)
+        curved = p * slope - p * (p * slope).sum(-1, keepdim=True)
+        if outputs.ndim == 3:  # each sequence's loss is the mean over the tokens that are predicted
+            curved = curved[:, :-1] / (outputs.shape[1] - 1)
+            outputs = outputs[:, :-1]
+    (outputs * curved).sum().backward()
+    return _gradient_of(model) / len(case.examples)
+
+
+def fisher_times(case: Case, vector: Tensor) -> Tensor:
+    """Σ_i g_i (g_i·v) / N, each g_i by a backward pass of its own."""
+    total = torch.zeros_like(vector)
+    for example in case.examples:
+        gradient = gradient_by_backward(Case(case.model, case.losses, [example]))
+        total += gradient * (gradient @ vector)
+    return total / len(case.examples)
+
+
+def _outputs(model: nn.Module, batch: Any) -> Tensor:
+    output = model(input_ids=batch["input_ids"]) if isinstance(batch, dict) else model(batch[0])
+    return getattr(output, "logits", output)
+
+
+def _moved(case: Case, shift: Tensor) -> nn.Module:
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for p, s in zip(model.parameters(), shift.split([p.numel() for p in model.parameters()]), strict=True):
+            p += s.view(p.shape)
+    return model
+
+
+def _gradient_of(model: nn.Module) -> Tensor:
+    return torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.view(-1) for p in model.parameters()])
 
 
 def vectors(case: Case, count: int = 3) -> Tensor:

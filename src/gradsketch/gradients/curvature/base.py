@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsketch.errors import GradsketchWarning, InputError
@@ -67,8 +66,8 @@ class Curvature(LinearMap):
         """Add the product with a vector to the leaves' target."""
 
     @abstractmethod
-    def _push(self, leaves: Leaves, duals: list[Tensor], batch: Batch) -> tuple[int, bool]:
-        """Add a batch's product, carried by the duals' tangents; return examples and whether any leaf was reached."""
+    def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
+        """Add a batch's product by forward-mode tangents; return examples and whether any leaf was reached."""
 
     @abstractmethod
     def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
@@ -145,13 +144,8 @@ class Curvature(LinearMap):
         for vector, target in zip(x, out, strict=True):
             tangents = _like(vector, leaves.tensors)
             with leaves.adding_to(target):
-                totals = _total(self._push_batch(leaves, tangents, batch) for batch in self.objective.batches())
+                totals = _total(self._push(leaves, tangents, batch) for batch in self.objective.batches())
         return totals
-
-    def _push_batch(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
-        with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
-            return self._push(leaves, duals, batch)
 
     def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
         totals = (0, False)

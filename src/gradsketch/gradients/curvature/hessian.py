@@ -128,16 +128,19 @@ class Hessian(Curvature):
         edges = [edge for _, edge in recorded.graph]
         recorded.leaves.backward(edges, [vector[i] for i, _ in recorded.graph], retain=retain)
 
-    def _push(self, leaves: Leaves, duals: list[Tensor], batch: Batch) -> tuple[int, bool]:
-        losses = self.objective.losses(duals, batch)
-        if not losses.requires_grad:
-            return len(losses), False
-        grads = torch.autograd.grad(losses.sum(), duals, create_graph=True, allow_unused=True)
-        for index, grad in enumerate(grads):
-            tangent = None if grad is None else forward_ad.unpack_dual(grad).tangent
-            if tangent is not None:
-                leaves.add(index, tangent)
-        return len(losses), True
+    def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
+            losses = self.objective.losses(duals, batch)
+            if not losses.requires_grad:
+                return len(losses), False
+            # Recording the backward pass makes PyTorch take the formulas that carry tangents (SiLU has another one).
+            grads = torch.autograd.grad(losses.sum(), duals, create_graph=True, allow_unused=True)
+            for index, grad in enumerate(grads):
+                tangent = None if grad is None else forward_ad.unpack_dual(grad).tangent
+                if tangent is not None:
+                    leaves.add(index, tangent)
+            return len(losses), True
 
     def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
         totals = (0, False)

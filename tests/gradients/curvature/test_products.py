@@ -1,45 +1,63 @@
-"""Hessian-vector products against differences of plain gradients and closed forms, in float64."""
+"""Products with the Hessian, the Gauss–Newton matrix and the Fisher against routes of their own, in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case, gradient_by_backward, hessian_times, vectors, worst_block_error
+from cases import (
+    CASES,
+    Case,
+    fisher_times,
+    gauss_newton_times,
+    gradient_by_backward,
+    hessian_times,
+    vectors,
+    worst_block_error,
+)
 
-from gradsketch import Parameters, hessian, loss_gradient
+from gradsketch import Parameters, fisher, gauss_newton, hessian, loss_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:attention takes its math path")
 
 MODES = ("grad-of-grad", "jvp-of-grad", "central-difference")
+KINDS = {
+    "hessian": (hessian, hessian_times),
+    "gauss_newton": (gauss_newton, gauss_newton_times),
+    "fisher": (fisher, fisher_times),
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def expected(request: pytest.FixtureRequest) -> tuple[Case, torch.Tensor, torch.Tensor]:
-    case = CASES[request.param]()
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def expected(request: pytest.FixtureRequest, case: Case):
+    build, times = KINDS[request.param]
     v = vectors(case)
-    return case, v, torch.stack([hessian_times(case, row) for row in v])
+    return build, case, v, torch.stack([times(case, row) for row in v])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("streamed", [False, True])
-def test_every_block_equals_differences_of_plain_gradients(expected, mode, streamed):
-    case, v, products = expected
+def test_every_block_equals_an_independent_product(expected, mode, streamed):
+    build, case, v, products = expected
     data = case.examples if streamed else case.batch
-    H = hessian(case.model, case.losses, data, mode=mode, batch_size=3)
-    assert worst_block_error(case, H(v), products) < (1e-6 if mode == "central-difference" else 1e-8)
+    operator = build(case.model, case.losses, data, mode=mode, batch_size=3)
+    assert worst_block_error(case, operator(v), products) < (1e-6 if mode == "central-difference" else 1e-8)
 
 
 def test_vectors_in_any_batch_shape_and_again(expected):
-    case, v, _ = expected
-    H = hessian(case.model, case.losses, case.batch)
-    together = H(v[:2].view(2, 1, -1))
-    assert together.shape == (2, 1, H.n)
-    one_by_one = torch.stack([H(row) for row in v[:2]]).view_as(together)
+    build, case, v, _ = expected
+    operator = build(case.model, case.losses, case.batch)
+    together = operator(v[:2].view(2, 1, -1))
+    assert together.shape == (2, 1, operator.n)
+    one_by_one = torch.stack([operator(row) for row in v[:2]]).view_as(together)
     torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-12)
 
 
-def test_gradient_equals_plain_backward(expected):
-    case, _, _ = expected
+def test_gradient_equals_plain_backward(case):
     for data in (case.batch, case.examples):
         gradient = loss_gradient(case.model, case.losses, data, batch_size=3, dtype=torch.float64)
         torch.testing.assert_close(gradient, gradient_by_backward(case), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,285 @@
+"""The Gauss–Newton matrix and the empirical Fisher: Jᵀ A J with another J and A each, as maps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
+from gradsketch.gradients.curvature.leaves import Leaves
+from gradsketch.gradients.curvature.objective import LossFunction, Objective
+from gradsketch.gradients.data import batch_slice
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.linear_map import LinearMap
+
+__all__ = ["fisher", "gauss_newton"]
+
+# Entries of the outputs whose loss is differentiated twice at once: seven copies of them are alive then.
+_HEAD_ENTRIES = 1 << 24
+
+
+def gauss_newton(
+    model: nn.Module,
+    task: Task | LossFunction,
+    data: Any,
+    parameters: Parameters | None = None,
+    *,
+    mode: Mode = "auto",
+    batch_size: int = 8,
+    check: bool = True,
+) -> LinearMap:
+    """Return the generalised Gauss–Newton matrix of the mean loss, as a self-adjoint map on vectors ``[..., n]``.
+
+    G = (1/N) Σ_i J_iᵀ A_i J_i over all N examples: J_i is the Jacobian of what the model returns for example i, A_i
+    the Hessian of the example's loss with respect to that (Schraudolph, "Fast curvature matrix-vector products for
+    second-order gradient descent", 2002). Positive semi-definite where the loss is convex in the outputs; for
+    cross-entropy it is the expected Fisher information. Whatever the task computes from the model's output belongs
+    to the loss. A_i comes from the task's own loss, a few examples at a time, so vocabularies may be large.
+
+    Arguments, modes, batches and errors are those of ``hessian``; the mode says how outputs are differentiated along
+    a vector.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> squares = lambda model, batch: model(batch[0]).flatten(1).square().sum(1)
+        >>> G = gauss_newton(model, squares, (torch.eye(2),))
+        >>> G(torch.tensor([1.0, 3.0]))
+        tensor([1., 3.])
+
+    Raises:
+        InputError: as ``hessian``; also where the task does not call the model exactly once a batch, or its loss
+            uses parameters by another way than the model's output.
+        NonFiniteError: a loss or a product is not finite; the message names the batch.
+    """
+    objective = Objective(model, task, data, parameters, batch_size)
+    return OuterProducts("GaussNewton", objective, mode, _ModelOutputs, check=check)
+
+
+def fisher(
+    model: nn.Module,
+    task: Task | LossFunction,
+    data: Any,
+    parameters: Parameters | None = None,
+    *,
+    mode: Mode = "auto",
+    batch_size: int = 8,
+    check: bool = True,
+) -> LinearMap:
+    """Return the empirical Fisher matrix, as a self-adjoint map on vectors ``[..., n]``.
+
+    F = (1/N) Σ_i g_i g_iᵀ, g_i the gradient of example i's loss with the data's own label: the uncentred second moment
+    of the per-example gradients (for a language model, of whole sequences). It is not the expected Fisher information,
+    whose labels are the model's; for cross-entropy that is ``gauss_newton``. No per-example gradient is formed: J and
+    A of ``gauss_newton`` become the Jacobian of the losses themselves and the identity.
+
+    Arguments, modes, batches and errors are those of ``hessian``.
+
+    Raises:
+        InputError: as ``hessian``.
+        NonFiniteError: a loss or a product is not finite; the message names the batch.
+    """
+    objective = Objective(model, task, data, parameters, batch_size)
+    return OuterProducts("Fisher", objective, mode, _Losses, check=check)
+
+
+class _Outputs(ABC):
+    """What a batch's Jacobian is taken of: tensors that depend on the leaves, and the matrix between J and Jᵀ."""
+
+    values: list[Tensor]
+    examples: int
+
+    @abstractmethod
+    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> None:
+        """Evaluate a batch with ``parameters`` in the model's place."""
+
+    @abstractmethod
+    def curve(self, directions: list[Tensor]) -> list[Tensor]:
+        """Multiply directions in output space by A."""
+
+
+class _Losses(_Outputs):
+    """The losses themselves, and the identity."""
+
+    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> None:
+        losses = objective.losses(parameters, batch)
+        self.values, self.examples = [losses], len(losses)
+
+    def curve(self, directions: list[Tensor]) -> list[Tensor]:
+        return directions
+
+
+class _ModelOutputs(_Outputs):
+    """Every floating-point tensor the model returns that the loss depends on, and the loss's Hessian in them."""
+
+    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> None:
+        self._objective, self._batch = objective, batch
+        with _cut_behind(objective.model) as calls:
+            losses = objective.losses(parameters, batch)
+        self.examples = len(losses)
+        if len(calls) != 1 or losses.requires_grad:
+            raise InputError(
+                f"{objective.task!r} uses parameters of the model besides its output"
+                if len(calls) == 1
+                else f"{objective.task!r} called the model {len(calls)} times for one batch",
+                "a loss computed from one call of the model",
+                "Use hessian(...) or fisher(...), which take any loss",
+            )
+        tensors, self._structure = pytree.tree_flatten(calls[0])
+        self._constant = [_primal(t).detach() if isinstance(t, Tensor) else t for t in tensors]
+        self._places = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.requires_grad]
+        self._places = self._used()
+        self.values = [tensors[i] for i in self._places]
+
+    def curve(self, directions: list[Tensor]) -> list[Tensor]:
+        rows = self._rows_at_once(directions)
+        if rows >= self.examples:
+            return self._curve_rows(slice(None), self._batch, directions)
+        parts = []
+        for start in range(0, self.examples, rows):
+            stop = min(start + rows, self.examples)
+            sliced = [d[start:stop] for d in directions]
+            parts.append(self._curve_rows(slice(start, stop), batch_slice(self._batch, start, stop), sliced))
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _used(self) -> list[int]:
+        heads, losses = self._losses_of(slice(None), self._batch)
+        if not losses.requires_grad:
+            return []
+        grads = torch.autograd.grad(losses.sum(), heads, allow_unused=True)
+        return [place for place, grad in zip(self._places, grads, strict=True) if grad is not None]
+
+    def _rows_at_once(self, directions: list[Tensor]) -> int:
+        """Return how many examples to take at once: all where outputs are small or not one row an example."""
+        entries = sum(d.numel() for d in directions)
+        by_row = all(d.ndim > 0 and d.shape[0] == self.examples for d in directions)
+        return max(1, self.examples * _HEAD_ENTRIES // entries) if by_row and entries > 0 else self.examples
+
+    def _curve_rows(self, rows: slice, batch: Batch, directions: list[Tensor]) -> list[Tensor]:
+        heads, losses = self._losses_of(rows, batch)
+        grads = torch.autograd.grad(losses.sum(), heads, create_graph=True)
+        curved = [i for i, grad in enumerate(grads) if grad.requires_grad]
+        if not curved:  # a loss that is linear in the outputs
+            return [torch.zeros_like(direction) for direction in directions]
+        roots, vectors = [grads[i] for i in curved], [directions[i] for i in curved]
+        return list(torch.autograd.grad(roots, heads, vectors, materialize_grads=True))
+
+    def _losses_of(self, rows: slice, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Return fresh leaves for the outputs of some examples, and those examples' losses."""
+        tree = [t[rows] if isinstance(t, Tensor) and t.ndim > 0 else t for t in self._constant]
+        for place in self._places:
+            tree[place] = tree[place].detach().requires_grad_()
+        answer = _Answer(self._objective.model, pytree.tree_unflatten(tree, self._structure))
+        return [tree[place] for place in self._places], self._objective.task.losses(answer, batch)
+
+
+class _Answer(nn.Module):
+    """A model that answers every call with an output computed before, and is the original in everything else."""
+
+    def __init__(self, model: nn.Module, output: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", model)
+        object.__setattr__(self, "_output", output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.named_parameters(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_original"), name)
+
+
+@contextmanager
+def _cut_behind(model: nn.Module) -> Iterator[list[Any]]:
+    """Collect what the model returns, and hand it on without its graph."""
+    calls: list[Any] = []
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        calls.append(output)
+        return pytree.tree_map_only(Tensor, lambda tensor: _primal(tensor).detach(), output)
+
+    handle = model.register_forward_hook(cut)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    primal: Tensor = forward_ad.unpack_dual(tensor).primal
+    return primal
+
+
+@dataclass(frozen=True)
+class _Graph:
+    outputs: _Outputs
+    duals: list[Tensor]
+    edges: list[tuple[int, GradientEdge]]
+
+
+class OuterProducts(Curvature):
+    """(1/N) Σ Jᵀ A J; built by ``gauss_newton`` and ``fisher``."""
+
+    def __init__(self, name: str, objective: Objective, mode: Mode, outputs: type[_Outputs], *, check: bool) -> None:
+        self.name, self._outputs = name, outputs
+        super().__init__(objective, mode, check=check)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({self.objective!r})"
+
+    def _record(self, leaves: Leaves, batch: Batch) -> Recorded:
+        outputs = self._outputs(self.objective, leaves.tensors, batch)
+        if not any(value.requires_grad for value in outputs.values):
+            return Recorded(leaves, None, outputs.examples, False)
+        # Jᵀw is linear in w, so its derivative with respect to w along v is J v.
+        duals = [torch.zeros_like(value).requires_grad_() for value in outputs.values]
+        grads = torch.autograd.grad(outputs.values, leaves.tensors, duals, create_graph=True, allow_unused=True)
+        edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None]
+        return Recorded(leaves, _Graph(outputs, duals, edges), outputs.examples, True)
+
+    def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
+        graph: _Graph | None = recorded.graph
+        if graph is not None:
+            roots, pieces = [edge for _, edge in graph.edges], [vector[i] for i, _ in graph.edges]
+            directions = torch.autograd.grad(roots, graph.duals, pieces, retain_graph=retain)
+            recorded.leaves.backward(graph.outputs.values, graph.outputs.curve(list(directions)), retain=retain)
+
+    def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
+            outputs = self._outputs(self.objective, duals, batch)
+            unpacked = [forward_ad.unpack_dual(value) for value in outputs.values]
+        # Outside the level: operations whose backward has no tangent would refuse to run inside.
+        roots = [u.primal for u in unpacked]
+        directions = [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
+        leaves.backward(roots, outputs.curve(directions))
+        return outputs.examples, any(root.requires_grad for root in roots)
+
+    def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
+        ahead, behind = self._shifted(vector, step), self._shifted(vector, -step)
+        leaves, examples, reached = Leaves(self.objective.values), 0, False
+        with leaves.adding_to(target):
+            for batch in self.objective.batches():
+                outputs = self._outputs(self.objective, leaves.tensors, batch)
+                high = self._outputs(self.objective, ahead.tensors, batch).values
+                low = self._outputs(self.objective, behind.tensors, batch).values
+                slopes = [
+                    ((h.detach() - s.detach()) / (2 * step)).to(value.dtype)
+                    for h, s, value in zip(high, low, outputs.values, strict=True)
+                ]
+                leaves.backward(outputs.values, outputs.curve(slopes))
+                examples, reached = examples + outputs.examples, reached or bool(outputs.values)
+        return examples, reached
