@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Batcher", "Batches", "batch_length", "batch_slice", "to_device"]
+__all__ = ["Batcher", "Batches", "batch_length", "batch_slice", "each_tensor", "to_device"]
 
 Result = TypeVar("Result")
 
@@ -169,20 +169,21 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
 
 def batch_slice(batch: Batch, start: int, stop: int) -> Batch:
     """Return examples ``start … stop-1`` of a batch."""
-    return _each_tensor(batch, lambda tensor: tensor[start:stop])
+    return each_tensor(batch, lambda tensor: tensor[start:stop])
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Return the batch with every tensor in it on ``device``."""
-    return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Return the batch with every tensor in it changed."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {key: _each_tensor(value, change) for key, value in batch.items()}
+        return {key: each_tensor(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        parts = [_each_tensor(value, change) for value in batch]
+        parts = [each_tensor(value, change) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch

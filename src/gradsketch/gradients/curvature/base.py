@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature.leaves import Leaves, split_as
-from gradsketch.gradients.curvature.objective import Objective
+from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.curvature.probe import check_deterministic
 from gradsketch.gradients.tasks import Batch
 from gradsketch.linear_map import LinearMap
@@ -58,7 +58,7 @@ class Curvature(LinearMap):
         return f"{type(self).__name__}({self.objective!r})"
 
     @abstractmethod
-    def _record(self, leaves: Leaves, batch: Batch) -> Recorded:
+    def _record(self, leaves: Leaves, losses: LossesOf, batch: Batch) -> Recorded:
         """Evaluate a batch and record its first derivatives."""
 
     @abstractmethod
@@ -116,20 +116,22 @@ class Curvature(LinearMap):
         return self._multiply_by_differences(x, out)
 
     def _multiply_by_graphs(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        if len(self.objective.data) == 1:
-            return self._replay_all(self._kept_graph(), x, out, keep=True)
-        leaves = Leaves(self.objective.values)
-        return _total(
-            self._replay_all(self._record(leaves, batch), x, out, keep=False) for batch in self.objective.batches()
-        )
-
-    def _kept_graph(self) -> Recorded:
         state = self.objective.state()
-        if self._kept is None or self._kept[0] != state:
-            self._kept = None  # frees the old graph before the new one is made
-            (batch,) = self.objective.batches()
-            self._kept = (state, self._record(Leaves(self.objective.values), batch))
-        return self._kept[1]
+        if self._kept is not None and self._kept[0] != state:
+            self._kept = None  # frees the old graph before a new one is made
+        leaves = Leaves(self.objective.values) if self._kept is None else self._kept[1].leaves
+        keep = len(self.objective.data) == 1
+        with self.objective.at(leaves.tensors) as losses:
+            if self._kept is not None:
+                return self._replay_all(self._kept[1], x, out, keep=True)
+            examples, reached = 0, False
+            for batch in self.objective.batches():
+                recorded = self._record(leaves, losses, batch)
+                self._kept = (state, recorded) if keep else None
+                count, any_reached = self._replay_all(recorded, x, out, keep=keep)
+                examples, reached = examples + count, reached or any_reached
+                del recorded
+        return examples, reached
 
     def _replay_all(self, recorded: Recorded, x: Tensor, out: Tensor, *, keep: bool) -> tuple[int, bool]:
         leaves = recorded.leaves
@@ -139,12 +141,12 @@ class Curvature(LinearMap):
         return recorded.examples, recorded.reached
 
     def _multiply_by_tangents(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        leaves = Leaves(self.objective.values)
-        totals = (0, False)
+        leaves, totals = Leaves(self.objective.values), (0, False)
         for vector, target in zip(x, out, strict=True):
             tangents = _like(vector, leaves.tensors)
             with leaves.adding_to(target):
-                totals = _total(self._push(leaves, tangents, batch) for batch in self.objective.batches())
+                parts = [self._push(leaves, tangents, batch) for batch in self.objective.batches()]
+            totals = (sum(count for count, _ in parts), any(reached for _, reached in parts))
         return totals
 
     def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
@@ -203,13 +205,6 @@ def differentiable_attention() -> Iterator[None]:
     """Keep scaled-dot-product attention on the path whose backward can itself be differentiated."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def _total(parts: Iterator[tuple[int, bool]]) -> tuple[int, bool]:
-    examples, reached = 0, False
-    for count, any_reached in parts:
-        examples, reached = examples + count, reached or any_reached
-    return examples, reached
 
 
 def _like(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.leaves import Leaves
-from gradsketch.gradients.curvature.objective import LossFunction, Objective
+from gradsketch.gradients.curvature.objective import LossesOf, LossFunction, Objective
 from gradsketch.gradients.data import batch_slice
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Batch, Task
@@ -101,8 +101,8 @@ class _Outputs(ABC):
     examples: int
 
     @abstractmethod
-    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> None:
-        """Evaluate a batch with ``parameters`` in the model's place."""
+    def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
+        """Evaluate a batch."""
 
     @abstractmethod
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
@@ -112,8 +112,8 @@ class _Outputs(ABC):
 class _Losses(_Outputs):
     """The losses themselves, and the identity."""
 
-    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> None:
-        losses = objective.losses(parameters, batch)
+    def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
+        losses = losses_of(batch)
         self.values, self.examples = [losses], len(losses)
 
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
@@ -123,10 +123,10 @@ class _Losses(_Outputs):
 class _ModelOutputs(_Outputs):
     """Every floating-point tensor the model returns that the loss depends on, and the loss's Hessian in them."""
 
-    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> None:
+    def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
         self._objective, self._batch = objective, batch
         with _cut_behind(objective.model) as calls:
-            losses = objective.losses(parameters, batch)
+            losses = losses_of(batch)
         self.examples = len(losses)
         if len(calls) != 1 or losses.requires_grad:
             raise InputError(
@@ -240,8 +240,8 @@ class OuterProducts(Curvature):
     def __repr__(self) -> str:
         return f"{self.name}({self.objective!r})"
 
-    def _record(self, leaves: Leaves, batch: Batch) -> Recorded:
-        outputs = self._outputs(self.objective, leaves.tensors, batch)
+    def _record(self, leaves: Leaves, losses_of: LossesOf, batch: Batch) -> Recorded:
+        outputs = self._outputs(self.objective, losses_of, batch)
         if not any(value.requires_grad for value in outputs.values):
             return Recorded(leaves, None, outputs.examples, False)
         # Jᵀw is linear in w, so its derivative with respect to w along v is J v.
@@ -260,26 +260,32 @@ class OuterProducts(Curvature):
     def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
-            outputs = self._outputs(self.objective, duals, batch)
+            with self.objective.at(duals) as losses_of:
+                outputs = self._outputs(self.objective, losses_of, batch)
             unpacked = [forward_ad.unpack_dual(value) for value in outputs.values]
         # Outside the level: operations whose backward has no tangent would refuse to run inside.
         roots = [u.primal for u in unpacked]
         directions = [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
-        leaves.backward(roots, outputs.curve(directions))
-        return outputs.examples, any(root.requires_grad for root in roots)
+        reached = any(root.requires_grad for root in roots)
+        with self.objective.at(leaves.tensors):
+            leaves.backward(roots if reached else [], outputs.curve(directions))
+        return outputs.examples, reached
 
     def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
         ahead, behind = self._shifted(vector, step), self._shifted(vector, -step)
         leaves, examples, reached = Leaves(self.objective.values), 0, False
-        with leaves.adding_to(target):
-            for batch in self.objective.batches():
-                outputs = self._outputs(self.objective, leaves.tensors, batch)
-                high = self._outputs(self.objective, ahead.tensors, batch).values
-                low = self._outputs(self.objective, behind.tensors, batch).values
-                slopes = [
-                    ((h.detach() - s.detach()) / (2 * step)).to(value.dtype)
-                    for h, s, value in zip(high, low, outputs.values, strict=True)
-                ]
-                leaves.backward(outputs.values, outputs.curve(slopes))
-                examples, reached = examples + outputs.examples, reached or bool(outputs.values)
+        for batch in self.objective.batches():
+            values = zip(self._values_at(ahead, batch), self._values_at(behind, batch), strict=True)
+            slopes = [(high - low) / (2 * step) for high, low in values]
+            with leaves.adding_to(target), self.objective.at(leaves.tensors) as losses_of:
+                outputs = self._outputs(self.objective, losses_of, batch)
+                if any(value.requires_grad for value in outputs.values):
+                    reached = True
+                    slopes = [slope.to(value.dtype) for slope, value in zip(slopes, outputs.values, strict=True)]
+                    leaves.backward(outputs.values, outputs.curve(slopes))
+            examples += outputs.examples
         return examples, reached
+
+    def _values_at(self, leaves: Leaves, batch: Batch) -> list[Tensor]:
+        with self.objective.at(leaves.tensors) as losses_of:
+            return [value.detach() for value in self._outputs(self.objective, losses_of, batch).values]

@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.leaves import Leaves
-from gradsketch.gradients.curvature.objective import LossFunction, Objective
+from gradsketch.gradients.curvature.objective import LossesOf, LossFunction, Objective
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import LinearMap
@@ -102,9 +102,9 @@ def add_gradients(
 ) -> tuple[int, bool]:
     """Add scale·Σ_i ∇loss_i at the leaves to ``target``; return the number of examples and whether any was reached."""
     examples, reached = 0, False
-    with leaves.adding_to(target, scale):
+    with leaves.adding_to(target, scale), objective.at(leaves.tensors) as losses_of:
         for batch in objective.batches():
-            losses = objective.losses(leaves.tensors, batch)
+            losses = losses_of(batch)
             leaves.backward([losses.sum()] if losses.requires_grad else [])
             examples, reached = examples + len(losses), reached or losses.requires_grad
             del losses  # frees the graph before the next one is built
@@ -114,8 +114,8 @@ def add_gradients(
 class Hessian(Curvature):
     """Derivative of the gradient of the mean loss along a vector; built by ``hessian``."""
 
-    def _record(self, leaves: Leaves, batch: Batch) -> Recorded:
-        losses = self.objective.losses(leaves.tensors, batch)
+    def _record(self, leaves: Leaves, losses_of: LossesOf, batch: Batch) -> Recorded:
+        losses = losses_of(batch)
         if not losses.requires_grad:
             return Recorded(leaves, [], len(losses), False)
         grads = torch.autograd.grad(losses.sum(), leaves.tensors, create_graph=True, allow_unused=True)
@@ -131,11 +131,12 @@ class Hessian(Curvature):
     def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
-            losses = self.objective.losses(duals, batch)
-            if not losses.requires_grad:
-                return len(losses), False
-            # Recording the backward pass makes PyTorch take the formulas that carry tangents (SiLU has another one).
-            grads = torch.autograd.grad(losses.sum(), duals, create_graph=True, allow_unused=True)
+            with self.objective.at(duals) as losses_of:
+                losses = losses_of(batch)
+                if not losses.requires_grad:
+                    return len(losses), False
+                # Recording the backward pass makes PyTorch take formulas that carry tangents (SiLU has another one).
+                grads = torch.autograd.grad(losses.sum(), duals, create_graph=True, allow_unused=True)
             for index, grad in enumerate(grads):
                 tangent = None if grad is None else forward_ad.unpack_dual(grad).tangent
                 if tangent is not None:

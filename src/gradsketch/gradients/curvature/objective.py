@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import Batches, to_device
+from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Batch, Task, as_task
 
-__all__ = ["LossFunction", "Objective"]
+__all__ = ["LossFunction", "LossesOf", "Objective", "check_finite"]
 
 LossFunction = Callable[[nn.Module, Batch], Float[Tensor, " b"]]
+LossesOf = Callable[[Batch], Float[Tensor, " b"]]
 
 
 class Objective:
@@ -42,8 +43,7 @@ class Objective:
         self.model, self.task = model, as_task(task)
         self.parameters = Parameters(model) if parameters is None else parameters
         self.data = Batches(self.task, data, batch_size)
-        self._bound = _Bound(model, self.task)
-        self._names = _names_in(self._bound, self.parameters)
+        _check_owned(model, self.parameters)
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}, {self.task!r}, n={self.parameters.n}"
@@ -70,28 +70,33 @@ class Objective:
                 "Check the path or the filter; what can be read only once must be wrapped in list(...)",
             )
 
-    def losses(self, values: Sequence[Tensor], batch: Batch) -> Float[Tensor, " b"]:
-        """Return the loss of each example of a batch with ``values`` in the selected parameters' place.
+    @contextmanager
+    def at(self, values: Sequence[Tensor]) -> Iterator[LossesOf]:
+        """Put ``values`` in the selected parameters' place until the block ends, and yield batch → losses [b].
 
-        Where a value is wider than its parameter, everything else the model computes with is widened with it.
+        All other parameters are constants. Keep the block open until the backward pass is over: checkpointed layers
+        are evaluated once more in it. Where a value is wider than its parameter, everything else the model computes
+        with is widened with it.
 
         Raises:
             InputError: the task returns something else than one loss per example.
         """
         wider = next((v.dtype for v, (_, p) in zip(values, self.parameters, strict=True) if v.dtype != p.dtype), None)
-        everything = {name: _widen(tensor.detach(), wider) for name, tensor in self._bound.named_parameters()}
-        everything |= dict(zip(self._names, values, strict=True))
-        if wider is not None or any(module.training for module in self.model.modules()):
-            everything |= {name: _widen(tensor.clone(), wider) for name, tensor in self._bound.named_buffers()}
-        losses = functional_call(self._bound, everything, (_widen(batch, wider),))
-        if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.is_floating_point():
-            shape = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
-            raise InputError(
-                f"losses of {shape} from {self.task!r}",
-                "one floating-point loss per example, shape [b]",
-                "Average over every dim but the first; a loss function needs reduction='none'",
-            )
-        return losses
+        chosen = {id(p): v for (_, p), v in zip(self.parameters, values, strict=True)}
+        guarded = wider is not None or any(module.training for module in self.model.modules())
+
+        def parameter(tensor: Tensor) -> Tensor:
+            return chosen[id(tensor)] if id(tensor) in chosen else _widened(tensor.detach(), wider)
+
+        def buffer(tensor: Tensor) -> Tensor:
+            return _widened(tensor.clone(), wider) if guarded else tensor
+
+        def losses(batch: Batch) -> Float[Tensor, " b"]:
+            batch = each_tensor(batch, lambda tensor: _widened(tensor, wider))
+            return _one_per_example(self.task.losses(self.model, batch), self.task)
+
+        with _swapped(self.model, parameter, buffer):
+            yield losses
 
     def state(self) -> tuple[Any, ...]:
         """Return what shows whether the model still is as it was: memory, in-place changes, train or eval."""
@@ -119,20 +124,42 @@ class Objective:
         Raises:
             NonFiniteError: there is one.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self.at(self.values) as losses:
             for index, batch in enumerate(self.batches()):
-                check_finite(self.losses(self.values, batch), index)
+                check_finite(losses(batch), index)
 
 
-class _Bound(nn.Module):
-    """A model with its task: what ``functional_call`` can swap parameters in and call."""
+@contextmanager
+def _swapped(
+    model: nn.Module, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Let other tensors take the place of a model's own until the block ends, ties included."""
+    changes: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
+    changes += [(module._parameters, parameter) for module in model.modules()]
+    changes += [(module._buffers, buffer) for module in model.modules()]
+    own = [(tensors, dict(tensors)) for tensors, _ in changes]
+    new: dict[int, Tensor] = {}
+    try:
+        for tensors, change in changes:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = new[id(tensor)] if id(tensor) in new else new.setdefault(id(tensor), change(tensor))
+        yield
+    finally:
+        for tensors, originals in own:
+            tensors.clear()
+            tensors.update(originals)
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.task = model, task
 
-    def forward(self, batch: Batch) -> Float[Tensor, " b"]:
-        return self.task.losses(self.model, batch)
+def _one_per_example(losses: Any, task: Task) -> Float[Tensor, " b"]:
+    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.is_floating_point():
+        return losses
+    came = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses).__name__}"
+    raise InputError(
+        f"losses of {came} from {task!r}",
+        "one floating-point loss per example, shape [b]",
+        "Average over every dim but the first; a loss function needs reduction='none'",
+    )
 
 
 def check_finite(losses: Float[Tensor, " b"], batch: int) -> None:
@@ -151,26 +178,17 @@ def check_finite(losses: Float[Tensor, " b"], batch: int) -> None:
         )
 
 
-def _names_in(bound: _Bound, parameters: Parameters) -> list[str]:
-    """Return the bound model's name of each selected parameter, found by identity."""
-    names: dict[int, str] = {id(tensor): name for name, tensor in bound.named_parameters()}
-    missing = [name for name, tensor in parameters if id(tensor) not in names]
+def _check_owned(model: nn.Module, parameters: Parameters) -> None:
+    own = {id(tensor) for tensor in model.parameters()}
+    missing = [name for name, tensor in parameters if id(tensor) not in own]
     if missing:
         raise InputError(
             f"{len(missing)} of {len(parameters)} parameters do not belong to the model, {missing[0]!r} first",
             "Parameters of this model",
             "Type Parameters(model); loading or moving a model may replace its tensors, so make them afterwards",
         )
-    return [names[id(tensor)] for _, tensor in parameters]
 
 
-def _widen(value: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is None:
-        return value
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.itemsize < dtype.itemsize else value
-    if isinstance(value, Mapping):
-        return {key: _widen(v, dtype) for key, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_widen(v, dtype) for v in value)
-    return value
+def _widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    narrow = dtype is not None and tensor.is_floating_point() and tensor.itemsize < dtype.itemsize
+    return tensor.to(dtype) if narrow else tensor

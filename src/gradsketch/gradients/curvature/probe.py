@@ -45,13 +45,13 @@ def check_deterministic(objective: Objective) -> bool:
 def _all_losses(objective: Objective) -> Float[Tensor, " N"]:
     # With gradients on, as in a product: some layers take another path without.
     leaves, parts, reached = Leaves(objective.values), [], False
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), objective.at(leaves.tensors) as losses_of:
         for index, batch in enumerate(objective.batches()):
-            losses = objective.losses(leaves.tensors, batch)
+            losses = losses_of(batch)
             check_finite(losses, index)
             reached = reached or losses.requires_grad
             parts.append(losses.detach())
-            del losses
+            del losses  # frees the graph before the next one is built
     objective.check_reached(reached)
     return torch.cat(parts)
 
