@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import mmap
 import os
 import socket
 from abc import ABC, abstractmethod
@@ -23,6 +24,7 @@ __all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder"]
 
 _TEMPORARY = ".tmp-"
 _counter = itertools.count()
+_MADV_POPULATE_READ = 22  # Python has no name for it yet
 
 
 class Folder(ABC):
@@ -35,8 +37,8 @@ class Folder(ABC):
         """Return the names of all finished files, sorted; empty where the folder does not exist."""
 
     @abstractmethod
-    def read(self, name: str) -> pa.Buffer:
-        """Return a file's bytes, memory-mapped.
+    def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
+        """Return a file's bytes, memory-mapped; ``whole`` says that all of them are about to be used.
 
         Raises:
             StoreError: it cannot be read.
@@ -97,11 +99,17 @@ class LocalFolder(Folder):
         except OSError as error:
             raise _failed("list", self.uri, error) from error
 
-    def read(self, name: str) -> pa.Buffer:
+    def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
         try:
-            return pa.memory_map(str(self.path / name)).read_buffer()
-        except (OSError, pa.ArrowException) as error:
+            with (self.path / name).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
             raise _failed("read", str(self.path / name), error) from error
+        if whole:
+            # One system call in place of a page fault every 64 kB; 5 ms in place of 23 ms for 164 MB in the page cache.
+            with contextlib.suppress(OSError, ValueError):  # before Linux 5.14, and elsewhere
+                mapped.madvise(_MADV_POPULATE_READ)
+        return pa.py_buffer(mapped)
 
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
         target = self.path / name
@@ -156,7 +164,7 @@ class RemoteFolder(Folder):
             raise _failed("list", self.uri, error) from error
         return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.File)
 
-    def read(self, name: str) -> pa.Buffer:
+    def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
         try:
             info = self.filesystem.get_file_info(f"{self.path}/{name}")
             if info.type != pyarrow.fs.FileType.File:
@@ -166,7 +174,7 @@ class RemoteFolder(Folder):
             if not (cache.path / cached).exists():
                 with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
                     cache.write(cached, file.read_buffer())
-            return cache.read(cached)
+            return cache.read(cached, whole=whole)
         except (OSError, pa.ArrowException) as error:
             raise _failed("read", f"{self.uri}/{name}", error) from error
 

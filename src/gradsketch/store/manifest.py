@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -58,7 +59,7 @@ class Manifest:
                     "Rename the column in your data",
                 )
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of every field; it stands in each shard."""
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)

@@ -125,15 +125,15 @@ class Store:
             )
         self.folder.write(shard_name(start, count), encode_shard(rows, start, self.manifest))
 
-    def shard(self, start: int, count: int) -> Shard:
-        """Open one shard, memory-mapped."""
+    def shard(self, start: int, count: int, *, whole: bool = False) -> Shard:
+        """Open one shard, memory-mapped; ``whole`` says that all of it is about to be used."""
         name = shard_name(start, count)
-        return open_shard(self.folder.read(name), f"{self.folder.uri}/{name}", start, count, self.manifest)
+        return open_shard(self.folder.read(name, whole=whole), f"{self.folder.uri}/{name}", start, count, self.manifest)
 
     def __iter__(self) -> Iterator[Shard]:
         """Yield the shards in order, each opened when its turn comes."""
         for start, count in self.ranges():
-            yield self.shard(start, count)
+            yield self.shard(start, count, whole=True)
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Return id, loss, gradient_norm and metadata of some rows, in the order asked for."""

@@ -1,0 +1,152 @@
+"""One streaming pass over stored sketches: blocked products with the queries and a running top k.
+
+Memory is bounded by a block, whatever the size of the index; the shards are memory-mapped one after the other.
+Letters: m queries, d sketch, k hits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Tensor
+
+from gradsketch.store import Shard, Store
+
+__all__ = ["Probe", "RowFilter", "Top", "norms", "rescore", "scan", "top"]
+
+# Entries converted to float32 at a time: eight megabytes stay in the last-level cache between conversion and product.
+_BLOCK_ENTRIES = 1 << 21
+_BLOCK_ENTRIES_GPU = 1 << 26
+
+# From a shard to one truth value a row: may this row be a hit?
+RowFilter = Callable[[Shard], Bool[Tensor, " rows"]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one checkpoint's store is multiplied with: directions [m, d], and the checkpoint's weight in the sum.
+
+    With ``unit_length`` each row counts as a vector of length one.
+    """
+
+    store: Store
+    directions: Float[Tensor, "m d"]
+    weight: float = 1.0
+    unit_length: bool = False
+
+
+@dataclass(frozen=True)
+class Top:
+    """The k largest scores of each query and the rows they belong to, largest first, ties by row; −inf pads."""
+
+    scores: Float[Tensor, "m k"]
+    rows: Int64[Tensor, "m k"]
+
+
+def scan(probes: Sequence[Probe], width: int | None = None) -> Iterator[tuple[list[Shard], Float[Tensor, "m rows"]]]:
+    """Yield, shard by shard, the shards of every checkpoint and the scores of their rows (−inf for rows left out).
+
+    With ``width`` only the first so many numbers of each sketch are used, scaled so that products stay unbiased.
+    """
+    for start, count in probes[0].store.ranges():
+        shards = [probe.store.shard(start, count, whole=width is None) for probe in probes]
+        yield shards, _combined(probes, shards, width)
+
+
+def top(
+    probes: Sequence[Probe], k: int, *, sign: int = 1, keep: RowFilter | None = None, width: int | None = None
+) -> Top:
+    """Return the k rows of largest ``sign * score`` for each query (``sign=-1``: the opponents).
+
+    Scores come back with their own sign; fewer than k rows are padded with −inf and row −1.
+    """
+    m = len(probes[0].directions)
+    best = torch.full((m, k), -torch.inf)
+    rows = torch.full((m, k), -1, dtype=torch.int64)
+    for shards, scores in scan(probes, width):
+        shard = shards[0]
+        signed = torch.where(torch.isfinite(scores), sign * scores, -torch.inf)
+        if keep is not None:
+            signed = signed.masked_fill(~keep(shard), -torch.inf)
+        best, rows = _merge(best, rows, signed, shard.start)
+    rows = torch.where(torch.isfinite(best), rows, -1)
+    return Top(torch.where(torch.isfinite(best), sign * best, -torch.inf), rows)
+
+
+def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+    """Return the exact scores of given rows, each row of ``found`` belonging to one query (−1: no row, −inf)."""
+    out = torch.full(found.shape, -torch.inf)
+    size = probes[0].store.manifest.shard_rows
+    for start in (torch.unique(found[found >= 0] // size) * size).tolist():
+        count = min(size, probes[0].store.rows - start)
+        inside = (found >= start) & (found < start + count)
+        places, inverse = torch.unique(found[inside] - start, return_inverse=True)
+        scores = _combined(probes, [p.store.shard(start, count) for p in probes], None, places)
+        out[inside] = scores[inside.nonzero()[:, 0], inverse]
+    return out
+
+
+def norms(probe: Probe) -> Iterator[tuple[Shard, Float[Tensor, " rows"]]]:
+    """Yield, shard by shard, ‖R x‖² of every row x for the map R whose rows are the probe's directions."""
+    for shard in probe.store:
+        out = torch.empty(shard.count)
+        for at, product in _products(shard.sketches, probe.directions, None):
+            out[at] = product.square().sum(dim=-1)
+        yield shard, out * _factors(probe, shard).square()
+
+
+def _combined(
+    probes: Sequence[Probe], shards: Sequence[Shard], width: int | None, places: Int64[Tensor, " rows"] | None = None
+) -> Float[Tensor, "m rows"]:
+    """Weighted sum over checkpoints of the scores of a shard's rows, or of some of them."""
+    total: Tensor | None = None
+    for probe, shard in zip(probes, shards, strict=True):
+        sketches = shard.sketches if places is None else shard.sketches[places]
+        factors = _factors(probe, shard) if places is None else _factors(probe, shard)[places]
+        out = torch.empty(len(sketches), len(probe.directions))
+        for at, product in _products(sketches, probe.directions, width):
+            out[at] = product
+        out *= factors[:, None] * probe.weight
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    return total.T
+
+
+def _factors(probe: Probe, shard: Shard) -> Float[Tensor, " rows"]:
+    """What stored numbers are multiplied with; NaN marks a row that was skipped when the index was built."""
+    norm = shard.numbers("gradient_norm")
+    if not probe.unit_length:
+        return torch.where(torch.isnan(norm), norm, shard.scale)
+    return torch.where(norm == 0, 0.0, shard.scale / norm)
+
+
+def _products(
+    sketches: Shaped[Tensor, "rows d"], directions: Float[Tensor, "m d"], width: int | None
+) -> Iterator[tuple[slice, Float[Tensor, "block m"]]]:
+    """Yield row ranges and their products with the directions, in cache-sized blocks of float32."""
+    rows, d = sketches.shape
+    device, width = directions.device, width or d
+    used = directions[:, :width] * (d / width)
+    step = max(1, (_BLOCK_ENTRIES if device.type == "cpu" else _BLOCK_ENTRIES_GPU) // width)
+    buffer = torch.empty(min(step, rows), width, device=device)
+    for start in range(0, rows, step):
+        block = sketches[start : start + step, :width]
+        floats = buffer[: len(block)].copy_(block)
+        yield slice(start, start + len(block)), (floats @ used.T).cpu()
+
+
+def _merge(
+    best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], scores: Float[Tensor, "m count"], start: int
+) -> tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"]]:
+    """Fold a block into the running top k; of equal scores the earlier row wins."""
+    k = best.shape[1]
+    least = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+    # Every entry that can be among the k, ties included; for few queries these are a few columns of the block.
+    columns = ((scores >= least) & (scores > best[:, -1:])).any(dim=0).nonzero()[:, 0]
+    both = torch.cat([best, scores[:, columns]], dim=1)
+    numbers = torch.cat([rows, (columns + start).expand(len(rows), -1)], dim=1)
+    values, places = both.sort(dim=1, descending=True, stable=True)
+    return values[:, :k].contiguous(), numbers.gather(1, places[:, :k])
