@@ -61,8 +61,9 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Return where converted and downloaded files are kept: ``$XDG_CACHE_HOME/gradsketch``, usually in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsketch"
+    """Return where converted and fetched files are kept: ``$GRADSKETCH_CACHE``, or in the user's cache folder."""
+    chosen = os.environ.get("GRADSKETCH_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradsketch"
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

@@ -1,0 +1,138 @@
+"""The page for the hits of a query: each question with its answer, and the training examples behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradsketch
+from gradsketch.attribution.results import Hit, Hits, QueryHits
+from gradsketch.report.page import render, write
+
+__all__ = ["hits_page"]
+
+_LONGEST = 4000  # characters of a text that are shown; a page of many book-length texts would open in no phone
+_SHADES = 9  # steps of a token's colour
+_IMAGE = "data:image/"
+
+
+def hits_page(
+    hits: Hits,
+    path: str | Path,
+    *,
+    title: str = "Which training examples made the model say this?",
+    introduction: str = "",
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write one self-contained HTML page and return its path.
+
+    Texts are shown up to 4,000 characters, around the strongest token of those that are longer. A metadata value that
+    is an image (``data:image/png;base64,…``) is shown as one.
+
+    Args:
+        hits: what ``index.query`` returned.
+        path: where to write; a file there is replaced, whole or not at all.
+        title: the headline.
+        introduction: a sentence or two under it.
+        notes: one line under each query, in order; may be shorter than the queries.
+
+    Raises:
+        InputError: the path is a folder.
+        StoreError: the path cannot be written to.
+    """
+    shared = "cos" in hits.score.name.lower()  # cosines compare between queries, other scores do not
+    scale = _largest(hits.queries) if shared else None
+    context = {
+        "title": title,
+        "introduction": introduction,
+        "hits": hits,
+        "queries": [_query(query, scale, notes[i] if i < len(notes) else "") for i, query in enumerate(hits)],
+        "shared_scale": shared,
+        "version": gradsketch.__version__,
+    }
+    return write(path, render("hits.html", context))
+
+
+def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
+    scale = scale or _largest([query])
+    hits = (*query.proponents, *query.opponents)
+    strongest = max((abs(token.value) for hit in hits for token in hit.tokens), default=0.0)
+    return {
+        "text": query.text,
+        "answer": query.answer,
+        "loss": _number(query.loss),
+        "members": query.members,
+        "note": note,
+        "proponents": [_hit(hit, scale, strongest) for hit in query.proponents],
+        "opponents": [_hit(hit, scale, strongest) for hit in query.opponents],
+    }
+
+
+def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
+    pieces = [(token.token, token.value) for token in hit.tokens] or [(hit.text or "", 0.0)]
+    shown, before, after = _excerpt(pieces)
+    return {
+        "rank": hit.rank,
+        "score": _number(hit.score, "+.3g") if hit.score else "0",
+        "width": round(100 * min(abs(hit.score) / scale, 1.0), 2) if scale and math.isfinite(hit.score) else 0,
+        "sign": "for" if hit.score >= 0 else "against",
+        "pieces": [_piece(text, value, strongest) for text, value in shown],
+        "before": before,
+        "after": after,
+        "facts": [("id", hit.id), *_facts(hit.metadata), ("loss", _number(hit.loss))],
+        "images": [(name, value) for name, value in hit.metadata.items() if _is_image(value)],
+        "beyond": f"{hit.beyond_tokens:+.2g}" if hit.beyond_tokens else "",
+    }
+
+
+def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
+    word = text.lstrip()
+    number = f"{value:+.2g}" if value else ""
+    return {
+        "space": text[: len(text) - len(word)],
+        "word": word,
+        "shade": _shade(value, strongest),
+        "value": number,
+    }
+
+
+def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in metadata.items() if value is not None and not _is_image(value)]
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_IMAGE)
+
+
+def _number(value: float, form: str = ".3g") -> str:
+    return format(value, form) if math.isfinite(value) else "unknown"
+
+
+def _largest(queries: Sequence[QueryHits]) -> float:
+    scores = (abs(hit.score) for query in queries for hit in (*query.proponents, *query.opponents))
+    return max((score for score in scores if math.isfinite(score)), default=0.0)
+
+
+def _shade(value: float, strongest: float) -> str:
+    """Return a class from p1 (faint, raises the score) to p9, or n1 to n9 (lowers it); none below half a step."""
+    step = round(_SHADES * abs(value) / strongest) if strongest else 0
+    return f"{'p' if value > 0 else 'n'}{step}" if step else ""
+
+
+def _excerpt(pieces: list[tuple[str, float]]) -> tuple[list[tuple[str, float]], int, int]:
+    """Return the pieces to show and how many characters are left out before and after them."""
+    total = sum(len(text) for text, _ in pieces)
+    if total <= _LONGEST:
+        return pieces, 0, 0
+    strongest = max(range(len(pieces)), key=lambda i: abs(pieces[i][1]))
+    middle = sum(len(text) for text, _ in pieces[:strongest])
+    start = min(max(middle - _LONGEST // 2, 0), total - _LONGEST)
+    shown, position = [], 0
+    for text, value in pieces:
+        part = text[max(start - position, 0) : max(start + _LONGEST - position, 0)]
+        position += len(text)
+        if part:
+            shown.append((part, value))
+    return shown, start, total - start - _LONGEST

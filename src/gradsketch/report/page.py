@@ -1,0 +1,74 @@
+"""One HTML file that needs nothing else: style and script inside, no request to anywhere, no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gradsketch.errors import InputError
+from gradsketch.store.folder import LocalFolder
+
+__all__ = ["printable", "render", "write"]
+
+# Control characters have no picture of their own; Unicode has one for each. Tab and line feed stay as they are.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """Fill a template; every value is escaped, and made printable where it is not.
+
+    The page's content security policy lets in nothing but its own style and script, by their hashes, and images that
+    stand in the page itself. So a text that slipped through the escaping still could not run or load anything.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
+    inline = {"style": Markup(style), "script": Markup(script), "policy": policy}
+    return _environment().get_template(template).render(**context, **inline)
+
+
+def write(path: str | Path, text: str) -> Path:
+    """Write the page in UTF-8, whole or not at all, making its folder where there is none, and return its path.
+
+    Raises:
+        InputError: the path is a folder.
+        StoreError: no permission, or no room.
+    """
+    path = Path(path)
+    if path.is_dir() or not LocalFolder(path.parent).write(path.name, text.encode("utf-8")):
+        raise InputError(f"{path}, which is a folder or lies inside a file", "a file", "Choose another path")
+    return path
+
+
+def printable(value: Any) -> Any:
+    """Return a text with control characters as their pictures and lone surrogates as U+FFFD; anything else as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return value.translate(_PICTURES).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _asset(name: str) -> str:
+    return (files("gradsketch.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("gradsketch.report"),
+        autoescape=True,
+        finalize=printable,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
