@@ -32,7 +32,11 @@ _HOME = {
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
     "hessian": "gradsketch.gradients.curvature",
+    "linear_datamodeling_score": "gradsketch.evaluation.lds",
     "loss_gradient": "gradsketch.gradients.curvature",
+    "mislabelled_auc": "gradsketch.evaluation.mislabelled",
+    "removal_check": "gradsketch.evaluation.causal",
+    "retrain_on_subsets": "gradsketch.evaluation.retraining",
 }
 
 __all__ = sorted(_HOME)
@@ -48,6 +52,10 @@ if TYPE_CHECKING:
         NonFiniteError,
         StoreError,
     )
+    from gradsketch.evaluation.causal import removal_check
+    from gradsketch.evaluation.lds import linear_datamodeling_score
+    from gradsketch.evaluation.mislabelled import mislabelled_auc
+    from gradsketch.evaluation.retraining import retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task

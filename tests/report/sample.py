@@ -1,6 +1,7 @@
 """Hits made by hand: what a page must show, from the everyday to the hostile."""
 
-from gradsketch.attribution.results import Cost, Hit, Hits, QueryHits, Score, TokenContribution
+from gradsketch.attribution.results import Cost, Hit, Hits, QueryHits, TokenContribution
+from gradsketch.attribution.scores import KINDS
 
 HOSTILE = (
     "</blockquote></style></script><script>document.title='broken in'</script><img src=x onerror=alert(1)> {{ 7*7 }}"
@@ -25,7 +26,7 @@ def query(text: str, answer: str | None, proponents, opponents=(), members: int 
 
 
 def hits(*queries: QueryHits, rows: int = 140) -> Hits:
-    score = Score("preconditioned cosine", "cos(q, (XᵀX/n + λI)⁻¹ x)", "cosines, from −1 to 1", 0.1)
+    score = KINDS["ridge"].described(0.1)
     return Hits(queries, score, "runs/facts", rows, 4096, Cost(0.41, 0.08, 0.003, 1_146_880, rows))
 
 

@@ -50,7 +50,7 @@ def test_everything_a_reader_needs_is_there(tmp_path):
     )
     for text in ("Who taught it?", "A trial.", "before: Paris", "The capital city of France is", "أوسلو", "日本の首都"):
         assert text in page.text
-    for text in ("+0.78", "-0.07", "row-10", "planted", "mean of 8 examples", "4,096", "runs/facts", "cos(q,"):
+    for text in ("+0.78", "-0.07", "row-10", "planted", "mean of 8 examples", "4,096", "runs/facts", "X̂ᵀX̂"):
         assert text in page.text
     assert len(page.with_class("hit")) == 15
     assert page.open == []

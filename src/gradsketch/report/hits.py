@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gradsketch
 from gradsketch.attribution.results import Hit, Hits, QueryHits
+from gradsketch.attribution.scores import KINDS
 from gradsketch.report.page import render, write
 
 __all__ = ["hits_page"]
@@ -42,7 +43,8 @@ def hits_page(
         InputError: the path is a folder.
         StoreError: the path cannot be written to.
     """
-    shared = "cos" in hits.score.name.lower()  # cosines compare between queries, other scores do not
+    kind = KINDS.get(hits.score.name)
+    shared = kind is not None and kind.unit_length  # such scores compare between queries, others do not
     scale = _largest(hits.queries) if shared else None
     context = {
         "title": title,
@@ -50,7 +52,7 @@ def hits_page(
         "hits": hits,
         "queries": [_query(query, scale, notes[i] if i < len(notes) else "") for i, query in enumerate(hits)],
         "shared_scale": shared,
-        "version": gradsketch.__version__,
+        "version": version("gradsketch"),
     }
     return write(path, render("hits.html", context))
 

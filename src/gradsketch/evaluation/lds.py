@@ -1,0 +1,98 @@
+"""Linear datamodeling score: do summed scores predict what models trained on part of the data say?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from gradsketch.errors import InputError
+from gradsketch.evaluation.retraining import Retrainings
+from gradsketch.random import Stream
+
+__all__ = ["LinearDatamodelingScore", "linear_datamodeling_score"]
+
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class LinearDatamodelingScore:
+    """Mean Spearman correlation over the queries, between −1 and 1: 0 is chance.
+
+    ``standard_error`` is that of a bootstrap over both queries and subsets (200 draws), which are shared by all
+    queries. ``seconds`` is what the retraining took.
+    """
+
+    value: float
+    standard_error: float
+    per_query: tuple[float, ...]
+    subsets: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"LDS {self.value:.3f} ± {self.standard_error:.3f} ({len(self.per_query)} queries, {self.subsets} models)"
+        )
+
+
+def linear_datamodeling_score(
+    scores: Float[Tensor, "q n"], retrainings: Retrainings, *, seed: int = 0
+) -> LinearDatamodelingScore:
+    """Correlate, over subsets, the sum of the kept rows' scores with minus the query's loss.
+
+    Park et al. 2023 (TRAK), definition 2.3, with the loss for the model's output and the sign of this library: a
+    positive score means that training on the row lowers the query's loss.
+
+    Args:
+        scores: of every training row for every query.
+        retrainings: from :func:`retrain_on_subsets`, with the same queries in the same order.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: shapes differ, or a query's predictions or losses are all equal, so that nothing correlates.
+    """
+    (m, n), q = retrainings.kept.shape, retrainings.losses.shape[1]
+    if scores.shape != (q, n):
+        raise InputError(
+            f"scores of shape {list(scores.shape)}", f"[{q}, {n}]: {q} queries, {n} training rows", "Score every row"
+        )
+    predicted = _predicted(retrainings.kept, scores)
+    actual = -retrainings.losses.numpy()
+    _refuse_constant(predicted, "summed scores")
+    _refuse_constant(actual, "losses")
+    per_query = _spearman(predicted, actual)
+    stream = Stream(seed, "lds bootstrap")
+    subsets = stream.child("subsets").integers(0, _RESAMPLES * m, m).view(_RESAMPLES, m).numpy()
+    queries = stream.child("queries").integers(0, _RESAMPLES * q, q).view(_RESAMPLES, q).numpy()
+    draws = [
+        np.nanmean(_spearman(predicted[rows], actual[rows])[columns])
+        for rows, columns in zip(subsets, queries, strict=True)
+    ]
+    return LinearDatamodelingScore(
+        float(per_query.mean()), float(np.std(draws, ddof=1)), tuple(per_query.tolist()), m, retrainings.seconds
+    )
+
+
+def _predicted(kept: Bool[Tensor, "m n"], scores: Float[Tensor, "q n"]) -> np.ndarray:
+    return (kept.double() @ scores.detach().double().cpu().T).numpy()
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the rank correlation of each column, NaN where one of the two is constant."""
+    ranks = [rankdata(values, axis=0) for values in (x, y)]
+    x, y = (values - values.mean(0) for values in ranks)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(0) / np.sqrt((x**2).sum(0) * (y**2).sum(0)))
+
+
+def _refuse_constant(values: np.ndarray, what: str) -> None:
+    constant = np.flatnonzero(np.ptp(values, axis=0) == 0)
+    if len(constant):
+        raise InputError(
+            f"the {what} of query {constant[0]} are the same for every subset",
+            "queries and scores that depend on the training data",
+            "Drop the query, or check that every row was scored",
+        )

@@ -1,0 +1,98 @@
+"""Finding wrong labels: area under the ROC curve, always next to that of the plain training loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gradsketch.errors import InputError
+
+__all__ = ["AreaUnderCurve", "Mislabelled", "mislabelled_auc"]
+
+
+@dataclass(frozen=True)
+class AreaUnderCurve:
+    """The chance that a wrong label is ranked above a right one, with its standard error.
+
+    ``precision`` is the share of wrong labels among as many examples as there are wrong labels, most suspicious first.
+    """
+
+    value: float
+    standard_error: float
+    precision: float
+
+
+@dataclass(frozen=True)
+class Mislabelled:
+    """How well a suspicion finds wrong labels, and how well the training loss alone does.
+
+    ``difference`` is suspicion minus loss, with a standard error that counts both as measured on the same examples.
+    """
+
+    suspicion: AreaUnderCurve
+    loss: AreaUnderCurve
+    difference: float
+    difference_standard_error: float
+    wrong: int
+    examples: int
+
+    def __str__(self) -> str:
+        s, b = self.suspicion, self.loss
+        return (
+            f"AUC {s.value:.4f} ± {s.standard_error:.4f}, plain loss {b.value:.4f} ± {b.standard_error:.4f} "
+            f"({self.wrong} wrong labels among {self.examples})"
+        )
+
+
+def mislabelled_auc(
+    suspicion: Float[Tensor, " n"], loss: Float[Tensor, " n"], wrong: Bool[Tensor, " n"]
+) -> Mislabelled:
+    """Compare a suspicion (larger = more likely wrong), such as self-influence, with the training loss.
+
+    Standard errors by DeLong, DeLong and Clarke-Pearson 1988, equations 3–6: exact in form, whatever the distributions.
+
+    Raises:
+        InputError: fewer than two wrong or two right labels, or a value that is not a number.
+    """
+    for name, values in (("suspicion", suspicion), ("loss", loss)):
+        if torch.isnan(values).any():
+            place = int(torch.isnan(values).nonzero()[0])
+            raise InputError(f"{name} {place} is not a number", "one number an example", "Score every example")
+    if min(int(wrong.sum()), int((~wrong).sum())) < 2:
+        raise InputError(
+            f"{int(wrong.sum())} wrong labels among {len(wrong)}",
+            "at least two wrong and two right labels",
+            "Flip more labels",
+        )
+    curves = [_placements(values.detach().double().cpu(), wrong.cpu()) for values in (suspicion, loss)]
+    areas = [
+        AreaUnderCurve(float(above.mean()), _standard_error(above, below), _precision(values, wrong))
+        for (above, below), values in zip(curves, (suspicion, loss), strict=True)
+    ]
+    paired = _standard_error(curves[0][0] - curves[1][0], curves[0][1] - curves[1][1])
+    return Mislabelled(areas[0], areas[1], areas[0].value - areas[1].value, paired, int(wrong.sum()), len(wrong))
+
+
+def _placements(values: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each wrong example, the share of right ones below it; for each right one, of wrong ones above it."""
+    return _share_below(values[wrong], values[~wrong]), 1 - _share_below(values[~wrong], values[wrong])
+
+
+def _share_below(values: Tensor, others: Tensor) -> Tensor:
+    """Return for each value the share of others that are smaller, ties counted half."""
+    ordered = others.sort().values
+    below, not_above = (torch.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return (below + not_above).double() / (2 * len(others))
+
+
+def _standard_error(above: Tensor, below: Tensor) -> float:
+    return math.sqrt(float(above.var() / len(above) + below.var() / len(below)))
+
+
+def _precision(values: Tensor, wrong: Tensor) -> float:
+    count = int(wrong.sum())
+    return float(wrong.cpu()[values.detach().cpu().argsort(descending=True, stable=True)[:count]].double().mean())

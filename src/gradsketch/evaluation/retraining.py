@@ -1,0 +1,126 @@
+"""Training again on part of the data, and asking the same questions: the ground truth of attribution."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gradsketch.errors import FingerprintError, InputError, NonFiniteError
+from gradsketch.random import Stream
+from gradsketch.store.folder import LocalFolder
+
+__all__ = ["Measure", "Retrainings", "Train", "retrain_on_subsets", "retrained_losses"]
+
+# From the rows to train on, in increasing order, to a trained model: the same rows must give the same model.
+Train = Callable[[list[int]], nn.Module]
+# From a model to the loss of each query, [q].
+Measure = Callable[[nn.Module], Float[Tensor, " q"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Retrainings:
+    """What models trained on random subsets say: which rows each one kept, and each query's loss under it.
+
+    ``seconds`` is what training and asking took, of this run only where another one began it.
+    """
+
+    kept: Bool[Tensor, "m n"]
+    losses: Float[Tensor, "m q"]
+    seconds: float
+
+
+def retrain_on_subsets(
+    train: Train,
+    measure: Measure,
+    n: int,
+    *,
+    subsets: int = 50,
+    fraction: float = 0.5,
+    seed: int = 0,
+    path: str | Path | None = None,
+) -> Retrainings:
+    """Train on random subsets of the ``n`` training rows and measure every query's loss under each model.
+
+    Subsets are drawn without replacement, each from its own random stream, so that more of them extend fewer. With
+    ``path``, a JSON file, finished subsets are kept and the same call goes on where it was interrupted.
+
+    Args:
+        train: from rows to a trained model; give it the same seed each time.
+        measure: from a model to the queries' losses ``[q]``.
+        n: number of training rows.
+        subsets: how many models; the error of a score shrinks like 1/√subsets.
+        fraction: share of the rows in each subset.
+        seed: of the subsets.
+        path: where finished subsets are kept.
+
+    Raises:
+        InputError: fewer than two subsets, or subsets that are empty or everything.
+        NonFiniteError: a loss is not a finite number.
+        FingerprintError: the file holds subsets of other data, drawn otherwise.
+    """
+    size = round(fraction * n)
+    if not 0 < size < n or subsets < 2:
+        raise InputError(
+            f"{subsets} subsets of {size} of {n} rows",
+            "at least 2 subsets, each smaller than the data and not empty",
+            "Type subsets=50, fraction=0.5",
+        )
+    start = time.perf_counter()
+    drawn = [Stream(seed, "subset", str(j)).permutation(n)[:size].sort().values for j in range(subsets)]
+    log = _Log(path, {"n": n, "fraction": fraction, "seed": seed})
+    for j in tqdm(range(len(log.losses), subsets), desc="retraining", unit="model", disable=None):
+        log.append(retrained_losses(train, measure, drawn[j].tolist(), f"subset {j}").tolist())
+    kept = torch.zeros(subsets, n, dtype=torch.bool)
+    for j, rows in enumerate(drawn):
+        kept[j, rows] = True
+    losses = torch.tensor(log.losses[:subsets], dtype=torch.float64)
+    return Retrainings(kept, losses, time.perf_counter() - start)
+
+
+def retrained_losses(train: Train, measure: Measure, rows: Sequence[int], name: str) -> Float[Tensor, " q"]:
+    """Return the queries' losses under a model trained on ``rows``, in float64 on the CPU.
+
+    Raises:
+        NonFiniteError: one is not finite; ``name`` says of which model.
+    """
+    model = train(list(rows))
+    with torch.no_grad():
+        losses = measure(model).detach().double().cpu()
+    if not torch.isfinite(losses).all():
+        raise NonFiniteError(
+            f"the loss of query {int((~torch.isfinite(losses)).nonzero()[0])} under the model of {name} is not finite",
+            "a training run that converges on every subset",
+            "Lower the learning rate, or keep more rows",
+        )
+    return losses
+
+
+class _Log:
+    """Losses of finished subsets, in memory and in a file that is replaced whole after each."""
+
+    def __init__(self, path: str | Path | None, facts: dict[str, int | float]) -> None:
+        self.path = None if path is None else Path(path)
+        self.facts, self.losses = facts, list[list[float]]()
+        if self.path is not None and self.path.exists():
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            self.losses = stored.pop("losses")
+            if stored != facts:
+                raise FingerprintError(
+                    f"{self.path} holds subsets drawn with {stored}",
+                    f"{facts}",
+                    "Give another path, or delete the file",
+                )
+
+    def append(self, losses: list[float]) -> None:
+        self.losses.append(losses)
+        if self.path is not None:
+            text = json.dumps({**self.facts, "losses": self.losses})
+            LocalFolder(self.path.parent).write(self.path.name, text.encode())
