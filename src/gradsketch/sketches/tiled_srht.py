@@ -1,0 +1,73 @@
+"""TiledSRHT: a sketch of a matrix, computed from its factors where it is a sum of outer products."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.errors import InputError
+from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.tiling import Tiling
+
+__all__ = ["TiledSRHT"]
+
+
+class TiledSRHT(Sketch):
+    """√(r'·c'/d) times d entries, in tiles, of (H B_r) X (H B_c)ᵀ, for X of shape rows × columns (n entries, row-major).
+
+    For X = Σ_t g_t a_tᵀ, the gradient of a linear layer, ``outer`` transforms the factors and multiplies only the tiles
+    that are kept: X is never formed. Tiles of 1 × 1 would make it a TensorSRHT, one tile a Kronecker SRHT.
+
+    Source: T. Ahle et al., "Oblivious Sketching of High-Degree Polynomial Kernels", SODA 2020 (TensorSRHT).
+
+    Example:
+        >>> import torch
+        >>> phi = TiledSRHT(8, 4, 16)
+        >>> g, a = torch.randn(2, 5, 8), torch.randn(2, 5, 4)
+        >>> torch.allclose(phi.outer(g, a), phi((g.mT @ a).flatten(1)), atol=1e-5)
+        True
+
+    Raises:
+        InputError: rows, columns or d is not a positive integer, or d > rows·columns.
+    """
+
+    nesting = "prefix"
+
+    def __init__(self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", of: int | None = None) -> None:
+        super().__init__(rows * columns, d, seed=seed)
+        self.rows, self.columns, self.name = rows, columns, name
+        self._tiling = Tiling(rows, columns, d, self.stream.child(name), of)
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {"rows": self.rows, "columns": self.columns, "name": self.name, "of": self._tiling.of}
+
+    def truncate(self, d: int) -> TiledSRHT:
+        self._check_nested(d)
+        return TiledSRHT(self.rows, self.columns, d, seed=self.seed, name=self.name, of=self._tiling.of)
+
+    def outer(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> Float[Tensor, "b d"]:
+        """Return the sketches of the b matrices Σ_t left_t right_tᵀ.
+
+        Raises:
+            InputError: shapes that do not match the matrix.
+        """
+        if left.shape[:2] != right.shape[:2] or left.shape[2] != self.rows or right.shape[2] != self.columns:
+            raise InputError(
+                f"factors of shapes {list(left.shape)} and {list(right.shape)}",
+                f"[b, t, {self.rows}] and [b, t, {self.columns}]",
+                "Pass output gradients first and inputs second, or the other way round for a transposed weight",
+            )
+        out = self._empty(left)
+        self._tiling.add_outer(out, left, right)
+        return out
+
+    def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        out = self._empty(x)
+        self._tiling.add_matrix(out, x.view(-1, self.rows, self.columns))
+        return out
+
+    def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        return self._tiling.adjoint(w).flatten(1)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.d, dtype=widened(x.dtype))
