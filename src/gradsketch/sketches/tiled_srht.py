@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,7 +34,9 @@ class TiledSRHT(Sketch):
 
     nesting = "prefix"
 
-    def __init__(self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", of: int | None = None) -> None:
+    def __init__(
+        self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", of: int | None = None
+    ) -> None:
         super().__init__(rows * columns, d, seed=seed)
         self.rows, self.columns, self.name = rows, columns, name
         self._tiling = Tiling(rows, columns, d, self.stream.child(name), of)
@@ -70,4 +73,4 @@ class TiledSRHT(Sketch):
         return self._tiling.adjoint(w).flatten(1)
 
     def _empty(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), self.d, dtype=widened(x.dtype))
+        return x.new_zeros(len(x), self.d, dtype=torch.promote_types(x.dtype, torch.float32))

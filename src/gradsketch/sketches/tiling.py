@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.random import Stream
+from gradsketch.sketches.mixing import power_of_two_at_least
 
-__all__ = ["Side", "Tiling", "power_of_two_at_least"]
+__all__ = ["Block", "Tiling"]
 
 # Coordinates of a side that are computed, at most, unless d asks for more. More coordinates mean less noise on
 # low-rank gradients, at a cost that grows in proportion.
@@ -22,9 +24,28 @@ _COORDINATES = 256
 _DENSE = 512
 
 
-def power_of_two_at_least(n: int) -> int:
-    """Return the least power of two ≥ n."""
-    return 1 << (n - 1).bit_length()
+class Block(ABC):
+    """A sketch of one matrix-shaped parameter that adds its numbers to a sum."""
+
+    @abstractmethod
+    def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
+        """Add the sketches of matrices given by their entries."""
+
+    @abstractmethod
+    def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
+        """Apply the adjoint of ``add_matrix``."""
+
+    def add_outer(
+        self, out: Float[Tensor, "b d"], left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]
+    ) -> None:
+        """Add the sketches of Σ_t left_t right_tᵀ."""
+        self.add_matrix(out, left.mT @ right)
+
+    @abstractmethod
+    def add_rows(
+        self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
+    ) -> None:
+        """Add the sketches of matrices whose row ``index_t`` gets ``right_t``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,7 @@ class Side:
         return self.stream.child("signs").signs(0, self.size, dtype=like.dtype, device=like.device)
 
 
-class Tiling:
+class Tiling(Block):
     """d coordinates of an isometric image of a matrix X: tiles of X̂ = (H B_r) X (H B_c)ᵀ, scaled by √(r'·c'/d).
 
     The randomly ordered coordinates of each side are split in groups; round k pairs group j of the rows with group
@@ -136,25 +157,21 @@ class Tiling:
         out.index_add_(1, target[inside], numbers[:, inside].to(out.dtype))
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
-        """Add the sketches of matrices given by their entries."""
         half = self.column_side.transform(x)
         self.add_coordinates(out, self.row_side.transform(half.mT).mT)
 
     def add_outer(
         self, out: Float[Tensor, "b d"], left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]
     ) -> None:
-        """Add the sketches of Σ_t left_t right_tᵀ, which is never formed."""
         self.add_coordinates(out, self.row_side.transform(left).mT @ self.column_side.transform(right))
 
     def add_rows(
         self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
     ) -> None:
-        """Add the sketches of matrices whose row ``index_t`` gets ``right_t``."""
         right = self.column_side.transform(right)
         self.add_coordinates(out, self.row_side.rows(index, right).mT @ right)
 
     def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
-        """Apply the adjoint of ``add_matrix``."""
         if self.d < self.of:
             w = functional.pad(w, (0, self.of - self.d))
         numbers = w if self.target is None else w[:, self.target.to(w.device)]

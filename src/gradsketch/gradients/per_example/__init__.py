@@ -1,0 +1,1 @@
+"""Per-example gradients, sketched while backward passes by."""

@@ -1,0 +1,86 @@
+"""Per-example gradients by the textbook: one example at a time, or vmap of grad; and the implicit sketch of [P]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.sketches.base import Sketch
+
+__all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
+
+Gradients = dict[str, Tensor]
+_CHUNK_BYTES = 1 << 28
+
+
+def gradients_by_loop(
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Gradients]]:
+    """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone."""
+    for position in range(batch_length(batch)):
+        loss = task.losses(model, batch_slice(batch, position, position + 1)).sum()
+        parts = _gradients(loss, list(tensors.values()))
+        yield position, {name: part[None] for name, part in zip(tensors, parts, strict=True)}
+
+
+def gradients_by_vmap(
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Gradients]]:
+    """Yield (first position, gradients ``[chunk, *shape]`` by name), vmap of grad over chunks of the batch."""
+    runner = _Runner(model, task)
+    detached = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
+
+    def loss(values: Gradients, example: Batch) -> Tensor:
+        alone = torch.utils._pytree.tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, example)
+        losses: Tensor = torch.func.functional_call(runner, values, (alone,))
+        return losses.sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    chunk = max(1, _CHUNK_BYTES // size)
+    for start in range(0, batch_length(batch), chunk):
+        stop = min(start + chunk, batch_length(batch))
+        parts = each(detached, batch_slice(batch, start, stop))
+        yield start, {name: parts[f"model.{name}"] for name in tensors}
+
+
+def implicit_sketches(
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], sketch: Sketch
+) -> Iterator[tuple[int, Float[Tensor, "1 d"]]]:
+    """Yield (position, sketch): the gradient at w = 0 of w ↦ L(theta0 + Phiᵀ w), [P] eq. 5."""
+    runner = _Runner(model, task)
+    example = next(iter(tensors.values()))
+    dtype = torch.promote_types(example.dtype, torch.float32)
+    for position in range(batch_length(batch)):
+        w = torch.zeros(sketch.d, dtype=dtype, device=example.device, requires_grad=True)
+        steps = sketch.lift(w).split([t.numel() for t in tensors.values()])
+        moved = {
+            f"model.{name}": tensor.detach() + step.view_as(tensor).to(tensor.dtype)
+            for (name, tensor), step in zip(tensors.items(), steps, strict=True)
+        }
+        losses = torch.func.functional_call(runner, moved, (batch_slice(batch, position, position + 1),))
+        yield position, _gradients(losses.sum(), [w])[0][None]
+
+
+class _Runner(nn.Module):
+    """Makes a task's losses the forward of a module, so that functional_call can put other tensors in its model."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Batch) -> Any:
+        return self.task.losses(self.model, batch)
+
+
+def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(t) for t in tensors]
+    parts = torch.autograd.grad(loss, tensors, allow_unused=True)
+    return [torch.zeros_like(t) if part is None else part for t, part in zip(tensors, parts, strict=True)]

@@ -1,0 +1,148 @@
+"""BlockSum: the sum of one sketch per parameter tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from gradsketch.errors import InputError
+from gradsketch.random import Stream
+from gradsketch.sketches.affd import AFFD
+from gradsketch.sketches.afjl import AFJL
+from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.tiling import Block, Tiling
+
+__all__ = ["BlockSum"]
+
+_KINDS: dict[str, type[Sketch]] = {"affd": AFFD, "afjl": AFJL}
+
+
+class Shaped(Protocol):
+    """Names and shapes of tensors, such as ``Parameters``."""
+
+    @property
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """Shape of each tensor, by name."""
+
+
+class BlockSum(Sketch):
+    """Phi(g) = Σ_p Phi_p(g_p) over parameter tensors p, each with a random stream of its own name.
+
+    Unbiased, because the streams are independent; a sketch of fewer parameters is a part of the sum, and gradients may
+    come tensor by tensor. ``kind="auto"`` tiles matrices (and convolutions, as output channels × the rest), whose
+    gradients then never need to be formed, and places small tensors by an isometry; any other kind names the vector
+    sketch used for each tensor with more than d entries. Keeps names and shapes only, never the tensors.
+
+    Example:
+        >>> import torch, gradsketch as gs
+        >>> phi = BlockSum(gs.Parameters(torch.nn.Linear(30, 20)), 64)
+        >>> phi(torch.randn(5, 620)).shape
+        torch.Size([5, 64])
+
+    Raises:
+        InputError: no tensors, an unknown kind, or d is not a positive integer ≤ n.
+    """
+
+    nesting: ClassVar[Literal["prefix", "fold"] | None] = "prefix"
+
+    def __init__(
+        self,
+        parameters: Shaped | Mapping[str, Sequence[int]],
+        d: int,
+        *,
+        seed: int = 0,
+        kind: str = "auto",
+        of: int | None = None,
+    ) -> None:
+        shapes = parameters if isinstance(parameters, Mapping) else parameters.shapes
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        if not self.shapes:
+            raise InputError("no parameter tensors", "names and shapes", "Type BlockSum(Parameters(model), d)")
+        super().__init__(sum(math.prod(shape) for shape in self.shapes.values()), d, seed=seed)
+        self.kind = self._choice("kind", kind, ("auto", *_KINDS))
+        self.of = of or d
+        self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, in the order in which the flat vector holds them."""
+        return tuple(self.shapes)
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        shapes = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
+        return {"kind": self.kind, "of": self.of, "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
+
+    def truncate(self, d: int) -> BlockSum:
+        self._check_nested(d)
+        return BlockSum(self.shapes, d, seed=self.seed, kind=self.kind, of=self.of)
+
+    def add_gradient(self, out: Float[Tensor, "b d"], name: str, gradient: Float[Tensor, "b ..."]) -> None:
+        """Add the sketches of one tensor's per-example gradients ``[b, *shape]``."""
+        self.blocks[name].add_matrix(out, gradient.reshape(len(gradient), *_matrix(self.shapes[name])))
+
+    def add_outer(
+        self, out: Float[Tensor, "b d"], name: str, left: Float[Tensor, "b t r"], right: Float[Tensor, "b t c"]
+    ) -> None:
+        """Add the sketches of one tensor's per-example gradients Σ_t left_t right_tᵀ, without forming them."""
+        self.blocks[name].add_outer(out, left, right)
+
+    def add_rows(
+        self, out: Float[Tensor, "b d"], name: str, index: Int64[Tensor, "b t"], right: Float[Tensor, "b t c"]
+    ) -> None:
+        """Add the sketches of per-example gradients whose row ``index_t`` gets ``right_t``: those of an embedding."""
+        self.blocks[name].add_rows(out, index, right)
+
+    def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        out = x.new_zeros(len(x), self.d, dtype=_wide(x.dtype))
+        parts = x.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
+        for name, part in zip(self.shapes, parts, strict=True):
+            self.add_gradient(out, name, part)
+        return out
+
+    def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        w = w.to(_wide(w.dtype))
+        return torch.cat([block.adjoint(w).flatten(1) for block in self.blocks.values()], dim=1)
+
+    def _block(self, name: str, shape: tuple[int, ...]) -> Block:
+        rows, columns = _matrix(shape)
+        stream = self.stream.child(name)
+        if self.kind == "auto" or rows * columns <= self.of:
+            return Tiling(rows, columns, self.d, stream, self.of)
+        return _Vector(_KINDS[self.kind], rows, columns, self.d, stream)
+
+
+class _Vector(Block):
+    """A vector sketch of the flattened matrix."""
+
+    def __init__(self, kind: type[Sketch], rows: int, columns: int, d: int, stream: Stream) -> None:
+        seed = int.from_bytes(stream.words(0, 2).numpy().tobytes(), "little")
+        self.rows, self.columns, self.phi = rows, columns, kind(rows * columns, d, seed=seed)
+
+    def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
+        out += self.phi._apply(x.flatten(1).contiguous()).to(out.dtype)
+
+    def add_rows(
+        self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
+    ) -> None:
+        wide = right.to(_wide(right.dtype))
+        x = wide.new_zeros(len(right), self.rows, self.columns)
+        self.add_matrix(out, x.scatter_add_(1, index[..., None].expand_as(wide), wide))
+
+    def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
+        return self.phi._apply_adjoint(w.contiguous()).view(len(w), self.rows, self.columns)
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns a tensor is sketched as: the first dim against the rest; a vector is one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
