@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _HOME = {
     "AFFD": "gradsketch.sketches.affd",
     "AFJL": "gradsketch.sketches.afjl",
+    "BlockSum": "gradsketch.sketches.block_sum",
     "CausalLM": "gradsketch.gradients.tasks",
     "Classification": "gradsketch.gradients.tasks",
     "FingerprintError": "gradsketch.errors",
     "Function": "gradsketch.gradients.tasks",
+    "GradientSketcher": "gradsketch.gradients.per_example",
     "GradsketchError": "gradsketch.errors",
     "GradsketchWarning": "gradsketch.errors",
     "Hits": "gradsketch.attribution.results",
@@ -25,10 +27,12 @@ _HOME = {
     "Parameters": "gradsketch.gradients.parameters",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
+    "SketchedGradients": "gradsketch.gradients.per_example",
     "StoreError": "gradsketch.errors",
     "Stream": "gradsketch.random",
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
+    "TiledSRHT": "gradsketch.sketches.tiled_srht",
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
     "hessian": "gradsketch.gradients.curvature",
@@ -37,6 +41,7 @@ _HOME = {
     "mislabelled_auc": "gradsketch.evaluation.mislabelled",
     "removal_check": "gradsketch.evaluation.causal",
     "retrain_on_subsets": "gradsketch.evaluation.retraining",
+    "sketch_gradients": "gradsketch.gradients.per_example",
 }
 
 __all__ = sorted(_HOME)
@@ -58,12 +63,15 @@ if TYPE_CHECKING:
     from gradsketch.evaluation.retraining import retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.gradients.per_example import GradientSketcher, SketchedGradients, sketch_gradients
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap
     from gradsketch.random import Stream
     from gradsketch.sketches.affd import AFFD
     from gradsketch.sketches.afjl import AFJL
     from gradsketch.sketches.base import Sketch
+    from gradsketch.sketches.block_sum import BlockSum
+    from gradsketch.sketches.tiled_srht import TiledSRHT
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,6 +24,7 @@ __all__ = ["BlockSum"]
 _KINDS: dict[str, type[Sketch]] = {"affd": AFFD, "afjl": AFJL}
 
 
+@runtime_checkable
 class Shaped(Protocol):
     """Names and shapes of tensors, such as ``Parameters``."""
 

@@ -14,10 +14,10 @@ __all__ = ["TiledSRHT"]
 
 
 class TiledSRHT(Sketch):
-    """√(r'·c'/d) times d entries, in tiles, of (H B_r) X (H B_c)ᵀ, for X of shape rows × columns (n entries, row-major).
+    """√(r'·c'/d) times d entries of (H B_r) X (H B_c)ᵀ, in tiles; X has rows × columns = n entries, row by row.
 
-    For X = Σ_t g_t a_tᵀ, the gradient of a linear layer, ``outer`` transforms the factors and multiplies only the tiles
-    that are kept: X is never formed. Tiles of 1 × 1 would make it a TensorSRHT, one tile a Kronecker SRHT.
+    For X = Σ_t g_t a_tᵀ, the gradient of a linear layer, ``outer`` transforms the factors and multiplies only the
+    tiles that are kept: X is never formed. Tiles of 1 × 1 would make it a TensorSRHT, one tile a Kronecker SRHT.
 
     Source: T. Ahle et al., "Oblivious Sketching of High-Degree Polynomial Kernels", SODA 2020 (TensorSRHT).
 

@@ -84,7 +84,7 @@ class Rows(Contribution):
 class Direct(Contribution):
     """The gradients themselves."""
 
-    gradient: Float[Tensor, "b *shape"]
+    gradient: Float[Tensor, b * shape]
 
     def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.gradient)

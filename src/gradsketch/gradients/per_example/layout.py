@@ -56,9 +56,9 @@ class Layouts:
 
     def note_flattening(self, before: torch.Size, after: torch.Size) -> None:
         """Remember that [b, t, …] became [b·t, …] in this pass: one dim of b·t rows is then believed."""
-        if len(before) == len(after) + 1 and len(after) > 0 and before[0] == self.examples:
-            if after[0] == before[0] * before[1] and before[2:] == after[1:]:
-                self._lengths.add(before[1])
+        merged = len(before) == len(after) + 1 and len(after) > 0 and before[2:] == after[1:]
+        if merged and before[0] == self.examples and after[0] == before[0] * before[1]:
+            self._lengths.add(before[1])
 
     def check(self, call: str, contribution: Contribution) -> None:
         """While proving: the idle example must get nothing."""

@@ -199,7 +199,9 @@ def _batch_norm(
 ) -> Any:
     if training:
         raise coupled("a BatchNorm that uses the statistics of the batch")
-    result = functional.batch_norm(input, running_mean, running_var, _plain(tap, weight), _plain(tap, bias), False, momentum, eps)
+    result = functional.batch_norm(
+        input, running_mean, running_var, _plain(tap, weight), _plain(tap, bias), False, momentum, eps
+    )
 
     def normalise(x: Tensor) -> Tensor:
         mean, variance = (wide(s).to(x.dtype) for s in (running_mean, running_var) if s is not None)

@@ -53,8 +53,8 @@ class GradientSketcher:
     """Turns batches into sketches ``[b, d]`` of the gradients of each example's loss, in float32 or wider.
 
     With a ``BlockSum`` the gradients of linear layers, convolutions and embeddings are never formed and the ordinary
-    weight gradients are not computed; any other sketch over the flat vector of ``parameters`` gets the gradients formed,
-    as many at a time as fit half a gigabyte.
+    weight gradients are not computed; any other sketch over the flat vector of ``parameters`` gets the gradients
+    formed, as many at a time as fit half a gigabyte.
 
     Args:
         model: any module; left as it was found, also after an error.
