@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsketch.errors import GradsketchWarning, InputError
@@ -20,6 +22,7 @@ from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.curvature.probe import check_deterministic
 from gradsketch.gradients.tasks import Batch
 from gradsketch.linear_map import LinearMap
+from gradsketch.random import Stream
 
 __all__ = ["Curvature", "Mode", "differentiable_attention"]
 
@@ -28,12 +31,16 @@ Mode = Literal["auto", "grad-of-grad", "jvp-of-grad", "central-difference"]
 
 @dataclass(frozen=True)
 class Recorded:
-    """First derivatives of one batch as a graph that can be differentiated again."""
+    """First derivatives of one batch as a graph that can be differentiated again.
+
+    ``edges`` are the roots of that graph, each with the place of its leaf; ``outputs`` whatever else a product needs.
+    """
 
     leaves: Leaves
-    graph: Any
+    edges: list[tuple[int, GradientEdge]]
     examples: int
     reached: bool
+    outputs: Any = None
 
 
 class Curvature(LinearMap):
@@ -51,6 +58,7 @@ class Curvature(LinearMap):
         self.objective, self.mode = objective, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
         self._kept: tuple[Any, Recorded] | None = None
+        self._trusted = False
         if check:
             self._check()
 
@@ -127,11 +135,35 @@ class Curvature(LinearMap):
             examples, reached = 0, False
             for batch in self.objective.batches():
                 recorded = self._record(leaves, losses, batch)
+                self._trust(recorded)
                 self._kept = (state, recorded) if keep else None
                 count, any_reached = self._replay_all(recorded, x, out, keep=keep)
                 examples, reached = examples + count, reached or any_reached
                 del recorded
         return examples, reached
+
+    def _trust(self, recorded: Recorded) -> None:
+        """Where a batch's graph holds hand-written operations, see once that they can be differentiated twice.
+
+        PyTorch takes what an undifferentiable backward pass returns for a constant, without a word; the product is
+        then no longer symmetric.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        if self._trusted or not recorded.reached:
+            return
+        custom = _custom_operation(recorded.edges)
+        if custom is not None:
+            n, values = self.shape[0], self.objective.values
+            u, v = (Stream(0, "curvature", name).normals(0, n, device=values[0].device) for name in "uv")
+            products = torch.zeros(2, n, device=u.device)
+            self._replay_all(recorded, torch.stack([u, v]), products, keep=True)
+            scale = torch.linalg.vector_norm(products[0])
+            tolerance = max(0.01, 4 * max(torch.finfo(t.dtype).eps for t in values) ** 0.5)
+            if (products[0] @ v - products[1] @ u).abs() > tolerance * scale:
+                raise RuntimeError(f"{custom}: double backward {_NO_DOUBLE_BACKWARD[0]}")
+        self._trusted = True
 
     def _replay_all(self, recorded: Recorded, x: Tensor, out: Tensor, *, keep: bool) -> tuple[int, bool]:
         leaves = recorded.leaves
@@ -198,6 +230,21 @@ _NO_DOUBLE_BACKWARD = (
     "does not currently support double backward",
     "trying to differentiate twice a function that was marked with @once_differentiable",
 )
+
+
+def _custom_operation(edges: Sequence[tuple[int, GradientEdge]]) -> str | None:
+    """Return the name of a hand-written autograd function in a graph, or None."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [edge.node for _, edge in edges]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            return type(node).__name__
+        seen.add(node)
+        nodes.extend(following for following, _ in node.next_functions)
+    return None
 
 
 @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from gradsketch.errors import InputError
@@ -105,6 +104,10 @@ class _Outputs(ABC):
         """Evaluate a batch."""
 
     @abstractmethod
+    def again(self, losses_of: LossesOf) -> list[Tensor]:
+        """Evaluate the same batch once more, at other parameters."""
+
+    @abstractmethod
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
         """Multiply directions in output space by A."""
 
@@ -113,8 +116,12 @@ class _Losses(_Outputs):
     """The losses themselves, and the identity."""
 
     def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
-        losses = losses_of(batch)
-        self.values, self.examples = [losses], len(losses)
+        self._batch = batch
+        self.values = self.again(losses_of)
+        self.examples = len(self.values[0])
+
+    def again(self, losses_of: LossesOf) -> list[Tensor]:
+        return [losses_of(self._batch)]
 
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
         return directions
@@ -137,10 +144,16 @@ class _ModelOutputs(_Outputs):
                 "Use hessian(...) or fisher(...), which take any loss",
             )
         tensors, self._structure = pytree.tree_flatten(calls[0])
-        self._constant = [_primal(t).detach() if isinstance(t, Tensor) else t for t in tensors]
+        self._constant = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
         self._places = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.requires_grad]
         self._places = self._used()
         self.values = [tensors[i] for i in self._places]
+
+    def again(self, losses_of: LossesOf) -> list[Tensor]:
+        with _cut_behind(self._objective.model) as calls:
+            losses_of(self._batch)
+        tensors = pytree.tree_leaves(calls[0])
+        return [tensors[i] for i in self._places]
 
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
         rows = self._rows_at_once(directions)
@@ -155,7 +168,7 @@ class _ModelOutputs(_Outputs):
 
     def _used(self) -> list[int]:
         heads, losses = self._losses_of(slice(None), self._batch)
-        if not losses.requires_grad:
+        if not losses.requires_grad:  # no output does, or the loss uses none of them
             return []
         grads = torch.autograd.grad(losses.sum(), heads, allow_unused=True)
         return [place for place, grad in zip(self._places, grads, strict=True) if grad is not None]
@@ -223,13 +236,6 @@ def _primal(tensor: Tensor) -> Tensor:
     return primal
 
 
-@dataclass(frozen=True)
-class _Graph:
-    outputs: _Outputs
-    duals: list[Tensor]
-    edges: list[tuple[int, GradientEdge]]
-
-
 class OuterProducts(Curvature):
     """(1/N) Σ Jᵀ A J; built by ``gauss_newton`` and ``fisher``."""
 
@@ -242,50 +248,56 @@ class OuterProducts(Curvature):
 
     def _record(self, leaves: Leaves, losses_of: LossesOf, batch: Batch) -> Recorded:
         outputs = self._outputs(self.objective, losses_of, batch)
-        if not any(value.requires_grad for value in outputs.values):
-            return Recorded(leaves, None, outputs.examples, False)
+        if not _reached(outputs):
+            return Recorded(leaves, [], outputs.examples, False)
         # Jᵀw is linear in w, so its derivative with respect to w along v is J v.
         duals = [torch.zeros_like(value).requires_grad_() for value in outputs.values]
         grads = torch.autograd.grad(outputs.values, leaves.tensors, duals, create_graph=True, allow_unused=True)
         edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None]
-        return Recorded(leaves, _Graph(outputs, duals, edges), outputs.examples, True)
+        return Recorded(leaves, edges, outputs.examples, True, (outputs, duals))
 
     def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
-        graph: _Graph | None = recorded.graph
-        if graph is not None:
-            roots, pieces = [edge for _, edge in graph.edges], [vector[i] for i, _ in graph.edges]
-            directions = torch.autograd.grad(roots, graph.duals, pieces, retain_graph=retain)
-            recorded.leaves.backward(graph.outputs.values, graph.outputs.curve(list(directions)), retain=retain)
+        if recorded.reached:
+            outputs, duals = recorded.outputs
+            edges, pieces = [edge for _, edge in recorded.edges], [vector[i] for i, _ in recorded.edges]
+            directions = torch.autograd.grad(edges, duals, pieces, retain_graph=retain, materialize_grads=True)
+            recorded.leaves.backward(outputs.values, outputs.curve(list(directions)), retain=retain)
 
     def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
-        with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(t, v) for t, v in zip(leaves.tensors, tangents, strict=True)]
+        with self.objective.at(leaves.tensors) as losses_of:
+            outputs = self._outputs(self.objective, losses_of, batch)
+        # Tangents need no graph: these duals are made of constants.
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t.detach(), v) for t, v in zip(leaves.tensors, tangents, strict=True)]
             with self.objective.at(duals) as losses_of:
-                outputs = self._outputs(self.objective, losses_of, batch)
-            unpacked = [forward_ad.unpack_dual(value) for value in outputs.values]
-        # Outside the level: operations whose backward has no tangent would refuse to run inside.
-        roots = [u.primal for u in unpacked]
-        directions = [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
-        reached = any(root.requires_grad for root in roots)
-        with self.objective.at(leaves.tensors):
-            leaves.backward(roots if reached else [], outputs.curve(directions))
-        return outputs.examples, reached
+                unpacked = [forward_ad.unpack_dual(value) for value in outputs.again(losses_of)]
+            directions = [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
+        self._pull(leaves, outputs, directions)
+        return outputs.examples, _reached(outputs)
 
     def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
         ahead, behind = self._shifted(vector, step), self._shifted(vector, -step)
         leaves, examples, reached = Leaves(self.objective.values), 0, False
         for batch in self.objective.batches():
-            values = zip(self._values_at(ahead, batch), self._values_at(behind, batch), strict=True)
-            slopes = [(high - low) / (2 * step) for high, low in values]
-            with leaves.adding_to(target), self.objective.at(leaves.tensors) as losses_of:
+            with self.objective.at(leaves.tensors) as losses_of:
                 outputs = self._outputs(self.objective, losses_of, batch)
-                if any(value.requires_grad for value in outputs.values):
-                    reached = True
-                    slopes = [slope.to(value.dtype) for slope, value in zip(slopes, outputs.values, strict=True)]
-                    leaves.backward(outputs.values, outputs.curve(slopes))
-            examples += outputs.examples
+            values = zip(self._values_at(ahead, outputs), self._values_at(behind, outputs), strict=True)
+            with leaves.adding_to(target):
+                self._pull(leaves, outputs, [(high - low) / (2 * step) for high, low in values])
+            examples, reached = examples + outputs.examples, reached or _reached(outputs)
         return examples, reached
 
-    def _values_at(self, leaves: Leaves, batch: Batch) -> list[Tensor]:
-        with self.objective.at(leaves.tensors) as losses_of:
-            return [value.detach() for value in self._outputs(self.objective, losses_of, batch).values]
+    def _values_at(self, leaves: Leaves, outputs: _Outputs) -> list[Tensor]:
+        with torch.no_grad(), self.objective.at(leaves.tensors) as losses_of:
+            return outputs.again(losses_of)
+
+    def _pull(self, leaves: Leaves, outputs: _Outputs, directions: list[Tensor]) -> None:
+        """Add Jᵀ A times the directions to the leaves' target."""
+        if _reached(outputs):
+            directions = [d.to(value.dtype) for d, value in zip(directions, outputs.values, strict=True)]
+            with self.objective.at(leaves.tensors):  # checkpointed layers run again
+                leaves.backward(outputs.values, outputs.curve(directions))
+
+
+def _reached(outputs: _Outputs) -> bool:
+    return any(value.requires_grad for value in outputs.values)

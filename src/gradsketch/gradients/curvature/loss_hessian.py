@@ -125,8 +125,8 @@ class Hessian(Curvature):
         return Recorded(leaves, edges, len(losses), True)
 
     def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
-        edges = [edge for _, edge in recorded.graph]
-        recorded.leaves.backward(edges, [vector[i] for i, _ in recorded.graph], retain=retain)
+        edges = [edge for _, edge in recorded.edges]
+        recorded.leaves.backward(edges, [vector[i] for i, _ in recorded.edges], retain=retain)
 
     def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
         with forward_ad.dual_level():

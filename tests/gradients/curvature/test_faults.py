@@ -1,0 +1,357 @@
+"""What goes wrong is named, what cannot be is computed another way, and the model is as it was."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, class_losses, gpt2, token_losses
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gradsketch import Parameters, fisher, gauss_newton, hessian, loss_gradient
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
+
+BUILDERS = (hessian, gauss_newton, fisher)
+MODES = ("grad-of-grad", "jvp-of-grad", "central-difference")
+
+
+def small(dropout: float = 0.0, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm1d(5)] if norm else []
+    return nn.Sequential(nn.Linear(4, 5), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 3))
+
+
+def data(count: int = 6) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, generator=generator), torch.tensor(i % 3)) for i in range(count)]
+
+
+class Reshuffled:
+    """Examples in another order at every pass."""
+
+    def __init__(self) -> None:
+        self.examples = data()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Any:
+        if i == 0:
+            self.examples = self.examples[1:] + self.examples[:1]
+        return self.examples[i]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_what_changes_from_pass_to_pass_is_refused(build):
+    with pytest.raises(InputError, match=r"train mode with 1 dropout layers, '2' first.*model\.eval\(\)"):
+        build(small(dropout=0.5).train(), class_losses, data())
+    with pytest.raises(InputError, match="order of the data changes"):
+        build(small(), class_losses, Reshuffled())
+    with pytest.raises(InputError, match="loss or the model is random"):
+        build(small().eval(), lambda m, b: class_losses(m, b) * torch.rand(()), data())
+    build(small(dropout=0.5).train(), class_losses, data(), check=False)
+
+
+def test_unusable_data_is_named():
+    model = small()
+    with pytest.raises(InputError, match="yields nothing"):
+        hessian(model, class_losses, [])
+    with pytest.raises(InputError, match="read only once"):
+        hessian(model, class_losses, (example for example in data()))
+    bad = data(7)
+    bad[5] = (bad[5][0] * torch.nan, bad[5][1])
+    with pytest.raises(NonFiniteError, match="example 1 in batch 2 is nan"):
+        hessian(model, class_losses, bad, batch_size=2)
+    with pytest.raises(NonFiniteError, match="example 1 in batch 2 is nan"):
+        hessian(model, class_losses, bad, batch_size=2, check=False)(torch.ones(43))
+    with pytest.raises(NonFiniteError, match="example 1 in batch 2 is nan"):
+        loss_gradient(model, class_losses, bad, batch_size=2)
+
+
+def test_a_second_derivative_that_is_not_finite_is_an_error():
+    # |w|^1.5 at 0: loss and gradient are finite, the Hessian is not.
+    model = nn.Linear(4, 3)
+    nn.init.zeros_(model.weight)
+    H = hessian(model, lambda m, b: (m.weight.abs() ** 1.5).sum() + b[1] * 0.0, data())
+    with pytest.raises(NonFiniteError):
+        H(torch.ones(15))
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_losses_must_be_one_per_example(build):
+    with pytest.raises(InputError, match="reduction"):
+        build(small(), lambda m, b: class_losses(m, b).mean(), data())
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("check", [False, True])
+def test_a_loss_that_reaches_no_parameter_is_refused(build, mode, check):
+    def detached(model: nn.Module, batch: Any) -> Tensor:
+        return class_losses(lambda x: model(x).detach(), batch)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match=r"none of the 4 selected parameters, '0\.weight' first"):
+        build(small(), detached, data(), mode=mode, check=check)(torch.ones(43))
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_the_loss_ignores_have_zero_rows(build, mode):
+    model = small()
+    model[1].register_module("spare", nn.Linear(2, 2))
+    operator = build(model, class_losses, data(), mode=mode)
+    product = operator(torch.ones(operator.n))
+    assert operator.n == 43 + 6
+    used = torch.tensor([True] * 25 + [False] * 6 + [True] * 18)
+    assert (product[~used] == 0).all()
+    alone = build(small(), class_losses, data(), mode=mode)
+    torch.testing.assert_close(product[used], alone(torch.ones(43)), rtol=2e-3, atol=2e-4)
+
+
+def test_parameters_of_another_model_are_refused():
+    with pytest.raises(InputError, match=r"do not belong to the model, '0\.weight' first"):
+        hessian(small(), class_losses, data(), Parameters(small()))
+
+
+def test_gauss_newton_needs_one_call_and_nothing_besides():
+    def twice(model: nn.Module, batch: Any) -> Tensor:
+        return class_losses(model, batch) + class_losses(model, batch)
+
+    def decayed(model: nn.Module, batch: Any) -> Tensor:
+        return class_losses(model, batch) + sum(p.square().sum() for p in model.parameters())
+
+    with pytest.raises(InputError, match="called the model 2 times"):
+        gauss_newton(small(), twice, data())(torch.ones(43))
+    with pytest.raises(InputError, match="uses parameters of the model besides its output"):
+        gauss_newton(small(), decayed, data())(torch.ones(43))
+    hessian(small(), decayed, data())(torch.ones(43))
+
+
+def test_frozen_parameters_can_be_asked_for_and_stay_frozen():
+    model = small().requires_grad_(False)
+    with pytest.raises(InputError):
+        hessian(model, class_losses, data())
+    H = hessian(model, class_losses, data(), Parameters(model, frozen=True))
+    reference = hessian(small(), class_losses, data())
+    v = torch.randn(43, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(H(v), reference(v))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+class Interrupted(nn.Module):
+    """Raises at the given forward or backward pass."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error, self.armed = error, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.armed == "forward":
+            raise self.error
+        if self.armed == "backward" and x.requires_grad:
+            x.register_hook(self._raise)
+        return x
+
+    def _raise(self, gradient: Tensor) -> None:
+        raise self.error
+
+
+def state_of(model: nn.Module) -> Any:
+    return (
+        [(n, id(p), p.requires_grad, id(p.grad), p.detach().clone(), p._version) for n, p in model.named_parameters()],
+        [(n, id(b), b.clone()) for n, b in model.named_buffers()],
+        [(m.training, dict(m._forward_hooks), dict(m._backward_hooks), set(m.__dict__)) for m in model.modules()],
+    )
+
+
+@pytest.mark.parametrize("build", [*BUILDERS, "gradient"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("moment", [None, "forward", "backward"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_model_is_left_as_it_was(build, mode, moment, error):
+    model = small(norm=True).append(trap := Interrupted(error)).train()
+    model[0].weight.requires_grad_(False)
+    model[1].weight.grad = torch.ones(5)
+    model.register_forward_hook(lambda *_: None)
+    before = state_of(model)
+
+    def work() -> None:
+        if build == "gradient":
+            loss_gradient(model, class_losses, data())
+        else:
+            operator = build(model, class_losses, data(), mode=mode, batch_size=4)
+            trap.armed = moment
+            operator(torch.ones(operator.n))
+
+    if moment is None or build == "gradient":
+        work()
+    else:
+        with pytest.raises(error):
+            work()
+    trap.armed = False
+    assert str(state_of(model)) == str(before)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_one_batch_is_evaluated_once_until_the_model_changes(build):
+    model, calls = small().double(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    whole = tuple(torch.stack(column) for column in zip(*data(), strict=True))
+    whole = (whole[0].double(), whole[1])
+    operator = build(model, class_losses, whole, check=False)
+    v = torch.ones(43, dtype=torch.float64)
+    first = operator(v)
+    assert torch.equal(operator(v), first)
+    assert len(calls) == 1
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+    second = operator(v)
+    assert len(calls) == 2
+    torch.testing.assert_close(second, build(model, class_losses, whole, check=False)(v))
+    assert not torch.allclose(second, first)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()  # no gradients: nothing changes
+    assert torch.equal(operator(v), second)
+
+
+def test_a_kept_graph_goes_with_its_operator():
+    model, seen = small(), []
+    model[2].register_forward_hook(lambda m, i, output: seen.append(weakref.ref(output)))
+    whole = tuple(torch.stack(column) for column in zip(*data(), strict=True))
+    H = hessian(model, class_losses, whole, check=False)
+    H(torch.ones(43))
+    gc.disable()  # references, not the collector, must free it
+    try:
+        del H
+        assert all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_weights_accumulate_in_float32(build, mode):
+    model = small().bfloat16()
+    examples = [(x.bfloat16(), y) for x, y in data(3)] * 100
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="none")
+
+    wide = small().bfloat16().float()
+    v = torch.randn(43, generator=torch.Generator().manual_seed(2)).bfloat16()
+    came = build(model, losses, examples, mode=mode, batch_size=3)(v)
+    wanted = build(wide, losses, [(x.float(), y) for x, y in examples[:3]], mode="grad-of-grad")(v.float())
+    assert came.dtype == torch.float32
+    # 100 equal batches: a sum kept in bfloat16 would stall after 256 units in the last place and be off by half.
+    assert (came - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_results_have_the_vector_dtype(mode):
+    H = hessian(small(), class_losses, data(), mode=mode)
+    v = torch.ones(43)
+    assert H(v).dtype == torch.float32
+    assert H(v.double()).dtype == torch.float64
+    torch.testing.assert_close(H(v.double()).float(), H(v), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_works_under_no_grad_and_inference_mode(build):
+    v = torch.ones(43)
+    wanted = build(small(), class_losses, data())(v)
+    with torch.no_grad():
+        assert torch.equal(build(small(), class_losses, data())(v), wanted)
+    model = small()
+    with torch.inference_mode():
+        assert torch.equal(build(model, class_losses, data())(torch.ones(43)), wanted)
+
+
+def test_attention_kernels_without_double_backward_take_another_path_and_say_so():
+    eager, sdpa = gpt2(), gpt2("sdpa")
+    v = torch.randn(hessian(eager.model, eager.losses, eager.batch).n, dtype=torch.float64)
+    wanted = hessian(eager.model, eager.losses, eager.batch)(v)
+    with pytest.warns(GradsketchWarning, match="math path"):
+        H = hessian(sdpa.model, sdpa.losses, sdpa.batch)
+    torch.testing.assert_close(H(v), wanted, rtol=1e-9, atol=1e-9)
+    flash = hessian(sdpa.model, sdpa.losses, sdpa.batch, mode="central-difference")
+    assert (flash(v) - wanted).norm() < 1e-6 * wanted.norm()
+
+
+class Opaque(torch.autograd.Function):
+    """A square whose backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+@pytest.mark.parametrize("build", [hessian, gauss_newton])
+def test_operations_without_double_backward_fall_back_to_differences(build):
+    def losses_with(square: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+        class Squared(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return self[3](square(self[1](self[0](x))))
+
+        model = Squared(*small().double())
+        return lambda kind, mode="auto": kind(
+            model, class_losses, [(x.double(), y) for x, y in data()], mode=mode, check=False
+        )
+
+    v = torch.randn(43, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    wanted = losses_with(torch.square)(build)(v)
+    operator = losses_with(Opaque.apply)(build)
+    with pytest.warns(GradsketchWarning, match="central differences"):
+        came = operator(v)
+    assert (came - wanted).norm() < 1e-7 * wanted.norm()
+    assert torch.equal(operator(v), came)  # says it once
+    with pytest.raises(InputError, match="mode='central-difference'"):
+        losses_with(Opaque.apply)(build, "grad-of-grad")(v)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_checkpointed_layers_are_right(build, mode, streamed):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    examples = [(x.double(), y) for x, y in data()]
+    whole = tuple(torch.stack(column) for column in zip(*examples, strict=True))
+    v = torch.randn(2, 43, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    wanted = build(small().double(), class_losses, whole)(v)
+    operator = build(
+        Checkpointed(*small().double()), class_losses, examples if streamed else whole, mode=mode, batch_size=4
+    )
+    torch.testing.assert_close(operator(v), wanted, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(operator(v), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_large_outputs_are_differentiated_twice_a_few_examples_at_a_time(monkeypatch):
+    case = CASES["gpt2"]()
+    v = torch.randn(2, sum(p.numel() for p in case.model.parameters()), dtype=torch.float64)
+    wanted = gauss_newton(case.model, case.losses, case.batch)(v)
+    monkeypatch.setattr("gradsketch.gradients.curvature.outer_products._HEAD_ENTRIES", 2 * 5 * 11)
+    torch.testing.assert_close(gauss_newton(case.model, case.losses, case.batch)(v), wanted)
+
+
+def test_outputs_the_loss_ignores_cost_nothing():
+    case = CASES["gpt2"]()
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return token_losses(lambda **kw: model(**kw, output_hidden_states=True), batch)  # type: ignore[arg-type]
+
+    v = torch.randn(sum(p.numel() for p in case.model.parameters()), dtype=torch.float64)
+    wanted = gauss_newton(case.model, case.losses, case.batch)(v)
+    torch.testing.assert_close(gauss_newton(case.model, losses, case.batch)(v), wanted)
