@@ -1,0 +1,106 @@
+"""What a Lanczos run keeps of its Krylov vectors: the vectors themselves, or only their sketches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.linear_map import LinearMap
+
+__all__ = ["FullBasis", "KrylovBasis", "SketchedBasis"]
+
+_ROWS_PER_BLOCK = 32
+
+
+class Rows:
+    """A matrix that grows by rows without moving those it has."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Float[Tensor, "rows columns"]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, row: Float[Tensor, " columns"]) -> None:
+        place = self._count % _ROWS_PER_BLOCK
+        if place == 0:
+            self._blocks.append(row.new_empty(_ROWS_PER_BLOCK, len(row)))
+        self._blocks[-1][place] = row
+        self._count += 1
+
+    def blocks(self) -> list[Float[Tensor, "rows columns"]]:
+        """Return the rows in order, a few to a block, without copying."""
+        full, rest = divmod(self._count, _ROWS_PER_BLOCK)
+        return self._blocks[:full] + ([self._blocks[full][:rest]] if rest else [])
+
+
+class KrylovBasis(ABC):
+    """Memory of the Krylov vectors q_1 … q_m."""
+
+    # Whether the Krylov vectors stay orthogonal to working precision, so that no eigenvalue is found twice.
+    is_orthogonal: bool
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    @abstractmethod
+    def append(self, q: Float[Tensor, " n"]) -> None:
+        """Remember the next Krylov vector."""
+
+    @abstractmethod
+    def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
+        """Remove from w, in place, its components along the remembered vectors."""
+
+    @abstractmethod
+    def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
+        """Return r linear combinations of what is remembered of q_1 … q_m."""
+
+
+class FullBasis(KrylovBasis):
+    """Every Krylov vector, with full re-orthogonalisation: m vectors of memory, no copies of eigenvalues."""
+
+    is_orthogonal = True
+
+    def append(self, q: Float[Tensor, " n"]) -> None:
+        self.rows.append(q)
+
+    def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
+        # Classical Gram–Schmidt twice is enough (Giraud, Langou & Rozloznik 2005).
+        for _ in range(2):
+            overlaps = [block.mv(w) for block in self.rows.blocks()]
+            for block, overlap in zip(self.rows.blocks(), overlaps, strict=True):
+                w.addmv_(block.T, overlap, alpha=-1.0)
+
+    def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
+        blocks = self.rows.blocks()
+        parts = coefficients.to(blocks[0]).split([len(block) for block in blocks])
+        out = parts[0].T @ blocks[0]
+        for part, block in zip(parts[1:], blocks[1:], strict=True):
+            out.addmm_(part.T, block)
+        return out
+
+
+class SketchedBasis(KrylovBasis):
+    """Only the sketches of the Krylov vectors: d numbers each, in main memory.
+
+    The vectors lose their mutual orthogonality as eigenvalues converge (Paige 1971); the sketches are what shows it.
+    """
+
+    is_orthogonal = False
+
+    def __init__(self, sketch: LinearMap) -> None:
+        super().__init__()
+        self.sketch = sketch
+
+    def append(self, q: Float[Tensor, " n"]) -> None:
+        self.rows.append(self.sketch(q).to("cpu", torch.float32))
+
+    def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
+        pass
+
+    def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
+        return coefficients.T @ torch.cat(self.rows.blocks()).to(coefficients.dtype)

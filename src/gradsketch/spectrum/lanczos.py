@@ -1,0 +1,160 @@
+"""The Lanczos recurrence: from products with a self-adjoint map to a tridiagonal matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.errors import GradsketchError, InputError
+from gradsketch.linear_map import LinearMap
+from gradsketch.random import Stream
+from gradsketch.spectrum.krylov import KrylovBasis
+
+__all__ = ["Lanczos", "check_self_adjoint", "dot", "norm", "start_vector"]
+
+# Single-precision sums stay this short; longer ones are added up in double precision.
+_PIECE, _PIECE_GPU = 1 << 16, 1 << 22
+# |⟨q_{j−1}, H q_j⟩ − β_{j−1}| over ‖T‖: central differences in float32 reach 1e-3, a changed operator about 1.
+_DRIFT = 0.05
+# |⟨y, Hx⟩ − ⟨Hy, x⟩| over ‖Hx‖ for standard normal y: rounding reaches 1e-3.
+_ASYMMETRY = 0.01
+
+
+def dot(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+    """Return ⟨a, b⟩, accumulated in double precision over pieces, without a copy of either."""
+    piece = _PIECE if a.device.type == "cpu" else _PIECE_GPU
+    products = [torch.dot(x, y) for x, y in zip(a.split(piece), b.split(piece), strict=True)]
+    return float(torch.stack(products).sum(dtype=torch.float64))
+
+
+def norm(a: Float[Tensor, " n"]) -> float:
+    """Return ‖a‖, accumulated in double precision."""
+    return math.sqrt(dot(a, a))
+
+
+def start_vector(
+    n: int, seed: int, name: str, dtype: torch.dtype, device: torch.device | str
+) -> Float[Tensor, " n"]:
+    """Return a unit vector of uniformly random direction, a function of seed, name and n alone."""
+    vector = Stream(seed, "spectrum", name).normals(0, n, dtype=dtype, device=device)
+    return vector.div_(norm(vector))
+
+
+def check_self_adjoint(
+    operator: LinearMap, x: Float[Tensor, " n"], product: Float[Tensor, " n"], seed: int
+) -> None:
+    """Compare ⟨y, Hx⟩ with ⟨Hy, x⟩ for a random y: one product more.
+
+    Raises:
+        InputError: they differ by more than rounding; an asymmetry of 5 % of ‖H‖_F is found with 9 chances in 10.
+    """
+    y = Stream(seed, "spectrum", "probe").normals(0, len(x), dtype=x.dtype, device=x.device)
+    forward, scale = dot(y, product), norm(product)
+    y = operator(y)
+    difference = abs(forward - dot(y, x))
+    if difference > _ASYMMETRY * scale:
+        raise InputError(
+            f"{operator!r} is not self-adjoint: <y, Hx> and <Hy, x> differ by {difference / scale:.1%} of |Hx|",
+            "the same operator at every product, with <y, Hx> = <x, Hy>",
+            "Check for dropout, batch order and a forward-mode derivative through normalisation layers;"
+            " gradsketch.hessian has none of them",
+        )
+
+
+class Lanczos:
+    """State of one run: q_{j−1}, q_j, the coefficients so far, and a basis that remembers what it can.
+
+    H q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}, evaluated as Paige (1972) advises: subtract the old direction
+    before measuring α. Holds two vectors between steps and three within one, besides the basis and the operator.
+    """
+
+    def __init__(self, operator: LinearMap, basis: KrylovBasis, start: Float[Tensor, " n"], seed: int = 0) -> None:
+        self.operator, self.basis, self.seed = operator, basis, seed
+        self.q: Tensor = start
+        self.previous: Tensor | None = None
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.drifts: list[float] = []
+        self.closed = False
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    @property
+    def scale(self) -> float:
+        """Largest coefficient so far, a stand-in for ‖H‖."""
+        return max((abs(c) for c in (*self.alphas, *self.betas)), default=0.0)
+
+    @property
+    def noise(self) -> float:
+        """Root mean square of ⟨q_{j−1}, H q_j⟩ − β_{j−1}: how far the products are from those of one symmetric map."""
+        return math.sqrt(sum(x * x for x in self.drifts) / max(len(self.drifts), 1))
+
+    def step(self, product: Float[Tensor, " n"] | None = None) -> None:
+        """Take one product and one step; ``product`` is H q_j where the caller has it already.
+
+        Raises:
+            InputError: the product does not fit the symmetric matrix seen so far.
+            NonFiniteError: the operator returned a NaN or an infinity.
+        """
+        w = self.operator(self.q) if product is None else product
+        if w.data_ptr() == self.q.data_ptr():
+            w = w.clone()
+        self.basis.append(self.q)
+        if self.previous is not None:
+            self._watch(dot(self.previous, w))
+            w.sub_(self.previous, alpha=self.betas[-1])
+        self.previous = None  # frees its memory
+        alpha = dot(self.q, w)
+        w.sub_(self.q, alpha=alpha)
+        self.basis.orthogonalize(w)
+        self.alphas.append(alpha)
+        self._advance(w, norm(w))
+
+    def _watch(self, overlap: float) -> None:
+        self.drifts.append(overlap - self.betas[-1])
+        if abs(self.drifts[-1]) > _DRIFT * max(self.scale, abs(overlap)):
+            raise InputError(
+                f"{self.operator!r} changed between products {len(self)} and {len(self) + 1}:"
+                f" <p, Hq> is {overlap:.4g} where <q, Hp> was {self.betas[-1]:.4g}",
+                "the same symmetric operator at every product",
+                "Turn dropout off (model.eval()), fix the order of the data, and resume only with the same weights",
+            )
+
+    def _advance(self, w: Float[Tensor, " n"], beta: float) -> None:
+        if beta > 10 * torch.finfo(w.dtype).eps * self.scale:
+            self.betas.append(beta)
+            self.previous, self.q = self.q, w.div_(beta)
+            return
+        # The Krylov space is invariant. What is left, if it is known what that is, has spectrum of its own.
+        self.betas.append(0.0)
+        self.closed = not self.basis.is_orthogonal or len(self) == len(w)
+        if not self.closed:
+            self.q = start_vector(len(w), self.seed, f"restart {len(self)}", w.dtype, w.device)
+            self.basis.orthogonalize(self.q)
+            self.q.div_(norm(self.q))
+
+    def state(self) -> dict[str, Any]:
+        """Return what a later ``restore`` needs to go on as if nothing had happened."""
+        return {
+            "q": self.q,
+            "previous": self.previous,
+            "rows": self.basis.rows.blocks(),
+            "alphas": self.alphas,
+            "betas": self.betas,
+            "drifts": self.drifts,
+            "closed": self.closed,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state made by ``state`` for the same operator, basis and start."""
+        self.q, self.previous = state["q"], state["previous"]
+        self.alphas, self.betas, self.drifts = state["alphas"], state["betas"], state["drifts"]
+        self.closed = state["closed"]
+        for block in state["rows"]:
+            for row in block:
+                self.basis.rows.append(row)
