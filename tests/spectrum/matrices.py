@@ -34,14 +34,15 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Matrix:
 
 
 def spectra(n: int = 600) -> dict[str, Tensor]:
-    """Return eigenvalues, by name, each list with ten clear leaders."""
+    """Return float64 eigenvalues by name: ten leaders, or as many as the name says, above a bulk of order one."""
     bulk = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     leaders = torch.tensor([100.0, 80, 60, 40, 30, 25, 20, 16, 13, 11], dtype=torch.float64)
+    edge = torch.linspace(26, 14, n // 20, dtype=torch.float64)
     return {
         "one-sided": torch.cat([leaders, bulk[10:].abs()]),
         "two-sided": torch.cat([leaders[::2], -leaders[1::2], bulk[10:]]),
         "clustered": torch.cat([50 + 1e-3 * torch.arange(10, dtype=torch.float64), bulk[10:]]),
-        "dense edge": torch.cat([torch.linspace(26, 14, n // 20, dtype=torch.float64).repeat_interleave(2)
-                                 * torch.tensor([1.0, -1]).repeat(n // 20).double(), bulk[2 * (n // 20) :]]),
-        "power law": 100 * torch.arange(1, n + 1, dtype=torch.float64) ** -1.0,
+        "dense edge": torch.cat([edge, -edge, bulk[2 * len(edge) :]]),
+        "power law": 100 / torch.arange(1, n + 1, dtype=torch.float64),
+        "degenerate": torch.cat([torch.tensor([50.0] * 3 + [40.0] * 2 + [-30.0] * 3), bulk[8:] / 10]).double(),
     }

@@ -144,17 +144,17 @@ class Lanczos:
             "q": self.q,
             "previous": self.previous,
             "rows": self.basis.rows.blocks(),
-            "alphas": self.alphas,
-            "betas": self.betas,
-            "drifts": self.drifts,
+            "alphas": list(self.alphas),
+            "betas": list(self.betas),
+            "drifts": list(self.drifts),
             "closed": self.closed,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Take over a state made by ``state`` for the same operator, basis and start."""
-        self.q, self.previous = state["q"], state["previous"]
+        self.q = state["q"].to(device)
+        self.previous = None if state["previous"] is None else state["previous"].to(device)
         self.alphas, self.betas, self.drifts = state["alphas"], state["betas"], state["drifts"]
         self.closed = state["closed"]
-        for block in state["rows"]:
-            for row in block:
-                self.basis.rows.append(row)
+        for row in (row for block in state["rows"] for row in block):
+            self.basis.rows.append(row.to(device) if self.basis.is_orthogonal else row)

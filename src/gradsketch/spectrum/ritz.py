@@ -33,8 +33,8 @@ class RitzPairs:
 def ritz_pairs(alphas: list[float], betas: list[float], basis: KrylovBasis, noise: float = 0.0) -> RitzPairs:
     """Return the eigenpairs of T = tridiag(β, α, β) that stand for distinct eigenvectors of the operator.
 
-    The residual is β_m |s_m| (Paige 1971); where a lower bound of the gap to the other values is known, the error
-    bound is residual²/gap (Kato–Temple). ``noise``, the inexactness of the products, is added to the errors.
+    The residual is β_m |s_m| (Paige 1971), with the inexactness of the products, ``noise``, as its floor. Where the
+    interval of a value is clear of the others', the error bound is residual²/gap (Kato–Temple), plus the noise.
     """
     values, vectors = eigh_tridiagonal(np.asarray(alphas), np.asarray(betas[:-1]))
     residuals = betas[-1] * np.abs(vectors[-1])
@@ -43,7 +43,7 @@ def ritz_pairs(alphas: list[float], betas: list[float], basis: KrylovBasis, nois
     if not basis.is_orthogonal:
         kept, lengths = _distinct(vectors, residuals, basis)
     kept = kept[np.argsort(-values[kept], kind="stable")]
-    residuals = residuals[kept] / lengths[kept]
+    residuals = np.hypot(residuals[kept] / lengths[kept], noise)
     return RitzPairs(
         values=values[kept],
         residuals=residuals,

@@ -1,0 +1,183 @@
+"""Decide how a spectrum is computed, and refuse what cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import matmul
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.errors import InputError
+from gradsketch.linear_map import LinearMap
+from gradsketch.sketches.affd import AFFD
+from gradsketch.sketches.base import Sketch
+from gradsketch.spectrum.results import Method, Which
+
+__all__ = ["Identity", "Plan", "make_plan"]
+
+_LEAST_D = 4096
+# From this k on, three-term Lanczos spends most of its products on copies.
+_MANY = 100
+
+
+class Identity(LinearMap):
+    """The sketch of vectors that are short already: themselves."""
+
+    fingerprint = "identity"
+
+    def __init__(self, n: int) -> None:
+        self.shape, self.is_self_adjoint = (n, n), True
+
+    def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        return x.clone()
+
+    def _apply_adjoint(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        return w.clone()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed: the Krylov space of ``operator``, of which eigenvectors are kept as sketched by ``sketch``.
+
+    For the sketched operator, ``operator`` is Phi H Phiᵀ and ``inner`` is H; otherwise both are H.
+    """
+
+    operator: LinearMap
+    inner: LinearMap
+    sketch: Sketch | Identity
+    method: Method
+    reason: str
+    k: int
+    which: Which
+    steps: int
+    tolerance: float
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint and the run that resumes it must have in common."""
+        names = ("method", "seed", "dtype", "n", "sketch")
+        values = (self.method, self.seed, str(self.dtype), self.inner.n, self.sketch.fingerprint)
+        return dict(zip(names, values, strict=True))
+
+
+def make_plan(
+    operator: LinearMap,
+    k: int,
+    which: Which,
+    method: Method | str,
+    sketch: Sketch | int | None,
+    steps: int | None,
+    tolerance: float,
+    memory: int,
+    seed: int,
+) -> Plan:
+    """Return the plan for ``spectrum``'s arguments.
+
+    Raises:
+        InputError: an argument is out of range, or the operator is not a self-adjoint map.
+    """
+    _check(operator, k, which, method, steps, tolerance)
+    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
+    device = torch.device("cpu") if operator.device is None else operator.device
+    steps = min(operator.n, steps or _default_steps(k, which))
+    plan = Plan(
+        operator, operator, Identity(1), "full", "", k, which, steps, tolerance, seed, dtype, device
+    )
+    split = split_sketched(operator)
+    if split is not None:
+        return _of_sketched(plan, *split, method)
+    if method == "auto":
+        method, reason = _choose(operator.n, k, steps, memory, dtype)
+    else:
+        reason = "as asked"
+    return _finish(replace(plan, reason=reason), method, sketch)
+
+
+def split_sketched(operator: LinearMap) -> tuple[Sketch, LinearMap] | None:
+    """Return (phi, H) of an operator that was written phi @ H @ phi.T, and None of others."""
+    factors = getattr(operator, "factors", ())
+    if len(factors) < 3 or not isinstance(factors[0], Sketch) or not operator.is_self_adjoint:
+        return None
+    return factors[0], reduce(matmul, factors[1:-1])
+
+
+def _default_steps(k: int, which: Which) -> int:
+    return max(100, 10 * k) if which == "magnitude" else max(100, 20 * k)
+
+
+def _choose(n: int, k: int, steps: int, memory: int, dtype: torch.dtype) -> tuple[Method, str]:
+    basis = steps * n * dtype.itemsize
+    if basis <= memory:
+        return "full", f"all {steps} Krylov vectors of n = {n} fit in {memory >> 20} MiB"
+    if k >= _MANY:
+        return "sketched-operator", f"k = {k} eigenvalues would take more than {steps} vectors of n = {n}"
+    size = f"{basis / 2**30:.3g} GiB"
+    return "sketched-basis", f"{steps} Krylov vectors of n = {n} would take {size}; their sketches are kept instead"
+
+
+def _finish(plan: Plan, method: Method | str, sketch: Sketch | int | None) -> Plan:
+    n = plan.operator.n
+    if isinstance(sketch, Sketch) and sketch.n != n:
+        raise InputError(f"{sketch!r} for an operator of n={n}", f"a sketch with n={n}", f"Type AFFD({n}, 4096)")
+    if method == "sketched-operator":
+        phi = sketch if isinstance(sketch, Sketch) else AFFD(n, min(sketch or _operator_d(plan), n), seed=plan.seed)
+        return _of_sketched(replace(plan, operator=phi @ plan.operator @ phi.T), phi, plan.operator, method)
+    if isinstance(sketch, Sketch):
+        return replace(plan, method=method, sketch=sketch)
+    d = sketch or max(_LEAST_D, 1 << (4 * plan.steps - 1).bit_length())
+    return replace(plan, method=method, sketch=Identity(n) if d >= n else AFFD(n, d, seed=plan.seed))
+
+
+def _operator_d(plan: Plan) -> int:
+    """Return a size at which sampling noise is 1 % and the Krylov space is far from filling R^d."""
+    return max(1 << 15, 1 << (8 * plan.steps - 1).bit_length())
+
+
+def _of_sketched(plan: Plan, phi: Sketch, inner: LinearMap, method: Method | str) -> Plan:
+    if method not in ("auto", "sketched-operator"):
+        raise InputError(
+            f"method={method!r} for {plan.operator!r}",
+            "method='sketched-operator', since the operator is sketched already",
+            f"Leave method out, or give {inner!r} itself",
+        )
+    if plan.k > phi.d:
+        raise InputError(f"k={plan.k} eigenvalues of an operator sketched to d={phi.d}", "k ≤ d", "Raise d or lower k")
+    return replace(
+        plan,
+        inner=inner,
+        sketch=phi,
+        method="sketched-operator",
+        reason=plan.reason or f"the operator is sketched to d = {phi.d}",
+        steps=min(plan.steps, phi.d),
+    )
+
+
+def _check(operator: Any, k: int, which: str, method: str, steps: int | None, tolerance: float) -> None:
+    if not isinstance(operator, LinearMap):
+        raise InputError(
+            f"an operator of type {type(operator).__name__}",
+            "a self-adjoint LinearMap",
+            "Build one with gradsketch.hessian(model, task, data)",
+        )
+    if not operator.is_self_adjoint or operator.shape[0] != operator.shape[1]:
+        raise InputError(
+            f"{operator!r} of shape {operator.shape}, not known to be self-adjoint",
+            "a map that is its own adjoint",
+            "Use hessian, gauss_newton or fisher, or set is_self_adjoint = True on a map of your own",
+        )
+    if k < 1 or k > operator.n:
+        raise InputError(f"k={k} eigenvalues of an operator of n={operator.n}", "1 ≤ k ≤ n", "Lower k")
+    if which not in get_args(Which):
+        raise InputError(f"which={which!r}", "'magnitude' or 'both'", "Leave it out for 'magnitude'")
+    if method != "auto" and method not in get_args(Method):
+        raise InputError(f"method={method!r}", f"'auto' or one of {get_args(Method)}", "Leave it out for 'auto'")
+    if steps is not None and steps < k:
+        raise InputError(f"steps={steps} for k={k} eigenvalues", "at least k steps", "Leave steps out")
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance={tolerance}", "a number between 0 and 1", "Type tolerance=1e-3")

@@ -1,0 +1,206 @@
+"""What a spectrum computation gives back: eigenvalues with their errors, what they cost, and how they were found."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+__all__ = ["OUTLIER", "Eigenvalue", "Estimate", "Method", "Spectrum", "Which"]
+
+Method = Literal["sketched-basis", "sketched-operator", "full"]
+Which = Literal["magnitude", "both"]
+
+# [P], §5.3: an eigenvalue above this share of the largest is an outlier.
+OUTLIER = 0.2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimated number and the standard error of the estimate."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """One eigenvalue and how far to trust it.
+
+    ``residual`` is ‖H y − λ y‖ / |λ| for the unit vector y found. ``error`` is absolute: for the sketched operator
+    one standard error, otherwise the bound min(r, r²/gap) with r the residual norm and the gap taken from the values
+    found. ``raw`` is the sketched operator's own eigenvalue, before the correction. ``gradient_share`` is the squared
+    cosine between eigenvector and gradient.
+    """
+
+    value: float
+    residual: float
+    error: float
+    converged: bool
+    raw: float | None = None
+    gradient_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The outer eigenvalues of a self-adjoint map, from both ends, descending.
+
+    ``eigenvalues`` holds up to k positive and k negative ones; ``values``, ``residuals``, ``errors`` and
+    ``converged`` are those that were asked for. ``sketches`` holds d numbers for each eigenvector, ``sketch`` the
+    fingerprint of the map that made them; sketches with equal fingerprints can be compared.
+    ``hvps`` counts products with the operator, ``vectors_held`` vectors of length n held at once besides the
+    operator's own, ``peak_bytes`` the high-water mark of the process (on a GPU: of its allocator) when done.
+    """
+
+    eigenvalues: tuple[Eigenvalue, ...]
+    k: int
+    which: Which
+    method: Method
+    reason: str
+    n: int
+    d: int
+    tolerance: float
+    seed: int
+    steps: int
+    hvps: int
+    seconds: float
+    peak_bytes: int
+    vectors_held: int
+    copies: int
+    noise: float
+    notes: tuple[str, ...]
+    trace: Estimate | None
+    squared_norm: Estimate | None
+    threshold: float | None
+    sketch: str
+    alphas: tuple[float, ...] = field(repr=False)
+    betas: tuple[float, ...] = field(repr=False)
+    columns: tuple[int, ...] = field(repr=False)
+    sketches: Float[Tensor, "r d"] = field(repr=False, compare=False)
+
+    @property
+    def positive(self) -> tuple[Eigenvalue, ...]:
+        """The positive eigenvalues, largest first."""
+        return tuple(e for e in self.eigenvalues if e.value > 0)
+
+    @property
+    def negative(self) -> tuple[Eigenvalue, ...]:
+        """The negative eigenvalues, most negative first."""
+        return tuple(e for e in reversed(self.eigenvalues) if e.value < 0)
+
+    @property
+    def asked(self) -> tuple[Eigenvalue, ...]:
+        """What was asked for: the k largest by magnitude in that order, or all of both sides descending."""
+        if self.which == "both":
+            return self.eigenvalues
+        return tuple(sorted(self.eigenvalues, key=lambda e: -abs(e.value))[: self.k])
+
+    @property
+    def values(self) -> Float[np.ndarray, " r"]:
+        """The eigenvalues asked for."""
+        return np.array([e.value for e in self.asked], dtype=np.float64)
+
+    @property
+    def residuals(self) -> Float[np.ndarray, " r"]:
+        """Relative residuals of the eigenvalues asked for."""
+        return np.array([e.residual for e in self.asked], dtype=np.float64)
+
+    @property
+    def errors(self) -> Float[np.ndarray, " r"]:
+        """Absolute errors of the eigenvalues asked for: bounds, or standard errors of the sketched operator."""
+        return np.array([e.error for e in self.asked], dtype=np.float64)
+
+    @property
+    def converged(self) -> Bool[np.ndarray, " r"]:
+        """Which of the eigenvalues asked for have converged."""
+        return np.array([e.converged for e in self.asked], dtype=bool)
+
+    @property
+    def r_neg(self) -> float:
+        """R_NEG of [P]: |lowest negative| / largest positive eigenvalue; 0 without negative ones."""
+        if not self.negative:
+            return 0.0
+        return -self.negative[0].value / self.positive[0].value if self.positive else math.inf
+
+    @property
+    def ratios(self) -> Float[np.ndarray, " r"]:
+        """R_n of [P]: the n-th positive eigenvalue over the first, n = 1, 2, …"""
+        values = np.array([e.value for e in self.positive], dtype=np.float64)
+        return values / values[:1]
+
+    @property
+    def outliers(self) -> int:
+        """How many positive eigenvalues exceed a fifth of the largest ([P]); k of them means at least k."""
+        return int((self.ratios > OUTLIER).sum())
+
+    @property
+    def gradient_in_outliers(self) -> float | None:
+        """Share of the gradient's squared norm inside the outliers' eigenspace, where a gradient was given."""
+        shares = [e.gradient_share for e in self.positive[: self.outliers]]
+        return None if None in shares or not shares else float(sum(s for s in shares if s is not None))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return everything as JSON text, and write it to ``path`` where one is given."""
+        record = asdict(self) | {"sketches": _encode(self.sketches)}
+        summary = {"r_neg": _finite(self.r_neg), "outliers": self.outliers, "values": self.values.tolist()}
+        text = json.dumps({"summary": summary, "spectrum": record}, indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Spectrum:
+        """Return the spectrum that ``to_json`` wrote."""
+        record: dict[str, Any] = json.loads(text)["spectrum"]
+        record["eigenvalues"] = tuple(Eigenvalue(**e) for e in record["eigenvalues"])
+        for name in ("trace", "squared_norm"):
+            record[name] = None if record[name] is None else Estimate(**record[name])
+        for name in ("notes", "alphas", "betas", "columns"):
+            record[name] = tuple(record[name])
+        record["sketches"] = _decode(record["sketches"])
+        return cls(**{f.name: record[f.name] for f in fields(cls)})
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw both ends of the spectrum and R_n with the 20 % line, and return the picture's path."""
+        # The report layer stands above this one and may import it, so it is looked up only when called.
+        report = importlib.import_module("gradsketch.report.spectrum")
+        return Path(report.spectrum_figure(self, path))
+
+    def __str__(self) -> str:
+        """Return a table for the terminal."""
+        share = any(e.gradient_share is not None for e in self.eigenvalues)
+        head = f"{'eigenvalue':>14}  {'± error':>9}  {'residual':>9}  {'':9}" + ("  of gradient" if share else "")
+        lines = [_line(e, share) for e in self.eigenvalues]
+        r_neg = f"R_NEG {self.r_neg:.3f}, {self.outliers} outlier(s) above {OUTLIER:.0%} of the largest"
+        cost = f"{self.hvps} products, {self.seconds:.1f} s, {self.vectors_held} vectors of n = {self.n} held"
+        return "\n".join([head, *lines, r_neg, cost, f"{self.method}: {self.reason}", *self.notes])
+
+
+def _line(e: Eigenvalue, share: bool) -> str:
+    state = "" if e.converged else "unsettled"
+    raw = "" if e.raw is None else f"  raw {e.raw:.6g}"
+    tail = "" if not share or e.gradient_share is None else f"  {e.gradient_share:>11.2%}"
+    return f"{e.value:>14.6g}  {e.error:>9.1e}  {e.residual:>9.1e}  {state:9}{tail}{raw}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _encode(sketches: Float[Tensor, "r d"]) -> dict[str, Any]:
+    data = sketches.to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
+    return {"shape": list(sketches.shape), "float32": base64.b64encode(data).decode()}
+
+
+def _decode(record: dict[str, Any]) -> Float[Tensor, "r d"]:
+    data = np.frombuffer(base64.b64decode(record["float32"]), dtype="<f4").astype(np.float32)
+    return torch.from_numpy(data.reshape(record["shape"]))

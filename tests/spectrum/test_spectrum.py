@@ -1,0 +1,291 @@
+"""Eigenvalues against dense eigh: accuracy, error bounds, no ghosts, resumption, and refusal of bad input."""
+
+import numpy as np
+import pytest
+import torch
+from matrices import Matrix, rotated, spectra
+from unchecked import errors_of
+
+import gradsketch as gs
+
+METHODS = ("sketched-basis", "full")
+NAMES = tuple(spectra())
+
+
+def leaders(eigenvalues, k=10):
+    values = eigenvalues.double().numpy()
+    return values[np.argsort(-np.abs(values))][:k]
+
+
+def surplus(found, true, tolerance):
+    """Count the found values that cannot be matched one to one with true ones."""
+    left = list(true)
+    for value in found:
+        near = [t for t in left if abs(t - value) <= tolerance]
+        if near:
+            left.remove(min(near, key=lambda t: abs(t - value)))
+    return len(found) - (len(true) - len(left))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "degenerate"])
+def test_top_ten_to_1e4(name, method):
+    eigenvalues = spectra()[name]
+    result = gs.spectrum(rotated(eigenvalues), 10, method=method, steps=200)
+    expected = leaders(eigenvalues)
+    assert result.converged.all()
+    np.testing.assert_allclose(np.sort(result.values), np.sort(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ten_of_each_sign(method):
+    eigenvalues = spectra()["dense edge"]
+    result = gs.spectrum(rotated(eigenvalues), 10, which="both", method=method, steps=200)
+    expected = np.sort(eigenvalues.numpy())
+    assert len(result.values) == 20
+    assert result.converged.all()
+    np.testing.assert_allclose(result.values, np.r_[expected[::-1][:10], expected[:10][::-1]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_ghosts_in_200_steps(name, dtype):
+    eigenvalues = spectra()[name].to(dtype)
+    result = gs.spectrum(rotated(eigenvalues), 100, which="both", method="sketched-basis", steps=200)
+    settled = np.array([e.value for e in result.eigenvalues if e.converged])
+    assert result.copies > 20
+    assert len(settled) >= 10
+    assert surplus(settled, eigenvalues.double().numpy(), 1e-3 * float(eigenvalues.abs().max())) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "degenerate"])
+@pytest.mark.parametrize("steps", [20, 40, 80])
+def test_errors_are_bounds(name, method, steps):
+    eigenvalues = spectra()[name]
+    result = gs.spectrum(rotated(eigenvalues), 15, which="both", method=method, steps=steps)
+    distance = np.abs(result.values[:, None] - eigenvalues.numpy()[None, :]).min(1)
+    settled = result.converged
+    assert (distance[settled] <= result.errors[settled] + 1e-10).all()
+
+
+def test_repeated_eigenvalues_are_never_found_more_often_than_they_occur():
+    eigenvalues = spectra()["degenerate"]
+    result = gs.spectrum(rotated(eigenvalues), 20, method="sketched-basis", steps=200)
+    found = [round(e.value) for e in result.eigenvalues if e.converged and abs(e.value) > 5]
+    assert 1 <= found.count(50) <= 3
+    assert 1 <= found.count(40) <= 2
+    assert 1 <= found.count(-30) <= 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_residuals_are_those_of_the_eigenvectors(method):
+    operator = rotated(spectra()["dense edge"])
+    result = gs.spectrum(operator, 10, method=method, steps=60, tolerance=1e-8)
+    vectors = gs.eigenvectors(operator, result)
+    products = operator(vectors)
+    residuals = (products - torch.from_numpy(result.values)[:, None] * vectors).norm(dim=1).numpy()
+    np.testing.assert_allclose(residuals / np.abs(result.values), result.residuals, rtol=0.1, atol=1e-12)
+
+
+def test_sketched_eigenvectors_are_sketches_of_the_eigenvectors():
+    eigenvalues = torch.cat([torch.tensor([50.0, 40, -30]), torch.randn(5000).clamp(-3, 3) / 3])
+    operator = Diagonal(eigenvalues)
+    result = gs.spectrum(operator, 3, method="sketched-basis")
+    assert result.d == 4096
+    phi = gs.AFFD(operator.n, 4096, seed=0)
+    exact = phi(torch.eye(operator.n)[[0, 1, 2]])
+    places = [[e.value for e in result.eigenvalues].index(v) for v in result.values]
+    cosines = torch.cosine_similarity(exact, result.sketches[places]).abs()
+    assert (cosines > 0.999).all()
+
+
+class Diagonal(gs.LinearMap):
+    is_self_adjoint = True
+
+    def __init__(self, values):
+        self.values, self.shape, self.products = values, (len(values), len(values)), 0
+
+    def _apply(self, x):
+        self.products += len(x)
+        return x * self.values
+
+    _apply_adjoint = _apply
+
+
+def test_the_share_of_the_gradient_is_exact():
+    eigenvalues = torch.cat([torch.tensor([50.0, 40, 5]), torch.rand(5000)])
+    gradient = torch.zeros(5003)
+    gradient[[0, 1, 2, 100]] = torch.tensor([1.0, 2.0, 1.0, 2.0])
+    result = gs.spectrum(Diagonal(eigenvalues), 3, method="sketched-basis", gradient=gradient)
+    assert result.outliers == 2
+    assert result.gradient_in_outliers == pytest.approx(0.5, abs=1e-4)
+    assert [e.gradient_share for e in result.positive] == pytest.approx([0.1, 0.4, 0.1], abs=1e-4)
+
+
+def test_products_are_counted():
+    operator = rotated(spectra()["one-sided"])
+    result = gs.spectrum(operator, 10, method="sketched-basis")
+    assert result.hvps == operator.products
+    operator.products = 0
+    phi = gs.AFFD(600, 256)
+    assert gs.spectrum(phi @ operator @ phi.T, 5).hvps == operator.products
+
+
+def test_auto_chooses_by_memory_and_k():
+    small, large = Diagonal(torch.rand(1000)), Diagonal(torch.rand(100_000))
+    large.values[:3] = torch.tensor([50.0, 40, 30])
+    assert gs.spectrum(small, 3).method == "full"
+    chosen = gs.spectrum(large, 3, memory=1 << 20)
+    assert chosen.method == "sketched-basis"
+    assert "GiB" in chosen.reason
+    assert gs.spectrum(large, 100, steps=100, memory=1 << 20).method == "sketched-operator"
+
+
+def test_paper_quantities():
+    eigenvalues = torch.cat([torch.tensor([10.0, 6, 3, 1.5, -4, -2]), torch.rand(500) / 10])
+    result = gs.spectrum(Diagonal(eigenvalues), 4)
+    assert result.r_neg == pytest.approx(0.4, rel=1e-4)
+    assert result.outliers == 3
+    np.testing.assert_allclose(result.ratios[:4], [1, 0.6, 0.3, 0.15], rtol=1e-4)
+
+
+def test_the_zero_operator_and_the_identity_have_one_distinct_eigenvalue():
+    zero = gs.spectrum(Diagonal(torch.zeros(300)), 2, method="sketched-basis")
+    assert len(zero.eigenvalues) == 0
+    assert zero.r_neg == 0
+    one = gs.spectrum(Diagonal(torch.ones(300)), 2, method="sketched-basis")
+    assert [e.value for e in one.eigenvalues] == pytest.approx([1.0])
+    assert "closed" in one.notes[0]
+    twice = gs.spectrum(Diagonal(torch.ones(300)), 2, method="full")
+    assert [e.value for e in twice.eigenvalues] == pytest.approx([1.0, 1.0])
+
+
+def test_one_dimension():
+    assert gs.spectrum(Diagonal(torch.tensor([-3.0])), 1).values == pytest.approx([-3.0])
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal(Diagonal):
+    """Dies at a given product."""
+
+    def __init__(self, values, lifetime):
+        super().__init__(values)
+        self.lifetime = lifetime
+
+    def _apply(self, x):
+        if self.products >= self.lifetime:
+            raise KeyboardInterrupt
+        return super()._apply(x)
+
+    _apply_adjoint = _apply
+
+
+@pytest.mark.parametrize("method", ["sketched-basis", "full", "sketched-operator"])
+def test_an_interrupted_run_goes_on_where_it_stopped(method, tmp_path):
+    values = torch.cat([spectra()["dense edge"].float(), torch.zeros(5000)])
+    gradient = torch.randn(len(values), generator=torch.Generator().manual_seed(0))
+    options = {"method": method, "gradient": gradient, "sketch": 2048, "probes": 0}
+    whole = gs.spectrum(Diagonal(values), 5, **options)
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        gs.spectrum(Mortal(values, 20), 5, checkpoint=path, **options)
+    operator = Diagonal(values)
+    resumed = gs.spectrum(operator, 5, checkpoint=path, **options)
+    assert resumed.alphas == whole.alphas
+    assert resumed.eigenvalues == whole.eigenvalues
+    assert resumed.hvps == whole.hvps
+    assert operator.products == whole.hvps - 20
+    assert torch.equal(resumed.sketches, whole.sketches)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    values = torch.cat([spectra()["dense edge"].float(), torch.zeros(5000)])
+    path = tmp_path / "run.pt"
+    first = gs.spectrum(Diagonal(values), 3, method="sketched-basis", sketch=2048, checkpoint=path)
+    operator = Diagonal(values)
+    more = gs.spectrum(operator, 8, method="sketched-basis", sketch=2048, checkpoint=path)
+    assert more.converged.all()
+    assert operator.products == more.hvps - first.hvps
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    values = torch.rand(5000)
+    gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, checkpoint=path)
+    with pytest.raises(gs.FingerprintError, match="seed"):
+        gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, checkpoint=path, seed=1)
+    with pytest.raises(gs.InputError, match="changed between products"):
+        gs.spectrum(Diagonal(values.flip(0)), 2, method="sketched-basis", steps=30, checkpoint=path)
+
+
+def test_json_round_trip(tmp_path):
+    result = gs.spectrum(Diagonal(torch.cat([torch.tensor([9.0, -8.0]), torch.rand(300)])), 2, gradient=torch.ones(302))
+    again = gs.Spectrum.from_json(result.to_json(tmp_path / "s.json"))
+    assert again == result
+    assert torch.equal(again.sketches, result.sketches)
+    assert (tmp_path / "s.json").exists()
+    assert "R_NEG" in str(again)
+
+
+def test_an_asymmetric_map_is_found_out():
+    matrix = rotated(spectra()["two-sided"]).matrix
+    skew = torch.randn(600, 600, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    skew = (skew - skew.T) * matrix.norm() / (skew - skew.T).norm()
+    for share in (0.1, 1.0):
+        with pytest.raises(gs.InputError, match="not self-adjoint|changed between"):
+            gs.spectrum(Matrix(matrix + share * skew), 5)
+
+
+def test_a_random_map_is_found_out():
+    class Dropping(Diagonal):
+        def _apply(self, x):
+            return super()._apply(x) * (torch.rand(self.n) > 0.1)
+
+        _apply_adjoint = _apply
+
+    torch.manual_seed(0)
+    with pytest.raises(gs.InputError, match="not self-adjoint|changed between"):
+        gs.spectrum(Dropping(torch.rand(5000)), 5)
+
+
+def test_nan_in_a_product_is_an_error():
+    with pytest.raises(gs.NonFiniteError):
+        gs.spectrum(Diagonal(torch.tensor([1.0, float("nan"), 2.0])), 1)
+
+
+def test_bad_input_is_named():
+    operator = Diagonal(torch.rand(50))
+    for arguments, message in [
+        ({"k": 51}, "1 ≤ k ≤ n"),
+        ({"k": 0}, "1 ≤ k ≤ n"),
+        ({"k": 5, "steps": 3}, "at least k steps"),
+        ({"k": 5, "tolerance": 0.0}, "between 0 and 1"),
+        ({"k": 2, "gradient": torch.zeros(50)}, "zero or not finite"),
+        ({"k": 2, "gradient": torch.ones(51)}, r"shape \[51\]"),
+        ({"k": 2, "sketch": gs.AFFD(60, 8)}, "n=50"),
+        ({"k": 20, "sketch": gs.AFFD(50, 8), "method": "sketched-operator"}, "k ≤ d"),
+    ]:
+        with pytest.raises(gs.InputError, match=message):
+            gs.spectrum(operator, **arguments)
+    with pytest.raises(gs.InputError, match="its own adjoint"):
+        gs.spectrum(Matrix(torch.rand(5, 5), is_self_adjoint=False), 1)
+    phi = gs.AFFD(50, 16)
+    with pytest.raises(gs.InputError, match="sketched already"):
+        gs.spectrum(phi @ operator @ phi.T, 2, method="full")
+
+
+def test_bad_types_are_named():
+    answers = errors_of(
+        [
+            "gs.spectrum(torch.eye(3), 1)",
+            "gs.spectrum(gs.AFFD(8, 8).T @ gs.AFFD(8, 8), 1, which='top')",
+            "gs.spectrum(gs.AFFD(8, 8).T @ gs.AFFD(8, 8), 1, method='arnoldi')",
+        ]
+    )
+    for answer, text in zip(answers, ["gradsketch.hessian", "'magnitude' or 'both'", "sketched-basis"], strict=True):
+        assert text in answer
