@@ -28,11 +28,13 @@ _HOME = {
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
     "SketchedGradients": "gradsketch.gradients.per_example",
+    "Spectrum": "gradsketch.spectra",
     "StoreError": "gradsketch.errors",
     "Stream": "gradsketch.random",
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
+    "eigenvectors": "gradsketch.spectra",
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
     "hessian": "gradsketch.gradients.curvature",
@@ -42,6 +44,7 @@ _HOME = {
     "removal_check": "gradsketch.evaluation.causal",
     "retrain_on_subsets": "gradsketch.evaluation.retraining",
     "sketch_gradients": "gradsketch.gradients.per_example",
+    "spectrum": "gradsketch.spectra",
 }
 
 __all__ = sorted(_HOME)
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     from gradsketch.sketches.base import Sketch
     from gradsketch.sketches.block_sum import BlockSum
     from gradsketch.sketches.tiled_srht import TiledSRHT
+    from gradsketch.spectra import Spectrum, eigenvectors, spectrum
 
 
 def __getattr__(name: str) -> Any:

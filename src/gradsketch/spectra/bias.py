@@ -12,7 +12,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from gradsketch.spectrum.results import Estimate
+from gradsketch.spectra.results import Estimate
 
 __all__ = ["corrected", "detection_threshold", "least_d", "sampling_error"]
 
@@ -27,9 +27,7 @@ def detection_threshold(squared_norm: float, d: int) -> float:
     return math.sqrt(max(squared_norm, 0.0) / d)
 
 
-def corrected(
-    raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float
-) -> Float[np.ndarray, " r"]:
+def corrected(raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float) -> Float[np.ndarray, " r"]:
     """Return eigenvalues of H from the outer eigenvalues ``raw`` of Phi H Phiᵀ, strongest first.
 
     The sum over j splits into the values found, taken one by one with the gaps of the raw values (which repel each

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsketch.errors import GradsketchError, InputError
+from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
-from gradsketch.spectrum.krylov import KrylovBasis
+from gradsketch.spectra.krylov import KrylovBasis
 
 __all__ = ["Lanczos", "check_self_adjoint", "dot", "norm", "start_vector"]
 
@@ -36,17 +36,13 @@ def norm(a: Float[Tensor, " n"]) -> float:
     return math.sqrt(dot(a, a))
 
 
-def start_vector(
-    n: int, seed: int, name: str, dtype: torch.dtype, device: torch.device | str
-) -> Float[Tensor, " n"]:
+def start_vector(n: int, seed: int, name: str, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, " n"]:
     """Return a unit vector of uniformly random direction, a function of seed, name and n alone."""
     vector = Stream(seed, "spectrum", name).normals(0, n, dtype=dtype, device=device)
     return vector.div_(norm(vector))
 
 
-def check_self_adjoint(
-    operator: LinearMap, x: Float[Tensor, " n"], product: Float[Tensor, " n"], seed: int
-) -> None:
+def check_self_adjoint(operator: LinearMap, x: Float[Tensor, " n"], product: Float[Tensor, " n"], seed: int) -> None:
     """Compare ⟨y, Hx⟩ with ⟨Hy, x⟩ for a random y: one product more.
 
     Raises:

@@ -7,8 +7,8 @@ import torch
 
 from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
-from gradsketch.spectrum.lanczos import dot
-from gradsketch.spectrum.results import Estimate
+from gradsketch.spectra.lanczos import dot
+from gradsketch.spectra.results import Estimate
 
 __all__ = ["moments"]
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.linalg import eigh_tridiagonal
 
-from gradsketch.spectrum.krylov import KrylovBasis
+from gradsketch.spectra.krylov import KrylovBasis
 
 __all__ = ["RitzPairs", "ritz_pairs"]
 
@@ -85,4 +85,5 @@ def _error_bounds(values: Float[np.ndarray, " r"], residuals: Float[np.ndarray, 
     np.fill_diagonal(distance, np.inf)
     gaps = distance.min(1)
     quadratic = np.where(gaps > 0, residuals**2 / np.where(gaps > 0, gaps, 1.0), np.inf)
-    return np.minimum(residuals, quadratic)
+    bounds: Float[np.ndarray, " r"] = np.minimum(residuals, quadratic)
+    return bounds

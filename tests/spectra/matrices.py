@@ -33,7 +33,7 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Matrix:
     return Matrix(((matrix + matrix.T) / 2).to(eigenvalues.dtype))
 
 
-def spectra(n: int = 600) -> dict[str, Tensor]:
+def spectra(n: int = 400) -> dict[str, Tensor]:
     """Return float64 eigenvalues by name: ten leaders, or as many as the name says, above a bulk of order one."""
     bulk = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     leaders = torch.tensor([100.0, 80, 60, 40, 30, 25, 20, 16, 13, 11], dtype=torch.float64)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.linear_map import LinearMap
+from gradsketch.transforms.precision import full_precision
 
 __all__ = ["FullBasis", "KrylovBasis", "SketchedBasis"]
 
@@ -70,17 +71,19 @@ class FullBasis(KrylovBasis):
 
     def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
         # Classical Gram–Schmidt twice is enough (Giraud, Langou & Rozloznik 2005).
-        for _ in range(2):
-            overlaps = [block.mv(w) for block in self.rows.blocks()]
-            for block, overlap in zip(self.rows.blocks(), overlaps, strict=True):
-                w.addmv_(block.T, overlap, alpha=-1.0)
+        with full_precision(w.device):
+            for _ in range(2):
+                overlaps = [block.mv(w) for block in self.rows.blocks()]
+                for block, overlap in zip(self.rows.blocks(), overlaps, strict=True):
+                    w.addmv_(block.T, overlap, alpha=-1.0)
 
     def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
         blocks = self.rows.blocks()
         parts = coefficients.to(blocks[0]).split([len(block) for block in blocks])
-        out = parts[0].T @ blocks[0]
-        for part, block in zip(parts[1:], blocks[1:], strict=True):
-            out.addmm_(part.T, block)
+        with full_precision(blocks[0].device):
+            out = torch.mm(parts[0].T, blocks[0])
+            for part, block in zip(parts[1:], blocks[1:], strict=True):
+                out.addmm_(part.T, block)
         return out
 
 
@@ -103,4 +106,4 @@ class SketchedBasis(KrylovBasis):
         pass
 
     def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
-        return coefficients.T @ torch.cat(self.rows.blocks()).to(coefficients.dtype)
+        return torch.mm(coefficients.T, torch.cat(self.rows.blocks()).to(coefficients.dtype))

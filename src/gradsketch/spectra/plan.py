@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import matmul
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
-from gradsketch.spectrum.results import Method, Which
+from gradsketch.spectra.results import Method, Which
 
 __all__ = ["Identity", "Plan", "make_plan"]
 
@@ -70,7 +70,7 @@ def make_plan(
     operator: LinearMap,
     k: int,
     which: Which,
-    method: Method | str,
+    method: Literal["auto"] | Method,
     sketch: Sketch | int | None,
     steps: int | None,
     tolerance: float,
@@ -86,9 +86,7 @@ def make_plan(
     dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
     device = torch.device("cpu") if operator.device is None else operator.device
     steps = min(operator.n, steps or _default_steps(k, which))
-    plan = Plan(
-        operator, operator, Identity(1), "full", "", k, which, steps, tolerance, seed, dtype, device
-    )
+    plan = Plan(operator, operator, Identity(1), "full", "", k, which, steps, tolerance, seed, dtype, device)
     split = split_sketched(operator)
     if split is not None:
         return _of_sketched(plan, *split, method)
@@ -101,7 +99,7 @@ def make_plan(
 
 def split_sketched(operator: LinearMap) -> tuple[Sketch, LinearMap] | None:
     """Return (phi, H) of an operator that was written phi @ H @ phi.T, and None of others."""
-    factors = getattr(operator, "factors", ())
+    factors: tuple[LinearMap, ...] = getattr(operator, "factors", ())
     if len(factors) < 3 or not isinstance(factors[0], Sketch) or not operator.is_self_adjoint:
         return None
     return factors[0], reduce(matmul, factors[1:-1])
@@ -121,7 +119,7 @@ def _choose(n: int, k: int, steps: int, memory: int, dtype: torch.dtype) -> tupl
     return "sketched-basis", f"{steps} Krylov vectors of n = {n} would take {size}; their sketches are kept instead"
 
 
-def _finish(plan: Plan, method: Method | str, sketch: Sketch | int | None) -> Plan:
+def _finish(plan: Plan, method: Method, sketch: Sketch | int | None) -> Plan:
     n = plan.operator.n
     if isinstance(sketch, Sketch) and sketch.n != n:
         raise InputError(f"{sketch!r} for an operator of n={n}", f"a sketch with n={n}", f"Type AFFD({n}, 4096)")
@@ -139,7 +137,7 @@ def _operator_d(plan: Plan) -> int:
     return max(1 << 15, 1 << (8 * plan.steps - 1).bit_length())
 
 
-def _of_sketched(plan: Plan, phi: Sketch, inner: LinearMap, method: Method | str) -> Plan:
+def _of_sketched(plan: Plan, phi: Sketch, inner: LinearMap, method: str) -> Plan:
     if method not in ("auto", "sketched-operator"):
         raise InputError(
             f"method={method!r} for {plan.operator!r}",

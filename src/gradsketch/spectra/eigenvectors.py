@@ -11,18 +11,16 @@ from torch import Tensor
 from gradsketch.errors import GradsketchError, InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.affd import AFFD
-from gradsketch.spectrum.krylov import FullBasis
-from gradsketch.spectrum.lanczos import Lanczos, norm, start_vector
-from gradsketch.spectrum.results import Spectrum
+from gradsketch.spectra.krylov import FullBasis
+from gradsketch.spectra.lanczos import Lanczos, norm, start_vector
+from gradsketch.spectra.results import Spectrum
 
 __all__ = ["eigenvectors"]
 
 _LEAST_COSINE = 0.9
 
 
-def eigenvectors(
-    operator: LinearMap, result: Spectrum, *, first: int | None = None
-) -> Float[Tensor, "r n"]:
+def eigenvectors(operator: LinearMap, result: Spectrum, *, first: int | None = None) -> Float[Tensor, "r n"]:
     """Return unit eigenvectors of the ``first`` eigenvalues asked for (default: all), in the order of ``values``.
 
     Repeats the ``result.steps`` products of the run, holds r + 3 vectors (all of them for the route "full") and

@@ -17,14 +17,14 @@ from tqdm import tqdm
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.base import Sketch
-from gradsketch.spectrum.bias import corrected, detection_threshold, least_d, sampling_error
-from gradsketch.spectrum.checkpoint import RunFile
-from gradsketch.spectrum.krylov import FullBasis, SketchedBasis
-from gradsketch.spectrum.lanczos import Lanczos, check_self_adjoint, dot, norm, start_vector
-from gradsketch.spectrum.moments import moments
-from gradsketch.spectrum.plan import Plan, make_plan
-from gradsketch.spectrum.results import Eigenvalue, Estimate, Method, Spectrum, Which
-from gradsketch.spectrum.ritz import RitzPairs, ritz_pairs
+from gradsketch.spectra.bias import corrected, detection_threshold, least_d, sampling_error
+from gradsketch.spectra.checkpoint import RunFile
+from gradsketch.spectra.krylov import FullBasis, SketchedBasis
+from gradsketch.spectra.lanczos import Lanczos, check_self_adjoint, dot, norm, start_vector
+from gradsketch.spectra.moments import moments
+from gradsketch.spectra.plan import Plan, make_plan
+from gradsketch.spectra.results import Eigenvalue, Estimate, Method, Spectrum, Which
+from gradsketch.spectra.ritz import RitzPairs, ritz_pairs
 
 __all__ = ["spectrum"]
 
@@ -189,7 +189,8 @@ class _Run:
         return max(self.lanczos.noise, 10 * eps * self.lanczos.scale)
 
     def _relative(self, pairs: RitzPairs) -> Float[np.ndarray, " r"]:
-        return pairs.residuals / np.maximum(np.abs(pairs.values), np.finfo(float).tiny)
+        relative: Float[np.ndarray, " r"] = pairs.residuals / np.maximum(np.abs(pairs.values), np.finfo(float).tiny)
+        return relative
 
     def result(self, pairs: RitzPairs, estimates: tuple[Estimate, Estimate] | None) -> Spectrum:
         """Return what was found, corrected where the operator was sketched."""
@@ -266,7 +267,7 @@ class _Run:
                 value=float(value),
                 residual=e.residual,
                 error=float(error) + e.error,
-                converged=e.converged and abs(value) > threshold,
+                converged=e.converged and bool(abs(value) > threshold),
                 raw=e.value,
                 gradient_share=e.gradient_share,
             )
