@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _HOME = {
     "AFFD": "gradsketch.sketches.affd",
     "AFJL": "gradsketch.sketches.afjl",
+    "Accuracy": "gradsketch.dimension.metrics",
     "BlockSum": "gradsketch.sketches.block_sum",
     "CausalLM": "gradsketch.gradients.tasks",
     "Classification": "gradsketch.gradients.tasks",
+    "ExactMatch": "gradsketch.dimension.metrics",
     "FingerprintError": "gradsketch.errors",
     "Function": "gradsketch.gradients.tasks",
     "GradientSketcher": "gradsketch.gradients.per_example",
@@ -22,9 +24,11 @@ _HOME = {
     "Hits": "gradsketch.attribution.results",
     "InputError": "gradsketch.errors",
     "LinearMap": "gradsketch.linear_map",
+    "Loss": "gradsketch.dimension.metrics",
     "MaskedLM": "gradsketch.gradients.tasks",
     "NonFiniteError": "gradsketch.errors",
     "Parameters": "gradsketch.gradients.parameters",
+    "Rouge": "gradsketch.dimension.metrics",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
     "SketchedGradients": "gradsketch.gradients.per_example",
@@ -34,10 +38,13 @@ _HOME = {
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
+    "dimension_curve": "gradsketch.dimension.curve",
     "eigenvectors": "gradsketch.spectra",
+    "fine_tune": "gradsketch.dimension.curve",
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
     "hessian": "gradsketch.gradients.curvature",
+    "intrinsic_dimension": "gradsketch.dimension.search",
     "linear_datamodeling_score": "gradsketch.evaluation.lds",
     "loss_gradient": "gradsketch.gradients.curvature",
     "mislabelled_auc": "gradsketch.evaluation.mislabelled",
@@ -51,6 +58,9 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from gradsketch.attribution.results import Hits
+    from gradsketch.dimension.curve import dimension_curve, fine_tune
+    from gradsketch.dimension.metrics import Accuracy, ExactMatch, Loss, Rouge
+    from gradsketch.dimension.search import intrinsic_dimension
     from gradsketch.dimension.subspace import Subspace
     from gradsketch.errors import (
         FingerprintError,

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_modules_with_their_own_ways_of_reading_weights(model, mode: bool) -> No
     torch.manual_seed(0)
     model = model().double().train(mode)
     parameters = gs.Parameters(model)
-    sketch = Gaussian(parameters.n, 9)
+    sketch = Gaussian(parameters.n, 6)
     other = copy.deepcopy(model)
 
     def output(m: nn.Module) -> Tensor:
@@ -495,6 +496,32 @@ def test_a_state_dict_of_another_subspace_is_refused(subspace: Subspace, what: s
     with pytest.raises(gs.FingerprintError, match=what):
         other.load_state_dict(subspace.state_dict(), strict=False)
     assert torch.equal(other.w, torch.zeros(11, dtype=torch.float64))
+
+
+def test_save_and_load_like_an_adapter(tmp_path: Path) -> None:
+    model, parameters = made()
+    subspace = randomised(Subspace(model, parameters, gs.AFFD(parameters.n, 16, seed=5, form="global")))
+    subspace(data())  # moves the batch statistics
+    subspace.save_pretrained(tmp_path / "adapter")
+    assert sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir()) < 10_000
+    other = Subspace.from_pretrained(made()[0], tmp_path / "adapter")
+    assert torch.equal(other.eval()(data()), subspace.eval()(data()))
+
+    stranger, _ = made(seed=1)
+    before = snapshot(stranger)
+    with pytest.raises(gs.FingerprintError, match="theta0"):
+        Subspace.from_pretrained(stranger, tmp_path / "adapter")
+    assert_same(before, snapshot(stranger))
+    with pytest.raises(gs.InputError, match="save_pretrained"):
+        Subspace.from_pretrained(stranger, tmp_path)
+
+
+def test_a_sketch_of_ones_own_is_passed_when_loading(subspace: Subspace, tmp_path: Path) -> None:
+    subspace.save_pretrained(tmp_path)
+    with pytest.raises(gs.InputError, match="sketch="):
+        Subspace.from_pretrained(made()[0], tmp_path)
+    other = Subspace.from_pretrained(made()[0], tmp_path, sketch=subspace.sketch)
+    assert torch.equal(other.w, subspace.w)
 
 
 # --- a wrapper like any other ---

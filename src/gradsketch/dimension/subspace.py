@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradsketch.dimension import saving
+from gradsketch.dimension.lifting import Point
 from gradsketch.dimension.substitution import Substitution
-from gradsketch.errors import FingerprintError, InputError
+from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
 
@@ -65,14 +64,12 @@ class Subspace(nn.Module):
         self.w = nn.Parameter(torch.zeros(sketch.d, dtype=wide, device=device))
         self._substitution: Substitution | None = substitution
         self._found = _Found.of(model)
-        self._point: _Point | None = None
-        self._base: str | None = None
+        self._point: Point | None = None
+        self._theta0: str | None = None
         model.requires_grad_(False)
         self.training = model.training
         self._refresh_hook = model.register_forward_pre_hook(partial(_refresh, self))
-        self.register_state_dict_post_hook(_leave_base_out)
-        self.register_load_state_dict_pre_hook(_check_fingerprint)
-        self.register_load_state_dict_post_hook(_expect_no_base)
+        saving.keep_state_small(self)
         wrapped: Any = type(model)
         self.__class__ = _with_signature(wrapped)
 
@@ -143,59 +140,58 @@ class Subspace(nn.Module):
         if point is None or point.w.device != self.w.device or not torch.equal(point.w, self.w):
             self._move()
 
-    def _move(self) -> _Point:
+    def _move(self) -> Point:
         self._point = None  # frees the old buffer before the new one is made
-        with torch.inference_mode(False), torch.no_grad(), _full_precision(self.w.device):
-            w = self.w.detach().clone()
-            delta = self.sketch._apply_adjoint(_wide(w)[None])[0]
-            if delta.untyped_storage().data_ptr() == w.untyped_storage().data_ptr():
-                delta = delta.clone()
-            plain = {}
-            for (name, parameter), part in zip(self.selection, self.selection.unflatten(delta).values(), strict=True):
-                plain[name] = (part.add_(parameter) if _widens(parameter, part) else part + parameter).to(parameter)
-        self._point = _Point(self.w._version, w, plain)
+        self._point = Point.at(self.w, self.selection, self.sketch)
         return self._point
 
     # --- saving ---
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a few kilobytes to a folder: how the sketch is made, and the state dict."""
+        saving.write(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str | Path, sketch: Sketch | None = None) -> Subspace:
+        """Open a Subspace saved by ``save_pretrained`` on the same base model, on any machine.
+
+        Args:
+            model: the base model, with the weights it had then.
+            folder: where it was saved.
+            sketch: the sketch, where it is of a kind of your own.
+
+        Raises:
+            InputError: nothing was saved there, or the sketch is of a kind that this library does not have.
+            FingerprintError: another base model, or another sketch.
+        """
+        config, state = saving.read(Path(folder), next(model.parameters()).device)
+        parameters = Parameters(model, config["parameters"], frozen=True)
+        subspace = cls(model, parameters, saving.rebuilt(config["sketch"], parameters) if sketch is None else sketch)
+        try:
+            subspace.load_state_dict(state)
+        except BaseException:
+            subspace.close()
+            raise
+        return subspace
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the sketch, of the parameters' names and shapes, and of theta0 itself."""
-        if self._base is None:
-            self._base = self.selection.fingerprint(content=True)
-        return {"sketch": self.sketch.fingerprint, "parameters": self.selection.fingerprint(), "theta0": self._base}
+        if self._theta0 is None:
+            self._theta0 = self.selection.fingerprint(content=True)
+        return {"sketch": self.sketch.fingerprint, "parameters": self.selection.fingerprint(), "theta0": self._theta0}
+
+    @property
+    def changed_buffers(self) -> list[str]:
+        """The model's buffers that training changed: statistics of batch normalisation, for instance."""
+        return self._found.changed(self.model)
 
     def get_extra_state(self) -> Tensor:
-        """Return the fingerprints as bytes in a tensor, which every file format of state dicts can hold."""
-        return torch.tensor(list(json.dumps(self.fingerprints).encode()), dtype=torch.uint8)
+        """Return the fingerprints, for the state dict."""
+        return saving.as_tensor(self.fingerprints)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: the fingerprints were compared before anything was loaded."""
-
-
-@dataclass
-class _Point:
-    """The values at one w: plain, and (once asked for) as functions of w for autograd."""
-
-    version: int
-    w: Tensor
-    plain: dict[str, Tensor]
-    tracked: dict[str, Tensor] | None = None
-    gradient: _Gradient | None = None
-
-    def track(self, w: Tensor, sketch: Sketch) -> None:
-        self.gradient = _Gradient(self.plain, sketch)
-        with torch.inference_mode(False):
-            values = _Lift.apply(w, list(self.plain.values()), self.gradient)
-        self.tracked = dict(zip(self.plain, values, strict=True))
-
-    def reading(self, name: str) -> Tensor:
-        assert self.tracked is not None
-        value: Tensor = _Tap.apply(self.tracked[name], name, self.gradient)
-        return value
-
-    def __deepcopy__(self, memo: Any) -> None:
-        """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
 
 
 @dataclass
@@ -228,93 +224,6 @@ class _Found:
         return [n for n, old in self.buffers.items() if n in now and not torch.equal(old.to(now[n].device), now[n])]
 
 
-class _Lift(torch.autograd.Function):
-    """The values at a point as functions of w: theta0 + Phiᵀ w, whose vector-Jacobian product is the sketch."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, values: list[Tensor], gradient: _Gradient) -> tuple[Tensor, ...]:
-        ctx.gradient, ctx.dtype = gradient, w.dtype
-        ctx.set_materialize_grads(False)
-        return tuple(value.detach() for value in values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
-        return ctx.gradient.sketched(grads).to(ctx.dtype), None, None
-
-
-class _Tap(torch.autograd.Function):
-    """One reading of one value: hands its gradient over as soon as there is one, so that autograd may free it.
-
-    Backward runs the nodes made last first, which is why a tap is made at the reading and not with the values.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, name: str, gradient: _Gradient) -> Tensor:
-        ctx.name, ctx.gradient = name, gradient
-        ctx.set_materialize_grads(False)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
-            return grad, None, None
-        if grad is not None:
-            ctx.gradient.add(ctx.name, grad)
-        return None, None, None
-
-
-class _Gradient:
-    """Gathers the gradient with respect to theta in one vector while backward runs, then sketches it.
-
-    A step thus holds n numbers of gradient and not 2n. Holds no tensor of the graph: the graph holds it, and a cycle
-    would keep n numbers alive until the next garbage collection.
-    """
-
-    def __init__(self, values: dict[str, Tensor], sketch: Sketch) -> None:
-        self.sketch = sketch
-        self.device = next(iter(values.values())).device
-        self.dtype = max((value.dtype for value in values.values()), key=lambda dtype: torch.finfo(dtype).bits)
-        ends = list(accumulate(value.numel() for value in values.values()))
-        self.places = {name: slice(*ends) for name, ends in zip(values, pairwise([0, *ends]), strict=True)}
-        # By backward pass: re-entrant checkpointing runs one inside another, and one that failed leaves its own behind.
-        self.passes: dict[int, tuple[Tensor, set[str]]] = {}
-
-    def add(self, name: str, grad: Tensor) -> None:
-        running = torch._C._current_graph_task_id()
-        if running not in self.passes:
-            self.passes[running] = torch.empty(self.sketch.n, dtype=self.dtype, device=self.device), set()
-        vector, seen = self.passes[running]
-        place = vector[self.places[name]].view(grad.shape)
-        grad = grad.to_dense() if grad.is_sparse else grad
-        if name in seen:
-            place.add_(grad)
-        else:
-            place.copy_(grad)
-            seen.add(name)
-
-    def sketched(self, grads: tuple[Tensor | None, ...]) -> Tensor:
-        if any(grad is not None for grad in grads):
-            return self._differentiably(grads)
-        running = torch._C._current_graph_task_id()
-        if running not in self.passes:
-            return torch.zeros(self.sketch.d, device=self.device)
-        vector, seen = self.passes.pop(running)
-        for name in self.places.keys() - seen:  # parameters that this loss does not use
-            vector[self.places[name]].zero_()
-        with _full_precision(vector.device):
-            # Unchecked, for infinities must reach the gradient scaler of mixed precision, which skips the step.
-            return self.sketch._apply(_wide(vector)[None])[0]
-
-    def _differentiably(self, grads: tuple[Tensor | None, ...]) -> Tensor:
-        known = next(grad for grad in grads if grad is not None)
-        parts = [
-            known.new_zeros(place.stop - place.start) if grad is None else grad.reshape(-1)
-            for place, grad in zip(self.places.values(), grads, strict=True)
-        ]
-        with _full_precision(known.device):
-            return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
-
-
 def _checked(parameters: Parameters, sketch: Sketch) -> torch.device:
     if sketch.n != parameters.n:
         raise InputError(
@@ -328,21 +237,6 @@ def _checked(parameters: Parameters, sketch: Sketch) -> torch.device:
             f"parameters on {', '.join(devices)}", "parameters on one device", "Move the model with model.to(device)"
         )
     return torch.device(devices[0])
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _widens(parameter: Tensor, part: Tensor) -> bool:
-    """Whether adding the parameter into ``part`` in place loses nothing."""
-    return torch.promote_types(parameter.dtype, part.dtype) == part.dtype
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, enabled=False):
-        yield
 
 
 @cache
@@ -360,28 +254,3 @@ def _with_signature(wrapped: type[nn.Module]) -> type[Subspace]:
 
 def _refresh(subspace: Subspace, *_: Any) -> None:
     subspace._refresh()
-
-
-def _leave_base_out(subspace: Subspace, state: dict[str, Any], prefix: str, _: Any) -> None:
-    base = f"{prefix}model."
-    kept = {base + name for name in subspace._found.changed(subspace.model)}
-    for key in [key for key in state if key.startswith(base) and key not in kept]:
-        del state[key]
-
-
-def _check_fingerprint(subspace: Subspace, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    subspace._prefix = f"{prefix}model."
-    saved = state.get(f"{prefix}_extra_state")
-    if saved is None:
-        return
-    theirs, ours = json.loads(bytes(saved.tolist()).decode()), subspace.fingerprints
-    if different := [key for key in ours if theirs.get(key) != ours[key]]:
-        raise FingerprintError(
-            f"a state dict made with {' and '.join(f'{k} {theirs.get(k)}' for k in different)}",
-            f"{' and '.join(f'{k} {ours[k]}' for k in different)}, that of this Subspace",
-            "Load it with the same base weights, parameters, sketch kind, d and seed",
-        )
-
-
-def _expect_no_base(subspace: Subspace, keys: Any) -> None:
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(subspace._prefix)]

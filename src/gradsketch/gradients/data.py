@@ -22,7 +22,7 @@ class Batches:
     """A fixed sequence of batches over a user's data, the same at every pass.
 
     ``data`` is one batch (a dict or tuple of tensors), a DataLoader that does not shuffle, or a sequence of raw
-    examples, which the task collates ``batch_size`` at a time.
+    examples, which the task collates ``batch_size`` at a time (``is_raw``).
 
     Raises:
         InputError: the data is empty, cannot be read twice (a generator), or comes in another order at every pass.
@@ -31,6 +31,7 @@ class Batches:
     def __init__(self, task: Task, data: Any, batch_size: int = 8) -> None:
         self.task, self.data, self.batch_size = task, data, batch_size
         self._is_batch = _is_batch(data)
+        self.is_raw = not (self._is_batch or isinstance(data, DataLoader))
         if isinstance(data, Iterator) or not hasattr(data, "__len__"):
             raise InputError(
                 f"data of type {type(data).__name__}, which can be read only once",

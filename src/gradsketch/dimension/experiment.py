@@ -1,0 +1,137 @@
+"""What a search, a curve and a fine-tuning have in common: model, task, data, metric, and how one trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradsketch.dimension.metrics import Metric, evaluated, is_lower_better
+from gradsketch.dimension.results import CurvePoint, Settings
+from gradsketch.dimension.rotated import prefix_nested
+from gradsketch.dimension.subspace import Subspace
+from gradsketch.dimension.training import Training
+from gradsketch.errors import InputError
+from gradsketch.gradients.data import Batches
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.sketches.base import Sketch
+
+__all__ = ["Experiment", "SketchKind", "check_positive"]
+
+# A sketch class, or any function (n, d, seed=...) → sketch.
+SketchKind = Callable[..., Sketch]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that stays the same while the number of dimensions changes."""
+
+    model: nn.Module
+    task: Task
+    train: Any
+    evaluate: Metric
+    parameters: Parameters
+    sketch: SketchKind
+    lr: int | float
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        task: Task | Callable[..., Tensor],
+        train: Any,
+        evaluate: Metric,
+        parameters: Parameters | None,
+        sketch: SketchKind,
+        lr: int | float,
+        batch_size: int,
+    ) -> Experiment:
+        """Check and complete what a user passed.
+
+        Raises:
+            InputError: data that is empty or can be read only once, lr or batch_size not positive, evaluate not
+                callable.
+        """
+        check_positive(lr=lr, batch_size=batch_size)
+        if not callable(evaluate):
+            raise InputError(
+                f"evaluate of type {type(evaluate).__name__}",
+                "a function from the model to a number",
+                "Type evaluate=Accuracy(task, test_data), or write your own",
+            )
+        task = as_task(task)
+        Batches(task, train, batch_size)
+        parameters = Parameters(model) if parameters is None else parameters
+        return cls(model, task, train, evaluate, parameters, sketch, float(lr), batch_size)
+
+    @property
+    def n(self) -> int:
+        """Number of parameters that may move."""
+        return self.parameters.n
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether smaller values of the metric are better."""
+        return is_lower_better(self.evaluate)
+
+    def gain(self, value: float, before: float) -> float:
+        """Return by how much a value is better than one before."""
+        return before - value if self.lower_is_better else value - before
+
+    @contextmanager
+    def training(self, d_max: int, d: int, seed: int) -> Iterator[Training]:
+        """Open a subspace of d_max dimensions of which the first d train; the model is left as found at the end."""
+        sketch = prefix_nested(self.sketch(self.n, d_max, seed=seed))
+        with Subspace(self.model, self.parameters, sketch) as subspace:
+            yield Training(subspace, self.task, self.train, lr=self.lr, d=d, batch_size=self.batch_size, seed=seed)
+
+    def evaluated(self, where: str) -> float:
+        """Return the metric of the model as it stands."""
+        return evaluated(self.evaluate, self.model, where)
+
+    def reaches(self, value: float, target: float) -> bool:
+        """Return whether a value is as good as the target."""
+        return self.gain(value, target) >= 0
+
+    def point(self, d: int, seed: int, steps: int) -> CurvePoint:
+        """Train in d dimensions from theta0, the learning rate falling linearly to zero, and evaluate."""
+        start = perf_counter()
+        tail = max(1, steps // 10)
+
+        def fall(step: int) -> float:
+            return 1 - step / steps
+
+        with self.training(d, d, seed) as training:
+            if steps > tail:
+                training.advance(steps - tail, fall)
+            loss = training.advance(tail, fall)
+            value = self.evaluated(f"after {steps} steps at d={d}, seed {seed}")
+        return CurvePoint(d, seed, value, loss, steps, perf_counter() - start)
+
+    def settings(self, d: int) -> Settings:
+        """Return what decides the outcome but the seed, for results and for resuming; d is the largest dimension."""
+        sketch = self.sketch(self.n, d, seed=0)
+        return {
+            "sketch": ", ".join([type(sketch).__name__, *(f"{k}={v}" for k, v in sketch.options().items())]),
+            "parameters": self.parameters.fingerprint(),
+            "theta0": self.parameters.fingerprint(content=True),
+            "n": self.n,
+            "task": repr(self.task),
+            "metric": getattr(self.evaluate, "__qualname__", type(self.evaluate).__name__),
+            "examples": len(self.train),
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+        }
+
+
+def check_positive(**values: int | float) -> None:
+    """Refuse numbers that are not positive."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not value > 0:
+            raise InputError(f"{name}={value!r}", "a positive number", f"Type {name}=..., larger than 0")

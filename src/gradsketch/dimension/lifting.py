@@ -1,0 +1,151 @@
+"""theta0 + Phiᵀ w as a differentiable function of w that holds n numbers, and n more while backward runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.sketches.base import Sketch
+from gradsketch.transforms.precision import full_precision
+
+__all__ = ["Point"]
+
+
+@dataclass
+class Point:
+    """The values at one w: plain, and (once asked for) as functions of w for autograd."""
+
+    w: Tensor
+    version: int
+    plain: dict[str, Tensor]
+    tracked: dict[str, Tensor] | None = None
+    gradient: _Gradient | None = None
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def at(cls, w: Float[Tensor, " d"], parameters: Parameters, sketch: Sketch) -> Point:
+        """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
+        version, w = w._version, w.detach().clone()
+        with full_precision(w.device):
+            delta = sketch._apply_adjoint(_wide(w)[None])[0]
+        if delta.untyped_storage().data_ptr() == w.untyped_storage().data_ptr():
+            delta = delta.clone()
+        plain = {}
+        for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
+            in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
+            plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
+        return cls(w, version, plain)
+
+    def track(self, w: Tensor, sketch: Sketch) -> None:
+        """Make the values functions of w."""
+        self.gradient = _Gradient(self.plain, sketch)
+        with torch.inference_mode(False):
+            values = _Lift.apply(w, list(self.plain.values()), self.gradient)
+        self.tracked = dict(zip(self.plain, values, strict=True))
+
+    def reading(self, name: str) -> Tensor:
+        """Return a value as a function of w, for one use."""
+        assert self.tracked is not None
+        value: Tensor = _Tap.apply(self.tracked[name], name, self.gradient)
+        return value
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
+
+
+class _Lift(torch.autograd.Function):
+    """The values at a point as functions of w: theta0 + Phiᵀ w, whose vector-Jacobian product is the sketch."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, values: list[Tensor], gradient: _Gradient) -> tuple[Tensor, ...]:
+        ctx.gradient, ctx.dtype = gradient, w.dtype
+        ctx.set_materialize_grads(False)
+        return tuple(value.detach() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+        return ctx.gradient.sketched(grads).to(ctx.dtype), None, None
+
+
+class _Tap(torch.autograd.Function):
+    """One reading of one value: hands its gradient over as soon as there is one, so that autograd may free it.
+
+    Backward runs the nodes made last first, which is why a tap is made at the reading and not with the values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, name: str, gradient: _Gradient) -> Tensor:
+        ctx.name, ctx.gradient = name, gradient
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
+            return grad, None, None
+        if grad is not None:
+            ctx.gradient.add(ctx.name, grad)
+        return None, None, None
+
+
+class _Gradient:
+    """Gathers the gradient with respect to theta in one vector while backward runs, then sketches it.
+
+    A step thus holds n numbers of gradient and not 2n. Holds no tensor of the graph: the graph holds it, and a cycle
+    would keep n numbers alive until the next garbage collection.
+    """
+
+    def __init__(self, values: dict[str, Tensor], sketch: Sketch) -> None:
+        self.sketch = sketch
+        self.device = next(iter(values.values())).device
+        self.dtype = max((value.dtype for value in values.values()), key=lambda dtype: torch.finfo(dtype).bits)
+        ends = list(accumulate(value.numel() for value in values.values()))
+        self.places = {name: slice(*ends) for name, ends in zip(values, pairwise([0, *ends]), strict=True)}
+        # By backward pass: re-entrant checkpointing runs one inside another, and one that failed leaves its own behind.
+        self.passes: dict[int, tuple[Tensor, set[str]]] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        running = torch._C._current_graph_task_id()
+        if running not in self.passes:
+            self.passes[running] = torch.empty(self.sketch.n, dtype=self.dtype, device=self.device), set()
+        vector, seen = self.passes[running]
+        place = vector[self.places[name]].view(grad.shape)
+        grad = grad.to_dense() if grad.is_sparse else grad
+        if name in seen:
+            place.add_(grad)
+        else:
+            place.copy_(grad)
+            seen.add(name)
+
+    def sketched(self, grads: tuple[Tensor | None, ...]) -> Tensor:
+        if any(grad is not None for grad in grads):
+            return self._differentiably(grads)
+        running = torch._C._current_graph_task_id()
+        if running not in self.passes:
+            return torch.zeros(self.sketch.d, device=self.device)
+        vector, seen = self.passes.pop(running)
+        for name in self.places.keys() - seen:  # parameters that this loss does not use
+            vector[self.places[name]].zero_()
+        with full_precision(vector.device):
+            # Unchecked, for infinities must reach the gradient scaler of mixed precision, which skips the step.
+            return self.sketch._apply(_wide(vector)[None])[0]
+
+    def _differentiably(self, grads: tuple[Tensor | None, ...]) -> Tensor:
+        known = next(grad for grad in grads if grad is not None)
+        parts = [
+            known.new_zeros(place.stop - place.start) if grad is None else grad.reshape(-1)
+            for place, grad in zip(self.places.values(), grads, strict=True)
+        ]
+        with full_precision(known.device):
+            return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,206 @@
+"""What a target is measured by: accuracy, loss, ROUGE, exact match, or any function of the model."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.gradients.data import Batches, batch_length, to_device
+from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.gradients.tasks.logits import logits_of
+
+__all__ = ["Accuracy", "ExactMatch", "Loss", "Metric", "Rouge", "evaluated", "is_lower_better"]
+
+# Any function from a model to a number: larger is better unless it has a true attribute ``lower_is_better``.
+Metric = Callable[[nn.Module], Any]
+
+
+class Accuracy:
+    """The share of examples whose most likely class is their label.
+
+    Args:
+        task: how examples become batches, such as ``Classification``.
+        data: raw examples, a DataLoader, or one batch; batches are dicts with ``labels [b]`` or tuples (x, labels).
+
+    Example:
+        >>> data = [(torch.ones(2), 1), (-torch.ones(2), 0)]
+        >>> Accuracy(Classification(), data)(torch.nn.Linear(2, 2))  # doctest: +SKIP
+        0.5
+    """
+
+    def __init__(self, task: Task, data: Any, batch_size: int = 32) -> None:
+        self.batches = Batches(task, data, batch_size)
+
+    def __call__(self, model: nn.Module) -> float:
+        right, total = torch.zeros(()), 0
+        for batch in _on_device_of(model, self.batches):
+            inputs, labels = _inputs_and_labels(batch)
+            right = right.to(labels.device) + (logits_of(model, inputs, labels.shape).argmax(-1) == labels).sum()
+            total += labels.numel()
+        return float(right / total)
+
+
+class Loss:
+    """The mean of the task's losses over the examples; lower is better."""
+
+    lower_is_better = True
+
+    def __init__(self, task: Task | Callable[..., Tensor], data: Any, batch_size: int = 32) -> None:
+        self.task = as_task(task)
+        self.batches = Batches(self.task, data, batch_size)
+
+    def __call__(self, model: nn.Module) -> float:
+        total, examples = torch.zeros((), dtype=torch.float64), 0
+        for batch in _on_device_of(model, self.batches):
+            losses = self.task.losses(model, batch).detach().double()
+            total = total.to(losses.device) + losses.sum()
+            examples += batch_length(batch)
+        return float(total / examples)
+
+
+class _Generated(ABC):
+    """The mean score of greedy answers.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        data: (prompt, answer) pairs, or dicts with ``prompt`` and ``answer`` (or ``completion``), or with ``source``
+            and ``target`` for encoder-decoders.
+        max_new_tokens: how much is generated at most.
+        stop: an answer ends before the first of these characters or strings, where one is given.
+    """
+
+    def __init__(
+        self, tokenizer: Any, data: Any, *, max_new_tokens: int = 32, stop: str | None = None, batch_size: int = 16
+    ) -> None:
+        self.tokenizer, self.max_new_tokens, self.stop, self.batch_size = tokenizer, max_new_tokens, stop, batch_size
+        self.pairs = [_prompt_and_answer(example) for example in data]
+        if not self.pairs:
+            raise InputError("no examples", "at least one prompt with its answer", "Check the path or the filter")
+
+    @abstractmethod
+    def score(self, reference: str, answer: str) -> float:
+        """Return how good one answer is, from 0 to 1."""
+
+    def __call__(self, model: nn.Module) -> float:
+        scores = []
+        for start in range(0, len(self.pairs), self.batch_size):
+            prompts, references = zip(*self.pairs[start : start + self.batch_size], strict=True)
+            answers = self.answers(model, list(prompts))
+            scores += [self.score(r.strip(), a) for r, a in zip(references, answers, strict=True)]
+        return sum(scores) / len(scores)
+
+    def answers(self, model: nn.Module, prompts: list[str]) -> list[str]:
+        """Return the model's greedy continuations of some prompts."""
+        rows = [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        length = max(len(row) for row in rows)
+        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        device = next(model.parameters()).device
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": pad}
+        generate: Any = model.generate
+        out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            out = out[:, length:]
+        texts: list[str] = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [(text.split(self.stop)[0] if self.stop else text).strip() for text in texts]
+
+
+class ExactMatch(_Generated):
+    """The share of prompts whose greedy answer is the reference, but for white space at the ends."""
+
+    def score(self, reference: str, answer: str) -> float:
+        return float(answer == reference)
+
+
+class Rouge(_Generated):
+    """The mean ROUGE F-measure (Lin 2004) of greedy answers, from 0 to 1, by the package rouge-score.
+
+    ``kind`` is "rouge1", "rouge2" or "rougeL"; the rest is as for ExactMatch.
+
+    Raises:
+        InputError: rouge-score is not installed.
+    """
+
+    def __init__(
+        self, tokenizer: Any, data: Any, kind: Literal["rouge1", "rouge2", "rougeL"] = "rouge1", **options: Any
+    ) -> None:
+        super().__init__(tokenizer, data, **options)
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise InputError(
+                "no rouge-score on this machine", "that package", "Type: pip install rouge-score"
+            ) from error
+        self.kind, self._scorer = kind, RougeScorer([kind], use_stemmer=True)
+
+    def score(self, reference: str, answer: str) -> float:
+        return float(self._scorer.score(reference, answer)[self.kind].fmeasure)
+
+
+def is_lower_better(metric: Metric) -> bool:
+    """Whether smaller values of a metric are better: its attribute ``lower_is_better``, by default not."""
+    return bool(getattr(metric, "lower_is_better", False))
+
+
+def evaluated(metric: Metric, model: nn.Module, where: str) -> float:
+    """Return the metric of the model in evaluation mode, without gradients; the modes are put back afterwards.
+
+    Raises:
+        InputError: the metric is no number.
+        NonFiniteError: it is NaN or infinite.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            came = metric(model)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    try:
+        value = float(came)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a metric of type {type(came).__name__} {where}", "one number", "Return a float") from error
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the metric is {value} {where}", "a finite number", "Try a smaller lr, or look at what evaluate divides by"
+        )
+    return value
+
+
+def _on_device_of(model: nn.Module, batches: Batches) -> Iterator[Any]:
+    device = next(model.parameters()).device
+    return (to_device(batch, device) for batch in batches)
+
+
+def _inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise InputError(
+        f"a batch of type {type(batch).__name__} without labels",
+        "a dict of tensors with labels, or a tuple (x, labels)",
+        "Use the task Classification, or write evaluate as a function of the model",
+    )
+
+
+def _prompt_and_answer(example: Any) -> tuple[str, str]:
+    if isinstance(example, Mapping):
+        prompt = example.get("prompt", example.get("source"))
+        answer = example.get("answer", example.get("completion", example.get("target")))
+        example = (prompt, answer)
+    if isinstance(example, tuple | list) and len(example) == 2 and all(isinstance(part, str) for part in example):
+        return example[0], example[1]
+    raise InputError(
+        f"an example of type {type(example).__name__}",
+        "(prompt, answer), or a dict with prompt and answer, or with source and target",
+        "Convert it, or write evaluate as a function of the model",
+    )

@@ -1,0 +1,190 @@
+"""What a search, a curve or a fine-tuning found, with what it cost."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, median_low
+from typing import Any
+
+__all__ = ["Check", "CurvePoint", "DimensionCurve", "IntrinsicDimension", "Search"]
+
+Settings = dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One evaluation within a search, after ``step`` steps of training, the last of them in ``d`` dimensions."""
+
+    step: int
+    d: int
+    value: float
+    """The metric."""
+    loss: float | None
+    """Mean training loss since the check before."""
+    seconds: float
+    """Time since the search began, without what an interruption took."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One single-run search."""
+
+    seed: int
+    d: int | None
+    """The dimension at which the target was reached; None if it was not, 0 if it was before any training."""
+    checks: tuple[Check, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of training in all."""
+        return self.checks[-1].step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all."""
+        return self.checks[-1].seconds
+
+    @property
+    def largest(self) -> int:
+        """The largest dimension tried."""
+        return self.checks[-1].d
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One training of its own in ``d`` dimensions; all n of them is full fine-tuning."""
+
+    d: int
+    seed: int
+    value: float
+    loss: float
+    """Mean training loss of the last tenth of the steps."""
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class IntrinsicDimension:
+    """How many random directions it took to reach a target."""
+
+    n: int
+    target: float
+    searches: tuple[Search, ...]
+    """One a seed."""
+    settings: Settings
+    confirmations: tuple[CurvePoint, ...] = ()
+    """Runs of their own at d/2 and d, with as many steps as the search took, where they were asked for."""
+    full: float | None = None
+    """The metric of full fine-tuning, where it was given."""
+    lower_is_better: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> bool:
+        """Whether at least half of the seeds reached the target."""
+        return self.d is not None
+
+    @property
+    def d(self) -> int | None:
+        """The median over seeds; None where it lies among the seeds that did not reach the target."""
+        found = median_low(float("inf") if s.d is None else s.d for s in self.searches)
+        return None if found == float("inf") else int(found)
+
+    @property
+    def spread(self) -> tuple[int, int] | None:
+        """Smallest and largest over seeds; None where a seed did not reach the target."""
+        found = [s.d for s in self.searches if s.d is not None]
+        return (min(found), max(found)) if len(found) == len(self.searches) else None
+
+    @property
+    def steps(self) -> int:
+        """Steps of training over all seeds."""
+        return sum(s.steps for s in self.searches)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds over all seeds."""
+        return sum(s.seconds for s in self.searches)
+
+    @property
+    def best(self) -> Check:
+        """The best evaluation of all seeds."""
+        choose = min if self.lower_is_better else max
+        return choose((check for s in self.searches for check in s.checks), key=lambda check: check.value)
+
+    def __str__(self) -> str:
+        cost = f"{self.steps} steps, {len(self.searches)} seed{'s' * (len(self.searches) > 1)}, {self.seconds:.0f} s"
+        if self.d is None:
+            best = self.best
+            return (
+                f"target {self.target:.4g} not reached up to d = {max(s.largest for s in self.searches):,}: "
+                f"best {best.value:.4g} at d = {best.d:,} after {best.step} steps ({cost})"
+            )
+        low, high = self.spread or (None, None)
+        spread = "" if len(self.searches) == 1 else f" (from {low:,} to {high:,})" if low is not None else " (not all)"
+        return f"d = {self.d:,}{spread}, {100 * self.d / self.n:.2g} % of n = {self.n:,} ({cost})"
+
+    def to_json(self) -> str:
+        """Return everything as JSON, the derived numbers too."""
+        derived = {"d": self.d, "spread": self.spread, "reached": self.reached, "steps": self.steps}
+        return json.dumps({**derived, "seconds": self.seconds, **asdict(self)}, indent=1)
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: metric against log2 d, with full fine-tuning, the target and d."""
+        return _figures().search_figure(self)
+
+
+@dataclass(frozen=True)
+class DimensionCurve:
+    """The metric after independent trainings in several dimensions."""
+
+    n: int
+    start: float
+    """The metric before any training."""
+    points: tuple[CurvePoint, ...]
+    settings: Settings
+    full: float | None = None
+    lower_is_better: bool = False
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dimensions, ascending."""
+        return tuple(sorted({point.d for point in self.points}))
+
+    def values(self, d: int) -> tuple[float, ...]:
+        """Return the metric of every seed at one dimension."""
+        return tuple(point.value for point in self.points if point.d == d)
+
+    def mean(self, d: int) -> float:
+        """Return the mean of the metric over seeds at one dimension."""
+        return fmean(self.values(d))
+
+    def d(self, target: float) -> int | None:
+        """Return the smallest dimension whose mean over seeds reaches the target, None if none does."""
+        sign = -1 if self.lower_is_better else 1
+        return next((d for d in self.dims if sign * self.mean(d) >= sign * target), None)
+
+    def __str__(self) -> str:
+        rows = (f"{d:>12,} {self.mean(d):.4g}{_range(self.values(d))}" for d in self.dims)
+        full = "" if self.full is None else f"\n{'full':>12} {self.full:.4g}"
+        return "\n".join([f"{'d':>12} metric", f"{0:>12} {self.start:.4g}", *rows]) + full
+
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: metric against log2 d, with full fine-tuning."""
+        return _figures().curve_figure(self)
+
+
+def _range(values: Sequence[float]) -> str:
+    return "" if len(values) == 1 else f"  ({min(values):.4g} to {max(values):.4g}, {len(values)} seeds)"
+
+
+def _figures() -> Any:
+    # By name, for figures know results and not the other way round; matplotlib is an extra.
+    return importlib.import_module("gradsketch.report.dimension")

@@ -1,0 +1,104 @@
+"""A Subspace on disk: its w, how its sketch is made, and proof of what they belong to; not the model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradsketch.errors import FingerprintError, InputError
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.sketches.base import Sketch
+
+if TYPE_CHECKING:
+    from gradsketch.dimension.subspace import Subspace
+
+__all__ = ["as_tensor", "keep_state_small", "read", "rebuilt", "write"]
+
+_CONFIG, _STATE = "subspace.json", "subspace.pt"
+
+
+def write(subspace: Subspace, folder: Path) -> None:
+    """Write how the sketch is made (subspace.json) and the state dict (subspace.pt)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sketch = subspace.sketch
+    recipe = {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "options": sketch.options()}
+    config = {"sketch": recipe, "parameters": subspace.selection.names, "fingerprints": subspace.fingerprints}
+    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    torch.save(subspace.state_dict(), folder / _STATE)
+
+
+def read(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what ``write`` wrote: the configuration and the state dict.
+
+    Raises:
+        InputError: nothing was written there.
+    """
+    if not (folder / _CONFIG).exists():
+        raise InputError(f"{folder} without {_CONFIG}", "a folder written by save_pretrained", "Check the path")
+    state = torch.load(folder / _STATE, map_location=device, weights_only=True)
+    return json.loads((folder / _CONFIG).read_text()), state
+
+
+def rebuilt(recipe: dict[str, Any], parameters: Parameters) -> Sketch:
+    """Return the sketch that a recipe describes.
+
+    Raises:
+        InputError: it is of a kind that this library does not have.
+    """
+    # By name and from the package itself, which knows every kind there is.
+    kind: Any = getattr(importlib.import_module("gradsketch"), recipe["kind"], None)
+    if not (isinstance(kind, type) and issubclass(kind, Sketch)):
+        raise InputError(
+            f"a sketch of kind {recipe['kind']}, which gradsketch does not have",
+            "that sketch",
+            "Type Subspace.from_pretrained(model, folder, sketch=...)",
+        )
+    build: Any = kind
+    d, seed, options = recipe["d"], recipe["seed"], recipe["options"]
+    if kind.__name__ == "BlockSum":  # made from shapes, of which its options hold a hash
+        made: Sketch = build(parameters, d, seed=seed, kind=options["kind"], of=options["of"])
+    else:
+        made = build(parameters.n, d, seed=seed, **options)
+    return made
+
+
+def as_tensor(fingerprints: dict[str, str]) -> Tensor:
+    """Return fingerprints as bytes in a tensor, which every file format of state dicts can hold."""
+    return torch.tensor(list(json.dumps(fingerprints).encode()), dtype=torch.uint8)
+
+
+def keep_state_small(subspace: Subspace) -> None:
+    """Make the state dict hold no more of the model than the buffers that training changed, and check it on loading."""
+    subspace.register_state_dict_post_hook(_leave_base_out)
+    subspace.register_load_state_dict_pre_hook(_check_fingerprint)
+    subspace.register_load_state_dict_post_hook(_expect_no_base)
+
+
+def _leave_base_out(subspace: Subspace, state: dict[str, Any], prefix: str, _: Any) -> None:
+    base = f"{prefix}model."
+    kept = {base + name for name in subspace.changed_buffers}
+    for key in [key for key in state if key.startswith(base) and key not in kept]:
+        del state[key]
+
+
+def _check_fingerprint(subspace: Subspace, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    subspace._prefix = f"{prefix}model."
+    saved = state.get(f"{prefix}_extra_state")
+    if saved is None:
+        return
+    theirs, ours = json.loads(bytes(saved.tolist()).decode()), subspace.fingerprints
+    if different := [key for key in ours if theirs.get(key) != ours[key]]:
+        raise FingerprintError(
+            f"a state dict made with {' and '.join(f'{k} {theirs.get(k)}' for k in different)}",
+            f"{' and '.join(f'{k} {ours[k]}' for k in different)}, that of this Subspace",
+            "Load it with the same base weights, parameters, sketch kind, d and seed",
+        )
+
+
+def _expect_no_base(subspace: Subspace, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(subspace._prefix)]
