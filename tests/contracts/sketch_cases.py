@@ -22,6 +22,8 @@ class Case:
 
 
 CASES = [
-    *(Case("AFFD", {"form": f, "diagonal": g}) for f in ("local", "global") for g in ("signs", "gaussian")),
-    *(Case("AFJL", {"diagonal": g}) for g in ("signs", "gaussian")),
+    *(Case("AFFD", {"form": f, "diagonal": g}) for f in ("local", "global", "paper") for g in ("signs", "gaussian")),
+    *(Case("AFFD", {"transform": t}) for t in ("fft", "haar")),
+    *(Case("AFJL", {"form": f, "diagonal": g}) for f in ("global", "paper") for g in ("signs", "gaussian")),
+    *(Case("AFJL", {"transform": t}) for t in ("fft", "haar")),
 ]
