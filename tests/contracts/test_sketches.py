@@ -21,12 +21,14 @@ def vectors(b, length, dtype=torch.float64):
 
 @sizes
 def test_linear(case, n, d):
+    n, d = case.fit(n, d)
     phi, x = case.build(n, d), vectors(2, n)
     torch.testing.assert_close(phi(2 * x[0] - 3 * x[1]), 2 * phi(x[0]) - 3 * phi(x[1]), rtol=1e-10, atol=1e-10)
 
 
 @sizes
 def test_lift_is_the_adjoint(case, n, d):
+    n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(2, n), vectors(2, d)
     left, right = (phi(x) * w).sum(-1), (x * phi.lift(w)).sum(-1)
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
@@ -34,6 +36,7 @@ def test_lift_is_the_adjoint(case, n, d):
 
 @pytest.mark.parametrize(("n", "d"), SIZES[:4])
 def test_dense_is_the_map_of_the_identity(case, n, d):
+    n, d = case.fit(n, d)
     phi, x = case.build(n, d), vectors(3, n)
     assert phi.dense().shape == phi.shape == (d, n)
     torch.testing.assert_close(phi.dense(), phi(torch.eye(n, dtype=torch.float64)).T, rtol=1e-12, atol=1e-12)
@@ -44,6 +47,7 @@ def test_dense_is_the_map_of_the_identity(case, n, d):
     ("n", "d", "dtype"), [(*size, torch.float32) for size in SIZES] + [(*size, torch.float64) for size in SIZES[:-1]]
 )
 def test_bits_do_not_depend_on_the_batch(case, n, d, dtype):
+    n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(4, n, dtype), vectors(4, d, dtype)
     for map_, batch in ((phi, x), (phi.T, w)):
         whole = map_(batch)
@@ -54,6 +58,7 @@ def test_bits_do_not_depend_on_the_batch(case, n, d, dtype):
 
 @sizes
 def test_bits_do_not_depend_on_the_thread_count(case, n, d):
+    n, d = case.fit(n, d)
     x, w, before = vectors(1, n, torch.float32), vectors(1, d, torch.float32), torch.get_num_threads()
     results = []
     try:
@@ -70,6 +75,7 @@ def test_bits_do_not_depend_on_the_thread_count(case, n, d):
 
 @sizes
 def test_narrow_input_is_widened_and_never_the_arithmetic(case, n, d):
+    n, d = case.fit(n, d)
     phi = case.build(n, d)
     for dtype in (torch.bfloat16, torch.float16) if n < 1000 else (torch.bfloat16,):
         x, w = vectors(1, n, dtype), vectors(1, d, dtype)
@@ -80,7 +86,7 @@ def test_narrow_input_is_widened_and_never_the_arithmetic(case, n, d):
 
 
 def test_the_process_wide_precision_is_neither_used_nor_changed(case):
-    phi, x = case.build(300_001, 64), vectors(2, 300_001, torch.float32)
+    phi, x = case.build(5000, 64), vectors(2, 5000, torch.float32)
     exact = phi(x), phi.lift(phi(x))
     try:
         torch.set_float32_matmul_precision("medium")
@@ -94,6 +100,7 @@ def test_the_process_wide_precision_is_neither_used_nor_changed(case):
 
 @sizes
 def test_the_input_is_left_alone(case, n, d):
+    n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(1, n), vectors(1, d)
     x0, w0 = x.clone(), w.clone()
     phi(x), phi.lift(w)
@@ -103,14 +110,15 @@ def test_the_input_is_left_alone(case, n, d):
 
 @sizes
 def test_truncate(case, n, d):
+    n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(1, n), vectors(1, d)
-    smaller = {max(1, d // 2), d} | ({max(1, d - 1)} if phi.nesting == "prefix" else set())
+    smaller = {max(1, d // 2), d, max(1, d - 1)}
     if phi.nesting is None:
         with pytest.raises(gs.InputError, match="a kind whose sizes nest"):
             phi.truncate(max(1, d // 2))
         return
     if phi.nesting == "fold":
-        smaller = {size for size in smaller if d % size == 0}
+        smaller = {size for size in smaller if d % size == 0 and size % phi.options()["nonzeros"] == 0}
     for size in smaller:
         small = phi.truncate(size)
         assert small.shape == (size, n)
@@ -125,7 +133,7 @@ def test_truncate(case, n, d):
 
 def test_seed_and_kind_decide_the_map(case):
     phi, x = case.build(64, 16, seed=3), vectors(1, 64)
-    again = eval(repr(phi), {**vars(gs), type(phi).__name__: type(phi)})
+    again = type(phi)(phi.n, phi.d, seed=3, **phi.options())
     for copy in (again, pickle.loads(pickle.dumps(phi))):
         assert torch.equal(copy(x), phi(x))
         assert copy.fingerprint == phi.fingerprint

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gradsketch.random import Stream
 from gradsketch.transforms.base import Transform
-from gradsketch.transforms.hadamard import hadamard_matrix
-from gradsketch.transforms.kronecker import balanced_sizes, kronecker_
+from gradsketch.transforms.hadamard import check_power_of_two, hadamard_matrix
+from gradsketch.transforms.kronecker import FactorList, balanced_sizes, kronecker_
 from gradsketch.transforms.precision import one_thread
 
 __all__ = ["Haar", "PermutedHadamard", "haar_rows"]
@@ -26,11 +26,12 @@ class Haar(Transform):
     """
 
     def __init__(self, n: int, stream: Stream) -> None:
-        self.shape, self._sizes = (n, n), balanced_sizes(n, _LARGEST_FACTOR)
-        self._factors = [haar_rows(stream.child(str(i)), b, b) for i, b in enumerate(self._sizes)]
+        check_power_of_two("n", n)
+        self.shape, sizes = (n, n), balanced_sizes(n, largest=_LARGEST_FACTOR)
+        self._factors = FactorList([haar_rows(stream.child(str(i)), b, b) for i, b in enumerate(sizes)])
 
     def _transform_(self, x: Float[Tensor, "b n"], *, adjoint: bool) -> None:
-        kronecker_(x, [(f.T if adjoint else f).to(x) for f in self._factors])
+        kronecker_(x, self._factors.like(x, adjoint=adjoint))
 
 
 class PermutedHadamard(Transform):
@@ -41,14 +42,15 @@ class PermutedHadamard(Transform):
     """
 
     def __init__(self, n: int, stream: Stream) -> None:
-        self.shape, sizes = (n, n), balanced_sizes(n, _LARGEST_FACTOR)
+        check_power_of_two("n", n)
+        self.shape, sizes = (n, n), balanced_sizes(n, largest=_LARGEST_FACTOR)
         cpu = torch.device("cpu")
-        self._factors = [
-            hadamard_matrix(b, torch.float64, cpu)[stream.child(str(i)).permutation(b)] for i, b in enumerate(sizes)
-        ]
+        self._factors = FactorList(
+            [hadamard_matrix(b, torch.float64, cpu)[stream.child(str(i)).permutation(b)] for i, b in enumerate(sizes)]
+        )
 
     def _transform_(self, x: Float[Tensor, "b n"], *, adjoint: bool) -> None:
-        kronecker_(x, [(f.T if adjoint else f).to(x) for f in self._factors])
+        kronecker_(x, self._factors.like(x, adjoint=adjoint))
 
 
 def haar_rows(stream: Stream, rows: int, size: int) -> Float[Tensor, "rows size"]:
