@@ -15,10 +15,9 @@ _HOME = {
     "BlockSum": "gradsketch.sketches.block_sum",
     "CausalLM": "gradsketch.gradients.tasks",
     "Classification": "gradsketch.gradients.tasks",
-    "Dense": "gradsketch.sketches.dense",
+    "Density": "gradsketch.spectra",
+    "Evolution": "gradsketch.spectra",
     "ExactMatch": "gradsketch.dimension.metrics",
-    "FFD": "gradsketch.sketches.ffd",
-    "FJL": "gradsketch.sketches.fjl",
     "FingerprintError": "gradsketch.errors",
     "Function": "gradsketch.gradients.tasks",
     "GradientSketcher": "gradsketch.gradients.per_example",
@@ -31,18 +30,18 @@ _HOME = {
     "MaskedLM": "gradsketch.gradients.tasks",
     "NonFiniteError": "gradsketch.errors",
     "Parameters": "gradsketch.gradients.parameters",
-    "QK": "gradsketch.sketches.qk",
     "Rouge": "gradsketch.dimension.metrics",
-    "SJLT": "gradsketch.sketches.sjlt",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
     "SketchedGradients": "gradsketch.gradients.per_example",
     "Spectrum": "gradsketch.spectra",
+    "SpectrumCallback": "gradsketch.spectra.callback",
     "StoreError": "gradsketch.errors",
     "Stream": "gradsketch.random",
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
+    "density": "gradsketch.spectra",
     "dimension_curve": "gradsketch.dimension.curve",
     "eigenvectors": "gradsketch.spectra",
     "fine_tune": "gradsketch.dimension.curve",
@@ -55,8 +54,10 @@ _HOME = {
     "mislabelled_auc": "gradsketch.evaluation.mislabelled",
     "removal_check": "gradsketch.evaluation.causal",
     "retrain_on_subsets": "gradsketch.evaluation.retraining",
+    "saved_spectra": "gradsketch.spectra",
     "sketch_gradients": "gradsketch.gradients.per_example",
     "spectrum": "gradsketch.spectra",
+    "spectrum_over": "gradsketch.spectra",
 }
 
 __all__ = sorted(_HOME)
@@ -89,13 +90,18 @@ if TYPE_CHECKING:
     from gradsketch.sketches.afjl import AFJL
     from gradsketch.sketches.base import Sketch
     from gradsketch.sketches.block_sum import BlockSum
-    from gradsketch.sketches.dense import Dense
-    from gradsketch.sketches.ffd import FFD
-    from gradsketch.sketches.fjl import FJL
-    from gradsketch.sketches.qk import QK
-    from gradsketch.sketches.sjlt import SJLT
     from gradsketch.sketches.tiled_srht import TiledSRHT
-    from gradsketch.spectra import Spectrum, eigenvectors, spectrum
+    from gradsketch.spectra import (
+        Density,
+        Evolution,
+        Spectrum,
+        density,
+        eigenvectors,
+        saved_spectra,
+        spectrum,
+        spectrum_over,
+    )
+    from gradsketch.spectra.callback import SpectrumCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,20 @@
 """Eigenvalues of Hessians: the outer ones by three Lanczos routes, with errors, costs and sketched eigenvectors."""
 
+from gradsketch.spectra.density import Density, density
 from gradsketch.spectra.eigenvectors import eigenvectors
+from gradsketch.spectra.evolution import Evolution, saved_spectra, spectrum_over
 from gradsketch.spectra.results import Eigenvalue, Estimate, Spectrum
 from gradsketch.spectra.solve import spectrum
 
-__all__ = ["Eigenvalue", "Estimate", "Spectrum", "eigenvectors", "spectrum"]
+__all__ = [
+    "Density",
+    "Eigenvalue",
+    "Estimate",
+    "Evolution",
+    "Spectrum",
+    "density",
+    "eigenvectors",
+    "saved_spectra",
+    "spectrum",
+    "spectrum_over",
+]

@@ -13,6 +13,7 @@ from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.affd import AFFD
 from gradsketch.spectra.krylov import FullBasis
 from gradsketch.spectra.lanczos import Lanczos, norm, start_vector
+from gradsketch.spectra.plan import home
 from gradsketch.spectra.results import Spectrum
 
 __all__ = ["eigenvectors"]
@@ -39,8 +40,7 @@ def eigenvectors(operator: LinearMap, result: Spectrum, *, first: int | None = N
     places = [result.eigenvalues.index(e) for e in result.asked[:first]]
     _, vectors = eigh_tridiagonal(np.array(result.alphas), np.array(result.betas[:-1]))
     coefficients = vectors[:, [result.columns[p] for p in places]]
-    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
-    start = start_vector(operator.n, result.seed, "start", dtype, operator.device or "cpu")
+    start = start_vector(operator.n, result.seed, "start", *home(operator))
     out = _combine_again(operator, result, start, coefficients)
     for row in out:
         row.div_(norm(row))

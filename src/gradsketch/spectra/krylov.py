@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsketch.linear_map import LinearMap
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["FullBasis", "KrylovBasis", "SketchedBasis"]
+__all__ = ["Forgetful", "FullBasis", "KrylovBasis", "SketchedBasis"]
 
 _ROWS_PER_BLOCK = 32
 
@@ -107,3 +107,18 @@ class SketchedBasis(KrylovBasis):
 
     def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
         return torch.mm(coefficients.T, torch.cat(self.rows.blocks()).to(coefficients.dtype))
+
+
+class Forgetful(KrylovBasis):
+    """Nothing is kept: enough for quadrature, where copies of an eigenvalue share its weight (Knizhnerman 1996)."""
+
+    is_orthogonal = False
+
+    def append(self, q: Float[Tensor, " n"]) -> None:
+        pass
+
+    def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
+        pass
+
+    def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
+        return coefficients.new_zeros(coefficients.shape[1], 0)

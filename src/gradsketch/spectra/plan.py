@@ -17,7 +17,7 @@ from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
 from gradsketch.spectra.results import Method, Which
 
-__all__ = ["Identity", "Plan", "make_plan"]
+__all__ = ["Identity", "Plan", "check_operator", "home", "make_plan"]
 
 _LEAST_D = 4096
 # From this k on, three-term Lanczos spends most of its products on copies.
@@ -83,8 +83,7 @@ def make_plan(
         InputError: an argument is out of range, or the operator is not a self-adjoint map.
     """
     _check(operator, k, which, method, steps, tolerance)
-    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
-    device = torch.device("cpu") if operator.device is None else operator.device
+    dtype, device = home(operator)
     steps = min(operator.n, steps or _default_steps(k, which))
     plan = Plan(operator, operator, Identity(1), "full", "", k, which, steps, tolerance, seed, dtype, device)
     split = split_sketched(operator)
@@ -156,7 +155,18 @@ def _of_sketched(plan: Plan, phi: Sketch, inner: LinearMap, method: str) -> Plan
     )
 
 
-def _check(operator: Any, k: int, which: str, method: str, steps: int | None, tolerance: float) -> None:
+def home(operator: LinearMap) -> tuple[torch.dtype, torch.device]:
+    """Return precision and place of the vectors made for an operator: float32 unless it works in float64."""
+    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
+    return dtype, torch.device("cpu") if operator.device is None else torch.device(operator.device)
+
+
+def check_operator(operator: Any) -> None:
+    """Refuse what is not a self-adjoint map.
+
+    Raises:
+        InputError: always then.
+    """
     if not isinstance(operator, LinearMap):
         raise InputError(
             f"an operator of type {type(operator).__name__}",
@@ -169,6 +179,10 @@ def _check(operator: Any, k: int, which: str, method: str, steps: int | None, to
             "a map that is its own adjoint",
             "Use hessian, gauss_newton or fisher, or set is_self_adjoint = True on a map of your own",
         )
+
+
+def _check(operator: LinearMap, k: int, which: str, method: str, steps: int | None, tolerance: float) -> None:
+    check_operator(operator)
     if k < 1 or k > operator.n:
         raise InputError(f"k={k} eigenvalues of an operator of n={operator.n}", "1 ≤ k ≤ n", "Lower k")
     if which not in get_args(Which):

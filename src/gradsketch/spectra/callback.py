@@ -1,0 +1,96 @@
+"""Spectra during a run of the Hugging Face Trainer. The only module here that imports transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
+from gradsketch.gradients.curvature.objective import LossFunction
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.tasks import Task
+from gradsketch.spectra.evolution import PAPER_EVERY, PAPER_STEPS, Evolution, saved_spectra, spectrum_over
+
+__all__ = ["SpectrumCallback"]
+
+_CURVATURES = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher": fisher}
+
+
+class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
+    """Take the spectrum of the loss on fixed data at chosen steps, and leave the model as it was.
+
+    By default at the steps of [P]: 0, 10, 50, 100, 150, 200, 250, 500 and every 1000. Each spectrum goes to
+    ``directory`` (default: ``spectrum`` in the Trainer's output) as it is done; a resumed training run keeps those
+    already there. The model is in evaluation mode while a spectrum is taken. Options are those of ``spectrum``.
+
+    Example::
+
+        callback = SpectrumCallback(gs.CausalLM(tokenizer), texts[:16], k=10)
+        Trainer(model, arguments, train_dataset=..., callbacks=[callback]).train()
+        callback.evolution.plot("evolution.png")
+    """
+
+    def __init__(
+        self,
+        task: Task | LossFunction,
+        data: Any,
+        *,
+        parameters: str | Collection[str] = "*",
+        curvature: Literal["hessian", "gauss-newton", "fisher"] = "hessian",
+        at: Collection[int] = PAPER_STEPS,
+        every: int = PAPER_EVERY,
+        k: int = 10,
+        batch_size: int = 8,
+        directory: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        if curvature not in _CURVATURES:
+            raise InputError(f"curvature={curvature!r}", f"one of {', '.join(_CURVATURES)}", "Leave it out")
+        self.task, self.data, self.parameters, self.curvature = task, data, parameters, curvature
+        self.at, self.every, self.k, self.batch_size = frozenset(at), every, k, batch_size
+        self.directory = None if directory is None else Path(directory)
+        self.options = options
+
+    @property
+    def evolution(self) -> Evolution:
+        """The spectra taken so far.
+
+        Raises:
+            InputError: none has been taken.
+        """
+        if self.directory is None:
+            raise InputError("a callback that has not run", "one given to Trainer(callbacks=[...])", "Call train()")
+        return saved_spectra(self.directory)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the spectrum of the starting point."""
+        if self.directory is None:
+            self.directory = Path(args.output_dir) / "spectrum"
+        self._take(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the spectrum where it is due."""
+        self._take(state, kwargs["model"])
+
+    def _take(self, state: Any, model: Any) -> None:
+        step = int(state.global_step)
+        due = step in self.at or (self.every > 0 and step % self.every == 0)
+        if not due or not state.is_world_process_zero:
+            return
+        was_training = model.training
+        model.eval()
+        try:
+            spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
+        finally:
+            model.train(was_training)
+
+    def _load(self, model: Any) -> Any:
+        parameters = Parameters(model, self.parameters)
+        make = _CURVATURES[self.curvature]
+        operator = make(model, self.task, self.data, parameters, batch_size=self.batch_size)
+        gradient = loss_gradient(model, self.task, self.data, parameters, batch_size=self.batch_size)
+        return operator, gradient

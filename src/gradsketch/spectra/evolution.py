@@ -1,0 +1,173 @@
+"""Spectra of one loss at several points: over the steps of a training run, or over saved checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.errors import FingerprintError, InputError
+from gradsketch.linear_map import LinearMap
+from gradsketch.spectra.results import Spectrum
+from gradsketch.spectra.solve import spectrum
+
+__all__ = ["PAPER_EVERY", "PAPER_STEPS", "Evolution", "Point", "saved_spectra", "spectrum_over"]
+
+# [P], §5.3: where spectra are taken during fine-tuning.
+PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
+PAPER_EVERY = 1000
+
+# An operator, with the gradient of its loss where its share in the eigenvectors is wanted; or what loads them.
+Loaded = LinearMap | tuple[LinearMap, Tensor]
+Point = Loaded | Callable[[], Loaded]
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """Spectra by step, ascending, whose eigenvector sketches can be compared with one another."""
+
+    steps: tuple[int, ...]
+    spectra: tuple[Spectrum, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.spectra) or not self.steps:
+            raise InputError(
+                f"{len(self.steps)} steps and {len(self.spectra)} spectra",
+                "as many of each, at least one",
+                "Check both",
+            )
+        kinds = {(s.n, s.d, s.sketch) for s in self.spectra}
+        if len(kinds) > 1:
+            raise FingerprintError(
+                f"spectra made with different sketches or parameters: {sorted(kinds)}",
+                "one n and one sketch for all, so that eigenvectors can be compared",
+                "Use one seed and one d for every checkpoint, or another directory",
+            )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def r_neg(self) -> Float[np.ndarray, " steps"]:
+        """R_NEG at each step."""
+        return np.array([s.r_neg for s in self.spectra], dtype=np.float64)
+
+    @property
+    def outliers(self) -> tuple[int, ...]:
+        """The number of outliers at each step."""
+        return tuple(s.outliers for s in self.spectra)
+
+    def overlaps(self, k: int = 10) -> Float[np.ndarray, "steps steps"]:
+        """Return how much of one step's leading eigenspace lies in another's, for every pair of steps.
+
+        The mean squared cosine of the principal angles between the spans of the (up to) k positive eigenvectors: 1
+        where they agree. From sketches, with a noise floor of k/d.
+        """
+        bases = [_orthonormal(s, k) for s in self.spectra]
+        rows = [[float((a.T @ b).square().sum()) / max(a.shape[1], 1) for b in bases] for a in bases]
+        return np.array(rows, dtype=np.float64)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return everything as JSON text, and write it to ``path`` where one is given."""
+        record = [{"step": t, **json.loads(s.to_json())} for t, s in zip(self.steps, self.spectra, strict=True)]
+        text = json.dumps({"evolution": record}, indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Evolution:
+        """Return the evolution that ``to_json`` wrote."""
+        record = json.loads(text)["evolution"]
+        spectra = tuple(Spectrum.from_json(json.dumps(entry)) for entry in record)
+        return cls(tuple(int(entry["step"]) for entry in record), spectra)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw R_NEG, R_n, the eigenvalues and the overlaps over the steps, and return the picture's path."""
+        # The report layer stands above this one and may import it, so it is looked up only when called.
+        report = importlib.import_module("gradsketch.report.spectrum")
+        return Path(report.evolution_figure(self, path))
+
+    def __str__(self) -> str:
+        """Return a table for the terminal."""
+        lines = [f"{'step':>8}  {'largest':>11}  {'lowest':>11}  {'R_NEG':>7}  {'outliers':>8}"]
+        for step, s in zip(self.steps, self.spectra, strict=True):
+            top = s.positive[0].value if s.positive else 0.0
+            low = s.negative[0].value if s.negative else 0.0
+            lines.append(f"{step:>8}  {top:>11.4g}  {low:>11.4g}  {s.r_neg:>7.3f}  {s.outliers:>8}")
+        return "\n".join(lines)
+
+
+def _orthonormal(result: Spectrum, k: int) -> Float[Tensor, "d r"]:
+    """Return an orthonormal basis of the sketched eigenvectors of the k largest positive eigenvalues."""
+    rows = result.sketches[: min(k, len(result.positive))].double()
+    basis: Tensor = torch.linalg.qr(rows.T).Q
+    return basis
+
+
+def spectrum_over(
+    checkpoints: Mapping[int, Point] | Iterable[tuple[int, Point]],
+    k: int = 10,
+    *,
+    directory: str | Path | None = None,
+    **options: Any,
+) -> Evolution:
+    """Return the spectra of several checkpoints, one after another, with d numbers kept of each eigenvector.
+
+    Each checkpoint is a step and its operator, or a function that loads the operator when its turn comes; either may
+    come with a gradient, as a pair. Options are those of ``spectrum``. With a directory each spectrum is written
+    there when it is done, and a run that finds it there does not compute it again; a run killed within a checkpoint
+    takes that one up where it stopped.
+
+    Raises:
+        InputError: no checkpoints; otherwise what ``spectrum`` raises.
+        FingerprintError: the directory holds spectra of another model or sketch.
+    """
+    pairs = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
+    folder = None if directory is None else Path(directory)
+    done: dict[int, Spectrum] = {}
+    for step, point in pairs:
+        done[int(step)] = _one(int(step), point, k, folder, options)
+    if not done:
+        raise InputError("no checkpoints", "at least one", "Check the path they are read from")
+    steps = sorted(done)
+    return Evolution(tuple(steps), tuple(done[t] for t in steps))
+
+
+def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[str, Any]) -> Spectrum:
+    path = None if folder is None else folder / f"step-{step:08d}.json"
+    if path is not None and path.exists():
+        return Spectrum.from_json(path.read_text(encoding="utf-8"))
+    loaded = point if isinstance(point, LinearMap | tuple) else point()
+    operator, gradient = loaded if isinstance(loaded, tuple) else (loaded, None)
+    if path is None:
+        return spectrum(operator, k, gradient=gradient, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    running = path.with_suffix(".run")
+    result = spectrum(operator, k, gradient=gradient, checkpoint=running, **options)
+    temporary = path.with_suffix(".tmp")
+    result.to_json(temporary)
+    temporary.replace(path)
+    running.unlink(missing_ok=True)
+    return result
+
+
+def saved_spectra(directory: str | Path) -> Evolution:
+    """Return the evolution that ``spectrum_over`` or a callback left in a directory.
+
+    Raises:
+        InputError: there is none.
+    """
+    paths = sorted(Path(directory).glob("step-*.json"))
+    if not paths:
+        raise InputError(f"no step-*.json in {directory}", "a directory that spectrum_over wrote", "Check the path")
+    spectra = tuple(Spectrum.from_json(p.read_text(encoding="utf-8")) for p in paths)
+    return Evolution(tuple(int(p.stem.removeprefix("step-")) for p in paths), spectra)
