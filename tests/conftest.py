@@ -2,9 +2,14 @@
 
 import os
 
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _hook = install_import_hook("gradsketch", "beartype.beartype")
+
+# A busy machine is no failure, and the same examples are tried every time.
+settings.register_profile("gradsketch", deadline=None, derandomize=True)
+settings.load_profile("gradsketch")
