@@ -15,9 +15,12 @@ _HOME = {
     "BlockSum": "gradsketch.sketches.block_sum",
     "CausalLM": "gradsketch.gradients.tasks",
     "Classification": "gradsketch.gradients.tasks",
+    "Dense": "gradsketch.sketches.dense",
     "Density": "gradsketch.spectra",
     "Evolution": "gradsketch.spectra",
     "ExactMatch": "gradsketch.dimension.metrics",
+    "FFD": "gradsketch.sketches.ffd",
+    "FJL": "gradsketch.sketches.fjl",
     "FingerprintError": "gradsketch.errors",
     "Function": "gradsketch.gradients.tasks",
     "GradientSketcher": "gradsketch.gradients.per_example",
@@ -30,7 +33,9 @@ _HOME = {
     "MaskedLM": "gradsketch.gradients.tasks",
     "NonFiniteError": "gradsketch.errors",
     "Parameters": "gradsketch.gradients.parameters",
+    "QK": "gradsketch.sketches.qk",
     "Rouge": "gradsketch.dimension.metrics",
+    "SJLT": "gradsketch.sketches.sjlt",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
     "SketchedGradients": "gradsketch.gradients.per_example",
@@ -90,6 +95,11 @@ if TYPE_CHECKING:
     from gradsketch.sketches.afjl import AFJL
     from gradsketch.sketches.base import Sketch
     from gradsketch.sketches.block_sum import BlockSum
+    from gradsketch.sketches.dense import Dense
+    from gradsketch.sketches.ffd import FFD
+    from gradsketch.sketches.fjl import FJL
+    from gradsketch.sketches.qk import QK
+    from gradsketch.sketches.sjlt import SJLT
     from gradsketch.sketches.tiled_srht import TiledSRHT
     from gradsketch.spectra import (
         Density,

@@ -1,4 +1,4 @@
-"""AFJL: add up the signed blocks of a vector, transform, multiply by a random diagonal of length d."""
+"""AFJL: one orthonormal transform between two random diagonals."""
 
 from __future__ import annotations
 
@@ -8,27 +8,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.errors import InputError
 from gradsketch.sketches.base import Sketch
-from gradsketch.sketches.mixing import (
-    BlockMixing,
-    leading_transform,
-    leading_transform_adjoint,
-    power_of_two_at_least,
+from gradsketch.sketches.forms import (
+    AsPrinted,
+    FoldedBlocks,
+    Form,
+    Preconditioner,
+    preconditioner,
+    widened,
 )
-from gradsketch.transforms.diagonal import Diagonal, Normals, Signs
+from gradsketch.transforms.diagonal import Normals, Signs
 
 __all__ = ["AFJL"]
 
 
 class AFJL(Sketch):
-    """R_d · √(n/d) · G · H · B of [P], computed as G_d · H_d · fold_d · B: one read of the vector.
+    """R_d · √(n/d) · G · H · B: the cheapest sketch, one read of the vector.
 
-    B holds random signs. ``diagonal="signs"`` (default) puts random signs in G too, which makes the map a signed
-    CountSketch with the hash j mod d, seen in a Hadamard basis: typical variance of a squared norm 2/d.
-    ``"gaussian"`` is [P]'s and has 8/d. Either maps (e_j ± e_k)/√2 with j ≡ k mod d to zero half of the time, for
-    every d: prefer AFFD where inputs may be that structured.
+    B holds random signs, G a second random diagonal, H is a Walsh–Hadamard transform. Choices:
+
+    * ``form="global"`` (default): computed as G · H_d · fold_d · B, which is the same map.
+    * ``form="paper"``: [P] as printed, with a permutation inside each Kronecker factor, and with ``transform="fft"``
+      or ``"haar"`` in place of Hadamard (and without B for "haar").
+    * ``diagonal="signs"`` (default): random signs in G, an isometry. The sketch is then a CountSketch with the hash
+      j mod d, in another basis; typical variance of a squared norm 2/d. ``"gaussian"``, [P]'s and the default of the
+      paper's form, has 8/d.
+
+    Every form sends (e_j ± e_k)/√2 with j ≡ k mod d to zero half of the time, for every d: prefer AFFD where inputs
+    may be that structured. Sizes nest as prefixes.
 
     Source: [P] A. Schioppa, NeurIPS 2024 (arXiv 2402.03994), §3.
+
+    Example:
+        >>> phi = AFJL(1_000_000, 4096, seed=0)
+        >>> phi.lift(torch.zeros(4096)).shape
+        torch.Size([1000000])
 
     Raises:
         InputError: n, d or an option is not one of those allowed.
@@ -36,25 +51,44 @@ class AFJL(Sketch):
 
     nesting = "prefix"
 
-    def __init__(self, n: int, d: int, *, seed: int = 0, diagonal: Literal["signs", "gaussian"] = "signs") -> None:
+    def __init__(
+        self,
+        n: int,
+        d: int,
+        *,
+        seed: int = 0,
+        form: Literal["global", "paper"] | None = None,
+        transform: Preconditioner = "hadamard",
+        diagonal: Literal["signs", "gaussian"] | None = None,
+    ) -> None:
         super().__init__(n, d, seed=seed)
+        self.transform = self._choice("transform", transform, ("hadamard", "fft", "haar"))
+        form = form or ("global" if transform == "hadamard" else "paper")
+        self.form = self._choice("form", form, ("global", "paper"))
+        diagonal = diagonal or ("gaussian" if form == "paper" else "signs")
         self.diagonal = self._choice("diagonal", diagonal, ("signs", "gaussian"))
-        self._mixing = BlockMixing(Signs(self.stream.child("B"), n), 1, None)
-        self._second = self._draw_diagonal()
+        if transform != "hadamard" and form != "paper":
+            raise InputError(f"form={form!r} with transform={transform!r}", "form='paper'", "Leave form out")
+        stream = self.stream.child("G")
+        self._second = Normals(stream) if self.diagonal == "gaussian" else Signs(stream, n)
+        self._form = self._build()
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"diagonal": self.diagonal}
+        return {"form": self.form, "transform": self.transform, "diagonal": self.diagonal}
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-        sketch = leading_transform(self._mixing.fold(x, power_of_two_at_least(self.d)), self.d)
+        sketch = self._form.sketch(x, self.d)
         self._second.multiply(sketch, 0, sketch)
         return sketch
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        scaled = torch.empty_like(w, dtype=torch.float64 if w.dtype == torch.float64 else torch.float32)
+        scaled = torch.empty_like(w, dtype=widened(w.dtype))
         self._second.multiply(w, 0, scaled)
-        return self._mixing.unfold(leading_transform_adjoint(scaled, power_of_two_at_least(self.d)), self.n)
+        return self._form.lift(scaled, self.n)
 
-    def _draw_diagonal(self) -> Diagonal:
-        stream = self.stream.child("G")
-        return Normals(stream) if self.diagonal == "gaussian" else Signs(stream, self.n)
+    def _build(self) -> Form:
+        first = Signs(self.stream.child("B"), self.n)
+        if self.form == "global":
+            return FoldedBlocks(first, 1, None)
+        inner = preconditioner(self.transform, self.n, self.stream.child("H'"))
+        return AsPrinted(None if self.transform == "haar" else first, inner)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.random import Stream
-from gradsketch.sketches.mixing import power_of_two_at_least
+from gradsketch.sketches.forms import power_of_two_at_least
 
 __all__ = ["Block", "Tiling"]
 

@@ -12,7 +12,7 @@ from gradsketch.errors import InputError
 from gradsketch.transforms.base import Transform
 from gradsketch.transforms.kronecker import kronecker_
 
-__all__ = ["Hadamard", "LocalHadamard", "hadamard_factors", "hadamard_matrix"]
+__all__ = ["Hadamard", "LocalHadamard", "check_power_of_two", "hadamard_factors", "hadamard_matrix"]
 
 # H_n = H_16 ⊗ H_16 ⊗ …: per bit of n, 16-wide products cost least on a CPU (8: 1.0–3 ms, 16: 1.4, 32: 1.7, 64: 2.4
 # at 2^24 numbers), and their entries ±1/4 lose no precision.
@@ -33,7 +33,7 @@ class Hadamard(Transform):
     is_self_adjoint = True
 
     def __init__(self, n: int) -> None:
-        _check_power_of_two("n", n)
+        check_power_of_two("n", n)
         self.shape = (n, n)
 
     def _transform_(self, x: Float[Tensor, "b n"], *, adjoint: bool) -> None:
@@ -50,7 +50,7 @@ class LocalHadamard(Transform):
     is_self_adjoint = True
 
     def __init__(self, n: int, length: int) -> None:
-        _check_power_of_two("length", length)
+        check_power_of_two("length", length)
         if n < 1 or n % length:
             raise InputError(f"n={n} with length={length}", "a multiple of the length", "Pad the vectors with zeros")
         self.shape, self.length = (n, n), length
@@ -79,7 +79,8 @@ def hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Float[T
     return matrix.mul_(n**-0.5).to(device=device, dtype=dtype)
 
 
-def _check_power_of_two(name: str, value: int) -> None:
+def check_power_of_two(name: str, value: int) -> None:
+    """Raise an error that names the nearest powers of two."""
     if value < 1 or value & (value - 1):
         below = 1 << max(value.bit_length() - 1, 0)
         raise InputError(f"{name}={value}", "a power of two", f"Type {name}={below} or {name}={2 * below}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,27 @@ from torch import Tensor
 from gradsketch.transforms.pieces import piece_length
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["apply_factors", "kronecker_"]
+__all__ = ["FactorList", "apply_factors", "balanced_sizes", "equal_powers", "kronecker_"]
 
 Factors = Sequence[Float[Tensor, "_ _"]]
+
+
+class FactorList:
+    """Matrices drawn once in float64 on the CPU, and their copies wherever they are needed."""
+
+    def __init__(self, matrices: Factors) -> None:
+        self._matrices = tuple(matrices)
+        self._copies: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_copies": {}}
+
+    def like(self, x: Tensor, *, adjoint: bool = False) -> list[Float[Tensor, "_ _"]]:
+        """Return the matrices, or their transposes, in the dtype and on the device of a tensor."""
+        key = x.dtype, x.device
+        if key not in self._copies:
+            self._copies[key] = tuple(m.to(x) for m in self._matrices)
+        return [m.T if adjoint else m for m in self._copies[key]]
 
 
 def apply_factors(
@@ -77,8 +94,12 @@ def _columns(panel: Float[Tensor, "rows columns"], factors: Factors, buffers: tu
     panel.copy_(apply_factors(copied, factors, (first, second), inner=panel.shape[1]).view_as(panel))
 
 
-def balanced_sizes(n: int, largest: int) -> tuple[int, ...]:
-    """Return powers of two, at most ``largest`` and as equal as possible, whose product is n, smallest first."""
-    bits, most = int(math.log2(n)), int(math.log2(largest))
-    count = max(1, -(-bits // most))
+def balanced_sizes(n: int, *, largest: int) -> tuple[int, ...]:
+    """Return the fewest powers of two, at most ``largest`` and as equal as possible, whose product is n."""
+    return equal_powers(n, max(1, -(-(n.bit_length() - 1) // (largest.bit_length() - 1))))
+
+
+def equal_powers(n: int, count: int) -> tuple[int, ...]:
+    """Return ``count`` powers of two, as equal as possible, whose product is n, a power of two."""
+    bits = n.bit_length() - 1
     return tuple(1 << (bits * (i + 1) // count - bits * i // count) for i in range(count))

@@ -1,4 +1,4 @@
-"""Keep float32 products in float32, whatever the process allows elsewhere."""
+"""Arithmetic that does not depend on what the process allows or how many threads it has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["full_precision"]
+__all__ = ["full_precision", "one_thread"]
 
 
 @contextmanager
@@ -31,3 +31,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
         yield
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let a CPU library whose rounding depends on the number of threads work with one, then restore their number."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
