@@ -17,6 +17,7 @@ _HOME = {
     "Classification": "gradsketch.gradients.tasks",
     "Dense": "gradsketch.sketches.dense",
     "Density": "gradsketch.spectra",
+    "Distortion": "gradsketch.evaluation.distortion",
     "Evolution": "gradsketch.spectra",
     "ExactMatch": "gradsketch.dimension.metrics",
     "FFD": "gradsketch.sketches.ffd",
@@ -48,10 +49,12 @@ _HOME = {
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
     "density": "gradsketch.spectra",
     "dimension_curve": "gradsketch.dimension.curve",
+    "distortion": "gradsketch.evaluation.distortion",
     "eigenvectors": "gradsketch.spectra",
     "fine_tune": "gradsketch.dimension.curve",
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
+    "gradient_gram": "gradsketch.gradients.gram",
     "hessian": "gradsketch.gradients.curvature",
     "intrinsic_dimension": "gradsketch.dimension.search",
     "linear_datamodeling_score": "gradsketch.evaluation.lds",
@@ -82,10 +85,12 @@ if TYPE_CHECKING:
         StoreError,
     )
     from gradsketch.evaluation.causal import removal_check
+    from gradsketch.evaluation.distortion import Distortion, distortion
     from gradsketch.evaluation.lds import linear_datamodeling_score
     from gradsketch.evaluation.mislabelled import mislabelled_auc
     from gradsketch.evaluation.retraining import retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
+    from gradsketch.gradients.gram import gradient_gram
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.per_example import GradientSketcher, SketchedGradients, sketch_gradients
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task

@@ -120,6 +120,7 @@ _T5 = {
     "num_heads": 2,
     "vocab_size": VOCABULARY,
     "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
 }
 _BART = {
     "d_model": 8,

@@ -8,7 +8,9 @@ from gradsketch.errors import GradsketchError
 __all__ = ["main"]
 
 # Command → (module with run(arguments) → exit code, one line of help). Modules are imported only when called.
-_COMMANDS: dict[str, tuple[str, str]] = {}
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "check": ("gradsketch.cli.check", "is the sketch right for your model, how good, at what cost, which d is enough"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
@@ -77,6 +78,16 @@ class Interception(TorchFunctionMode):
         """Give every example a copy of an index that all share, ``[1, t]`` or ``[t]``."""
         return self.layouts.unshare(self._call, index)
 
+    def backward(self, losses: Tensor, weights: Tensor, *, again: bool = False) -> None:
+        """Run backward from the losses so that every watched result reports; ``again`` if it will run once more.
+
+        As ``torch.autograd.grad`` with respect to every leaf, except that this mode stays active inside (torch would
+        suspend it): layers that checkpoint their activations run again in there. Accumulates nowhere.
+        """
+        leaves = tuple(reached(losses))
+        if leaves:
+            _engine_run_backward((losses,), (weights,), again, False, leaves, True, accumulate_grad=False)
+
     def watch(self, result: Tensor, keep: tuple[Tensor, ...], contributions: Contributions) -> Tensor:
         """Return the result, from now on reporting ``contributions(gradient, *keep)`` when backward reaches it."""
         if not result.requires_grad:
@@ -93,7 +104,7 @@ class Interception(TorchFunctionMode):
         return self.watch(copies, (), lambda gradient: [(parameter, Direct(gradient))])
 
     def _report(self, call: str, contributions: Iterable[tuple[Tensor, Contribution]]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             for tensor, contribution in contributions:
                 self.layouts.check(call, contribution)
                 if id(tensor) in self._derived:

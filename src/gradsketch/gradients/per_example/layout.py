@@ -28,31 +28,26 @@ class Layouts:
         self.guessed: dict[str, Layout] = {}
         self.idle: int | None = None
         self._lengths: set[int] = set()
+        # A checkpointed layer runs again during backward and must then decide as it did, whatever was learnt since.
+        self._splits: dict[tuple[str, torch.Size], bool] = {}
+        self._shared: dict[tuple[str, torch.Size], bool] = {}
 
     def split(self, call: str, leading: torch.Size) -> tuple[int, int] | None:
         """Return (b, t) for a call's leading dims, or None where the examples cannot be told apart."""
         count = leading.numel()
         if self.examples == 1:
             return 1, count
-        layout = self._guess(leading)
-        if not self._agreed(call, layout):
-            return None
-        if layout == "first":
-            self._lengths.add(count // self.examples)
-        return self.examples, count // self.examples
+        if (call, leading) not in self._splits:
+            self._splits[call, leading] = self._splittable(call, leading)
+        return (self.examples, count // self.examples) if self._splits[call, leading] else None
 
     def unshare(self, call: str, index: Tensor) -> Tensor:
         """Repeat an index that all examples share, ``[1, t]`` or ``[t]``, for every example."""
         if self.examples == 1:
             return index
-        if index.ndim == 2 and index.shape[0] == 1:
-            return index.expand(self.examples, -1)
-        known = self.proved.get(call) if self.proved is not None else None
-        unproved = self.proved is None and self.may_share and self._guess(index.shape) == "unknown"
-        if index.ndim == 1 and (unproved or known == "shared"):
-            self.guessed[call] = "shared"
-            return index.expand(self.examples, -1)
-        return index
+        if (call, index.shape) not in self._shared:
+            self._shared[call, index.shape] = self._shareable(call, index.shape)
+        return index.expand(self.examples, -1) if self._shared[call, index.shape] else index
 
     def note_flattening(self, before: torch.Size, after: torch.Size) -> None:
         """Remember that [b, t, …] became [b·t, …] in this pass: one dim of b·t rows is then believed."""
@@ -64,6 +59,23 @@ class Layouts:
         """While proving: the idle example must get nothing."""
         if self.idle is not None and contribution.touches(self.idle):
             self.guessed[call] = "unknown"
+
+    def _splittable(self, call: str, leading: torch.Size) -> bool:
+        layout = self._guess(leading)
+        agreed = self._agreed(call, layout)
+        if agreed and layout == "first":
+            self._lengths.add(leading.numel() // self.examples)
+        return agreed
+
+    def _shareable(self, call: str, shape: torch.Size) -> bool:
+        if len(shape) == 2 and shape[0] == 1:
+            return True
+        known = self.proved.get(call) if self.proved is not None else None
+        unproved = self.proved is None and self.may_share and self._guess(shape) == "unknown"
+        if len(shape) != 1 or not (unproved or known == "shared"):
+            return False
+        self.guessed[call] = "shared"
+        return True
 
     def _guess(self, leading: torch.Size) -> Layout:
         if len(leading) > 0 and leading[0] == self.examples:

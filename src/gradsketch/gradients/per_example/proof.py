@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_slice
-from gradsketch.gradients.per_example.interception import Interception, reached
+from gradsketch.gradients.per_example.interception import Interception
 from gradsketch.gradients.per_example.layout import Layout, Layouts
 from gradsketch.gradients.per_example.rules import RULES
 from gradsketch.gradients.tasks import Batch
@@ -53,14 +53,13 @@ def _try(losses_of: Callable[[Batch], Tensor], pair: Batch, names: Mapping[int, 
         with torch.no_grad():
             if not torch.allclose(losses, losses_of(pair), rtol=1e-4, equal_nan=True):
                 return False
-    begin = [t for t in reached(losses) if id(t) not in names] if losses.requires_grad else []
-    if begin:
+    if losses.requires_grad:
         with tap:
             for busy in (0, 1):
                 layouts.idle = 1 - busy
                 weights = torch.zeros_like(losses)
                 weights[busy] = 1
-                torch.autograd.grad(losses, begin, weights, allow_unused=True, retain_graph=busy == 0)
+                tap.backward(losses, weights, again=busy == 0)
     return True
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,15 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
+from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
-from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap, implicit_sketches
-from gradsketch.gradients.per_example.interception import Interception, reached
-from gradsketch.gradients.per_example.layout import Layout, Layouts
-from gradsketch.gradients.per_example.proof import prove_layouts
-from gradsketch.gradients.per_example.rules import RULES, coupled
+from gradsketch.gradients.per_example.capture import Capture, as_found
+from gradsketch.gradients.per_example.contributions import Contribution
+from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
@@ -32,7 +27,6 @@ __all__ = ["GradientSketcher", "Method", "SketchedGradients", "sketch_gradients"
 Method = Literal["auto", "outer", "vmap", "loop", "implicit"]
 # Per-example gradients that are held at once where a sketch needs them formed.
 _FORMED_BYTES = 1 << 29
-_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -86,15 +80,12 @@ class GradientSketcher:
         self.task, self.sketch = as_task(task), sketch
         self.method, self.on_non_finite = method, on_non_finite
         self._tensors = _tensors_of(self.model, sketch, parameters)
-        self._names = {id(tensor): name for name, tensor in self._tensors.items()}
-        self._slow: set[str] = set()
-        self._layouts: dict[str, Layout] | None = None
-        self._vmap_failed = False
+        self._capture = Capture(self.model, self.task, self._tensors, "loop" if method == "implicit" else method)
 
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
         start = time.perf_counter()
-        with _as_found(self.model, self._tensors):
+        with as_found(self.model, self._tensors):
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
@@ -103,7 +94,7 @@ class GradientSketcher:
         b = batch_length(batch)
         if self.method == "implicit":
             rows = [s for _, s in implicit_sketches(self.model, self.task, batch, self._tensors, self.sketch)]
-            return torch.cat(rows), self._losses(batch).detach()
+            return torch.cat(rows), self._capture.losses(batch).detach()
         if isinstance(self.sketch, BlockSum):
             return self._into(batch, _Sketches(self.sketch))
         size = self.sketch.n * 4
@@ -117,75 +108,8 @@ class GradientSketcher:
 
     def _into(self, batch: Batch, sink: _Sketches | _Formed) -> tuple[Tensor, Tensor]:
         sink.begin(batch_length(batch), next(iter(self._tensors.values())))
-        if self.method in ("auto", "outer"):
-            losses = self._capture(batch, sink.add)
-            slow = {name: tensor for name, tensor in self._tensors.items() if name in self._slow}
-        else:
-            losses, slow = self._losses(batch).detach(), self._tensors
-        for position, gradients in self._explicit(batch, slow):
-            for name, gradient in gradients.items():
-                sink.add(name, Direct(gradient), slice(position, position + len(gradient)))
+        losses = self._capture(batch, sink.add)
         return sink.out, losses
-
-    def _capture(self, batch: Batch, add: Consumer) -> Tensor:
-        if self._layouts is None and batch_length(batch) > 1:
-            self._layouts = prove_layouts(self._losses, batch, self._names)
-        tap = Interception(RULES, self._names, Layouts(batch_length(batch), self._layouts or {}), add)
-        with tap:
-            losses = self._losses(batch)
-            if losses.requires_grad:
-                self._find_slow(losses)
-                tap.slow = self._slow
-                begin = [t for t in reached(losses) if id(t) not in self._names]
-                if begin:
-                    torch.autograd.grad(losses.sum(), begin, allow_unused=True)
-        return losses.detach()
-
-    def _find_slow(self, losses: Tensor) -> None:
-        new = {self._names[id(t)] for t in reached(losses) if id(t) in self._names} - self._slow
-        if not new:
-            return
-        listed = ", ".join(sorted(new)[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
-        if self.method == "outer":
-            raise InputError(
-                f"{listed}, used in a way that method='outer' does not know",
-                "parameters of layers it knows",
-                "Type method='auto', or exclude them",
-            )
-        warnings.warn(
-            f"{listed}: used in a way that cannot be captured during backward, so their gradients are formed one "
-            f"example after another (exact, slower); leave them out with Parameters(model, exclude=...)",
-            GradsketchWarning,
-            stacklevel=6,
-        )
-        self._slow |= new
-
-    def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        if not tensors:
-            return
-        if self.method != "loop" and not self._vmap_failed:
-            try:
-                yield from gradients_by_vmap(self.model, self.task, batch, tensors)
-                return
-            except Exception as error:
-                if self.method == "vmap":
-                    raise InputError(
-                        f"a model that vmap cannot run ({type(error).__name__}: {str(error).splitlines()[0]})",
-                        "operations that torch.func.vmap knows",
-                        "Type method='auto' or method='loop'",
-                    ) from error
-                self._vmap_failed = True
-        yield from gradients_by_loop(self.model, self.task, batch, tensors)
-
-    def _losses(self, batch: Batch) -> Tensor:
-        losses = self.task.losses(self.model, batch)
-        if losses.shape != (batch_length(batch),):
-            raise InputError(
-                f"{self.task!r} returned losses of shape {list(losses.shape)} for {batch_length(batch)} examples",
-                f"one loss an example, shape [{batch_length(batch)}]",
-                "Use reduction='none' and sum over everything but the first dim",
-            )
-        return losses
 
     def _check_finite(self, batch: Batch, values: Tensor, losses: Tensor) -> dict[int, str]:
         bad = ~(torch.isfinite(losses) & torch.isfinite(values.sum(1)))
@@ -250,7 +174,7 @@ class _Sketches:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.out = torch.zeros(b, self.phi.d, dtype=dtype, device=like.device)
 
-    def add(self, name: str, contribution: Contribution, rows: slice = _ALL) -> None:
+    def add(self, name: str, contribution: Contribution, rows: slice = slice(None)) -> None:
         contribution.sketch(self.phi, name, self.out[rows])
 
 
@@ -266,7 +190,7 @@ class _Formed:
         self.out = torch.zeros(b, sum(sizes), dtype=dtype, device=like.device)
         self.parts = dict(zip(self.shapes, self.out.split(sizes, dim=1), strict=True))
 
-    def add(self, name: str, contribution: Contribution, rows: slice = _ALL) -> None:
+    def add(self, name: str, contribution: Contribution, rows: slice = slice(None)) -> None:
         shape = self.shapes[name]
         first = shape[0] if len(shape) > 1 else 1
         self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)
@@ -297,21 +221,3 @@ def _tensors_of(model: nn.Module, sketch: Sketch, parameters: Parameters | None)
             "Build it with n=parameters.n",
         )
     return tensors
-
-
-@contextmanager
-def _as_found(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise coupled("a BatchNorm in training mode")
-    before = [(p, p.requires_grad) for p in {*model.parameters(), *tensors.values()}]
-    chosen = {id(t) for t in tensors.values()}
-    with ExitStack() as stack:
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in before])
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        yield

@@ -1,0 +1,74 @@
+"""gradsketch check: is the sketch right for this model, how good is it, what does it cost, which d is enough."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from gradsketch.cli.loading import ModelOptions, load
+
+if TYPE_CHECKING:
+    from gradsketch.evaluation.distortion import Distortion
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Check gradient sketches on your own model and data.
+
+    Compares a few per-example gradients with autograd, measures how well inner products survive (noise·√d, Pearson r
+    with 95 % intervals) at several sizes d, time and memory against a plain forward + backward, and recommends a d.
+
+    Example: gradsketch check --model ./my-model --data facts.jsonl --d 8192
+    """
+
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")]
+    data: Path
+    """JSON lines, CSV, Parquet or text file, or a folder of texts; what a row holds depends on the task: text, prompt
+    and answer, source and target, or text and label."""
+    d: int = 4096
+    """Largest sketch size; its halves down to 256 are measured too."""
+    examples: int = 64
+    """How many rows are used, spread over the file."""
+    include: tuple[str, ...] = ("*",)
+    """Globs of the parameters to sketch."""
+    exclude: tuple[str, ...] = ()
+    """Globs of the parameters to leave out."""
+    seed: int = 0
+    """Seed of the sketch."""
+    wanted: float = 0.95
+    """Pearson r to recommend a d for."""
+    json: bool = False
+    """Print the numbers as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Check, print, and return 0 where the gradients agree with autograd, 1 where they do not."""
+    options = tyro.cli(Check, args=arguments, prog="gradsketch check", config=(tyro.conf.FlagCreatePairsOff,))
+    result = _measure(options)
+    print(json.dumps(result.to_dict(), indent=1) if options.json else result)
+    return 0 if result.right else 1
+
+
+def _measure(options: Check) -> Distortion:
+    from gradsketch.evaluation.distortion import distortion
+    from gradsketch.gradients.files import read_examples
+    from gradsketch.gradients.parameters import Parameters
+    from gradsketch.sketches.block_sum import BlockSum
+
+    rows = read_examples(options.data)
+    model, task = load(options.model)
+    parameters = Parameters(model, options.include, options.exclude)
+    sketch = BlockSum(parameters, min(options.d, parameters.n), seed=options.seed)
+    return distortion(model, task, _spread(rows, options.examples), sketch, wanted=options.wanted)
+
+
+def _spread(rows: Any, count: int) -> list[Any]:
+    """Return ``count`` rows at equal distances, or all where there are fewer."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]

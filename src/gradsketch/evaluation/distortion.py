@@ -1,0 +1,248 @@
+"""How much a sketch distorts the gradients of a user's own model, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.evaluation.cost import interleaved_seconds, peak_bytes
+from gradsketch.evaluation.quality import Quality, needed_size, sketch_quality
+from gradsketch.gradients.data import Batcher, to_device
+from gradsketch.gradients.gram import gradient_gram
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.per_example import GradientSketcher
+from gradsketch.gradients.per_example.capture import as_found
+from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.block_sum import BlockSum
+
+__all__ = ["Distortion", "distortion"]
+
+_SMALLEST = 256  # sizes below say little about anything
+_VERIFIED = 3
+# Largest relative error of a gradient that rounding explains, by the dtype of the weights.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What ``distortion`` measured on one model, task and sketch.
+
+    ``gradient_error`` is the largest relative error of ``verified`` examples' sketched gradients against autograd, each
+    run alone; ``tolerance`` is what rounding explains. ``seconds`` and ``reference_seconds`` are medians for one batch,
+    of the sketches and of a plain forward + backward, interleaved; ``peak_bytes`` likewise (None where memory cannot be
+    measured). ``needed`` is the d, unrounded, at which r would be ``wanted``.
+    """
+
+    parameters: int
+    examples: int
+    qualities: tuple[Quality, ...]
+    verified: int
+    gradient_error: float
+    tolerance: float
+    batch: int
+    seconds: float
+    reference_seconds: float
+    peak_bytes: int | None
+    reference_peak_bytes: int | None
+    wanted: float
+    needed: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the verified gradients agree with autograd to rounding."""
+        return self.gradient_error <= self.tolerance
+
+    @property
+    def cost_ratio(self) -> float:
+        """Time of the sketches over the time of a plain forward + backward."""
+        return self.seconds / self.reference_seconds
+
+    @property
+    def recommended(self) -> int:
+        """The power of two from ``needed`` on, at most the number of parameters (a sketch that keeps everything)."""
+        if self.needed >= self.parameters:
+            return self.parameters
+        return min(self.parameters, 1 << max(0, math.ceil(math.log2(max(1.0, self.needed)))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every number, for JSON."""
+        derived = {"right": self.right, "cost_ratio": self.cost_ratio, "recommended": self.recommended}
+        return asdict(self) | derived
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+
+def distortion(
+    model: nn.Module,
+    task: Task | Callable[[nn.Module, Batch], Tensor],
+    examples: Sequence[Any],
+    sketch: Sketch,
+    *,
+    parameters: Parameters | None = None,
+    wanted: float = 0.95,
+    repeats: int = 3,
+) -> Distortion:
+    """Measure on raw examples how well the sketch keeps their gradients' inner products, and what it costs.
+
+    Exact inner products come from ``gradient_gram``. Where the sketch nests, its size is halved down to 256, all from
+    one pass. 32 to 128 examples of the kind that will be indexed do; time and memory are taken on the largest batch.
+
+    Args:
+        model: in the mode it will be used in; left as it was found.
+        task: maps batches to per-example losses and collates raw examples.
+        examples: raw examples, at least three with a gradient.
+        sketch: a BlockSum over parameters of the model, or any sketch of the flat vector of ``parameters``.
+        parameters: the selection; by default the BlockSum's own.
+        wanted: the Pearson r that ``needed`` and ``recommended`` aim at.
+        repeats: how often time is taken.
+
+    Raises:
+        InputError: fewer than three examples with a gradient, or r is not between 0 and 1.
+        NonFiniteError: a loss or gradient is not finite.
+    """
+    check = _Check(model, as_task(task), examples, sketch, parameters)
+    sketches, exact = check.sketches(), check.exact()
+    qualities = tuple(sketch_quality(exact, part) for part in _sizes(sketch, sketches))
+    noise = math.sqrt(sum(q.noise**2 for q in qualities) / len(qualities))
+    seconds, memory = check.cost(repeats)
+    return Distortion(
+        parameters=sketch.n,
+        examples=len(examples),
+        qualities=qualities,
+        verified=min(_VERIFIED, len(examples)),
+        gradient_error=check.gradient_error(sketches),
+        tolerance=check.tolerance,
+        batch=len(check.places[0]),
+        seconds=seconds[0],
+        reference_seconds=seconds[1],
+        peak_bytes=memory[0],
+        reference_peak_bytes=memory[1],
+        wanted=wanted,
+        needed=needed_size(exact, noise, wanted),
+    )
+
+
+class _Check:
+    """The measurements, on one set of examples in batches of like length."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, examples: Sequence[Any], sketch: Sketch, parameters: Parameters | None
+    ) -> None:
+        self.model, self.task, self.examples, self.sketch = model, task, examples, sketch
+        self.sketcher = GradientSketcher(model, task, sketch, parameters=parameters)
+        if parameters is None and isinstance(sketch, BlockSum):
+            parameters = Parameters(model, sketch.names, frozen=True)
+        self.parameters = parameters
+        self.tensors = dict(parameters or Parameters(model))
+        example = next(iter(self.tensors.values()))
+        self.device = example.device
+        self.tolerance = _TOLERANCE.get(example.dtype, _HALF_TOLERANCE)
+        self.places: list[list[int]] = []
+
+    def sketches(self) -> Float[Tensor, "b d"]:
+        """Sketch every example."""
+        out = torch.zeros(len(self.examples), self.sketch.d, dtype=torch.float64)
+        batcher = Batcher(self.task, device=self.device)
+        for places, values in batcher.map(lambda batch: self.sketcher(batch).values, self.examples):
+            out[places] = values.double().cpu()
+            self.places.append(places)
+        return out
+
+    def exact(self) -> Float[Tensor, "b b"]:
+        """Return all exact inner products."""
+        out = torch.zeros(len(self.examples), len(self.examples), dtype=torch.float64)
+        for i, rows in enumerate(self.places):
+            for columns in self.places[: i + 1]:
+                second = None if columns is rows else self._batch(columns)
+                gram = gradient_gram(self.model, self.task, self._batch(rows), second, parameters=self.parameters)
+                block = gram.double().cpu()
+                out[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
+                out[torch.tensor(columns)[:, None], torch.tensor(rows)] = block.T
+        return out
+
+    def gradient_error(self, sketches: Float[Tensor, "b d"]) -> float:
+        """Return the largest relative error of a few rows against autograd, each example run alone."""
+        worst = 0.0
+        for place in range(min(_VERIFIED, len(self.examples))):
+            gradient = torch.cat([part.reshape(-1) for part in self._gradients(self._batch([place]))])
+            wanted = self.sketch(gradient).double().cpu()
+            error = (sketches[place] - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny)
+            worst = max(worst, float(error))
+        return worst
+
+    def cost(self, repeats: int) -> tuple[tuple[float, float], tuple[int | None, int | None]]:
+        """Return (sketches, plain forward + backward) of the largest batch: median seconds and peak bytes."""
+        batch = self._batch(self.places[0])
+        jobs = {"sketch": lambda: self.sketcher(batch), "plain": lambda: self._gradients(batch)}
+        seconds = interleaved_seconds(jobs, repeats)
+        memory = {name: peak_bytes(job) for name, job in jobs.items()}
+        return (seconds["sketch"]["median"], seconds["plain"]["median"]), (memory["sketch"], memory["plain"])
+
+    def _batch(self, places: Sequence[int]) -> Batch:
+        return to_device(self.task.collate([self.examples[place] for place in places]), self.device)
+
+    def _gradients(self, batch: Batch) -> list[Tensor]:
+        """Return the gradients of the summed losses by autograd."""
+        tensors = list(self.tensors.values())
+        with as_found(self.model, self.tensors):
+            parts = torch.autograd.grad(self.task.losses(self.model, batch).sum(), tensors, allow_unused=True)
+        return [torch.zeros_like(t) if part is None else part for part, t in zip(parts, tensors, strict=True)]
+
+
+def _sizes(sketch: Sketch, sketches: Float[Tensor, "b d"]) -> Iterator[Float[Tensor, "b d2"]]:
+    """Yield the sketches at every nested size, smallest first."""
+    sizes = [sketch.d]
+    while sketch.nesting is not None and sizes[-1] % 2 == 0 and sizes[-1] // 2 >= _SMALLEST:
+        sizes.append(sizes[-1] // 2)
+    for d in reversed(sizes):
+        yield sketches if d == sketch.d else sketch.truncate_sketch(sketches, d)
+
+
+def _table(result: Distortion) -> Iterator[str]:
+    """Yield the lines of a table a person understands."""
+    sound = "agree" if result.right else "DO NOT AGREE"
+    yield (
+        f"gradients   {result.verified} examples {sound} with autograd "
+        f"(relative error {result.gradient_error:.1e}, allowed {result.tolerance:.0e})"
+    )
+    if not result.right:
+        yield "            if the model is in training mode, its dropout does this: call model.eval()"
+    yield (
+        f"cost        {result.cost_ratio:.2f} × a plain forward + backward "
+        f"({result.seconds:.3g} s and {result.reference_seconds:.3g} s for a batch of {result.batch})"
+    )
+    if result.peak_bytes is not None and result.reference_peak_bytes is not None:
+        yield (
+            f"memory      {_megabytes(result.peak_bytes)} at the peak, "
+            f"{_megabytes(result.reference_peak_bytes)} for forward + backward"
+        )
+    yield ""
+    yield "       d   noise·√d  (95 %)             Pearson r  (95 %)"
+    for q in result.qualities:
+        yield (
+            f"{q.d:>8,}   {q.noise:.3f}  ({q.noise_interval[0]:.3f} – {q.noise_interval[1]:.3f})"
+            f"     {q.pearson:.4f}  ({q.pearson_interval[0]:.4f} – {q.pearson_interval[1]:.4f})"
+        )
+    yield ""
+    pairs = result.examples * (result.examples - 1) // 2
+    yield f"over {pairs:,} pairs of {result.examples} examples; noise·√d is 1 for a dense Gaussian projection"
+    if math.isinf(result.needed) or math.isnan(result.needed):
+        yield "all inner products are equal: no size can be recommended"
+    else:
+        yield (
+            f"recommended  d = {result.recommended:,} for r ≥ {result.wanted:g} "
+            f"(predicted from noise and spread: {result.needed:,.0f} of {result.parameters:,} parameters)"
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MB"

@@ -1,0 +1,151 @@
+"""Every contribution to a batch's per-example gradients: captured in one backward pass, or formed where that fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
+from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap
+from gradsketch.gradients.per_example.interception import Interception, reached
+from gradsketch.gradients.per_example.layout import Layout, Layouts
+from gradsketch.gradients.per_example.proof import prove_layouts
+from gradsketch.gradients.per_example.rules import RULES, coupled
+from gradsketch.gradients.tasks import Batch, Task
+
+__all__ = ["Capture", "as_found"]
+
+# Called with a parameter's name, a contribution, and the examples it belongs to.
+Sink = Callable[[str, Contribution, slice], None]
+
+
+class Capture:
+    """Hands every contribution to the per-example gradients of chosen parameters to a sink, batch after batch.
+
+    Remembers what earlier batches taught: the layouts that were proved, and which parameters need the slow path. Call
+    it inside ``as_found``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        tensors: Mapping[str, Tensor],
+        method: Literal["auto", "outer", "vmap", "loop"] = "auto",
+    ) -> None:
+        self.model, self.task, self.tensors, self.method = model, task, tensors, method
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._slow: set[str] = set()
+        self._layouts: dict[str, Layout] | None = None
+        self._vmap_failed = False
+
+    def __call__(self, batch: Batch, sink: Sink) -> Float[Tensor, " b"]:
+        """Hand over the contributions of one batch and return its losses."""
+        if self.method in ("auto", "outer"):
+            everybody = slice(None)
+            losses = self._intercepted(batch, lambda name, contribution: sink(name, contribution, everybody))
+            slow = {name: tensor for name, tensor in self.tensors.items() if name in self._slow}
+        else:
+            losses, slow = self.losses(batch).detach(), dict(self.tensors)
+        for position, gradients in self._explicit(batch, slow):
+            for name, gradient in gradients.items():
+                sink(name, Direct(gradient), slice(position, position + len(gradient)))
+        return losses
+
+    def losses(self, batch: Batch) -> Float[Tensor, " b"]:
+        """Return the task's losses, one an example."""
+        losses = self.task.losses(self.model, batch)
+        if losses.shape != (batch_length(batch),):
+            raise InputError(
+                f"{self.task!r} returned losses of shape {list(losses.shape)} for {batch_length(batch)} examples",
+                f"one loss an example, shape [{batch_length(batch)}]",
+                "Use reduction='none' and sum over everything but the first dim",
+            )
+        return losses
+
+    def _intercepted(self, batch: Batch, add: Consumer) -> Tensor:
+        if self._layouts is None and batch_length(batch) > 1:
+            self._layouts = prove_layouts(self.losses, batch, self._names)
+        tap = Interception(RULES, self._names, Layouts(batch_length(batch), self._layouts or {}), add)
+        with tap:
+            losses = self.losses(batch)
+            if losses.requires_grad:
+                self._find_slow(losses)
+                tap.slow = self._slow
+                tap.backward(losses, torch.ones_like(losses))
+        return losses.detach()
+
+    def _find_slow(self, losses: Tensor) -> None:
+        new = {self._names[id(t)] for t in reached(losses) if id(t) in self._names} - self._slow
+        if not new:
+            return
+        listed = ", ".join(sorted(new)[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+        if self.method == "outer":
+            raise InputError(
+                f"{listed}, used in a way that method='outer' does not know",
+                "parameters of layers it knows",
+                "Type method='auto', or exclude them",
+            )
+        warnings.warn(
+            f"{listed}: used in a way that cannot be captured during backward, so their gradients are formed one "
+            f"example after another (exact, slower); leave them out with Parameters(model, exclude=...)",
+            GradsketchWarning,
+            stacklevel=7,
+        )
+        self._slow |= new
+
+    def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (first position, gradients by name) over the batch: by vmap, and from where it fails by a loop."""
+        done = 0
+        if tensors and self.method != "loop" and not self._vmap_failed:
+            try:
+                for position, gradients in gradients_by_vmap(self.model, self.task, batch, tensors):
+                    done = position + len(next(iter(gradients.values())))
+                    yield position, gradients
+            except Exception as error:
+                if self.method == "vmap":
+                    raise InputError(
+                        f"a model that vmap cannot run ({type(error).__name__}: {str(error).splitlines()[0]})",
+                        "operations that torch.func.vmap knows",
+                        "Type method='auto' or method='loop'",
+                    ) from error
+                self._vmap_failed = True
+        if tensors and done < batch_length(batch):
+            rest = batch_slice(batch, done, batch_length(batch))
+            for position, gradients in gradients_by_loop(self.model, self.task, rest, tensors):
+                yield done + position, gradients
+
+
+@contextmanager
+def as_found(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise coupled("a BatchNorm in training mode")
+    before = [(p, p.requires_grad) for p in {*model.parameters(), *tensors.values()}]
+    chosen = {id(t) for t in tensors.values()}
+    with ExitStack() as stack:
+        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in before])
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        try:
+            yield
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise InputError(
+                "a model that checkpoints activations with use_reentrant=True",
+                "checkpoints that know torch.autograd.grad",
+                'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
+            ) from error
