@@ -1,0 +1,145 @@
+"""Several checkpoints of one model: put their weights in, one after the other, and take them out again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsketch.errors import InputError
+
+__all__ = ["Checkpoint", "as_checkpoints", "model_facts", "weights_of"]
+
+# A state dict, or where to read one: a .safetensors or torch file, or a folder that holds one.
+Weights = Mapping[str, Tensor] | str | Path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of the model at one moment of training, and their share in the sum of scores.
+
+    TracIn (Pruthi et al. 2020, equation 1) sums over checkpoints with the learning rate of each as ``weight``.
+    ``weights`` of None stands for the model as it is.
+    """
+
+    name: str
+    weights: Weights | None
+    weight: float
+
+
+def as_checkpoints(
+    checkpoints: Sequence[Weights] | Mapping[str, Weights] | None, weights: Sequence[float] | None
+) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints to index, each with its weight (by default all the same, adding up to one).
+
+    Raises:
+        InputError: no checkpoint, or weights that are not as many finite numbers.
+    """
+    if checkpoints is None:
+        named: dict[str, Weights | None] = {"model": None}
+    elif isinstance(checkpoints, Mapping):
+        named = dict(checkpoints)
+    else:
+        named = {_name(c, i): c for i, c in enumerate(checkpoints)}
+    if not named or (checkpoints is not None and len(named) != len(checkpoints)):
+        raise InputError("no checkpoint, or two of one name", "at least one, each with its own name", "Pass a dict")
+    weights = [1 / len(named)] * len(named) if weights is None else list(weights)
+    if len(weights) != len(named) or not all(math.isfinite(w) for w in weights):
+        raise InputError(
+            f"{len(weights)} weights {weights} for {len(named)} checkpoints",
+            "one finite number a checkpoint, such as its learning rate",
+            "Pass weights=[...] of that length, or leave it out",
+        )
+    return tuple(Checkpoint(n, c, float(w)) for (n, c), w in zip(named.items(), weights, strict=True))
+
+
+@contextmanager
+def weights_of(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+    """Put a checkpoint's weights into the model, and the model's own back afterwards, come what may.
+
+    Raises:
+        InputError: the weights cannot be read or do not fit the model.
+    """
+    if checkpoint.weights is None:
+        yield
+        return
+    state = _read(checkpoint.weights) if isinstance(checkpoint.weights, str | Path) else checkpoint.weights
+    own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    try:
+        _load(model, state, checkpoint.name)
+        yield
+    finally:
+        model.load_state_dict(own, strict=False)
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return the model's class and a hash of all its weights and buffers, ties counted once."""
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{list(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return {"class": type(model).__name__, "weights": digest.hexdigest()[:16]}
+
+
+def _name(checkpoint: Weights, number: int) -> str:
+    return Path(checkpoint).name if isinstance(checkpoint, str | Path) else f"checkpoint-{number}"
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    try:
+        outcome = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise _unfit(name, str(error)) from error
+    # Tied weights are saved once, so a missing name is fine where another name of the same tensor was given.
+    given = {id(tensor) for key, tensor in model.named_parameters(remove_duplicate=False) if key in state}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    missing = [key for key in outcome.missing_keys if key in own and id(own[key]) not in given]
+    if missing or outcome.unexpected_keys:
+        raise _unfit(name, f"missing {missing[:3]}, unexpected {list(outcome.unexpected_keys)[:3]}")
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    if not files or not all(file.is_file() for file in files):
+        raise InputError(
+            f"the checkpoint {path}, which holds no weights",
+            "a .safetensors or torch file, or a folder with one, as save_pretrained writes it",
+            "Check the path",
+        )
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= _read_file(file)
+    return state
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(state.get("state_dict", state))
+    except ImportError as error:
+        raise InputError(f"{path.name} without safetensors", "it", "Run pip install safetensors") from error
+    except Exception as error:  # unpickling raises whatever it likes
+        raise InputError(f"{path} cannot be read ({error})", "a file of tensors by name", "Save it again") from error
+
+
+def _unfit(name: str, why: str) -> InputError:
+    return InputError(
+        f"checkpoint {name!r} does not fit the model: {why[:400]}",
+        "the names and shapes of the model's own state dict",
+        "Pass checkpoints of this very model",
+    )

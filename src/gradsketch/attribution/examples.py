@@ -1,0 +1,236 @@
+"""From a user's data to rows of an index: what each row is called, shown as, and hashed to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.files import read_examples
+from gradsketch.gradients.tasks import Task
+from gradsketch.store.manifest import RESERVED
+
+__all__ = ["BadRow", "Survey", "as_examples", "display", "fields", "rebuild", "survey"]
+
+# Inputs of a model rather than facts about an example: never stored.
+_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels", "pixel_values", "decoder_input_ids")
+_KINDS = {str: "string", bool: "bool", int: "int", float: "float"}
+_RENAMED = "data_"
+_BAD_ROWS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that the task cannot use: where it stands and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One pass over the data: places of usable rows, their tokens, column types, a hash of everything, bad rows."""
+
+    places: tuple[int, ...]
+    tokens: int
+    columns: dict[str, str]
+    digest: str
+    bad: tuple[BadRow, ...]
+
+
+class _Slices(Sequence[Any]):
+    """The examples of one big batch of tensors."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch, self.length = batch, batch_length(batch)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        one = batch_slice(self.batch, i, i + 1)
+        if isinstance(one, Tensor):
+            return one[0]
+        return {k: v[0] for k, v in one.items()} if isinstance(one, Mapping) else type(one)(v[0] for v in one)
+
+
+def as_examples(data: Any) -> Any:
+    """Return examples with a length and integer positions, from a path, a sequence, a dataset or a batch of tensors.
+
+    Raises:
+        InputError: the data can be read only once, is a DataLoader, or is empty.
+    """
+    if isinstance(data, str | Path):
+        return read_examples(data)
+    if isinstance(data, Tensor) or _is_batch(data):
+        return _Slices(data)
+    if isinstance(data, DataLoader):
+        raise InputError("a DataLoader", "the examples themselves", "Pass loader.dataset; batches are made inside")
+    if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise InputError(
+            f"data of type {type(data).__name__}",
+            "a path, a list, a dataset with a length and positions, or a dict of tensors",
+            "Wrap it in list(...)",
+        )
+    return data
+
+
+def _is_batch(data: Any) -> bool:
+    values = list(data.values()) if isinstance(data, Mapping) else list(data) if isinstance(data, tuple) else []
+    return bool(values) and all(isinstance(value, Tensor) for value in values)
+
+
+def survey(examples: Any, task: Task) -> Survey:
+    """Read every example once: check that the task takes it, and collect what the index's manifest needs."""
+    digest = hashlib.sha256()
+    places: list[int] = []
+    bad: list[BadRow] = []
+    kinds: dict[str, set[str]] = {}
+    tokens = 0
+    for place in range(len(examples)):
+        try:
+            example = examples[place]
+            tokens += task.length(example)
+        except InputError as error:
+            bad.append(BadRow(where(examples, place), error.came))
+            continue
+        places.append(place)
+        for part in _canonical(example):
+            digest.update(part)
+        for name, value in fields(example)[1].items():
+            kinds.setdefault(name, set()).add(_kind(value))
+    columns = {name: _common(found) for name, found in kinds.items()}
+    return Survey(tuple(places), tokens, columns, digest.hexdigest()[:16], tuple(bad))
+
+
+def where(examples: Any, place: int) -> str:
+    """Return where an example stands, as a person finds it."""
+    return str(examples.where(place)) if hasattr(examples, "where") else f"example {place}"
+
+
+def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
+    """Stop where rows cannot be used.
+
+    Raises:
+        InputError: with the place and reason of the first few.
+    """
+    if bad:
+        shown = "; ".join(f"{row.where} ({row.reason})" for row in bad[:_BAD_ROWS_SHOWN])
+        more = f" and {len(bad) - _BAD_ROWS_SHOWN} more" if len(bad) > _BAD_ROWS_SHOWN else ""
+        raise InputError(
+            f"{len(bad)} of {total} rows that cannot be used: {shown}{more}",
+            "rows the task can read",
+            "Repair them, or leave them out with skip_bad=True (--skip-bad)",
+        )
+
+
+def fields(example: Any) -> tuple[str | None, dict[str, Any]]:
+    """Return an example's own id, if it has one, and its metadata: every value that is text, number or plain JSON."""
+    if isinstance(example, str):
+        return None, {"text": example}
+    if isinstance(example, Mapping):
+        id_ = example.get("id")
+        columns = {
+            (_RENAMED + str(name) if name in RESERVED else str(name)): _plain(value)
+            for name, value in example.items()
+            if name != "id" and name not in _MODEL_INPUTS and _is_plain(value)
+        }
+        return (None if id_ is None else str(id_)), columns
+    if isinstance(example, tuple | list) and len(example) == 2:
+        first, second = example
+        if isinstance(first, str) and isinstance(second, str):
+            return None, {"prompt": first, "answer": second}
+        if isinstance(first, str):
+            return None, {"text": first, "label": _plain(second)}
+        return None, {"label": _plain(second)} if _is_plain(second) else {}
+    return None, {}
+
+
+def rebuild(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a stored row as an example a task can read again, or None where it was not made of plain values."""
+    names = {"text", "prompt", "source"} & set(record)
+    if not any(record[name] is not None for name in names):
+        return None
+    return {
+        name.removeprefix(_RENAMED): value
+        for name, value in record.items()
+        if value is not None and name not in ("id", "loss", "gradient_norm")
+    }
+
+
+def display(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return what to show of an example: its text, and apart from it the answer where it has one."""
+    answer = next((record[n] for n in ("answer", "completion", "target") if isinstance(record.get(n), str)), None)
+    if isinstance(record.get("text"), str):
+        return record["text"], answer
+    question = next((record[n] for n in ("prompt", "source") if isinstance(record.get(n), str)), None)
+    return question, answer
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is metadata: text, a number, or JSON made of them; arrays of more than one entry are not."""
+    if hasattr(value, "shape"):
+        return int(np.prod(value.shape)) == 1
+    if isinstance(value, Mapping):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, str | bool | int | float) or hasattr(value, "isoformat")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item") and not isinstance(value, Mapping):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return "json"
+    return "none" if value is None else _KINDS.get(type(value), "json")
+
+
+def _common(found: set[str]) -> str:
+    """Return the column type that holds all kinds of values found in a column."""
+    found = found - {"none"}
+    if found == {"int", "float"}:
+        return "float"
+    return found.pop() if len(found) == 1 else "json" if found else "string"
+
+
+def _canonical(value: Any) -> Iterator[bytes]:
+    """Yield bytes that two values share only if they are equal (tensors: equal in dtype, shape and bits)."""
+    if isinstance(value, Mapping):
+        yield b"{%d" % len(value)
+        for key in sorted(value, key=str):
+            yield from _canonical(str(key))
+            yield from _canonical(value[key])
+    elif isinstance(value, list | tuple):
+        yield b"[%d" % len(value)
+        for item in value:
+            yield from _canonical(item)
+    elif isinstance(value, Tensor | np.ndarray | np.generic):
+        array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.atleast_1d(value))
+        yield f"t{array.dtype}{list(array.shape)}".encode()
+        yield array.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif hasattr(value, "tobytes"):  # images
+        yield b"b" + value.tobytes()
+    else:
+        text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="surrogatepass")
+        yield b"j%d:" % len(text) + text
