@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from gradsketch.attribution.scan import Probe, norms, rescore, scan, top
+from gradsketch.attribution.scan import Probe, rescore, scan, top
 from gradsketch.random import Stream
 from stores import make_store
 
@@ -108,9 +108,3 @@ def test_a_prefix_of_the_sketch_scores_without_bias(tmp_path):
     probe = Probe(make_store(tmp_path, x), torch.ones(1, 4096))
     ((_, scores),) = scan([probe], width=1024)
     assert float(scores) == 4096
-
-
-def test_norms_under_a_map(tmp_path):
-    x, r = matrix("x", N), matrix("r", D)
-    found = torch.cat([values for _, values in norms(Probe(make_store(tmp_path, x), r))])
-    torch.testing.assert_close(found, (x @ r.T).square().sum(-1), rtol=1e-4, atol=1e-4)

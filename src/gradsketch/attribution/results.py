@@ -13,10 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["SIGN", "Cost", "Hit", "Hits", "QueryHits", "Score", "TokenContribution"]
+__all__ = ["SIGN", "Cost", "Hit", "Hits", "QueryHits", "Score", "SelfInfluence", "TokenContribution"]
 
 SIGN = "positive: training on the example lowers the query's loss; negative: it raises it"
 _TEXT_WIDTH = 72
@@ -167,6 +171,30 @@ class Hits:
                     record |= {"row": hit.row, "id": hit.id, "score": hit.score, "text": hit.text}
                     record |= {"loss": hit.loss, "gradient_norm": hit.gradient_norm}
                     yield record | {(f"metadata_{k}" if k in record else k): v for k, v in hit.metadata.items()}
+
+
+@dataclass(frozen=True)
+class SelfInfluence:
+    """Every training example's score for itself, in the order of the rows (NaN: skipped when the index was built)."""
+
+    ids: tuple[str, ...]
+    values: Float[Tensor, " rows"]
+    losses: Float[Tensor, " rows"]
+    score: Score
+    seconds: float
+
+    def top(self, k: int) -> list[tuple[int, str, float]]:
+        """Return (row, id, value) of the k largest, largest first."""
+        finite = torch.nan_to_num(self.values, nan=-torch.inf)
+        rows = finite.sort(descending=True, stable=True).indices[:k].tolist()
+        return [(row, self.ids[row], float(self.values[row])) for row in rows]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return row, id, self_influence and loss, in the order of the rows."""
+        import pandas
+
+        columns = {"row": range(len(self.ids)), "id": self.ids}
+        return pandas.DataFrame({**columns, "self_influence": self.values.numpy(), "loss": self.losses.numpy()})
 
 
 def _table_line(hit: Hit) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradsketch.store import Shard, Store
 
-__all__ = ["Probe", "RowFilter", "Top", "norms", "rescore", "scan", "top"]
+__all__ = ["Probe", "RowFilter", "Top", "rescore", "scan", "top"]
 
 # Entries converted to float32 at a time: eight megabytes stay in the last-level cache between conversion and product.
 _BLOCK_ENTRIES = 1 << 21
@@ -87,15 +87,6 @@ def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"]) -> Float[Tenso
         scores = _combined(probes, [p.store.shard(start, count) for p in probes], None, places)
         out[inside] = scores[inside.nonzero()[:, 0], inverse]
     return out
-
-
-def norms(probe: Probe) -> Iterator[tuple[Shard, Float[Tensor, " rows"]]]:
-    """Yield, shard by shard, ‖R x‖² of every row x for the map R whose rows are the probe's directions."""
-    for shard in probe.store:
-        out = torch.empty(shard.count)
-        for at, product in _products(shard.sketches, probe.directions, None):
-            out[at] = product.square().sum(dim=-1)
-        yield shard, out * _factors(probe, shard).square()
 
 
 def _combined(

@@ -1,0 +1,129 @@
+"""What an index is: the contents of its own ``index.json``, above those of its checkpoints' stores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradsketch.attribution.checkpoints import Checkpoint, model_facts
+from gradsketch.errors import FingerprintError, StoreError
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.tasks import Task
+from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.store.folder import Folder
+from gradsketch.store.manifest import MANIFEST_NAME, compare_facts
+
+__all__ = ["Description", "StoredCheckpoint", "comparable_facts", "sketch_for"]
+
+_FORMAT, _VERSION = "gradsketch-index", 1
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """One checkpoint of an index: its name, weight, folder, and where its weights were read (None: given in memory)."""
+
+    name: str
+    weight: float
+    folder: str
+    weights: str | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, number: int) -> StoredCheckpoint:
+        """Describe a checkpoint that is about to be indexed."""
+        path = str(Path(checkpoint.weights).resolve()) if isinstance(checkpoint.weights, str | Path) else None
+        return cls(checkpoint.name, checkpoint.weight, f"checkpoint-{number}", path)
+
+
+@dataclass(frozen=True)
+class Description:
+    """Sketch size and seed, the parameters' names, the checkpoints, and where the data came from."""
+
+    d: int
+    seed: int
+    parameters: tuple[str, ...]
+    checkpoints: tuple[StoredCheckpoint, ...]
+    source: str
+
+    def to_json(self) -> str:
+        """Return the text of the index's ``index.json``."""
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Folder) -> Description:
+        """Read an index's ``index.json``.
+
+        Raises:
+            StoreError: there is none, or it is damaged or of a newer version.
+        """
+        if MANIFEST_NAME not in folder.names():
+            raise StoreError(
+                f"{folder.uri} holds no {MANIFEST_NAME}",
+                "the folder of an index",
+                "Check the path, or make one with build_index (gradsketch index)",
+            )
+        try:
+            body = json.loads(folder.read(MANIFEST_NAME).to_pybytes())
+            if (body["format"], body["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"format {body['format']} version {body['version']}")
+            checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
+            return cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{folder.uri}/{MANIFEST_NAME} cannot be read ({type(error).__name__}: {error})",
+                f"{_FORMAT} version {_VERSION}",
+                "Check that this is the folder of an index, not one of its checkpoints; or build it again",
+            ) from error
+
+    def require_same(self, other: Description, source: str) -> None:
+        """Check that a run with this description may go on with the index that has ``other``.
+
+        Raises:
+            FingerprintError: naming every field that differs.
+        """
+        fix = "Give the same arguments as the first run to resume it, or choose another folder for a new index"
+        here, there = json.loads(self.to_json()), json.loads(other.to_json())
+        for body in (here, there):
+            body.pop("source")
+            body["parameters"] = _summary(body["parameters"])
+        compare_facts(here, there, source, fix)
+
+
+def sketch_for(model: nn.Module, description: Description) -> BlockSum:
+    """Return the sketch with which an index was made, over this model's parameters.
+
+    Raises:
+        FingerprintError: the model lacks some of them.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in description.parameters if name not in own]
+    if missing:
+        raise FingerprintError(
+            f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(description.parameters)})",
+            "the model with which the index was made",
+            "Load that model, or build an index for this one",
+        )
+    parameters = Parameters(model, include=description.parameters, frozen=True)
+    return BlockSum(parameters, description.d, seed=description.seed)
+
+
+def comparable_facts(model: nn.Module, task: Task, sketch: BlockSum) -> dict[str, Any]:
+    """Return what must agree between an index and a query: model, task, sketch and its parameters."""
+    return {
+        "model": model_facts(model),
+        "task": {"class": type(task).__name__, **task.options()},
+        "sketch": {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "hash": sketch.fingerprint},
+        "parameters": {**_summary(sketch.names), "n": sketch.n},
+    }
+
+
+def _summary(names: Iterable[str]) -> Mapping[str, Any]:
+    """Return parameter names so that a difference can be read."""
+    names = list(names)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return {"tensors": len(names), "first": names[0], "last": names[-1], "hash": digest}

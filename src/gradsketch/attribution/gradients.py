@@ -1,0 +1,70 @@
+"""Sketches of many examples' gradients at one checkpoint, in batches as large as memory takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.gradients.data import Batcher
+from gradsketch.gradients.per_example.sketcher import GradientSketcher
+from gradsketch.gradients.tasks import Task
+from gradsketch.sketches.block_sum import BlockSum
+
+__all__ = ["GradientSource", "Sketched", "evaluating"]
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """Sketches and losses of examples in their own order; ``skipped`` gives the reason by position."""
+
+    sketches: Float[Tensor, "n d"]
+    losses: Float[Tensor, " n"]
+    skipped: dict[int, str]
+
+
+class GradientSource:
+    """Sketches examples for one model and sketch; the batch size that memory allows is found once and kept."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, sketch: BlockSum, *, batch_tokens: int = 4096, skip_bad: bool = False
+    ) -> None:
+        device = next(model.parameters()).device
+        self.model, self.d = model, sketch.d
+        self.batcher = Batcher(task, tokens=batch_tokens, device=device)
+        self.sketcher = GradientSketcher(model, task, sketch, on_non_finite="skip" if skip_bad else "raise")
+
+    def __call__(self, examples: Sequence[Any], advance: Callable[[int], Any] = lambda count: None) -> Sketched:
+        """Sketch examples in evaluation mode (no dropout); ``advance`` hears of every batch that is done.
+
+        Raises:
+            InputError: an example the task cannot read, or one too large for memory.
+            NonFiniteError: a loss or gradient is not finite, and skipping was not asked for.
+        """
+        sketches, losses = torch.empty(len(examples), self.d), torch.empty(len(examples))
+        skipped: dict[int, str] = {}
+        with evaluating(self.model):
+            for places, result in self.batcher.map(self.sketcher, examples):
+                sketches[places] = result.values.float().cpu()
+                losses[places] = result.losses.float().cpu()
+                skipped |= {places[position]: reason for position, reason in result.skipped.items()}
+                advance(len(places))
+        losses[list(skipped)] = torch.nan
+        return Sketched(sketches, losses, skipped)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back into its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
