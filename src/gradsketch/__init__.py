@@ -28,6 +28,7 @@ _HOME = {
     "GradsketchError": "gradsketch.errors",
     "GradsketchWarning": "gradsketch.errors",
     "Hits": "gradsketch.attribution.results",
+    "Index": "gradsketch.attribution.index",
     "InputError": "gradsketch.errors",
     "LinearMap": "gradsketch.linear_map",
     "Loss": "gradsketch.dimension.metrics",
@@ -47,6 +48,7 @@ _HOME = {
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
+    "build_index": "gradsketch.attribution.build",
     "density": "gradsketch.spectra",
     "dimension_curve": "gradsketch.dimension.curve",
     "distortion": "gradsketch.evaluation.distortion",
@@ -71,6 +73,8 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from gradsketch.attribution.build import build_index
+    from gradsketch.attribution.index import Index
     from gradsketch.attribution.results import Hits
     from gradsketch.dimension.curve import dimension_curve, fine_tune
     from gradsketch.dimension.metrics import Accuracy, ExactMatch, Loss, Rouge

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from gradsketch.store.manifest import MANIFEST_NAME
 
 __all__ = ["Build", "Plan", "build_index"]
 
-# Rows whose gradients are timed for the estimate of a whole run.
-_TIMED_ROWS = 4
+# The estimate of a run's time comes from so many rows, or from fewer that take so long.
+_TIMED_ROWS, _TIMED_SECONDS = 32, 0.5
 _BYTES_BESIDE_SKETCH = 64  # id, scale, norm, loss and Arrow's bookkeeping
 
 
@@ -229,7 +229,7 @@ class Build:
         """Return a checkpoint's manifest; metadata stands in the first checkpoint's store only."""
         data = {"rows": self.shape.rows, "hash": self.survey.digest}
         facts = {**comparable_facts(self.model, self.task, self.sketch), "data": data}
-        return Manifest(**{**asdict(self.shape), "columns": self.shape.columns if first else {}, "facts": facts})
+        return replace(self.shape, columns=self.shape.columns if first else {}, facts=facts)
 
     def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
         places = self.survey.places[start : start + count]
@@ -242,7 +242,14 @@ class Build:
         return Rows(ids, sketched.sketches, sketched.losses, columns)
 
     def _missing(self, folder: str) -> list[tuple[int, int]]:
-        store = Store(self.folder.child(folder), self.shape)
+        """Return the ranges still to be written, of a store whose shape is that of this run."""
+        child = self.folder.child(folder)
+        if MANIFEST_NAME not in child.names():
+            return list(self.shape.shard_ranges())
+        store = Store.open(child)
+        replace(self.shape, columns=store.manifest.columns, facts=store.manifest.facts).require_same(
+            store.manifest, child.uri
+        )
         return store.missing()
 
     @property
@@ -250,17 +257,18 @@ class Build:
         return self.survey.tokens / max(1, self.shape.rows)
 
     def _seconds_a_row(self) -> float:
-        """Time the gradients of a few examples spread over the data, twice, and scale to the mean length."""
-        if not self.survey.places:
-            return 0.0
-        step = max(1, len(self.survey.places) // _TIMED_ROWS)
-        chosen = [self.examples[place] for place in self.survey.places[::step][:_TIMED_ROWS]]
+        """Time the gradients of a few examples spread over the data, more of them while that takes next to no time."""
         source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
-        source(chosen)
-        began = time.perf_counter()
-        source(chosen)
-        tokens = sum(self.task.length(example) for example in chosen)
-        return (time.perf_counter() - began) * self._tokens_a_row / max(1, tokens)
+        count, seconds, rows = 2, 0.0, len(self.survey.places)
+        while True:
+            chosen = [self.examples[place] for place in self.survey.places[:: max(1, rows // count)][:count]]
+            began = time.perf_counter()
+            source(chosen)
+            seconds = time.perf_counter() - began
+            if (seconds > _TIMED_SECONDS and count > 2) or count >= min(rows, _TIMED_ROWS):
+                tokens = sum(self.task.length(example) for example in chosen)
+                return seconds * self._tokens_a_row / max(1, tokens)
+            count *= 4
 
 
 def _bytes_free(path: Path) -> int:
@@ -269,7 +277,7 @@ def _bytes_free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -277,7 +285,7 @@ def _size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from gradsketch.attribution.precondition import Preconditioner, fit_precondition
 from gradsketch.attribution.results import Cost, Hit, Hits, QueryHits, SelfInfluence, TokenContribution
 from gradsketch.attribution.scan import Probe, Top, rescore, top
 from gradsketch.attribution.scores import Kind, kind_of
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.data import to_device
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.sketches.block_sum import BlockSum
@@ -140,6 +141,7 @@ class Index:
                 raise InputError(f"{name}={value}", f"at least {least}", f"Pass {name}={least} or more")
         if coarse is not None and coarse > self.d:
             raise InputError(f"coarse={coarse}", f"at most d={self.d}", "Pass a smaller number")
+        self._warn_if_incomplete()
         keep = row_filter(where, list(self.stores[0].manifest.columns))
         queries = self._sketch(model, _as_queries(examples), batch_tokens)
         groups = [[i] for i in range(len(queries.examples))] if groups is None else _checked(groups, queries.examples)
@@ -165,23 +167,21 @@ class Index:
         """
         kind, began = kind_of(score), time.perf_counter()
         values = torch.zeros(self.rows)
+        self._warn_if_incomplete()
         for number, (store, checkpoint) in enumerate(zip(self.stores, self.description.checkpoints, strict=True)):
-            preconditioner = self._preconditioner(number, kind, damping) if kind.preconditioned else None
+            preconditioner = self._preconditioner(number, kind, damping) if kind.preconditioned and self.rows else None
             for shard in store:
                 x, norm = shard.decoded(), shard.numbers("gradient_norm")
                 x = x / norm.clamp_min(torch.finfo(torch.float32).tiny)[:, None] if kind.unit_length else x
                 y = preconditioner.solve(x) / preconditioner.rows if preconditioner else x
-                own = (x * y).sum(dim=-1).where(torch.isfinite(norm), torch.nan)
-                values[shard.start : shard.start + shard.count] += checkpoint.weight * own
-        ids, losses = [], []
+                values[shard.start : shard.start + shard.count] += checkpoint.weight * (x * y).sum(dim=-1)
+        ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan)
         for shard in self.stores[0]:
-            ids += shard.column("id")
-            losses.append(shard.numbers("loss"))
-        used = None if not kind.preconditioned else self._preconditioner(0, kind, damping).damping
-        return SelfInfluence(
-            tuple(ids), values, torch.cat(losses) if losses else torch.empty(0), kind.described(used),
-            time.perf_counter() - began,
-        )  # fmt: skip
+            ids[shard.start : shard.start + shard.count] = shard.column("id")
+            losses[shard.start : shard.start + shard.count] = shard.numbers("loss")
+        used = self._preconditioner(0, kind, damping).damping if kind.preconditioned and self.rows else None
+        values = values.where(torch.isfinite(losses), torch.nan)
+        return SelfInfluence(tuple(ids), values, losses, kind.described(used), time.perf_counter() - began)
 
     def explain(self, model: nn.Module, hits: Hits, *, top: int = 3, data: Any = None) -> Hits:
         """Return the hits with token contributions for the first ``top`` of each query's lists.
@@ -250,7 +250,7 @@ class Index:
             if kind.unit_length:
                 q = torch.nn.functional.normalize(q, dim=-1, eps=torch.finfo(torch.float32).tiny)
             q = torch.stack([q[list(group)].mean(dim=0) for group in groups])
-            if kind.preconditioned:
+            if kind.preconditioned and self.rows:
                 preconditioner = self._preconditioner(number, kind, damping)
                 q, used = preconditioner.solve(q) / preconditioner.rows, preconditioner.damping
             weight = self.description.checkpoints[number].weight
@@ -303,6 +303,16 @@ class Index:
                 )
             )
         return tuple(answers)
+
+    def _warn_if_incomplete(self) -> None:
+        absent = sum(count for store in self.stores for _, count in store.missing())
+        if absent:
+            total = self.rows * len(self.stores)
+            warnings.warn(
+                f"{self.folder.uri} holds {total - absent} of {total} rows: run the command that builds it to the end",
+                GradsketchWarning,
+                stacklevel=3,
+            )
 
     def _task(self) -> Task:
         if self.task is None:

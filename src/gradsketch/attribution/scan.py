@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from gradsketch.store import Shard, Store
+from gradsketch.transforms.precision import full_precision
 
 __all__ = ["Probe", "RowFilter", "Top", "rescore", "scan", "top"]
 
@@ -126,7 +127,9 @@ def _products(
     for start in range(0, rows, step):
         block = sketches[start : start + step, :width]
         floats = buffer[: len(block)].copy_(block)
-        yield slice(start, start + len(block)), (floats @ used.T).cpu()
+        with full_precision(device):
+            product = floats @ used.T
+        yield slice(start, start + len(block)), product.cpu()
 
 
 def _merge(

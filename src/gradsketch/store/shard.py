@@ -102,13 +102,15 @@ def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
             "Pass one entry a row in every part",
         )
     stored, scale = encode(rows.sketches, manifest.dtype)
+    losses = rows.losses.detach().to("cpu", torch.float32)
     norms = torch.linalg.vector_norm(rows.sketches.detach().to("cpu", torch.float64), dim=-1).float()
+    norms = torch.where(torch.isfinite(losses), norms, torch.nan)  # a row that was skipped
     arrays: dict[str, pa.Array] = {
         "id": pa.array([str(i) for i in rows.ids], COLUMN_TYPES["string"]),
         "sketch": _vectors(stored),
         "scale": _floats(scale),
         "gradient_norm": _floats(norms),
-        "loss": _floats(rows.losses.detach().to("cpu", torch.float32)),
+        "loss": _floats(losses),
         **{name: _metadata(name, kind, rows.columns[name]) for name, kind in manifest.columns.items()},
     }
     header = {
