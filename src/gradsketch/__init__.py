@@ -50,6 +50,7 @@ _HOME = {
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
     "build_index": "gradsketch.attribution.build",
     "density": "gradsketch.spectra",
+    "diagonal": "gradsketch.spectra",
     "dimension_curve": "gradsketch.dimension.curve",
     "distortion": "gradsketch.evaluation.distortion",
     "eigenvectors": "gradsketch.spectra",
@@ -68,6 +69,8 @@ _HOME = {
     "sketch_gradients": "gradsketch.gradients.per_example",
     "spectrum": "gradsketch.spectra",
     "spectrum_over": "gradsketch.spectra",
+    "squared_norm": "gradsketch.spectra",
+    "trace": "gradsketch.spectra",
 }
 
 __all__ = sorted(_HOME)
@@ -115,10 +118,13 @@ if TYPE_CHECKING:
         Evolution,
         Spectrum,
         density,
+        diagonal,
         eigenvectors,
         saved_spectra,
         spectrum,
         spectrum_over,
+        squared_norm,
+        trace,
     )
     from gradsketch.spectra.callback import SpectrumCallback
 

@@ -2,19 +2,24 @@
 
 from gradsketch.spectra.density import Density, density
 from gradsketch.spectra.eigenvectors import eigenvectors
+from gradsketch.spectra.estimators import Diagonal, diagonal, squared_norm, trace
 from gradsketch.spectra.evolution import Evolution, saved_spectra, spectrum_over
 from gradsketch.spectra.results import Eigenvalue, Estimate, Spectrum
 from gradsketch.spectra.solve import spectrum
 
 __all__ = [
     "Density",
+    "Diagonal",
     "Eigenvalue",
     "Estimate",
     "Evolution",
     "Spectrum",
     "density",
+    "diagonal",
     "eigenvectors",
     "saved_spectra",
     "spectrum",
     "spectrum_over",
+    "squared_norm",
+    "trace",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -20,16 +22,18 @@ def moments(
 
     Source: Hutchinson 1989; the standard errors are those of the sample mean.
     """
-    stream = Stream(seed, "spectrum", "moments")
+    start, stream = time.perf_counter(), Stream(seed, "spectrum", "moments")
     traces, norms = [], []
     for probe in range(probes):
         z = stream.child(str(probe)).signs(0, operator.n, dtype=dtype, device=device)
         product = operator(z)
         traces.append(dot(z, product))
         norms.append(dot(product, product))
-    return _mean(traces), _mean(norms)
+    seconds = time.perf_counter() - start
+    return _mean(traces, seconds), _mean(norms, seconds)
 
 
-def _mean(sample: list[float]) -> Estimate:
-    spread = float(np.std(sample, ddof=1)) if len(sample) > 1 else float("inf")
-    return Estimate(float(np.mean(sample)), spread / len(sample) ** 0.5)
+def _mean(sample: list[float], seconds: float) -> Estimate:
+    count = len(sample)
+    spread = float(np.std(sample, ddof=1)) if count > 1 else float("inf")
+    return Estimate(float(np.mean(sample)), spread / count**0.5, count, count, seconds)

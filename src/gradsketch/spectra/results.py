@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy.stats import t as student
 from torch import Tensor
 
 __all__ = ["OUTLIER", "Eigenvalue", "Estimate", "Method", "Spectrum", "Which"]
@@ -26,10 +27,21 @@ OUTLIER = 0.2
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimated number and the standard error of the estimate."""
+    """An estimated number, the standard error of the estimate, and what it cost.
+
+    ``samples`` independent numbers were averaged; ``products`` counts products with the operator.
+    """
 
     value: float
     standard_error: float
+    samples: int = 0
+    products: int = 0
+    seconds: float = 0.0
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the confidence interval at ``level``, by Student's t distribution."""
+        margin = self.standard_error * float(student.ppf((1 + level) / 2, max(self.samples - 1, 1)))
+        return self.value - margin, self.value + margin
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ class Curvature(LinearMap):
             raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
         self.objective, self.mode = objective, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
+        first = objective.values[0]
+        self.device, self.dtype = first.device, _at_least_float32(first.new_empty(0)).dtype
         self._kept: tuple[Any, Recorded] | None = None
         self._trusted = False
         if check:
