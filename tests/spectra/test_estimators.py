@@ -83,7 +83,7 @@ ESTIMATORS = {
 def test_unbiased_with_honest_errors(name, spectrum):
     """200 seeds: the mean within 4 of its standard errors (false alarm 6e-5); 95 % intervals cover as often as 200
     trials at 92 % would in all but 1e-4 of cases (t intervals of a few, slightly skewed numbers fall short of 95 %);
-    the stated error as large as the true one, at most 2.5 times for XTrace, whose jackknife errs on that side."""
+    the stated error as large as the true one, at most three times for XTrace, whose jackknife errs on that side."""
     estimate, exact = ESTIMATORS[name]
     operator, runs = with_eigenvalues(SPECTRA[spectrum]), 200
     wanted = float(exact(operator.matrix))
@@ -93,7 +93,7 @@ def test_unbiased_with_honest_errors(name, spectrum):
     covered = sum(low <= wanted <= high for low, high in (r.interval(0.95) for r in results))
     assert covered >= binom.ppf(1e-4, runs, 0.92)
     stated = torch.tensor([r.standard_error for r in results]).square().mean().sqrt()
-    assert 0.8 < float(stated / values.std()) < (2.5 if name == "xtrace" else 1.25)
+    assert 0.8 < float(stated / values.std()) < (3.0 if name == "xtrace" else 1.25)
 
 
 @pytest.mark.statistical
