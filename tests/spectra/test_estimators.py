@@ -81,11 +81,11 @@ ESTIMATORS = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_unbiased_with_honest_errors(name, spectrum):
-    """200 seeds: the mean within 4 of its standard errors (false alarm 6e-5); 95 % intervals cover as often as 200
+    """120 seeds: the mean within 4 of its standard errors (false alarm 6e-5); 95 % intervals cover as often as 120
     trials at 92 % would in all but 1e-4 of cases (t intervals of a few, slightly skewed numbers fall short of 95 %);
     the stated error as large as the true one, at most three times for XTrace, whose jackknife errs on that side."""
     estimate, exact = ESTIMATORS[name]
-    operator, runs = with_eigenvalues(SPECTRA[spectrum]), 200
+    operator, runs = with_eigenvalues(SPECTRA[spectrum]), 120
     wanted = float(exact(operator.matrix))
     results = [estimate(operator, seed) for seed in range(runs)]
     values = torch.tensor([r.value for r in results], dtype=torch.float64)

@@ -42,6 +42,9 @@ def hessian(
     first two take scaled-dot-product attention by its math path. Differentiating a forward-mode product once more is
     not offered: PyTorch's fused normalisation layers get it wrong.
 
+    Rows that an embedding's ``padding_idx`` freezes count as frozen in "grad-of-grad"; in the other two modes padding
+    must not reach the loss.
+
     Weights in half precision are differentiated as they are and summed over batches in float32; differences of
     gradients are taken at float32 copies. Weights changed through ``.data`` go unnoticed by a kept graph: change them
     in place under ``torch.no_grad()``, as optimizers and ``load_state_dict`` do.

@@ -25,7 +25,7 @@ from gradsketch.linear_map import LinearMap
 
 __all__ = ["fisher", "gauss_newton"]
 
-# Entries of the outputs whose loss is differentiated twice at once: seven copies of them are alive then.
+# Entries of the outputs whose loss is differentiated twice at once: several copies of them are alive then.
 _HEAD_ENTRIES = 1 << 24
 
 
