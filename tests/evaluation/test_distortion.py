@@ -1,0 +1,99 @@
+"""What a user is told about a sketch on their own model: right, how good, at what cost, which d."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gradsketch import BlockSum, Classification, InputError, Parameters, distortion
+from gradsketch.sketches.affd import AFFD
+
+
+def _examples(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(20, generator=generator), i % 5) for i in range(count)]
+
+
+def _model(dropout=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Dropout(dropout), nn.Linear(40, 30), nn.Linear(30, 5))
+
+
+@pytest.fixture(scope="module")
+def result():
+    model = _model()
+    return distortion(model, Classification(), _examples(), BlockSum(Parameters(model), 1024), repeats=1)
+
+
+def test_sizes_are_nested_and_quality_grows(result):
+    assert [q.d for q in result.qualities] == [256, 512, 1024]
+    assert result.qualities[0].pearson < result.qualities[-1].pearson
+    for q in result.qualities:
+        assert q.pearson_interval[0] <= q.pearson <= q.pearson_interval[1]
+        assert 0.3 < q.noise < 3
+
+
+def test_gradients_are_verified(result):
+    assert result.right
+    assert result.gradient_error < 1e-5
+    assert result.verified == 3
+
+
+def test_exact_values_are_those_of_autograd(result):
+    """The reported r at the largest size, from gradients formed one by one."""
+    model, task, examples = _model(), Classification(), _examples()
+    parameters = Parameters(model)
+    rows = []
+    for example in examples:
+        loss = task.losses(model, task.collate([example])).sum()
+        parts = torch.autograd.grad(loss, list(dict(parameters).values()))
+        rows.append(parameters.flatten(dict(zip(parameters.names, parts, strict=True))))
+    exact, sketches = torch.stack(rows), BlockSum(parameters, 1024)(torch.stack(rows))
+    i, j = torch.triu_indices(40, 40, 1)
+    pairs = torch.stack([(exact @ exact.T)[i, j], (sketches @ sketches.T)[i, j]])
+    assert result.qualities[-1].pearson == pytest.approx(torch.corrcoef(pairs)[0, 1].item(), abs=1e-5)
+
+
+def test_cost_and_recommendation(result):
+    assert result.cost_ratio == result.seconds / result.reference_seconds > 0
+    assert result.recommended >= result.needed
+    assert math.log2(result.recommended).is_integer()
+    assert json.loads(json.dumps(result.to_dict()))["recommended"] == result.recommended
+
+
+def test_the_table_says_it_in_words(result):
+    table = str(result)
+    assert "agree with autograd" in table
+    assert "noise·√d" in table
+    assert f"recommended  d = {result.recommended:,} for r ≥ 0.95" in table
+    assert all(len(line) < 120 for line in table.splitlines())
+
+
+def test_a_model_whose_gradients_are_random_is_found_out():
+    model = _model(dropout=0.5).train()
+    found = distortion(model, Classification(), _examples(8), BlockSum(Parameters(model), 256), repeats=1)
+    assert not found.right
+    assert "DO NOT AGREE" in str(found)
+    assert "model.eval()" in str(found)
+    assert model.training
+
+
+def test_any_sketch_and_part_of_the_parameters():
+    model = _model()
+    parameters = Parameters(model, include="0.*")
+    whole = distortion(
+        model, Classification(), _examples(12), AFFD(parameters.n, 512), parameters=parameters, repeats=1
+    )
+    assert whole.right
+    assert whole.parameters == parameters.n == 840
+    part = distortion(model, Classification(), _examples(12), BlockSum(parameters, 512), repeats=1)
+    assert part.right
+    assert part.parameters == 840
+
+
+def test_bad_input():
+    model = _model()
+    with pytest.raises(InputError, match="at least three examples"):
+        distortion(model, Classification(), _examples(2), BlockSum(Parameters(model), 256), repeats=1)
