@@ -10,6 +10,7 @@ __all__ = ["main"]
 # Command → (module with run(arguments) → exit code, one line of help). Modules are imported only when called.
 _COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("gradsketch.cli.check", "is the sketch right for your model, how good, at what cost, which d is enough"),
+    "dimension": ("gradsketch.cli.dimension", "how many random directions fine-tuning needs"),
 }
 
 

@@ -21,7 +21,7 @@ from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["dimension_curve", "fine_tune"]
+__all__ = ["check_dims", "check_settings", "dimension_curve", "fine_tune"]
 
 
 def dimension_curve(
@@ -86,18 +86,22 @@ def fine_tune(
     lr: int | float = 2e-4,
     batch_size: int = 32,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> CurvePoint:
     """Train all n parameters for a fixed number of steps and return the metric: what a target is a share of.
 
     Adam with a learning rate that falls linearly to zero. The model is left as found: this measures, it does not
-    keep. Needs five numbers a parameter besides the model.
+    keep. Needs five numbers a parameter besides the model. ``checkpoint`` is a file that remembers the result.
 
     Raises:
-        InputError, NonFiniteError: as ``dimension_curve``.
+        InputError, NonFiniteError, FingerprintError: as ``dimension_curve``.
     """
     check_positive(steps=steps)
     experiment = Experiment.of(model, task, train, evaluate, parameters, _Everything, lr, batch_size)
-    return experiment.point(experiment.n, seed, steps)
+    journal = _Journal(checkpoint, experiment.settings(experiment.n) | {"steps": steps})
+    if (experiment.n, seed) not in journal.points:
+        journal.add(experiment.point(experiment.n, seed, steps))
+    return journal.points[experiment.n, seed]
 
 
 def check_dims(dims: Sequence[int], n: int) -> None:

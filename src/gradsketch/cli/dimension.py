@@ -1,0 +1,159 @@
+"""gradsketch dimension: how many random directions fine-tuning needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.errors import InputError
+
+if TYPE_CHECKING:
+    from gradsketch.dimension.results import IntrinsicDimension
+    from gradsketch.gradients.tasks import Task
+
+__all__ = ["Options", "run"]
+
+Metric = Literal["auto", "accuracy", "loss", "rouge1", "rouge2", "rougeL", "exact-match"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Find in how many random directions fine-tuning reaches a share of what full fine-tuning reaches.
+
+    Fine-tunes all parameters first, for the target, then searches the dimension by doubling in a single run a seed.
+    Nothing is kept but the numbers; the model's files are not touched. With --out, an interrupted search goes on
+    where it stopped when the command is given again.
+    """
+
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")]
+    train: Path
+    """Training examples: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder of texts."""
+    test: Path
+    """Examples for the metric, of the same kinds."""
+    metric: Metric = "auto"
+    """auto: accuracy for classification, loss otherwise."""
+    target: float | None = None
+    """The metric to reach (default: --share of what full fine-tuning reaches)."""
+    share: float = 0.9
+    """Of the metric after full fine-tuning; where the metric is a loss, of the loss that it takes away."""
+    full_steps: int = 300
+    """Steps of full fine-tuning."""
+    full_lr: float = 2e-4
+    """Learning rate of full fine-tuning."""
+    include: tuple[str, ...] = ("*",)
+    """Parameters that may move, by glob (default: all trainable ones)."""
+    sketch: Literal["AFFD", "AFJL", "FFD", "QK", "FJL", "SJLT", "Dense"] = "AFFD"
+    """Kind of subspace."""
+    d_min: int = 16
+    """First dimension."""
+    d_max: int | None = None
+    """Largest dimension (default: the largest power of two up to n and 2^20)."""
+    check_every: int = 100
+    """Steps between two evaluations."""
+    min_gain: float | None = None
+    """d doubles where the metric gained less than this (default: 2 % of the way from the start to the target)."""
+    lr: float = 2e-3
+    """About how far one step moves a parameter, in every dimension."""
+    batch_size: int = 32
+    """Examples a step."""
+    seeds: tuple[int, ...] = (0,)
+    """One search each."""
+    confirm: bool = False
+    """Also train from scratch at d/2 and d."""
+    out: Path | None = None
+    """Folder for result.json, figure.png, run.json (these options) and the state of the search."""
+    json: bool = False
+    """Print the result as JSON instead of a line."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    options = tyro.cli(Options, prog="gradsketch dimension", args=arguments)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "run.json").write_text(json.dumps(asdict(options), indent=1, default=str) + "\n")
+    result = _search(options)
+    if options.out is not None:
+        (options.out / "result.json").write_text(result.to_json() + "\n")
+        _draw(result, options.out / "figure.png")
+    print(result.to_json() if options.json else result)
+    return 0
+
+
+def _search(options: Options) -> IntrinsicDimension:
+    from gradsketch.dimension.curve import check_dims, fine_tune
+    from gradsketch.dimension.metrics import evaluated, is_lower_better
+    from gradsketch.dimension.search import intrinsic_dimension
+    from gradsketch.gradients.files import read_examples
+    from gradsketch.gradients.parameters import Parameters
+
+    train, test = read_examples(options.train), read_examples(options.test)
+    model, task = load(options.model)
+    metric = _metric(options.metric, task, test)
+    parameters = Parameters(model, options.include)
+    check_dims([options.d_min, options.d_max or options.d_min], parameters.n)  # before full fine-tuning, not after
+    shared: dict[str, Any] = {"parameters": parameters, "batch_size": options.batch_size}
+    state = None if options.out is None else options.out / "state"
+    target, full = options.target, None
+    if target is None:
+        start = evaluated(metric, model, "before training")
+        once: dict[str, Any] = {"steps": options.full_steps, "lr": options.full_lr, "seed": options.seeds[0]}
+        checkpoint = None if state is None else state / "full.jsonl"
+        full = fine_tune(model, task, train, metric, checkpoint=checkpoint, **once, **shared).value
+        target = start + options.share * (full - start) if is_lower_better(metric) else options.share * full
+    return intrinsic_dimension(
+        model,
+        task,
+        train,
+        metric,
+        target=target,
+        full=full,
+        sketch=_sketch(options.sketch),
+        checkpoint=state,
+        **shared,
+        **{
+            name: getattr(options, name)
+            for name in ("d_min", "d_max", "check_every", "min_gain", "lr", "seeds", "confirm")
+        },
+    )
+
+
+def _sketch(kind: str) -> Any:
+    import gradsketch
+
+    return getattr(gradsketch, kind)
+
+
+def _metric(name: Metric, task: Task, test: Any) -> Any:
+    from gradsketch.dimension import metrics
+    from gradsketch.gradients.tasks import Classification
+
+    if name == "auto":
+        name = "accuracy" if isinstance(task, Classification) else "loss"
+    if name == "loss":
+        return metrics.Loss(task, test)
+    if name == "accuracy":
+        if not isinstance(task, Classification):
+            raise InputError(f"--metric accuracy for {type(task).__name__}", "a classification", "Type --metric loss")
+        return metrics.Accuracy(task, test)
+    tokenizer = getattr(task, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError(
+            f"--metric {name} for {type(task).__name__}", "a task that generates", "Type --metric accuracy"
+        )
+    return metrics.ExactMatch(tokenizer, test) if name == "exact-match" else metrics.Rouge(tokenizer, test, name)
+
+
+def _draw(result: IntrinsicDimension, path: Path) -> None:
+    try:
+        figure = result.plot()
+    except InputError as error:  # no matplotlib: the numbers are there all the same
+        print(f"no {path.name}: {error}", file=sys.stderr)
+        return
+    figure.savefig(path, dpi=150)
