@@ -35,7 +35,7 @@ def search_figure(result: IntrinsicDimension) -> Figure:
     _line(axes, result.target, f"target{share}", "dashed")
     if result.d is not None:
         axes.axvline(max(result.d, 0.5), color="black", linewidth=1, linestyle="dotted")
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axes.annotate(f"d = {result.d:,}", (max(result.d, 0.5), 0.02), xytext=(-4, 0), ha="right", fontsize=9, **place)
     axes.set_title("not reached" if result.d is None else f"d = {result.d:,} of n = {result.n:,}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="best")
