@@ -38,9 +38,14 @@ def test_a_known_dimension_is_found_within_a_factor_of_two(k: int) -> None:
 
 @pytest.mark.parametrize("kind", ["AFFD", "AFJL", "FFD", "QK", "SJLT", "Dense", "FJL"])
 def test_every_kind_of_sketch_serves(kind: str) -> None:
-    if not hasattr(gs, kind):
-        pytest.skip(f"{kind} is not there yet")
     result = search(Hidden(512, 12), sketch=getattr(gs, kind), d_max=128)
+    assert 6 <= result.d <= 24
+
+
+def test_a_sum_of_blocks_serves() -> None:
+    model = Hidden(512, 12)
+    parameters = gs.Parameters(model)
+    result = search(model, sketch=lambda n, d, seed: gs.BlockSum(parameters, d, seed=seed), d_max=128)
     assert 6 <= result.d <= 24
 
 

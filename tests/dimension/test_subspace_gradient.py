@@ -9,12 +9,12 @@ from contracts import sketch_cases
 from gradients import zoo
 
 
-@pytest.mark.parametrize("case", sketch_cases.CASES, ids=str)
-def test_every_kind_of_sketch(case: sketch_cases.Case) -> None:
+@pytest.mark.parametrize("case", [*sketch_cases.CASES, "BlockSum"], ids=str)
+def test_every_kind_of_sketch(case: sketch_cases.Case | str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 4)).double()  # n = 344
     parameters, x = gs.Parameters(model), torch.randn(3, 12, dtype=torch.float64)
-    sketch = case.build(parameters.n, 64, seed=3)
+    sketch = gs.BlockSum(parameters, 64, seed=3) if case == "BlockSum" else case.build(parameters.n, 64, seed=3)
     w = torch.randn(64, dtype=torch.float64) / 20
     theta = (parameters.flatten() + sketch.lift(w)).requires_grad_()
     (gradient,) = torch.autograd.grad(
