@@ -90,7 +90,7 @@ def countries(quick: bool) -> Setting:
         steps=18,
         batch_size=16,
         full_lr=2e-4,
-        lr=2e-3,
+        lr=5e-3,
         d_min=64,
         check_every=6,
         dims=[256, 4096] if quick else [64, 256, 1024, 4096, 16384, 65536],

@@ -58,7 +58,7 @@ class Options:
     """Steps between two evaluations."""
     min_gain: float | None = None
     """d doubles where the metric gained less than this (default: 2 % of the way from the start to the target)."""
-    lr: float = 2e-3
+    lr: float = 5e-3
     """About how far one step moves a parameter, in every dimension."""
     batch_size: int = 32
     """Examples a step."""

@@ -34,7 +34,7 @@ def dimension_curve(
     steps: int,
     parameters: Parameters | None = None,
     sketch: SketchKind = AFFD,
-    lr: int | float = 2e-3,
+    lr: int | float = 5e-3,
     batch_size: int = 32,
     seeds: Sequence[int] = (0,),
     full: int | float | None = None,

@@ -41,7 +41,7 @@ def intrinsic_dimension(
     d_max: int | None = None,
     check_every: int = 100,
     min_gain: int | float | None = None,
-    lr: int | float = 2e-3,
+    lr: int | float = 5e-3,
     parameters: Parameters | None = None,
     sketch: SketchKind = AFFD,
     batch_size: int = 32,
