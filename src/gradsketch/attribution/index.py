@@ -136,7 +136,11 @@ class Index:
             InputError: an unknown score or column, k below 1, no task, an example the task cannot read.
         """
         kind = kind_of(score)
-        for name, value, least in (("k", k, 1), ("opponents", opponents, 0), ("coarse", coarse or 1, 1)):
+        for name, value, least in (
+            ("k", k, 1),
+            ("opponents", opponents, 0),
+            ("coarse", 1 if coarse is None else coarse, 1),
+        ):
             if value < least:
                 raise InputError(f"{name}={value}", f"at least {least}", f"Pass {name}={least} or more")
         if coarse is not None and coarse > self.d:
