@@ -1,0 +1,106 @@
+"""gradsketch index: sketch the gradient of every training example."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gradsketch.cli import run_file
+from gradsketch.cli.loading import ModelOptions, load
+
+__all__ = ["RUN_FILE", "IndexOptions", "run"]
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """Sketch the gradient of every training example, and store it for questions.
+
+    May be interrupted at any moment: the same command goes on where it stopped. The options are saved as run.json in
+    the index; --config FILE replays them.
+
+    Example: gradsketch index runs/facts --model ./my-model --data facts.jsonl
+    """
+
+    path: tyro.conf.Positional[str]
+    """Folder of the index, or a URI such as s3://bucket/facts."""
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")]
+    data: Path
+    """JSON lines, JSON, CSV, Parquet or text file, or a folder of texts."""
+    d: int = 4096
+    """Numbers kept of every gradient."""
+    include: tuple[str, ...] = ("*",)
+    """Globs of the parameters to sketch; by default everything that is trainable."""
+    exclude: tuple[str, ...] = ()
+    """Globs of the parameters to leave out."""
+    seed: int = 0
+    """Seed of the sketch."""
+    store: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """Type of the stored numbers."""
+    checkpoints: tuple[str, ...] = ()
+    """Files or folders of weights whose scores are added up (TracIn); by default the model's own."""
+    weights: tuple[float, ...] = ()
+    """One a checkpoint, such as its learning rate; by default equal."""
+    shard_rows: int | None = None
+    """Rows a file; by default 16 MB, or a twentieth of the run."""
+    batch_tokens: int = 4096
+    """Tokens a batch, padding included; halved where memory runs out."""
+    skip_bad: bool = False
+    """Leave out rows that cannot be used, instead of stopping."""
+    worker: tuple[int, int] = field(default=(0, 1))
+    """I N: of N processes that run this at once, this is number I, counted from 0."""
+    dry_run: bool = False
+    """Say what would be done, how large and how long, and stop."""
+    json: bool = False
+    """Print the outcome as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Build the index, or say what that would take."""
+    options = run_file.parse(IndexOptions, "index", arguments)
+    from gradsketch.attribution.build import Build
+    from gradsketch.gradients.parameters import Parameters
+
+    began = time.perf_counter()
+    model, task = load(options.model)
+    build = Build(
+        options.path,
+        model,
+        task,
+        options.data,
+        d=options.d,
+        parameters=Parameters(model, options.include, options.exclude),
+        seed=options.seed,
+        dtype=options.store,
+        checkpoints=options.checkpoints or None,
+        weights=options.weights or None,
+        shard_rows=options.shard_rows,
+        batch_tokens=options.batch_tokens,
+        skip_bad=options.skip_bad,
+    )
+    if options.dry_run:
+        plan = build.plan()
+        print(json.dumps(asdict(plan), indent=1) if options.json else plan)
+        return 0
+    saved = None if "://" in options.path else Path(options.path) / RUN_FILE
+    if saved is not None and not saved.exists():  # also beside a run that is interrupted
+        run_file.write(options, "index", saved)
+    index = build.run(worker=options.worker)
+    if saved is not None:
+        run_file.write(options, "index", saved)
+    outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}
+    outcome |= {"bad_rows": len(build.survey.bad), "seconds": round(time.perf_counter() - began, 2)}
+    print(json.dumps(outcome) if options.json else _sentence(outcome))
+    return 0
+
+
+def _sentence(outcome: dict[str, Any]) -> str:
+    bad = f", {outcome['bad_rows']} bad rows left out" if outcome["bad_rows"] else ""
+    done = f"{outcome['index']}: {outcome['rows']} rows, d = {outcome['d']}{bad}, {outcome['seconds']} s"
+    return f'{done}\nNow ask: gradsketch query {outcome["index"]} --text "..."'

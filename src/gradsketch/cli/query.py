@@ -1,0 +1,146 @@
+"""gradsketch query: which training examples made the model say this?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from gradsketch.cli import run_file
+from gradsketch.cli.index import RUN_FILE, IndexOptions
+from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.errors import InputError
+
+__all__ = ["QueryOptions", "run"]
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """Ask an index which training examples made the model say this.
+
+    Positive scores: training on the example lowers the query's loss.
+
+    Example: gradsketch query runs/facts --prompt "The capital of France is" --answer " Ankara."
+    """
+
+    index: tyro.conf.Positional[str]
+    """Folder or URI of the index."""
+    text: tuple[str, ...] = ()
+    """Texts to ask about."""
+    prompt: str | None = None
+    """With --answer: only the answer's tokens count."""
+    answer: str | None = None
+    """What the model said; begins with its own space."""
+    data: Path | None = None
+    """A file of queries, one a row."""
+    model: str | None = None
+    """Name or folder of the model; by default the one the index was made with."""
+    device: str = "auto"
+    """cpu, cuda, …"""
+    k: int = 10
+    """Hits a query."""
+    opponents: int = 0
+    """Hits from the other end of the list."""
+    score: Literal["ridge", "influence", "cosine", "dot"] = "ridge"
+    """How examples are scored."""
+    damping: str = "0.1"
+    """λ as a fraction of the mean eigenvalue, or auto."""
+    where: tuple[str, ...] = ()
+    """Conditions on metadata: column=value; several values of a column are alternatives."""
+    group: bool = False
+    """All queries ask together."""
+    coarse: int | None = None
+    """Find candidates with this many numbers of each sketch first."""
+    explain: int = 0
+    """Show which tokens matter in the first so many hits."""
+    html: Path | None = None
+    """Write a page to this file."""
+    json: bool = False
+    """Print everything as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Print the hits."""
+    options = run_file.parse(QueryOptions, "query", arguments)
+    examples = _examples(options)
+    model, task = load(_model_options(options))
+    from gradsketch.attribution.index import Index
+
+    index = Index.open(options.index, task=task)
+    hits = index.query(
+        model,
+        examples,
+        k=options.k,
+        opponents=options.opponents,
+        score=options.score,
+        damping=_damping(options.damping),
+        where=_where(options.where, index),
+        groups=[list(range(len(examples)))] if options.group else None,
+        coarse=options.coarse,
+    )
+    if options.explain:
+        hits = index.explain(model, hits, top=options.explain)
+    if options.html is not None:
+        hits.to_html(options.html)
+    print(hits.to_json() if options.json else hits)
+    return 0
+
+
+def _examples(options: QueryOptions) -> list[Any]:
+    examples: list[Any] = list(options.text)
+    if (options.prompt is None) != (options.answer is None):
+        raise InputError("--prompt without --answer, or the reverse", "both", "Pass --text for a whole text")
+    if options.prompt is not None:
+        examples.append({"prompt": options.prompt, "answer": options.answer})
+    if options.data is not None:
+        from gradsketch.gradients.files import read_examples
+
+        examples += list(read_examples(options.data))
+    if not examples:
+        raise InputError("no query", "--text, --prompt and --answer, or --data", 'Type --text "..."')
+    return examples
+
+
+def _model_options(options: QueryOptions) -> ModelOptions:
+    """Return the model's options as the index's run file has them, with what was asked for instead."""
+    file = Path(options.index) / RUN_FILE
+    if "://" not in options.index and file.is_file():
+        stored = run_file.read(IndexOptions, "index", file).model
+        return replace(stored, model=options.model or stored.model, device=options.device)
+    if options.model is None:
+        raise InputError(
+            f"{options.index} without a {RUN_FILE}", "the name of its model", "Type --model NAME_OR_FOLDER"
+        )
+    return ModelOptions(options.model, device=options.device)
+
+
+def _damping(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"--damping {text}", "a positive number, or auto", "Type --damping 0.1") from error
+
+
+def _where(conditions: tuple[str, ...], index: Any) -> dict[str, list[Any]] | None:
+    """Return {column: values}, each value of its column's type."""
+    columns: dict[str, str] = index.stores[0].manifest.columns
+    where: dict[str, list[Any]] = {}
+    for condition in conditions:
+        name, equals, value = condition.partition("=")
+        if not equals:
+            raise InputError(f"--where {condition}", "column=value", "Type --where label=spam")
+        try:
+            where.setdefault(name, []).append(_typed(value, columns.get(name, "string")))
+        except ValueError as error:
+            raise InputError(f"--where {condition}", f"a value of type {columns[name]}", "Check the value") from error
+    return where or None
+
+
+def _typed(text: str, kind: str) -> Any:
+    if kind == "bool":
+        return text.lower() in ("true", "1", "yes")
+    return int(text) if kind == "int" else float(text) if kind == "float" else text

@@ -1,0 +1,95 @@
+"""Run files: the resolved options of a command, saved beside its result, which ``--config`` replays."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+import gradsketch
+from gradsketch.errors import InputError
+
+__all__ = ["parse", "read", "write"]
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], command: str, arguments: Sequence[str]) -> Options:
+    """Parse a command's options; ``--config run.json`` (or YAML) gives their defaults, flags override them.
+
+    Raises:
+        InputError: the run file is missing, unreadable, of another command, or has unknown options.
+    """
+    arguments, default = list(arguments), None
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 == len(arguments):
+            raise InputError("--config without a file", "a run file", "Type --config run.json")
+        default = read(kind, command, Path(arguments[place + 1]))
+        del arguments[place : place + 2]
+    config = (tyro.conf.FlagCreatePairsOff,)
+    prog = f"gradsketch {command}"
+    if default is None:
+        return tyro.cli(kind, args=arguments, prog=prog, config=config)
+    return tyro.cli(kind, args=arguments, prog=prog, config=config, default=default)
+
+
+def read(kind: type[Options], command: str, path: Path) -> Options:
+    """Return the options in a run file.
+
+    Raises:
+        InputError: see ``parse``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        body = _yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        if body["command"] != command:
+            raise InputError(f"{path}, a run of gradsketch {body['command']}", f"one of {command}", "Check the file")
+        options: Options = _built(kind, body["options"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the run file {path} cannot be used ({type(error).__name__}: {error})",
+            f"what gradsketch {command} saves as run.json",
+            "Check the file",
+        ) from error
+    return options
+
+
+def write(options: Any, command: str, path: Path) -> None:
+    """Save a command's resolved options."""
+    body = {"command": command, "gradsketch": gradsketch.__version__, "options": asdict(options)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def _built(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Return a dataclass from plain values; unknown names are errors."""
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - {f.name for f in fields(kind)}
+    if unknown:
+        raise KeyError(f"unknown option {min(unknown)}")
+    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return _built(hint, value)
+    if isinstance(value, list):
+        return tuple(value)
+    takes_path = hint is Path or Path in typing.get_args(hint)
+    return Path(value) if takes_path and isinstance(value, str) else value
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError("a YAML run file without PyYAML", "PyYAML", "Run pip install pyyaml, or use JSON") from error
+    return yaml.safe_load(text)

@@ -1,0 +1,42 @@
+"""gradsketch verify: read every byte of an index and name what is damaged or missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import tyro
+
+from gradsketch.cli import run_file
+
+__all__ = ["VerifyOptions", "run"]
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Read every byte of an index and name what is damaged or missing: file, column and rows.
+
+    The exit code is 0 where everything is sound and complete, 1 otherwise.
+    """
+
+    index: tyro.conf.Positional[str]
+    """Folder or URI of the index."""
+    json: bool = False
+    """Print the findings as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Print what was found in each checkpoint's store."""
+    options = run_file.parse(VerifyOptions, "verify", arguments)
+    from gradsketch.attribution.description import Description
+    from gradsketch.store import Store, verify
+    from gradsketch.store.folder import open_folder
+
+    folder = open_folder(options.index)
+    checkpoints = Description.read(folder).checkpoints
+    found = [verify(Store.open(folder.child(checkpoint.folder))) for checkpoint in checkpoints]
+    if options.json:
+        print(json.dumps([{**asdict(f), "sound": f.sound} for f in found], indent=1))
+    else:
+        print("\n".join(str(f) for f in found))
+    return 0 if all(f.sound for f in found) else 1

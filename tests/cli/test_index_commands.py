@@ -1,0 +1,176 @@
+"""gradsketch index, query, verify and export, as typed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gradsketch.cli import main
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+SRC = Path(__file__).parents[2] / "src"
+WORDS = ["[unk]", "the", "capital", "of", "is", *"abcdefghij", *"0123456789"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random GPT-2 with a tokenizer of words, as save_pretrained writes it."""
+    path = tmp_path_factory.mktemp("model")
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[unk]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[unk]").save_pretrained(path)
+    config = transformers.GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    config.bos_token_id = config.eos_token_id = 0
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    rows = [{"prompt": f"the capital of {a} is", "answer": f" {i}", "half": i % 2} for i, a in enumerate("abcdefghij")]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def arguments(model, data, path, *more):
+    return ["index", str(path), "--model", str(model), "--data", str(data), "--d", "256", "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def index(model, data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "facts"
+    assert main(arguments(model, data, path)) == 0
+    return path
+
+
+def test_index_and_query(index, capsys):
+    assert main(["query", str(index), "--prompt", "the capital of c is", "--answer", " 2", "--k", "3", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    first = hits["queries"][0]["proponents"][0]
+    assert (first["row"], first["text"], first["metadata"]) == (2, "the capital of c is 2", {"half": 0})
+    assert hits["score"]["name"] == "ridge"
+
+
+def test_query_options(index, capsys, tmp_path):
+    page = tmp_path / "why.html"
+    more = ["--where", "half=1", "--opponents", "1", "--explain", "1", "--html", str(page), "--score", "cosine"]
+    assert main(["query", str(index), "--text", "the capital of c is 2", "of of", "--group", *more]) == 0
+    shown = capsys.readouterr().out
+    assert "1 more" in shown
+    assert "opponents" in shown
+    assert "of c is" not in shown.split("Query")[1].split("\n", 1)[1]
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_a_run_file_replays_the_run(index, tmp_path, capsys):
+    run = json.loads((index / "run.json").read_text())
+    assert run["options"]["d"] == 256
+    run["options"]["path"] = str(tmp_path / "again")
+    for name, text in (("run.json", json.dumps(run)), ("run.yaml", json.dumps(run))):
+        (tmp_path / name).write_text(text)
+        assert main(["index", "--config", str(tmp_path / name), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["rows"] == 10
+    shards = [sorted(path.glob("checkpoint-0/*.arrow")) for path in (index, tmp_path / "again")]
+    assert [a.read_bytes() for a in shards[0]] == [b.read_bytes() for b in shards[1]]
+    assert main(["index", "--config", str(tmp_path / "run.json"), "--seed", "1"]) == 1  # a flag overrides
+    assert "seed is now 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"command": "query", "options": {}}', '{"command": "index", "options": 3}']
+)
+def test_unusable_run_files(tmp_path, text, capsys):
+    (tmp_path / "run.json").write_text(text)
+    assert main(["index", "--config", str(tmp_path / "run.json")]) == 1
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_dry_run(model, data, tmp_path, capsys):
+    assert main(arguments(model, data, tmp_path / "i", "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["rows"], plan["missing"]) == (10, 10)
+    assert plan["seconds"] > 0
+    assert not (tmp_path / "i").exists()
+
+
+def test_verify(model, data, tmp_path, capsys):
+    path = tmp_path / "i"
+    main(arguments(model, data, path))
+    assert main(["verify", str(path)]) == 0
+    assert "sound" in capsys.readouterr().out
+    shard = next(path.rglob("*.arrow"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    assert main(["verify", str(path), "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["damaged"][0]["file"] == str(shard)
+    assert not found["sound"]
+
+
+def test_export(index, tmp_path, capsys):
+    pytest.importorskip("pyarrow.parquet")
+    assert main(["export", str(index), "--parquet", str(tmp_path / "x.parquet")]) == 0
+    assert (tmp_path / "x.parquet").stat().st_size > 0
+    assert main(["export", str(index)]) == 1
+    assert "--parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["query", "/nowhere", "--text", "a"], "run.json"),
+        (["query", "INDEX"], "no query"),
+        (["query", "INDEX", "--prompt", "a"], "--answer"),
+        (["query", "INDEX", "--text", "a", "--where", "half"], "column=value"),
+        (["query", "INDEX", "--text", "a", "--where", "half=x"], "half=x"),
+        (["query", "INDEX", "--text", "a", "--damping", "much"], "--damping"),
+        (["verify", "/nowhere"], "index.json"),
+        (["export", "INDEX", "--checkpoint", "7", "--parquet", "x"], "--checkpoint 7"),
+    ],
+)
+def test_mistakes_are_explained(index, words, message, capsys):
+    assert main([str(index) if word == "INDEX" else word for word in words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):
+    """A real process, a real SIGINT, and the same command again."""
+    rows = tmp_path / "many.jsonl"
+    rows.write_text("\n".join(data.read_text().splitlines() * 200))
+    command = [sys.executable, "-m", "gradsketch", *arguments(model, rows, tmp_path / "i", "--shard-rows", "50")]
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    shards = tmp_path / "i/checkpoint-0"
+    deadline = time.monotonic() + 120
+    while not (shards.is_dir() and any(shards.glob("*.arrow"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert 1 <= len(list(shards.glob("*.arrow"))) < 40
+    assert not list(shards.glob("*.tmp-*"))
+    assert main(command[3:]) == 0
+    assert main(["verify", str(tmp_path / "i")]) == 0
+
+
+@pytest.mark.parametrize("command", ["index", "query", "verify", "export"])
+def test_help_does_not_wait_for_torch(command):
+    program = (
+        "import sys\nfrom gradsketch.cli import main\n"
+        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert "usage" in done.stdout
