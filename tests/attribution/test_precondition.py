@@ -96,7 +96,7 @@ def test_no_gradient_at_all(tmp_path):
 def test_held_out_damping_follows_the_noise(tmp_path):
     """Few directions under strong isotropic noise want more damping than the same directions under weak noise.
 
-    Fixed seeds; over other seeds the two choices never came closer than one step of the grid in 200 trials.
+    Fixed seeds. Over 60 other seeds the first choice was always 1e-4 and the second 0.1 or more.
     """
     low = Stream(2, "low").normals(0, 400 * 4).view(400, 4) @ Stream(3, "basis").normals(0, 4 * D).view(4, D)
     noise = Stream(4, "noise").normals(0, 400 * D).view(400, D)
