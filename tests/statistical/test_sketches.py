@@ -1,0 +1,219 @@
+"""Means and variances of sketched inner products against closed forms, and the families on which kinds fail.
+
+Every check is made at a false-alarm rate of 1e-6 over all pairs of inputs together (normal approximation; seeds are
+fixed), and every check is itself tested: sketches broken on purpose must not pass it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+import gradsketch as gs
+from gradsketch.transforms.diagonal import Signs
+from statistical import sketch_variance as variance
+
+pytestmark = pytest.mark.statistical
+
+N, D, SEEDS = 1024, 64, 400
+FALSE_ALARM = 1e-6
+
+
+@cache
+def inputs(n: int = N, d: int = D) -> dict[str, Tensor]:
+    """Unit vectors of every family the theory tells apart."""
+    generator = torch.Generator().manual_seed(1)
+    normal = partial(torch.randn, dtype=torch.float64, generator=generator)
+    typical, factor = normal(n), int(n**0.5)
+    one_hot, block, pair, sparse = (torch.zeros(n, dtype=torch.float64) for _ in range(4))
+    one_hot[n // 3] = 1
+    block[d : 2 * d] = 1
+    pair[5], pair[5 + 3 * d] = 1, -1
+    sparse[:: n // 8] = normal(8)
+    vectors = {
+        "typical": typical,
+        "correlated": 0.6 * typical + 0.8 * normal(n),
+        "one-hot": one_hot,
+        "rank-one": torch.kron(normal(factor), normal(n // factor)),
+        "constant-block": block,
+        "congruent-pair": pair,
+        "sparse": sparse,
+        "constant": torch.ones(n, dtype=torch.float64),
+    }
+    return {name: v / torch.linalg.vector_norm(v) for name, v in vectors.items()}
+
+
+def grams(build: Callable[[int], gs.LinearMap], vectors: dict[str, Tensor], seeds: int = SEEDS) -> Tensor:
+    """Return the inner products of the sketched inputs, [seeds, inputs, inputs]."""
+    x = torch.stack(list(vectors.values()))
+    sketches = torch.stack([build(seed)(x) for seed in range(seeds)])
+    return sketches @ sketches.mT
+
+
+def check(samples: Tensor, vectors: dict[str, Tensor], expected: Callable[[Tensor, Tensor], float]) -> None:
+    """Compare mean and variance over seeds with theory for every pair of inputs that has one."""
+    names = list(vectors)
+    bound = float(-stats.norm.ppf(FALSE_ALARM / 4 / len(names) ** 2))
+    for i, first in enumerate(names):
+        for j in range(i, len(names)):
+            x, y = vectors[first], vectors[names[j]]
+            sample, theory = samples[:, i, j], expected(x, y)
+            error = (max(theory, 0) / len(sample)) ** 0.5 + 1e-9
+            assert abs(float(sample.mean() - x @ y)) < bound * error, f"mean of {first} · {names[j]}"
+            deviations = (sample - sample.mean()).square()
+            error = float(deviations.std()) / len(sample) ** 0.5 + 1e-9
+            assert abs(float(deviations.mean()) - theory) < bound * error, f"variance of {first} · {names[j]}"
+
+
+KINDS: dict[str, tuple[Callable[..., gs.Sketch], Callable[[Tensor, Tensor, int], float]]] = {
+    "Dense-gaussian": (partial(gs.Dense, distribution="gaussian"), variance.dense_gaussian),
+    "Dense-rademacher": (partial(gs.Dense, distribution="rademacher"), variance.dense_rademacher),
+    "FJL": (gs.FJL, variance.fjl),
+    "FFD": (gs.FFD, variance.ffd),
+    "AFFD-global-gaussian": (partial(gs.AFFD, form="global", diagonal="gaussian"), variance.affd_gaussian),
+    "AFFD-global-signs": (partial(gs.AFFD, form="global"), variance.affd_signs),
+    "AFFD-local-gaussian": (partial(gs.AFFD, diagonal="gaussian"), variance.affd_gaussian),
+    "AFFD-local-signs": (gs.AFFD, variance.affd_signs),
+    "AFJL-gaussian": (partial(gs.AFJL, diagonal="gaussian"), variance.afjl_gaussian),
+    "AFJL-signs": (gs.AFJL, variance.afjl_signs),
+    "SJLT-1": (gs.SJLT, variance.sjlt),
+    "SJLT-4": (partial(gs.SJLT, nonzeros=4), variance.sjlt),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind: str, n: int = N, d: int = D) -> Callable[[int], gs.Sketch]:
+    return lambda seed: KINDS[kind][0](n, d, seed=seed)
+
+
+def theory(kind: str, d: int = D) -> Callable[[Tensor, Tensor], float]:
+    return lambda x, y: KINDS[kind][1](x, y, d)
+
+
+@kinds
+def test_mean_and_variance_of_inner_products(kind):
+    samples = grams(build(kind), inputs())
+    check(samples, inputs(), theory(kind))
+    with pytest.raises(AssertionError, match="mean of"):  # a wrong scale, 1.1, does not pass
+        check(1.1**2 * samples, inputs(), theory(kind))
+
+
+@pytest.mark.parametrize("kind", ["AFFD-local-signs", "AFFD-local-gaussian"])
+@pytest.mark.parametrize("d", [256, 4096])
+def test_variance_with_several_inner_blocks(kind, d):
+    vectors = inputs(16384, d)
+    check(grams(build(kind, 16384, d), vectors, seeds=200), vectors, theory(kind, d))
+
+
+def test_inner_blocks_shorter_than_d_in_their_worst_case():
+    """Mass in two blocks of 4096 that are folded onto each other: variance 1/4096, however large d is."""
+    x = torch.zeros(32768, dtype=torch.float64)
+    x[:4096] = x[16384 : 16384 + 4096] = 8192**-0.5
+    samples = grams(lambda seed: gs.AFFD(32768, 16384, seed=seed), {"x": x}, seeds=200)
+    check(samples, {"x": x}, lambda *_: 1 / 4096)
+
+
+@pytest.mark.parametrize("kind", [gs.AFFD, gs.AFJL])
+@pytest.mark.parametrize("transform", ["hadamard", "fft", "haar"])
+def test_forms_of_the_paper(kind, transform):
+    """Unbiased; typical variance (1 + ρ²)/d for AFFD and 4 times that for AFJL, to 40 %, 4.5 standard errors.
+
+    Kronecker products of small Haar matrices have heavier tails than Hadamard's: up to 80 %.
+    """
+    vectors = {name: inputs()[name] for name in ("typical", "correlated", "constant-block")}
+    samples = grams(lambda seed: kind(N, D, seed=seed, form="paper", transform=transform), vectors, seeds=250)
+    x, y, _ = vectors.values()
+    factor = 1 if kind is gs.AFFD else 4
+    for sample, expected in ((samples[:, 0, 0], 2 / D), (samples[:, 0, 1], variance.dense_gaussian(x, y, D))):
+        assert 0.6 < float(sample.var()) / (factor * expected) < (1.8 if transform == "haar" else 1.4)
+    stacked = torch.stack(list(vectors.values()))
+    errors = (samples.mean(0) - stacked @ stacked.T) / (samples.std(0) / len(samples) ** 0.5)
+    assert float(errors.abs().max()) < -stats.norm.ppf(FALSE_ALARM / 18)
+
+
+def qk_theory(x: Tensor, y: Tensor) -> float:
+    assert x is y
+    return variance.qk(x, gs.QK(N, D, factors=2).sizes)
+
+
+@pytest.mark.parametrize("name", inputs())
+def test_variance_of_qk(name):
+    only = {name: inputs()[name]}
+    check(grams(lambda seed: gs.QK(N, D, seed=seed, factors=2), only, seeds=300), only, qk_theory)
+
+
+def test_variance_of_qk_on_a_rank_one_input_is_a_product_over_its_factors():
+    sizes = gs.QK(N, D, factors=2).sizes
+    product = torch.tensor([(1 + 2 / d) / (1 + 2 / b) for d, b in sizes]).prod() - 1
+    assert variance.qk(inputs()["rank-one"], sizes) == pytest.approx(float(product), rel=1e-6)
+
+
+def rare(samples: Tensor, threshold: float) -> int:
+    return int((samples.flatten() < threshold).sum())
+
+
+def test_ffd_fails_where_affd_does_not():
+    """[P], Theorem 3.1: on a constant block the squared norm is χ²₁ for every d, so 8 % of seeds lose the vector."""
+    only = {"constant-block": inputs()["constant-block"]}
+    lost = rare(grams(lambda seed: gs.FFD(N, D, seed=seed), only), 0.01)
+    assert stats.binomtest(lost, SEEDS, stats.chi2(1).cdf(0.01)).pvalue > FALSE_ALARM
+    assert rare(grams(lambda seed: gs.AFFD(N, D, seed=seed), only), 0.25) == 0
+
+
+def test_afjl_loses_congruent_pairs_half_of_the_time():
+    only = {"congruent-pair": inputs()["congruent-pair"]}
+    for diagonal in ("signs", "gaussian"):
+        lost = rare(grams(lambda seed: gs.AFJL(N, D, seed=seed, diagonal=diagonal), only), 1e-20)  # noqa: B023
+        assert stats.binomtest(lost, SEEDS, 0.5).pvalue > FALSE_ALARM
+    assert rare(grams(lambda seed: gs.AFFD(N, D, seed=seed), only), 0.25) == 0
+
+
+def without_signs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Break every sketch: the diagonals drawn from streams with this name become the identity."""
+    honest = Signs.multiply
+
+    def multiply(self: Any, x: Tensor, start: int, out: Tensor) -> None:
+        if name in self._stream.names:
+            out.copy_(x)
+        else:
+            honest(self, x, start, out)
+
+    monkeypatch.setattr(Signs, "multiply", multiply)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        # Not FFD's B, which acts last: the first two moments do not depend on it.
+        *((kind, "B") for kind in KINDS if kind.startswith(("AFFD", "AFJL", "FJL"))),
+        *((kind, "G") for kind in ("AFFD-global-signs", "AFFD-local-signs")),
+        ("SJLT-1", "signs"),
+        ("SJLT-4", "signs"),
+    ],
+)
+def test_dropped_signs_do_not_pass(kind, name, monkeypatch):
+    without_signs(monkeypatch, name)
+    broken = grams(build(kind), inputs(), seeds=200)
+    with pytest.raises(AssertionError, match="of"):
+        check(broken, inputs(), theory(kind))
+
+
+@pytest.mark.parametrize("kind", ["Dense-gaussian", "Dense-rademacher", "AFFD-global-gaussian", "FFD", "FJL"])
+def test_a_generator_without_signs_does_not_pass(kind, monkeypatch):
+    for draw in ("normals", "signs"):
+        honest = getattr(gs.Stream, draw)
+        monkeypatch.setattr(gs.Stream, draw, lambda *args, honest=honest, **kw: honest(*args, **kw).abs())
+    broken = grams(build(kind), inputs(), seeds=200)
+    with pytest.raises(AssertionError, match="of"):
+        check(broken, inputs(), theory(kind))
+
+
+def test_one_matrix_for_every_seed_does_not_pass():
+    with pytest.raises(AssertionError, match="of"):
+        check(grams(lambda _: gs.QK(N, D, factors=2), only := {"typical": inputs()["typical"]}, 200), only, qk_theory)
