@@ -65,9 +65,7 @@ def recommend_d(
     values, _ = eigh_tridiagonal(np.array(lanczos.alphas), np.array(lanczos.betas[:-1]))
     largest = float(np.abs(values).max())
     if largest == 0:
-        raise InputError(
-            f"{operator!r}, which maps everything to zero", "an operator with a spectrum", "Check the loss"
-        )
+        raise InputError(f"{operator!r} maps everything to zero", "an operator with a spectrum", "Check the loss")
     trace, squared_norm = moments(operator, probes, seed, dtype, device)
     smallest = share * largest
     d = least_d(smallest, squared_norm.value, tolerance)
