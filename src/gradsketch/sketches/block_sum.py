@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,11 +17,24 @@ from gradsketch.random import Stream
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.afjl import AFJL
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.dense import Dense
+from gradsketch.sketches.ffd import FFD
+from gradsketch.sketches.fjl import FJL
+from gradsketch.sketches.qk import QK
+from gradsketch.sketches.sjlt import SJLT
 from gradsketch.sketches.tiling import Block, Tiling
 
 __all__ = ["BlockSum"]
 
-_KINDS: dict[str, type[Sketch]] = {"affd": AFFD, "afjl": AFJL}
+_KINDS: dict[str, type[Sketch]] = {
+    "affd": AFFD,
+    "afjl": AFJL,
+    "dense": Dense,
+    "ffd": FFD,
+    "fjl": FJL,
+    "qk": QK,
+    "sjlt": SJLT,
+}
 
 
 @runtime_checkable
@@ -80,6 +93,9 @@ class BlockSum(Sketch):
         shapes = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
         return {"kind": self.kind, "of": self.of, "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
 
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.shapes, self.d, self.seed, self.kind, self.of)
+
     def truncate(self, d: int) -> BlockSum:
         self._check_nested(d)
         return BlockSum(self.shapes, d, seed=self.seed, kind=self.kind, of=self.of)
@@ -117,6 +133,10 @@ class BlockSum(Sketch):
         if self.kind == "auto" or rows * columns <= self.of:
             return Tiling(rows, columns, self.d, stream, self.of)
         return _Vector(_KINDS[self.kind], rows, columns, self.d, stream)
+
+
+def _rebuild(shapes: Mapping[str, Sequence[int]], d: int, seed: int, kind: str, of: int) -> BlockSum:
+    return BlockSum(shapes, d, seed=seed, kind=kind, of=of)
 
 
 class _Vector(Block):

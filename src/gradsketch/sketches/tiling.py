@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,14 +13,13 @@ from torch.nn import functional
 
 from gradsketch.random import Stream
 from gradsketch.sketches.forms import power_of_two_at_least
+from gradsketch.sketches.side import Side
 
 __all__ = ["Block", "Tiling"]
 
 # Coordinates of a side that are computed, at most, unless d asks for more. More coordinates mean less noise on
 # low-rank gradients, at a cost that grows in proportion.
 _COORDINATES = 256
-# Up to so many coordinates come from a product with a ±1 matrix, more from a whole fast transform.
-_DENSE = 512
 
 
 class Block(ABC):
@@ -48,137 +46,103 @@ class Block(ABC):
         """Add the sketches of matrices whose row ``index_t`` gets ``right_t``."""
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side's transform: the first ``count`` of the randomly ordered coordinates of √n'·H B x, n' = padded size."""
-
-    size: int
-    count: int
-    stream: Stream
-
-    @cached_property
-    def padded(self) -> int:
-        return power_of_two_at_least(self.size)
-
-    @cached_property
-    def chosen(self) -> Int64[Tensor, " count"]:
-        return self.stream.child("order").permutation(self.padded)[: self.count]
-
-    def transform(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch count"]:
-        """Return the chosen coordinates, in float32 or wider."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.count <= _DENSE:
-            return x @ self.rows(torch.arange(self.size), x)
-        return _hadamard(functional.pad(x * self._signs(x), (0, self.padded - self.size)))[..., self.chosen]
-
-    def adjoint(self, y: Float[Tensor, "*batch count"]) -> Float[Tensor, "*batch size"]:
-        """Apply the adjoint of ``transform``."""
-        if self.count <= _DENSE:
-            return y @ self.rows(torch.arange(self.size), y).T
-        full = y.new_zeros(*y.shape[:-1], self.padded)
-        full[..., self.chosen] = y
-        return _hadamard(full)[..., : self.size] * self._signs(y)
-
-    def rows(self, index: Int64[Tensor, "*batch"], like: Tensor) -> Float[Tensor, "*batch count"]:
-        """Return the transforms of one-hot vectors."""
-        bits = index[..., None] & self.chosen.to(index.device)
-        for shift in (16, 8, 4, 2, 1):
-            bits = bits ^ (bits >> shift)
-        signs = self._signs(like)[index.to(like.device)]
-        return (1 - 2 * (bits & 1)).to(signs) * signs[..., None]
-
-    def _signs(self, like: Tensor) -> Float[Tensor, " size"]:
-        return self.stream.child("signs").signs(0, self.size, dtype=like.dtype, device=like.device)
-
-
 class Tiling(Block):
     """d coordinates of an isometric image of a matrix X: tiles of X̂ = (H B_r) X (H B_c)ᵀ, scaled by √(r'·c'/d).
 
-    The randomly ordered coordinates of each side are split in groups; round k pairs group j of the rows with group
-    j + k of the columns, so that every row and column of X̂ is used equally often, and the tiles are written one after
-    the other. A prefix of the tiles is a valid smaller sketch. Where d ≥ r'·c' every entry is kept, spread evenly
-    over the d numbers from a random start: an isometry.
+    The computed coordinates of each side are split in groups, and tile j is group j of the rows times group j of the
+    columns, so every computed coordinate is used equally often. A prefix of the tiles is a valid smaller sketch. Where
+    d ≥ r'·c' every entry is kept, group j of the rows meeting group j + k of the columns in round k, spread evenly over
+    the d numbers from a random start: an isometry.
 
     ``of`` is the size the layout was chosen for, d unless this is the prefix of a larger sketch.
     """
 
     def __init__(self, rows: int, columns: int, d: int, stream: Stream, of: int | None = None) -> None:
         self.rows, self.columns, self.d, self.of = rows, columns, d, of or d
-        self.keeps_all = power_of_two_at_least(rows) * power_of_two_at_least(columns) <= self.of
-        row_count, column_count = _counts(power_of_two_at_least(rows), power_of_two_at_least(columns), self.of)
-        self.tile = _tile(row_count, column_count, self.of)
-        tiles = -(-self.of // math.prod(self.tile))
-        row_count, column_count = min(row_count, tiles * self.tile[0]), min(column_count, tiles * self.tile[1])
-        self.row_side = Side(rows, row_count, stream.child("rows"))
-        self.column_side = Side(columns, column_count, stream.child("columns"))
         self.stream = stream
-
-    @cached_property
-    def place(self) -> Int64[Tensor, " kept"]:
-        """Flat place in the row-major matrix of computed coordinates, for each number of the sketch in tile order."""
-        row_count, column_count = self.row_side.count, self.column_side.count
-        tile_rows, tile_columns = self.tile
-        row_groups, column_groups = row_count // tile_rows, column_count // tile_columns
-        groups = max(row_groups, column_groups)
-        kept = min(self.of, row_count * column_count)
-        tile = torch.arange(-(-kept // (tile_rows * tile_columns)))
-        row_group, column_group = tile % row_groups, tile % column_groups
-        if row_groups >= column_groups:
-            column_group = (tile + tile // groups) % column_groups
-        else:
-            row_group = (tile + tile // groups) % row_groups
-        p = row_group[:, None, None] * tile_rows + torch.arange(tile_rows)[:, None]
-        q = column_group[:, None, None] * tile_columns + torch.arange(tile_columns)
-        return (p * column_count + q).reshape(-1)[:kept]
-
-    @cached_property
-    def target(self) -> Int64[Tensor, " kept"] | None:
-        """Where each kept number goes, for a matrix with fewer entries than the sketch has room for."""
-        kept = len(self.place)
-        if kept == self.of:
-            return None
-        start = int(self.stream.child("start").integers(0, 1, self.of))
-        return (start + torch.arange(kept) * (self.of // kept)) % self.of
-
-    @property
-    def scale(self) -> float:
-        """Factor that makes the kept coordinates, entries of √(r'·c')·X̂, an unbiased sketch."""
-        padded = self.row_side.padded * self.column_side.padded
-        return math.sqrt((self.of / padded if self.keeps_all else 1.0) / self.d)
-
-    def add_coordinates(self, out: Float[Tensor, "b d"], image: Float[Tensor, "b row_count column_count"]) -> None:
-        """Add the sketch given all computed coordinates of the image."""
-        numbers = image.flatten(1)[:, self.place.to(image.device)].mul_(self.scale)
-        if self.target is None:
-            out += numbers[:, : self.d].to(out.dtype)
-            return
-        target = self.target.to(out.device)
-        inside = target < self.d
-        out.index_add_(1, target[inside], numbers[:, inside].to(out.dtype))
+        padded = power_of_two_at_least(rows), power_of_two_at_least(columns)
+        self.keeps_all = math.prod(padded) <= self.of
+        counts = _counts(*padded, self.of)
+        self.tile = _tile(*counts, self.of)
+        # With all kept, the tiles of one round are as many as the groups; otherwise as many as d numbers need.
+        self.tiles = -(-self.of // math.prod(self.tile))
+        self.row_side = Side(rows, min(counts[0], self.tiles * self.tile[0]), stream.child("rows"))
+        self.column_side = Side(columns, min(counts[1], self.tiles * self.tile[1]), stream.child("columns"))
+        self.scale = math.sqrt((self.of / math.prod(padded) if self.keeps_all else 1.0) / d)
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
-        half = self.column_side.transform(x)
-        self.add_coordinates(out, self.row_side.transform(half.mT).mT)
+        image = self.row_side.transform(self.column_side.transform(x).mT).mT
+        self._add(out, image.flatten(1).index_select(1, self._places(x.device)))
 
     def add_outer(
         self, out: Float[Tensor, "b d"], left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]
     ) -> None:
-        self.add_coordinates(out, self.row_side.transform(left).mT @ self.column_side.transform(right))
+        rows, columns, number = self._groups
+        grouped = self.row_side.groups(left.reshape(-1, self.rows), rows, number)
+        self._add_products(out, grouped, self.column_side.groups(right.reshape(-1, self.columns), columns, number))
 
     def add_rows(
         self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
     ) -> None:
-        right = self.column_side.transform(right)
-        self.add_coordinates(out, self.row_side.rows(index, right).mT @ right)
+        rows, columns, number = self._groups
+        grouped = self.column_side.groups(right.reshape(-1, self.columns), columns, number)
+        self._add_products(out, self.row_side.group_rows(index.reshape(-1), grouped, rows, number), grouped)
 
     def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
-        if self.d < self.of:
-            w = functional.pad(w, (0, self.of - self.d))
-        numbers = w if self.target is None else w[:, self.target.to(w.device)]
+        numbers = functional.pad(w, (0, self.of - self.d))
+        if self.keeps_all:
+            numbers = numbers[:, self._targets]
         image = w.new_zeros(len(w), self.row_side.count * self.column_side.count)
-        image[:, self.place.to(w.device)] = numbers * self.scale
+        image[:, self._places(w.device)] = numbers * self.scale
         image = image.view(len(w), self.row_side.count, self.column_side.count)
         return self.row_side.adjoint(self.column_side.adjoint(image).mT).mT
+
+    @property
+    def _groups(self) -> tuple[int, int, int]:
+        """Group sizes of rows and columns, and how many tiles the numbers up to d take; one whole tile for all."""
+        if self.keeps_all:
+            return self.row_side.count, self.column_side.count, 1
+        return *self.tile, -(-self.d // math.prod(self.tile))
+
+    def _add_products(
+        self, out: Float[Tensor, "b d"], left: Float[Tensor, "k bt r"], right: Float[Tensor, "k bt c"]
+    ) -> None:
+        """Add Σ_t left_t right_tᵀ of each group and example, its entries tile after tile."""
+        b, tiles = len(out), len(left)
+        t = left.shape[1] // b
+        products = left.reshape(tiles * b, t, -1).mT @ right.reshape(tiles * b, t, -1)
+        numbers = products.view(tiles, b, -1).transpose(0, 1).flatten(1)
+        self._add(out, numbers.index_select(1, self._places(out.device)) if self.keeps_all else numbers)
+
+    def _add(self, out: Float[Tensor, "b d"], numbers: Float[Tensor, "b kept"]) -> None:
+        part = out[:, self._targets] if self.keeps_all else out
+        part.add_(numbers[:, : part.shape[1]], alpha=self.scale)
+
+    def _places(self, device: torch.device) -> Int64[Tensor, " kept"]:
+        """Return where, in the row-major matrix of computed coordinates, each number of the sketch stands."""
+        kept = min(self.of, self.row_side.count * self.column_side.count)
+        return _tile_order(self.row_side.count, self.column_side.count, self.tile, device)[:kept]
+
+    @cached_property
+    def _targets(self) -> slice:
+        """Where entries go that are fewer than the sketch is long: evenly spread, from a random start."""
+        kept = self.row_side.count * self.column_side.count
+        step = self.of // kept
+        start = int(self.stream.child("start").integers(0, 1, self.of - (kept - 1) * step))
+        return slice(start, min(self.d, start + kept * step), step)
+
+
+@cache
+def _tile_order(rows: int, columns: int, tile: tuple[int, int], device: torch.device) -> Int64[Tensor, " all"]:
+    """Return the entries of a row-major matrix tile by tile: group j of the rows meets group j + k of the columns."""
+    row_groups, column_groups = -(-rows // tile[0]), -(-columns // tile[1])
+    index = torch.arange(row_groups * column_groups)
+    turn = index // max(row_groups, column_groups)
+    row_group = (index + turn * (row_groups < column_groups)) % row_groups
+    column_group = (index + turn * (row_groups >= column_groups)) % column_groups
+    p = row_group[:, None, None] * tile[0] + torch.arange(tile[0])[:, None]
+    q = column_group[:, None, None] * tile[1] + torch.arange(tile[1])
+    return (p * columns + q).reshape(-1).to(device)
 
 
 def _counts(padded_rows: int, padded_columns: int, d: int) -> tuple[int, int]:
@@ -199,13 +163,3 @@ def _tile(row_count: int, column_count: int, d: int) -> tuple[int, int]:
     columns = power_of_two_at_least(-(-d // row_count))
     rows = power_of_two_at_least(-(-d // column_count))
     return min(rows, row_count), min(columns, column_count)
-
-
-def _hadamard(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Return √n·H x."""
-    shape, half = x.shape, 1
-    while half < shape[-1]:
-        x = x.reshape(*shape[:-1], -1, 2, half)
-        x = torch.stack([x[..., 0, :] + x[..., 1, :], x[..., 0, :] - x[..., 1, :]], -2)
-        half *= 2
-    return x.reshape(shape)

@@ -77,10 +77,10 @@ class Capture:
         tap = Interception(RULES, self._names, Layouts(batch_length(batch), self._layouts or {}), add)
         with tap:
             losses = self.losses(batch)
-            if losses.requires_grad:
-                self._find_slow(losses)
-                tap.slow = self._slow
-                tap.backward(losses, torch.ones_like(losses))
+        if losses.requires_grad:
+            self._find_slow(losses)
+            tap.slow = self._slow
+            tap.backward(losses, torch.ones_like(losses))
         return losses.detach()
 
     def _find_slow(self, losses: Tensor) -> None:

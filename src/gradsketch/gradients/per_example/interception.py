@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
@@ -79,14 +81,34 @@ class Interception(TorchFunctionMode):
         return self.layouts.unshare(self._call, index)
 
     def backward(self, losses: Tensor, weights: Tensor, *, again: bool = False) -> None:
-        """Run backward from the losses so that every watched result reports; ``again`` if it will run once more.
-
-        As ``torch.autograd.grad`` with respect to every leaf, except that this mode stays active inside (torch would
-        suspend it): layers that checkpoint their activations run again in there. Accumulates nowhere.
-        """
-        leaves = tuple(reached(losses))
+        """Run backward from the losses so that every watched result reports; ``again`` if it will run once more."""
+        leaves = list(reached(losses))
         if leaves:
-            _engine_run_backward((losses,), (weights,), again, False, leaves, True, accumulate_grad=False)
+            with self._inside_modules():
+                torch.autograd.grad(losses, leaves, weights, allow_unused=True, retain_graph=again)
+
+    @contextmanager
+    def _inside_modules(self) -> Iterator[None]:
+        """Intercept what modules run meanwhile, on whichever thread: checkpointed layers run again during backward."""
+        local = threading.local()
+
+        def enter(*_: Any) -> None:
+            local.depth = getattr(local, "depth", 0) + 1
+            if local.depth == 1:
+                self.__enter__()
+
+        def leave(*_: Any) -> None:
+            local.depth -= 1
+            if local.depth == 0:
+                self.__exit__(None, None, None)
+
+        before = register_module_forward_pre_hook(enter)
+        after = register_module_forward_hook(leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
 
     def watch(self, result: Tensor, keep: tuple[Tensor, ...], contributions: Contributions) -> Tensor:
         """Return the result, from now on reporting ``contributions(gradient, *keep)`` when backward reaches it."""
@@ -104,7 +126,7 @@ class Interception(TorchFunctionMode):
         return self.watch(copies, (), lambda gradient: [(parameter, Direct(gradient))])
 
     def _report(self, call: str, contributions: Iterable[tuple[Tensor, Contribution]]) -> None:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad():
             for tensor, contribution in contributions:
                 self.layouts.check(call, contribution)
                 if id(tensor) in self._derived:
