@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,43 @@ class Case:
         sketch: gs.Sketch = getattr(gs, self.kind)(n, d, seed=seed, **self.options)
         return sketch
 
+    def rebuild(self, phi: gs.Sketch) -> gs.Sketch:
+        """Build a sketch again from what it says of itself."""
+        return type(phi)(phi.n, phi.d, seed=phi.seed, **phi.options())
+
+
+class Tiled(Case):
+    """A matrix as square as n allows."""
+
+    def fit(self, n: int, d: int) -> tuple[int, int]:
+        return n, d
+
+    def build(self, n: int, d: int, seed: int = 0) -> gs.Sketch:
+        rows = max(r for r in range(1, math.isqrt(n) + 1) if n % r == 0)
+        return gs.TiledSRHT(rows, n // rows, d, seed=seed)
+
+    def rebuild(self, phi: gs.Sketch) -> gs.Sketch:
+        options = phi.options()
+        return gs.TiledSRHT(options.pop("rows"), options.pop("columns"), phi.d, seed=phi.seed, **options)
+
+
+class Blocks(Case):
+    """A vector, a matrix and a tensor of four dims, of about n/10, 6n/10 and 3n/10 entries."""
+
+    def fit(self, n: int, d: int) -> tuple[int, int]:
+        return n, d
+
+    def build(self, n: int, d: int, seed: int = 0) -> gs.Sketch:
+        side = math.isqrt(6 * n // 10)
+        shapes = {"norm": (n - side**2 - 4 * (n // 13),), "linear": (side, side), "conv": (n // 13, 1, 2, 2)}
+        return gs.BlockSum(
+            {name: shape for name, shape in shapes.items() if math.prod(shape)}, d, seed=seed, **self.options
+        )
+
+    def rebuild(self, phi: gs.Sketch) -> gs.Sketch:
+        options = phi.options()
+        return gs.BlockSum(phi.shapes, phi.d, seed=phi.seed, kind=options["kind"], of=options["of"])
+
 
 CASES = [
     *(Case("AFFD", {"form": f, "diagonal": g}) for f in ("local", "global", "paper") for g in ("signs", "gaussian")),
@@ -43,4 +81,8 @@ CASES = [
     Case("QK", {"factors": 2}),
     Case("SJLT"),
     Case("SJLT", {"nonzeros": 4}),
+    Tiled("TiledSRHT"),
+    Blocks("BlockSum"),
+    Blocks("BlockSum", {"kind": "affd"}),
+    Blocks("BlockSum", {"kind": "sjlt"}),
 ]

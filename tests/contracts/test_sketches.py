@@ -133,7 +133,7 @@ def test_truncate(case, n, d):
 
 def test_seed_and_kind_decide_the_map(case):
     phi, x = case.build(64, 16, seed=3), vectors(1, 64)
-    again = type(phi)(phi.n, phi.d, seed=3, **phi.options())
+    again = case.rebuild(phi)
     for copy in (again, pickle.loads(pickle.dumps(phi))):
         assert torch.equal(copy(x), phi(x))
         assert copy.fingerprint == phi.fingerprint

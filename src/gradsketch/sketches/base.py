@@ -45,7 +45,7 @@ class Sketch(LinearMap):
 
     # Raised by one whenever a kind starts to map the same vector to other numbers.
     version: ClassVar[int] = 1
-    nesting: ClassVar[Literal["prefix", "fold"] | None] = None
+    nesting: Literal["prefix", "fold"] | None = None
 
     def __init__(self, n: int, d: int, *, seed: int = 0) -> None:
         for name, value in (("n", n), ("d", d)):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,6 +23,7 @@ from gradsketch.sketches.fjl import FJL
 from gradsketch.sketches.qk import QK
 from gradsketch.sketches.sjlt import SJLT
 from gradsketch.sketches.tiling import Block, Tiling
+from gradsketch.transforms.precision import full_precision
 
 __all__ = ["BlockSum"]
 
@@ -64,8 +65,6 @@ class BlockSum(Sketch):
         InputError: no tensors, an unknown kind, or d is not a positive integer ≤ n.
     """
 
-    nesting: ClassVar[Literal["prefix", "fold"] | None] = "prefix"
-
     def __init__(
         self,
         parameters: Shaped | Mapping[str, Sequence[int]],
@@ -82,6 +81,9 @@ class BlockSum(Sketch):
         super().__init__(sum(math.prod(shape) for shape in self.shapes.values()), d, seed=seed)
         self.kind = self._choice("kind", kind, ("auto", *_KINDS))
         self.of = of or d
+        # Small tensors are placed for a prefix, so kinds that fold do not nest here.
+        self.nesting = "prefix" if kind == "auto" else _KINDS[kind].nesting
+        self.nesting = self.nesting if self.nesting == "prefix" else None
         self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items()}
 
     @property
@@ -118,14 +120,23 @@ class BlockSum(Sketch):
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         out = x.new_zeros(len(x), self.d, dtype=_wide(x.dtype))
-        parts = x.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
-        for name, part in zip(self.shapes, parts, strict=True):
-            self.add_gradient(out, name, part)
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        with full_precision(x.device):
+            # One vector at a time, so that the bits do not depend on how many there are.
+            for vector, sketch in zip(x.split(1), out.split(1), strict=True):
+                for name, part in zip(self.shapes, vector.split(sizes, dim=1), strict=True):
+                    self.add_gradient(sketch, name, part)
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         w = w.to(_wide(w.dtype))
-        return torch.cat([block.adjoint(w).flatten(1) for block in self.blocks.values()], dim=1)
+        with full_precision(w.device):
+            return torch.cat(
+                [
+                    torch.cat([block.adjoint(vector).flatten(1) for block in self.blocks.values()], dim=1)
+                    for vector in w.split(1)
+                ]
+            )
 
     def _block(self, name: str, shape: tuple[int, ...]) -> Block:
         rows, columns = _matrix(shape)

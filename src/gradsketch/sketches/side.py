@@ -98,7 +98,8 @@ class Side:
             return several.transpose(1, 2).reshape(number, -1, group)
         if length % group == 0:
             needed = rows[: -(-number * group // length)]
-            return needed.unflatten(2, (-1, group)).transpose(1, 2).reshape(-1, rows.shape[1], group)[:number]
+            halves = needed.view(len(needed), -1, length // group, group).transpose(1, 2)
+            return halves.reshape(-1, rows.shape[1], group)[:number]
         flat = rows.transpose(0, 1).reshape(rows.shape[1], -1)[:, : number * group]
         return flat.view(-1, number, group).transpose(0, 1)
 

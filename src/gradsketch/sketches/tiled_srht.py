@@ -9,6 +9,7 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.tiling import Tiling
+from gradsketch.transforms.precision import full_precision
 
 __all__ = ["TiledSRHT"]
 
@@ -61,16 +62,22 @@ class TiledSRHT(Sketch):
                 "Pass output gradients first and inputs second, or the other way round for a transposed weight",
             )
         out = self._empty(left)
-        self._tiling.add_outer(out, left, right)
+        with full_precision(left.device):
+            self._tiling.add_outer(out, left, right)
         return out
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         out = self._empty(x)
-        self._tiling.add_matrix(out, x.view(-1, self.rows, self.columns))
+        with full_precision(x.device):
+            # One vector at a time, so that the bits do not depend on how many there are.
+            for vector, sketch in zip(x.split(1), out.split(1), strict=True):
+                self._tiling.add_matrix(sketch, vector.view(1, self.rows, self.columns))
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        return self._tiling.adjoint(w).flatten(1)
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        with full_precision(w.device):
+            return torch.cat([self._tiling.adjoint(vector).flatten(1) for vector in w.split(1)])
 
     def _empty(self, x: Tensor) -> Tensor:
         return x.new_zeros(len(x), self.d, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,6 @@ from functools import cache, cached_property
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional
 
 from gradsketch.random import Stream
 from gradsketch.sketches.forms import power_of_two_at_least
@@ -89,11 +88,9 @@ class Tiling(Block):
         self._add_products(out, self.row_side.group_rows(index.reshape(-1), grouped, rows, number), grouped)
 
     def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
-        numbers = functional.pad(w, (0, self.of - self.d))
-        if self.keeps_all:
-            numbers = numbers[:, self._targets]
+        numbers = (w[:, self._targets] if self.keeps_all else w) * self.scale
         image = w.new_zeros(len(w), self.row_side.count * self.column_side.count)
-        image[:, self._places(w.device)] = numbers * self.scale
+        image[:, self._places(w.device)[: numbers.shape[1]]] = numbers
         image = image.view(len(w), self.row_side.count, self.column_side.count)
         return self.row_side.adjoint(self.column_side.adjoint(image).mT).mT
 
