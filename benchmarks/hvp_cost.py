@@ -91,18 +91,15 @@ def peers(model: nn.Module, batch: dict[str, Tensor], v: Tensor) -> dict[str, Ca
     """Return the products of other libraries, where installed."""
     jobs: dict[str, Callable[[], Tensor]] = {}
 
-    def mean_loss(logits: Tensor, ids: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:])
-
     def logits(ids: Any) -> Tensor:
-        return model(input_ids=ids["input_ids"], use_cache=False).logits
+        return model(input_ids=ids["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
 
     try:
         from curvlinops import HessianLinearOperator
 
-        ids = batch["input_ids"]
-        parameters = list(model.parameters())
-        H = HessianLinearOperator(logits, mean_loss, parameters, [(batch, ids)], batch_size_fn=lambda x: len(ids))
+        parameters, data = list(model.parameters()), [(batch, batch["input_ids"][:, 1:].flatten())]
+        size = len(batch["input_ids"])
+        H = HessianLinearOperator(logits, nn.CrossEntropyLoss(), parameters, data, batch_size_fn=lambda _: size)
         jobs["curvlinops, hessian, one batch"] = lambda: (H @ v).detach()
     except ImportError:
         pass
