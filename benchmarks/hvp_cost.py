@@ -91,15 +91,12 @@ def peers(model: nn.Module, batch: dict[str, Tensor], v: Tensor) -> dict[str, Ca
     """Return the products of other libraries, where installed."""
     jobs: dict[str, Callable[[], Tensor]] = {}
 
-    def logits(ids: Any) -> Tensor:
-        return model(input_ids=ids["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
-
     try:
         from curvlinops import HessianLinearOperator
 
         parameters, data = list(model.parameters()), [(batch, batch["input_ids"][:, 1:].flatten())]
         size = len(batch["input_ids"])
-        H = HessianLinearOperator(logits, nn.CrossEntropyLoss(), parameters, data, batch_size_fn=lambda _: size)
+        H = HessianLinearOperator(_Logits(model), nn.CrossEntropyLoss(), parameters, data, batch_size_fn=lambda _: size)
         jobs["curvlinops, hessian, one batch"] = lambda: (H @ v).detach()
     except ImportError:
         pass
@@ -112,6 +109,17 @@ def peers(model: nn.Module, batch: dict[str, Tensor], v: Tensor) -> dict[str, Ca
     except ImportError:
         pass
     return jobs
+
+
+class _Logits(nn.Module):
+    """Logits of every predicted token, one a row."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 def measure(model: nn.Module, batch: dict[str, Tensor], rounds: int, exact: bool) -> dict[str, Any]:
