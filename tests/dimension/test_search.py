@@ -171,9 +171,10 @@ def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
 
-    def outcome(process: subprocess.Popen[str]) -> list[object]:
-        out, _ = process.communicate(timeout=240)
-        return [[(c["step"], c["d"], c["value"], c["loss"]) for c in s["checks"]] for s in json.loads(out)["searches"]]
+    def outcome(process: subprocess.Popen[str]) -> tuple[list[object], list[float]]:
+        searches = json.loads(process.communicate(timeout=240)[0])["searches"]
+        checks = [[(c["step"], c["d"], c["value"], c["loss"]) for c in s["checks"]] for s in searches]
+        return checks, [c["seconds"] for c in searches[0]["checks"]]
 
     whole = run("whole")
     broken = run("broken")
@@ -185,9 +186,10 @@ def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
     before = torch.load(state)["checks"]
-    again = outcome(run("broken"))
-    assert again == outcome(whole)
+    again, seconds = outcome(run("broken"))
+    assert again == outcome(whole)[0]
     assert len(before) < len(again[0])  # it was killed before its end
+    assert [check["seconds"] for check in before] == seconds[: len(before)]  # and went on, not anew
 
 
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
