@@ -16,6 +16,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("gradsketch.cli.export", "an index as Parquet or FAISS"),
     "check": ("gradsketch.cli.check", "is the sketch right for your model, how good, at what cost, which d is enough"),
     "dimension": ("gradsketch.cli.dimension", "how many random directions fine-tuning needs"),
+    "spectrum": ("gradsketch.cli.spectrum", "outer eigenvalues of a loss Hessian, at one point or over checkpoints"),
 }
 
 

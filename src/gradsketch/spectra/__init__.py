@@ -4,6 +4,7 @@ from gradsketch.spectra.density import Density, density
 from gradsketch.spectra.eigenvectors import eigenvectors
 from gradsketch.spectra.estimators import Diagonal, diagonal, squared_norm, trace
 from gradsketch.spectra.evolution import Evolution, saved_spectra, spectrum_over
+from gradsketch.spectra.recommend import Recommendation, recommend_d
 from gradsketch.spectra.results import Eigenvalue, Estimate, Spectrum
 from gradsketch.spectra.solve import spectrum
 
@@ -13,10 +14,12 @@ __all__ = [
     "Eigenvalue",
     "Estimate",
     "Evolution",
+    "Recommendation",
     "Spectrum",
     "density",
     "diagonal",
     "eigenvectors",
+    "recommend_d",
     "saved_spectra",
     "spectrum",
     "spectrum_over",

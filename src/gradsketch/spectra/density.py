@@ -23,8 +23,8 @@ from gradsketch.spectra.results import Estimate
 
 __all__ = ["Curve", "Density", "density"]
 
-# Smoothing width as a share of the range of the nodes.
-_WIDTH = 0.01
+# Smoothing width as a share of the nodes' range.
+_WIDTH = 0.005
 # Beyond this many widths a Gaussian holds less than 1e-6.
 _REACH = 5.0
 
@@ -84,7 +84,7 @@ class Density:
         return Estimate(float(np.mean(sample)), spread / len(sample) ** 0.5)
 
     def curve(self, points: int = 1024, width: float | None = None) -> Curve:
-        """Return the density smoothed by Gaussians of standard deviation ``width`` (default: 1 % of the range)."""
+        """Return the density smoothed by Gaussians of standard deviation ``width`` (default: 0.5 % of the range)."""
         low = min(min(x) for x in self.nodes)
         high = max(max(x) for x in self.nodes)
         if width is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ _PIECE, _PIECE_GPU = 1 << 16, 1 << 22
 _DRIFT = 0.05
 # |⟨y, Hx⟩ − ⟨Hy, x⟩| over ‖Hx‖ for standard normal y: rounding reaches 1e-3.
 _ASYMMETRY = 0.01
+# A new direction shorter than this, relative to ‖T‖, is what a subtraction of long vectors left over.
+_CANCELLATION = 0.1
 
 
 def dot(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
@@ -87,8 +90,8 @@ class Lanczos:
 
     @property
     def noise(self) -> float:
-        """Root mean square of ⟨q_{j−1}, H q_j⟩ − β_{j−1}: how far the products are from those of one symmetric map."""
-        return math.sqrt(sum(x * x for x in self.drifts) / max(len(self.drifts), 1))
+        """Typical |⟨q_{j−1}, H q_j⟩ − β_{j−1}|: how far the products are from those of one symmetric map."""
+        return statistics.median(map(abs, self.drifts)) if self.drifts else 0.0
 
     def step(self, product: Float[Tensor, " n"] | None = None) -> None:
         """Take one product and one step; ``product`` is H q_j where the caller has it already.
@@ -104,12 +107,22 @@ class Lanczos:
         if self.previous is not None:
             self._watch(dot(self.previous, w))
             w.sub_(self.previous, alpha=self.betas[-1])
-        self.previous = None  # frees its memory
         alpha = dot(self.q, w)
         w.sub_(self.q, alpha=alpha)
         self.basis.orthogonalize(w)
+        beta = norm(w)
+        if beta < _CANCELLATION * self.scale:
+            alpha, beta = self._again(w, alpha)
         self.alphas.append(alpha)
-        self._advance(w, norm(w))
+        self._advance(w, beta)
+
+    def _again(self, w: Float[Tensor, " n"], alpha: float) -> tuple[float, float]:
+        """Remove both neighbours once more, since most of w cancelled: local orthogonality is what Lanczos rests on."""
+        if self.previous is not None:
+            w.sub_(self.previous, alpha=dot(self.previous, w))
+        rest = dot(self.q, w)
+        w.sub_(self.q, alpha=rest)
+        return alpha + rest, norm(w)
 
     def _watch(self, overlap: float) -> None:
         self.drifts.append(overlap - self.betas[-1])

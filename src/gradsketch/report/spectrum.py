@@ -1,0 +1,172 @@
+"""Figures of spectra: both ends and R_n, the density, and how they change over training, as in [P], Fig. 2, 5 and 6."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradsketch.errors import InputError
+from gradsketch.spectra.density import Density
+from gradsketch.spectra.evolution import Evolution
+from gradsketch.spectra.results import OUTLIER, Eigenvalue, Spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["density_figure", "evolution_figure", "spectrum_figure"]
+
+_BLUE, _RED, _GREY = "#0072b2", "#d55e00", "#555555"
+
+
+def spectrum_figure(result: Spectrum, path: str | Path) -> Path:
+    """Draw both ends of a spectrum by rank, and R_n with the 20 % line; write the picture and return its path."""
+    figure = _figure(9.0, 3.8)
+    left, right = figure.subplots(1, 2)
+    _ends(left, result)
+    _ratios(right, result, _BLUE, None)
+    right.set_title(f"R_NEG = {result.r_neg:.3f}, {result.outliers} outliers", fontsize=10)
+    return _save(figure, path)
+
+
+def density_figure(result: Density, path: str | Path) -> Path:
+    """Draw a density on a logarithmic scale, its negative side in another colour; write and return the path."""
+    figure = _figure(8.0, 3.8)
+    axes = figure.subplots()
+    curve = result.curve(points=2048)
+    floor = max(0.1 / (result.n * curve.width), curve.density.max() * 1e-9)
+    low = np.maximum(curve.density - 2 * np.nan_to_num(curve.standard_error, posinf=0), floor)
+    high = np.maximum(curve.density + 2 * np.nan_to_num(curve.standard_error, posinf=0), floor)
+    for side, colour, name in ((curve.grid < 0, _RED, "negative"), (curve.grid >= 0, _BLUE, "positive")):
+        shown = np.where(side & (curve.density > floor), curve.density, np.nan)
+        axes.plot(curve.grid, shown, color=colour, linewidth=1.2, label=name)
+        axes.fill_between(curve.grid, floor, np.maximum(curve.density, floor), where=side, color=colour, alpha=0.12)
+        axes.fill_between(curve.grid, low, high, where=side & (curve.density > floor), color=colour, alpha=0.3, lw=0)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=floor)
+    axes.axvline(0, color=_GREY, linewidth=0.8)
+    negative = result.share_below(0.0)
+    axes.set_title(
+        f"{len(result.nodes)} probes; {negative.value:.0%} of n = {result.n:,} eigenvalues below 0,"
+        f" tr = {result.trace.value:.4g} ± {result.trace.standard_error:.2g}",
+        fontsize=10,
+    )
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("density (band: ± 2 standard errors)")
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def evolution_figure(result: Evolution, path: str | Path) -> Path:
+    """Draw R_NEG and R_n over the steps, a heat map of the eigenvalues, and the overlaps of the leading eigenspaces."""
+    figure = _figure(10.0, 7.2)
+    (top, ratios), (heat, overlap) = figure.subplots(2, 2)
+    places = np.arange(len(result))
+    top.plot(places, result.r_neg, "o-", color=_RED)
+    top.set_ylim(bottom=0)
+    top.set_ylabel("R_NEG")
+    _step_axis(top, result)
+    for step, spectrum, shade in zip(result.steps, result.spectra, _shades(len(result)), strict=True):
+        _ratios(ratios, spectrum, shade, f"step {step:,}")
+    ratios.legend(fontsize=7, frameon=False, ncols=1 + len(result) // 7)
+    _heat(figure, heat, result)
+    _overlaps(figure, overlap, result)
+    return _save(figure, path)
+
+
+def _ends(axes: Axes, result: Spectrum) -> None:
+    for side, colour, name in ((result.positive, _BLUE, "positive"), (result.negative, _RED, "negative")):
+        for converged in (True, False):
+            chosen = [(i + 1, e) for i, e in enumerate(side) if e.converged is converged]
+            if chosen:
+                _points(axes, chosen, colour, name if converged else f"{name}, not settled", converged)
+    sizes = [abs(e.value) for e in result.eigenvalues]
+    if sizes and max(sizes) > 10 * min(sizes):
+        axes.set_yscale("log")
+    axes.set_xlabel("rank")
+    axes.set_ylabel("|eigenvalue|")
+    axes.set_title(f"n = {result.n:,}, {result.hvps} products, {result.method}", fontsize=10)
+    if result.eigenvalues:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _points(axes: Axes, chosen: list[tuple[int, Eigenvalue]], colour: str, label: str, filled: bool) -> None:
+    sizes = [abs(e.value) for _, e in chosen]
+    errors = [min(e.error, 0.9 * abs(e.value)) for _, e in chosen]
+    face = colour if filled else "white"
+    axes.errorbar(
+        [i for i, _ in chosen], sizes, errors, fmt="o", color=colour, mfc=face, ms=4, lw=0.8, capsize=2, label=label
+    )
+
+
+def _ratios(axes: Axes, result: Spectrum, colour: str, label: str | None) -> None:
+    ratios = result.ratios
+    axes.plot(np.arange(1, len(ratios) + 1), ratios, "o-", color=colour, markersize=3, linewidth=1, label=label)
+    if not any(line.get_linestyle() == "--" for line in axes.lines):
+        axes.axhline(OUTLIER, color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("20 %", (1, OUTLIER), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("n")
+    axes.set_ylabel("R_n = λ_n / λ_1")
+
+
+def _heat(figure: Figure, axes: Axes, result: Evolution) -> None:
+    """One row a signed rank, largest on top, one column a step."""
+    from matplotlib.colors import SymLogNorm
+
+    ups = max(len(s.positive) for s in result.spectra)
+    downs = max(len(s.negative) for s in result.spectra)
+    cells = np.full((ups + downs, len(result)), np.nan)
+    for column, s in enumerate(result.spectra):
+        cells[: len(s.positive), column] = [e.value for e in s.positive]
+        cells[ups + downs - len(s.negative) :, column] = [e.value for e in reversed(s.negative)]
+    largest = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
+    norm = SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest)
+    image = axes.imshow(cells, aspect="auto", cmap="RdBu", norm=norm, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="eigenvalue")
+    axes.axhline(ups - 0.5, color=_GREY, linewidth=0.8)
+    ticks = [0, ups - 1, ups, ups + downs - 1] if downs else [0, ups - 1]
+    names = ["1st", f"{ups}th", f"−{downs}th", "lowest"] if downs else ["1st", f"{ups}th"]
+    axes.set_yticks(ticks, names, fontsize=8)
+    _step_axis(axes, result)
+
+
+def _overlaps(figure: Figure, axes: Axes, result: Evolution) -> None:
+    k = min(10, max(len(s.positive) for s in result.spectra))
+    image = axes.imshow(result.overlaps(max(k, 1)), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label=f"overlap of the {k} leading eigenvectors")
+    _step_axis(axes, result)
+    axes.set_yticks(np.arange(len(result)), [f"{s:,}" for s in result.steps], fontsize=8)
+
+
+def _step_axis(axes: Axes, result: Evolution) -> None:
+    axes.set_xticks(np.arange(len(result)), [f"{s:,}" for s in result.steps], fontsize=8, rotation=45)
+    axes.set_xlabel("step")
+
+
+def _shades(count: int) -> list[str]:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](0.9 * i / max(count - 1, 1))) for i in range(count)]
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "matplotlib is not installed", "it, to draw", "Type: pip install 'gradsketch[plot]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

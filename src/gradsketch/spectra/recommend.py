@@ -1,0 +1,73 @@
+"""How large a sketched operator must be, before it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import eigh_tridiagonal
+
+from gradsketch.errors import InputError
+from gradsketch.linear_map import LinearMap
+from gradsketch.spectra.bias import least_d
+from gradsketch.spectra.krylov import Forgetful
+from gradsketch.spectra.lanczos import Lanczos, start_vector
+from gradsketch.spectra.moments import moments
+from gradsketch.spectra.plan import check_operator, home
+from gradsketch.spectra.results import OUTLIER, Estimate
+
+__all__ = ["Recommendation", "recommend_d"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A sketch size, what it was read off, and what that cost.
+
+    ``raw_bias`` is how far, relative to itself, the smallest eigenvalue wanted would be off without the correction.
+    """
+
+    d: int
+    largest: float
+    trace: Estimate
+    squared_norm: Estimate
+    raw_bias: float
+    hvps: int
+
+
+def recommend_d(
+    operator: LinearMap,
+    *,
+    share: float = OUTLIER,
+    tolerance: float = 0.05,
+    probes: int = 10,
+    steps: int = 10,
+    seed: int = 0,
+) -> Recommendation:
+    """Return the d at which eigenvalues above ``share`` of the largest are seen to ``tolerance`` in Phi H Phiᵀ.
+
+    The largest comes from ``steps`` of Lanczos, tr H and ‖H‖_F² from ``probes`` products; d is the least power of two
+    with √(2/d) ≤ tolerance and twice the detection threshold below the smallest value wanted.
+
+    Raises:
+        InputError: not a self-adjoint map, a number out of range, or an operator that maps everything to zero.
+    """
+    check_operator(operator)
+    if not (0 < share <= 1 and 0 < tolerance < 1 and probes > 1 and steps > 0):
+        raise InputError(
+            f"share={share}, tolerance={tolerance}, probes={probes}, steps={steps}",
+            "share and tolerance between 0 and 1, at least 2 probes and 1 step",
+            "Leave them out",
+        )
+    dtype, device = home(operator)
+    lanczos = Lanczos(operator, Forgetful(), start_vector(operator.n, seed, "start", dtype, device), seed)
+    while len(lanczos) < steps and not lanczos.closed:
+        lanczos.step()
+    values, _ = eigh_tridiagonal(np.array(lanczos.alphas), np.array(lanczos.betas[:-1]))
+    largest = float(np.abs(values).max())
+    if largest == 0:
+        raise InputError(f"{operator!r} maps everything to zero", "an operator with a spectrum", "Check the loss")
+    trace, squared_norm = moments(operator, probes, seed, dtype, device)
+    smallest = share * largest
+    d = least_d(smallest, squared_norm.value, tolerance)
+    raw_bias = (trace.value + squared_norm.value / smallest) / (d * smallest)
+    return Recommendation(d, largest, trace, squared_norm, raw_bias, len(lanczos) + probes)

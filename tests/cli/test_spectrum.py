@@ -1,0 +1,58 @@
+"""gradsketch spectrum, run as a user would: one model, a run folder, checkpoints."""
+
+import json
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+from gradsketch.cli import main  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("cli")
+    words = {w: i for i, w in enumerate(["[UNK]", "[PAD]", "[EOS]", "the", "cat", "sat", "on", "mat", "dog", "ran"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]"
+    )
+    for number, name in enumerate(["start", "run/checkpoint-5", "run/checkpoint-10"]):
+        torch.manual_seed(number)
+        config = transformers.GPT2Config(
+            n_layer=1, n_head=1, n_embd=8, vocab_size=10, n_positions=16, bos_token_id=2, eos_token_id=2
+        )
+        transformers.GPT2LMHeadModel(config).save_pretrained(root / name)
+        fast.save_pretrained(root / name)
+    rows = [{"text": t} for t in ("the cat sat on the mat", "the dog ran", "the cat ran on")]
+    (root / "texts.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")
+def test_one_model(folder, capsys):
+    out = folder / "out"
+    base = ["spectrum", "--model", str(folder / "start"), "--data", str(folder / "texts.jsonl"), "--k", "3"]
+    assert main([*base, "--out", str(out), "--json", "--density"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["summary"]["values"]) == 3
+    assert printed["spectrum"]["eigenvalues"][0]["gradient_share"] >= 0
+    names = {p.name for p in out.iterdir()}
+    assert {"run.json", "spectrum.json", "spectrum.png", "density.json", "density.png", "spectrum.run"} <= names
+    assert main([*base, "--which", "both"]) == 0
+    assert "R_NEG" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")
+def test_checkpoints(folder, capsys):
+    base = ["spectrum", "--model", str(folder / "start"), "--data", str(folder / "texts.jsonl"), "--k", "3"]
+    assert main([*base, "--checkpoints", str(folder / "run"), "--out", str(folder / "over")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "0", "5", "10"]
+    assert (folder / "over" / "evolution.png").stat().st_size > 10_000
+    assert main([*base, "--checkpoints", str(folder)]) == 1
+    assert "no checkpoint-N folder" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""The sketched operator: the bias is the one predicted, the correction removes it, the stated errors hold."""
+
+import numpy as np
+import pytest
+import torch
+from matrices import rotated
+
+import gradsketch as gs
+from gradsketch.spectra.bias import corrected, detection_threshold, least_d
+
+N, D, SEEDS = 1024, 256, 16
+
+
+def eigenvalues():
+    """Ten isolated leaders of both signs above a positive bulk, whose trace is what biases."""
+    leaders = torch.tensor([60.0, 50, 40, 33, 27, 22, -35, -28, -23, -18], dtype=torch.float64)
+    bulk = torch.rand(N - 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.cat([leaders, bulk])
+
+
+@pytest.fixture(scope="module")
+def runs():
+    operator = rotated(eigenvalues())
+    return [
+        gs.spectrum(phi @ operator @ phi.T, 10, seed=phi.seed) for phi in (gs.AFFD(N, D, seed=s) for s in range(SEEDS))
+    ]
+
+
+def true_leaders():
+    values = eigenvalues().numpy()
+    return np.sort(values[np.argsort(-np.abs(values))[:10]])[::-1]
+
+
+@pytest.mark.statistical
+def test_the_raw_bias_is_the_one_predicted(runs):
+    """Per value, 16 runs: the mean raw shift within 4 standard errors of (λ/d) Σ λ_j/(λ − λ_j); P < 0.01 for all."""
+    raw = np.stack([np.sort([e.raw for e in r.asked])[::-1] for r in runs])
+    every, leaders = eigenvalues().numpy(), true_leaders()
+    predicted = np.array([(v / D) * sum(o / (v - o) for o in every if o != v) for v in leaders])
+    shift = raw.mean(0) - leaders
+    errors = raw.std(0, ddof=1) / SEEDS**0.5
+    assert (np.abs(shift - predicted) < 4 * errors + 0.1 * np.abs(predicted)).all()
+    assert (predicted / np.abs(leaders)).max() > 0.1
+
+
+@pytest.mark.statistical
+def test_corrected_values_lie_within_their_stated_errors(runs):
+    """160 values; two standard errors should hold 95 %: with fewer than 85 % the correction or its error is wrong."""
+    leaders = true_leaders()
+    inside, raw, fixed = [], [], []
+    for run in runs:
+        found = sorted(run.asked, key=lambda e: -e.value)
+        for e, exact in zip(found, leaders, strict=True):
+            inside.append(abs(e.value - exact) < 2 * e.error)
+            raw.append(abs(e.raw - exact) / abs(exact))
+            fixed.append(abs(e.value - exact) / abs(exact))
+    assert np.mean(inside) > 0.85
+    assert np.mean(fixed) < 0.6 * np.mean(raw)
+
+
+@pytest.mark.statistical
+def test_moments_and_threshold(runs):
+    every = eigenvalues()
+    for run in runs[:3]:
+        assert abs(run.trace.value - float(every.sum())) < 5 * run.trace.standard_error
+        assert abs(run.squared_norm.value - float(every.square().sum())) < 5 * run.squared_norm.standard_error
+        assert run.threshold == pytest.approx((run.squared_norm.value / D) ** 0.5)
+
+
+def test_values_below_the_threshold_are_marked():
+    operator = rotated(torch.cat([torch.tensor([60.0, -50]), torch.rand(500)]))
+    phi = gs.AFFD(502, 128)
+    result = gs.spectrum(phi @ operator @ phi.T, 8)
+    low = [e for e in result.eigenvalues if abs(e.value) <= result.threshold]
+    assert low
+    assert not any(e.converged for e in low)
+    assert any("detection threshold" in note for note in result.notes)
+
+
+def test_without_probes_nothing_is_corrected():
+    operator = rotated(eigenvalues()[:500])
+    phi = gs.AFFD(500, 128)
+    result = gs.spectrum(phi @ operator @ phi.T, 5, probes=0)
+    assert result.trace is None
+    assert all(e.raw is None for e in result.eigenvalues)
+
+
+def test_a_thousand_krylov_vectors():
+    values = torch.cat([torch.logspace(2, 0, 60, dtype=torch.float64), torch.zeros(5000, dtype=torch.float64)])
+    phi = gs.AFFD(5060, 2048)
+
+    class Diagonal(gs.LinearMap):
+        is_self_adjoint, shape, dtype = True, (5060, 5060), torch.float64
+
+        def _apply(self, x):
+            return x * values
+
+        _apply_adjoint = _apply
+
+    result = gs.spectrum(phi @ Diagonal() @ phi.T, 60, steps=1000, tolerance=1e-8)
+    dense = torch.linalg.eigvalsh((phi @ Diagonal() @ phi.T).dense()).flip(0)[:60]
+    np.testing.assert_allclose(sorted((e.raw for e in result.asked), reverse=True), dense.numpy(), rtol=1e-6)
+
+
+def test_the_formula_on_paper():
+    """One outlier over a flat rest: λ + tr_rest/d + F_rest/(d λ) exactly, undone."""
+    raw = np.array([10 + 4 / 100 + 16 / (100 * 10.0)])
+    assert corrected(raw, 100, 14.0, 116.0)[0] == pytest.approx(10.0, rel=1e-4)
+    assert detection_threshold(100.0, 25) == 2.0
+    assert least_d(1.0, 100.0, 0.1) == 512
+
+
+def test_the_recommended_size_does_what_it_says():
+    operator = rotated(eigenvalues())
+    advice = gs.recommend_d(operator, share=0.5, tolerance=0.08)
+    assert advice.hvps == 20
+    assert advice.d == 512
+    phi = gs.AFFD(N, advice.d)
+    result = gs.spectrum(phi @ operator @ phi.T, 10)
+    assert result.threshold < 0.5 * 0.5 * advice.largest
+    top = np.sort(eigenvalues().numpy())[::-1][:3]
+    np.testing.assert_allclose([e.value for e in result.positive[:3]], top, rtol=0.25)
+    with pytest.raises(gs.InputError, match="between 0 and 1"):
+        gs.recommend_d(operator, share=2.0)
