@@ -18,7 +18,7 @@ from torch.nn import functional
 from zoo import CASES, VOCABULARY, Case, exact_gradients
 
 from gradsketch import BlockSum, CausalLM, GradientSketcher, Parameters, gradient_gram, sketch_gradients
-from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.sketches.base import Sketch
 
 # What cannot be captured in one backward pass, and says so.
@@ -299,6 +299,24 @@ def test_attention_kernels_agree(attention):
     w = world("gpt2")
     batch = w.case.task.collate(w.case.examples)
     assert_close(sketch_gradients(_gpt2(attention), w.case.task, batch, w.phi), w.reference)
+
+
+def test_a_gram_that_is_not_finite_names_the_pair():
+    w = world("mlp")
+    x, labels = w.case.task.collate(w.case.examples)
+    x = x.clone()
+    x[2, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="example 0 of the first batch and example 2 of the second"):
+        gradient_gram(w.model, w.case.task, (x, labels))
+
+
+def test_compiled_models():
+    w = world("convolutions")
+    batch = w.case.task.collate(w.case.examples)
+    assert_close(sketch_gradients(torch.compile(w.model), w.case.task, batch, w.phi), w.reference)
+    assert torch.allclose(
+        gradient_gram(torch.compile(w.model), w.case.task, batch), w.exact @ w.exact.T, rtol=1e-9, atol=1e-12
+    )
 
 
 def _checkpointed(reentrant: bool) -> nn.Module:

@@ -108,6 +108,25 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.GELU(), nn.Linear(10, 8, bias=False), nn.Linear(8, 3))
 
 
+def convolutions() -> nn.Module:
+    """Strides, dilations, groups, padding of every kind; channels of a GroupNorm."""
+    return nn.Sequential(
+        nn.Conv1d(3, 6, 3, stride=2, padding=1, groups=3),
+        nn.GroupNorm(2, 6),
+        nn.Conv1d(6, 4, 2, dilation=2, padding=1, padding_mode="circular"),
+        nn.Unflatten(1, (4, 1)),
+        nn.Conv2d(4, 4, (1, 3), padding="same", bias=False),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
+def _signals() -> list[tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [(torch.randn(3, 12, generator=generator, dtype=torch.float64), i % 3) for i in range(4)]
+    return [*rows, rows[2]]
+
+
 _SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCABULARY}
 _LLAMA = dict(**_SMALL, intermediate_size=12, num_key_value_heads=1, max_position_embeddings=16)
 _BERT = dict(**_SMALL, intermediate_size=12, max_position_embeddings=16)
@@ -174,6 +193,7 @@ CASES = {
         Case("resnet", _hf("ResNetForImageClassification", "ResNetConfig", **_RESNET), Classification(), _images(16)),
         Case("lstm", LSTM, CausalLM(), _lengths()),
         Case("mlp", mlp, Classification(), _vectors()),
+        Case("convolutions", convolutions, Classification(), _signals()),
     )
 }
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.attribution.gradients import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 
@@ -41,7 +42,7 @@ def token_products(
     lengths = [ids.shape[1]] + ([batch["labels"].shape[1]] if _is_encoder_decoder(model) else [])
     dtype = torch.promote_types(next(iter(direction.values())).dtype, torch.float32)
     gates = _Gates(lengths, dtype, ids.device)
-    with _gated(model, direction, gates), torch.enable_grad():
+    with evaluating(model), _gated(model, direction, gates), torch.enable_grad():
         loss = task.losses(model, batch).sum()
         if not loss.requires_grad:
             return torch.zeros(sum(lengths)), 0.0
@@ -75,13 +76,12 @@ class _Gates:
 
 @contextmanager
 def _gated(model: nn.Module, direction: Mapping[str, Tensor], gates: _Gates) -> Iterator[None]:
-    """Hook every module that owns parameters with a direction; hooks and modes are gone afterwards, come what may."""
+    """Hook every module that owns parameters with a direction; the hooks are gone afterwards, come what may."""
     by_tensor = {
         id(tensor): direction[name]
         for name, tensor in model.named_parameters(remove_duplicate=False)
         if name in direction
     }
-    modes = {module: module.training for module in model.modules()}
     busy: list[nn.Module] = []
     with ExitStack() as hooks:
         finders: Any = (model.get_encoder, model.get_decoder) if _is_encoder_decoder(model) else ()
@@ -91,12 +91,7 @@ def _gated(model: nn.Module, direction: Mapping[str, Tensor], gates: _Gates) -> 
             own = {n: by_tensor[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in by_tensor}
             if own:
                 hooks.callback(module.register_forward_hook(_gate(own, gates, busy), with_kwargs=True).remove)
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        yield
 
 
 def _enter(gates: _Gates, stack: int) -> Callable[..., None]:

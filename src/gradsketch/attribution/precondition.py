@@ -71,7 +71,7 @@ def fit_preconditioner(
     """
     if not (damping > 0 and math.isfinite(damping)):
         raise InputError(f"damping={damping}", "a positive number", 'Pass damping=0.1, or damping="auto"')
-    rows = Rows(store, unit_length)
+    rows = RowMatrix(store, unit_length)
     size = min(rows.count, store.d)
     mean = rows.squared_norm / rows.count / size if rows.count else 0.0
     if mean == 0:
@@ -84,7 +84,7 @@ def fit_preconditioner(
     return Preconditioner(_Primal(rows.second_moment(), shift), rows.count, damping, mean, "primal")
 
 
-class Rows:
+class RowMatrix:
     """The usable rows of a store as a matrix X [N, d] that is streamed, never held."""
 
     def __init__(self, store: Store, unit_length: bool) -> None:
@@ -155,7 +155,7 @@ class _Primal(_Solver):
 class _Dual(_Solver):
     """Woodbury: (XᵀX/N + λI)⁻¹ = (I − Xᵀ(XXᵀ + NλI)⁻¹X) / λ, with a Cholesky factor of the N x N matrix."""
 
-    def __init__(self, rows: Rows, gram: Float64[Tensor, "n n"], shift: float) -> None:
+    def __init__(self, rows: RowMatrix, gram: Float64[Tensor, "n n"], shift: float) -> None:
         gram.diagonal().add_(rows.count * shift)
         self.rows, self.shift, self.factor = rows, shift, torch.linalg.cholesky(gram)
 
@@ -174,7 +174,7 @@ class _LowRank(_Solver):
         self.vectors, self.inverse, self.tail = vectors, inverse, tail
 
     @classmethod
-    def fit(cls, rows: Rows, shift: float, rank: int) -> _LowRank:
+    def fit(cls, rows: RowMatrix, shift: float, rank: int) -> _LowRank:
         d = rows.store.d
         normals = Stream(0, "nystrom").normals(0, d * rank, dtype=torch.float64).view(d, rank)
         test = torch.linalg.qr(normals).Q
@@ -207,7 +207,7 @@ def held_out_damping(store: Store, *, unit_length: bool) -> float:
     Raises:
         InputError: fewer than ten rows.
     """
-    sample = _sample(Rows(store, unit_length), _SAMPLE_ROWS)
+    sample = _sample(RowMatrix(store, unit_length), _SAMPLE_ROWS)
     if len(sample) < 10:
         raise InputError(f"{len(sample)} rows", "at least ten to hold some out", "Pass damping=0.1")
     held = torch.arange(len(sample)) % 5 == 0
@@ -231,7 +231,7 @@ def held_out_damping(store: Store, *, unit_length: bool) -> float:
     return max(_DAMPINGS, key=log_likelihood)
 
 
-def _sample(rows: Rows, most: int) -> Float[Tensor, "rows d"]:
+def _sample(rows: RowMatrix, most: int) -> Float[Tensor, "rows d"]:
     """Return at most ``most`` rows spread evenly over the store."""
     step = max(1, -(-rows.count // most))
     kept, seen = [], 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from gradsketch.errors import InputError
 from gradsketch.store.store import Store
@@ -54,7 +55,8 @@ def to_faiss(store: Store, path: str | Path, *, normalize: bool = True) -> Path:
     for shard in store:
         vectors = shard.decoded()
         if normalize:
-            vectors = vectors / shard.numbers("gradient_norm").clamp_min(1e-30)[:, None]
+            # Rows that were skipped when the index was built have no norm, and rows of zeros stay what they are.
+            vectors = vectors / torch.nan_to_num(shard.numbers("gradient_norm"), nan=1.0).clamp_min(1e-30)[:, None]
         rows = pa.array(range(shard.start, shard.start + shard.count), pa.int64()).to_numpy()
         index.add_with_ids(vectors.numpy(), rows)
     if index.ntotal == 0:
