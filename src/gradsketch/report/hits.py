@@ -86,7 +86,8 @@ def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
         "after": after,
         "facts": [("id", hit.id), *_facts(hit.metadata), ("loss", _number(hit.loss))],
         "images": _images(hit.metadata),
-        "beyond": f"{hit.beyond_tokens:+.2g}" if hit.beyond_tokens else "",
+        # What rounding leaves is no news: only a share that a reader would miss is shown.
+        "beyond": f"{hit.beyond_tokens:+.2g}" if abs(hit.beyond_tokens) > 0.01 * abs(hit.score) and hit.tokens else "",
     }
 
 
