@@ -123,10 +123,7 @@ def _checked_apply(map_: LinearMap, x: Tensor, *, adjoint: bool) -> Tensor:
     batch = x.shape[:-1]
     if batch.numel() == 0:
         return x.new_zeros(*batch, rows, dtype=_result_dtype(x.dtype))
-    out: Tensor = _Apply.apply(x.reshape(-1, columns).contiguous(), map_, adjoint)
-    # A sum is finite only if every term is, and takes no memory; only a suspicion is looked at more closely.
-    if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
-        raise _non_finite(map_, x.reshape(-1, columns))
+    out: Tensor = _Apply.apply(x.reshape(-1, columns).contiguous(), map_, adjoint, True)
     return out.view(*batch, rows)
 
 
@@ -151,21 +148,41 @@ def _non_finite(map_: LinearMap, x: Tensor) -> NonFiniteError:
 
 
 class _Apply(torch.autograd.Function):
-    """Autograd for a linear map: the derivative is the map, the vector-Jacobian product its adjoint."""
+    """Autograd and ``torch.func`` for a linear map: the derivative is the map, the vector-Jacobian product its adjoint.
+
+    Values are checked on the way forward only: a training loop decides itself what an infinite gradient means.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, map_: LinearMap, adjoint: bool) -> Tensor:
-        ctx.map_, ctx.adjoint, ctx.dtype = map_, adjoint, x.dtype
-        return map_._apply_adjoint(x) if adjoint else map_._apply(x)
+    def forward(x: Tensor, map_: LinearMap, adjoint: bool, check: bool) -> Tensor:
+        out = map_._apply_adjoint(x) if adjoint else map_._apply(x)
+        # A sum is finite only if every term is, and takes no memory; only a suspicion is looked at more closely.
+        if check and not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
+            raise _non_finite(map_, x)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _Apply.apply(grads[0].contiguous(), ctx.map_, not ctx.adjoint).to(ctx.dtype), None, None
+    def setup_context(ctx: Any, inputs: tuple[Tensor, LinearMap, bool, bool], output: Tensor) -> None:
+        x, ctx.map_, ctx.adjoint, _ = inputs
+        ctx.dtype = x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = _Apply.apply(grads[0].contiguous(), ctx.map_, not ctx.adjoint, False)
+        return grad.to(ctx.dtype), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        out: Tensor = _Apply.apply(tangents[0].contiguous(), ctx.map_, ctx.adjoint)
+        out: Tensor = _Apply.apply(tangents[0].contiguous(), ctx.map_, ctx.adjoint, False)
         return out
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, map_: LinearMap, adjoint: bool, check: bool
+    ) -> tuple[Tensor, int]:
+        batches = x.movedim(in_dims[0] or 0, 0)
+        out = _Apply.apply(batches.reshape(-1, batches.shape[-1]).contiguous(), map_, adjoint, check)
+        return out.view(*batches.shape[:-1], out.shape[-1]), 0
 
 
 class _Adjoint(LinearMap):

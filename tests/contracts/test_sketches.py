@@ -163,6 +163,21 @@ def test_derivatives(case):
     torch.testing.assert_close(x.grad, 2 * phi.lift(phi(x.detach())))
 
 
+def test_function_transforms(case):
+    phi = case.build(*case.fit(16, 4))
+    x, w = vectors(3, phi.n), vectors(3, phi.d)
+    for in_dim, batch in ((0, x), (1, x.T)):
+        assert torch.equal(torch.func.vmap(phi, in_dims=in_dim)(batch), phi(x))
+
+    def cubic(v):
+        return phi.lift(v).pow(3).sum()
+
+    lifted = phi.lift(w[0])
+    torch.testing.assert_close(torch.func.grad(cubic)(w[0]), 3 * phi(lifted**2))
+    hessian = 6 * phi.dense() @ torch.diag(lifted) @ phi.dense().T
+    torch.testing.assert_close(torch.func.hessian(cubic)(w[0]), hessian)  # forward over reverse, batched
+
+
 def test_empty_batch(case):
     phi = case.build(64, 16)
     assert phi(torch.zeros(0, 64)).shape == (0, 16)
