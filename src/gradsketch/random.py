@@ -41,15 +41,14 @@ def philox4x32(
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit products wrap as signed integers; their bits are right, which is all that is used.
+        # The 64-bit products wrap as signed integers; their bits are right, which is all that is used. c1 and c3 take
+        # over whole products: their upper halves are noise that the mask on c0 and c2 removes a round later.
         torch.mul(c0, _MULTIPLIER_0, out=product0)
         torch.mul(c2, _MULTIPLIER_1, out=product1)
-        torch.bitwise_right_shift(product1, 32, out=c0)
-        c0.bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_and(product1, _MASK, out=c1)
-        torch.bitwise_right_shift(product0, 32, out=c2)
-        c2.bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
-        torch.bitwise_and(product0, _MASK, out=c3)
+        torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, product1 = product1, c1
+        c3, product0 = product0, c3
         k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
     for lane, word in enumerate((c0, c1, c2, c3)):
         out[:, lane] = word  # int64 -> int32 keeps the low 32 bits
@@ -135,9 +134,9 @@ class Stream:
             high = min(low + step, count)
             words = self.words(start + low, high - low, device)
             tail = (words & 0x7FFFFFFF).to(torch.float64).add_(0.5)
-            knot = tail.view(torch.int64).bitwise_right_shift(52 - _KNOT_BITS).sub_(_FIRST_KNOT)
-            value = slope[knot].mul_(tail).add_(intercept[knot])
-            out[low:high] = torch.where(words < 0, value.neg(), value)
+            knot = tail.view(torch.int64).bitwise_right_shift(52 - _KNOT_BITS).to(torch.int32).sub_(_FIRST_KNOT)
+            value = slope.index_select(0, knot).mul_(tail).add_(intercept.index_select(0, knot))
+            out[low:high] = value.copysign_(words.to(torch.float64))
         return out
 
     def uniforms(self, start: int, count: int, *, device: torch.device | str = "cpu") -> Float[Tensor, " count"]:

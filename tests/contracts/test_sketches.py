@@ -1,6 +1,8 @@
 """The battery every sketch must pass, whatever its kind and options."""
 
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,19 @@ def test_the_input_is_left_alone(case, n, d):
     assert torch.equal(w, w0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sketching_vectors_that_may_be_overwritten(case, dtype):
+    for n in (64, 100):
+        phi, x = case.build(*case.fit(n, 16)), vectors(3, n, dtype)
+        expected = phi(x)
+        assert torch.equal(phi.sketch_(x.clone()), expected)
+        assert torch.equal(phi.sketch_(x[0].clone()), expected[0])
+        with pytest.raises(gs.InputError, match="outside any graph"):
+            phi.sketch_(x.clone().requires_grad_())
+        with pytest.raises(gs.InputError, match="vectors of length"):
+            phi.sketch_(x[:, 1:])
+
+
 @sizes
 def test_truncate(case, n, d):
     n, d = case.fit(n, d)
@@ -183,3 +198,12 @@ def test_empty_batch(case):
     assert phi(torch.zeros(0, 64)).shape == (0, 16)
     assert phi(torch.zeros(2, 0, 64)).shape == (2, 0, 16)
     assert phi.lift(torch.zeros(0, 16)).shape == (0, 64)
+
+
+def test_these_numbers_never_change(case):
+    """Stored sketches are compared with new ones for years. Raise the kind's ``version`` when they must change."""
+    golden = json.loads((Path(__file__).parent / "golden_sketches.json").read_text())[str(case)]
+    phi = case.build(*case.fit(1000, 16), seed=7)
+    x = torch.arange(phi.n, dtype=torch.float64).cos()
+    torch.testing.assert_close(phi(x)[:4], torch.tensor(golden["sketch"], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert phi.fingerprint == golden["fingerprint"]

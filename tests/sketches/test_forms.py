@@ -79,3 +79,12 @@ def test_signs_inside_a_block_shorter_than_d_are_an_isometry():
     phi, x = gs.AFFD(1 << 16, 1 << 14), torch.zeros(1 << 16, dtype=torch.float64)
     x[5 * 4096 : 6 * 4096] = torch.randn(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert float(phi(x).norm() / x.norm()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"form": "global"}, {"form": "paper"}, {"transform": "haar"}])
+def test_the_memory_of_a_vector_is_used_where_allowed(options):
+    """In place, because the vector is long enough for whole-vector forms and needs no padding."""
+    x = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0))
+    phi, y = gs.AFFD(1 << 19, 16, **options), x.clone()
+    assert torch.equal(phi.sketch_(y), phi(x))
+    assert not torch.equal(y, x)

@@ -84,6 +84,9 @@ class AFFD(Sketch):
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         return self._form.sketch(x, self.d)
 
+    def _apply_overwriting(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        return self._form.sketch(x, self.d, overwrite=True)
+
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         return self._form.lift(w, self.n)
 

@@ -77,14 +77,19 @@ class AFJL(Sketch):
         return {"form": self.form, "transform": self.transform, "diagonal": self.diagonal}
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-        sketch = self._form.sketch(x, self.d)
-        self._second.multiply(sketch, 0, sketch)
-        return sketch
+        return self._scaled(self._form.sketch(x, self.d))
+
+    def _apply_overwriting(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        return self._scaled(self._form.sketch(x, self.d, overwrite=True))
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         scaled = torch.empty_like(w, dtype=widened(w.dtype))
         self._second.multiply(w, 0, scaled)
         return self._form.lift(scaled, self.n)
+
+    def _scaled(self, sketch: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        self._second.multiply(sketch, 0, sketch)
+        return sketch
 
     def _build(self) -> Form:
         first = Signs(self.stream.child("B"), self.n)

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,6 +80,27 @@ class Sketch(LinearMap):
         """
         return _checked_apply(self, w, adjoint=True)
 
+    def sketch_(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... d"]:
+        """Sketch vectors whose values are not needed afterwards: their memory may be used, and holds anything then.
+
+        Saves the vector of working memory that forms acting on whole vectors need, where x is contiguous, float32 or
+        float64, and n a power of two. Not differentiable.
+
+        Raises:
+            InputError: x is part of an autograd graph; or as for a call.
+        """
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise InputError(
+                f"{self!r}.sketch_ was given a tensor that requires grad",
+                "vectors outside any graph",
+                "Call the sketch itself, which is differentiable, or wrap the call in torch.no_grad()",
+            )
+        return _checked_apply(_Overwriting(self), x, adjoint=False)
+
+    def _apply_overwriting(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        """Map a batch that may be overwritten."""
+        return self._apply(x)
+
     def truncate(self, d: int) -> Sketch:
         """Return the d-dimensional sketch that can be read off a stored sketch of this size, where the kind nests.
 
@@ -137,3 +159,19 @@ class Sketch(LinearMap):
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options().items())
         return f"{type(self).__name__}(n={self.n}, d={self.d}, seed={self.seed}{options})"
+
+
+class _Overwriting(LinearMap):
+    """A sketch that may use its input as working memory."""
+
+    def __init__(self, inner: Sketch) -> None:
+        self.inner, self.shape = inner, inner.shape
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+    def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        return self.inner._apply_overwriting(x)
+
+    def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        return self.inner._apply_adjoint(w)

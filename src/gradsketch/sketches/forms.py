@@ -41,8 +41,8 @@ class Form(ABC):
     """A linear map R^n → R^d with prefix-nested sizes, evaluated on a batch, and its adjoint."""
 
     @abstractmethod
-    def sketch(self, x: Float[Tensor, "b n"], d: int) -> Float[Tensor, "b d"]:
-        """Map vectors; float32 or wider."""
+    def sketch(self, x: Float[Tensor, "b n"], d: int, *, overwrite: bool = False) -> Float[Tensor, "b d"]:
+        """Map vectors; float32 or wider. ``overwrite`` allows x to be used as working memory."""
 
     @abstractmethod
     def lift(self, w: Float[Tensor, "b d"], n: int) -> Float[Tensor, "b n"]:
@@ -58,7 +58,7 @@ class FoldedBlocks(Form):
     def __init__(self, first: Diagonal, length: int, second: Diagonal | None) -> None:
         self._first, self._length, self._second = first, length, second
 
-    def sketch(self, x: Float[Tensor, "b n"], d: int) -> Float[Tensor, "b d"]:
+    def sketch(self, x: Float[Tensor, "b n"], d: int, *, overwrite: bool = False) -> Float[Tensor, "b d"]:
         folded = x.new_zeros(len(x), power_of_two_at_least(d), dtype=widened(x.dtype))
         multiple = self._multiple(folded)
         scratch = Scratch(x.shape, multiple, folded.dtype, x.device)
@@ -102,10 +102,11 @@ class FoldedWhole(Form):
     def __init__(self, first: Diagonal, transform: Transform, second: Diagonal) -> None:
         self._first, self._transform, self._second = first, transform, second
 
-    def sketch(self, x: Float[Tensor, "b n"], d: int) -> Float[Tensor, "b d"]:
+    def sketch(self, x: Float[Tensor, "b n"], d: int, *, overwrite: bool = False) -> Float[Tensor, "b d"]:
         folded = x.new_zeros(len(x), power_of_two_at_least(d), dtype=widened(x.dtype))
-        work = folded.new_empty(1, self._transform.n)
+        room = _working_memory(x, self._transform.n, overwrite)
         for vector, total in zip(x.split(1), folded.split(1), strict=True):
+            work = vector if room is None else room
             _load(vector, self._first, work)
             self._transform.apply_(work)
             for piece in pieces(work.shape, 1, x.device):
@@ -142,10 +143,11 @@ class AsPrinted(Form):
     ) -> None:
         self._first, self._transform, self._second, self._last = first, transform, second, last
 
-    def sketch(self, x: Float[Tensor, "b n"], d: int) -> Float[Tensor, "b d"]:
+    def sketch(self, x: Float[Tensor, "b n"], d: int, *, overwrite: bool = False) -> Float[Tensor, "b d"]:
         out = x.new_empty(len(x), d, dtype=widened(x.dtype))
-        work = out.new_empty(1, self._transform.n)
+        room = _working_memory(x, self._transform.n, overwrite)
         for vector, sketch in zip(x.split(1), out.split(1), strict=True):
+            work = vector if room is None else room
             _load(vector, self._first, work)
             self._transform.apply_(work)
             if self._second is not None:
@@ -190,14 +192,21 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _working_memory(x: Float[Tensor, "b n"], length: int, overwrite: bool) -> Float[Tensor, "1 length"] | None:
+    """Return memory for one padded vector, or None where each vector's own memory may and can serve."""
+    if overwrite and x.shape[-1] == length and x.dtype == widened(x.dtype):
+        return None
+    return x.new_empty(1, length, dtype=widened(x.dtype))
+
+
 def _load(x: Float[Tensor, "1 n"], first: Diagonal | None, work: Float[Tensor, "1 padded"]) -> None:
     """Write first · x, continued by zeros, into the working memory."""
     n = x.shape[-1]
-    if first is None:
-        work[:, :n] = x
-    else:
+    if first is not None:
         for piece in pieces(x.shape, 1, x.device):
             first.multiply(piece.of(x), piece.start, piece.of(work))
+    elif work is not x:
+        work[:, :n] = x
     work[:, n:] = 0
 
 

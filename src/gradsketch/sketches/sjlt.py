@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from gradsketch.errors import InputError
@@ -66,15 +66,15 @@ class SJLT(Sketch):
         scaled = w.to(out.dtype) * self.nonzeros**-0.5
         for piece in pieces(out.shape, 1, w.device):
             for signs, places in self._rows(piece, w.device):
-                signed = scaled[piece.rows][:, places]
+                signed = scaled[piece.rows].index_select(1, places)
                 signs.multiply(signed, piece.start, signed)
                 piece.of(out).add_(signed)
         return out
 
-    def _rows(self, piece: Piece, device: torch.device) -> Iterator[tuple[Signs, Int64[Tensor, " m"]]]:
+    def _rows(self, piece: Piece, device: torch.device) -> Iterator[tuple[Signs, Int32[Tensor, " m"]]]:
         """Yield, row by row of the construction, its signs and the places the entries of a piece are hashed to."""
         for row, (signs, stream) in enumerate(zip(self._signs, self._hashes, strict=True)):
-            words = stream.words(piece.start, piece.stop - piece.start, device).to(torch.int64)
+            words = stream.words(piece.start, piece.stop - piece.start, device)
             # A remainder, not a multiple of the word, so that folding the sketch folds the hash.
-            hashes = words.bitwise_and_(0xFFFFFFFF).remainder_(self.d // self.nonzeros)
+            hashes = words.bitwise_and_(0x7FFFFFFF).remainder_(self.d // self.nonzeros)
             yield signs, hashes.mul_(self.nonzeros).add_(row)
