@@ -275,8 +275,10 @@ def test_self_influence(index, kind):
     expected = formula(kind, x, x).diagonal()
     torch.testing.assert_close(found.values.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
     row, id_, value = found.top(1)[0]
-    assert (row, id_) == (int(expected.argmax()), str(int(expected.argmax())))
-    assert value == float(found.values.max())
+    assert id_ == str(row)
+    assert value == float(found.values.max()) == float(found.values[row])
+    if kind != "cosine":  # the cosine of a gradient with itself is 1: every row ties
+        assert row == int(expected.argmax())
     assert list(found.to_pandas()["row"]) == list(range(N))
 
 
