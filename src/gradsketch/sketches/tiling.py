@@ -19,6 +19,9 @@ __all__ = ["Block", "Tiling"]
 # Coordinates of a side that are computed, at most, unless d asks for more. More coordinates mean less noise on
 # low-rank gradients, at a cost that grows in proportion.
 _COORDINATES = 256
+# Keeping every pair of the computed coordinates would be one Kronecker product, whose noise is that of one side: three
+# times a dense sketch's on a language model's gradients. Half of the pairs are as good as any.
+_SPARE = 2
 
 
 class Block(ABC):
@@ -143,9 +146,9 @@ def _tile_order(rows: int, columns: int, tile: tuple[int, int], device: torch.de
 
 
 def _counts(padded_rows: int, padded_columns: int, d: int) -> tuple[int, int]:
-    """Coordinates to compute on each side: at most ``_COORDINATES``, but enough for d distinct pairs."""
+    """Coordinates to compute on each side: at most ``_COORDINATES``, but enough for ``_SPARE``·d distinct pairs."""
     rows, columns = min(padded_rows, _COORDINATES), min(padded_columns, _COORDINATES)
-    while rows * columns < min(d, padded_rows * padded_columns):
+    while rows * columns < min(_SPARE * d, padded_rows * padded_columns):
         if columns == padded_columns or (rows < padded_rows and rows <= columns):
             rows *= 2
         else:
