@@ -136,7 +136,7 @@ class Rouge(_Generated):
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError as error:
             raise InputError(
-                "no rouge-score on this machine", "that package", "Type: pip install rouge-score"
+                "no rouge-score on this machine", "that package", "Type: pip install 'gradsketch[rouge]'"
             ) from error
         self.kind, self._scorer = kind, RougeScorer([kind], use_stemmer=True)
 
