@@ -2,7 +2,8 @@
 
 * noise: RMS error of ⟨Phi x, Phi y⟩ times √d over ‖x‖‖y‖, mean and standard error over sketch seeds. A dense Gaussian
   sketch has √(1 + ρ²), about 1, for every input. Inputs: Gaussian, sparse, low rank (sums of two outer products with a
-  common factor, as gradients of one layer are), and the per-example gradients of a trained masked language model (n = 735,567).
+  common factor, as gradients of one layer are), and the per-example gradients of a trained masked language model
+  (n = 735,567).
 * table6: the least log2 d from which Pearson's r of sketched with exact inner products exceeds .95, .98, .99, over the
   pairs of real gradients: the protocol of Table 6 of Schioppa (arXiv 2402.03994).
 
@@ -15,8 +16,10 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from record import write
 from torch import Tensor
@@ -101,7 +104,7 @@ def least_size(r: dict[int, list[float]], threshold: float) -> int | None:
 
 
 def made_up(count: int) -> dict[str, Tensor]:
-    """Return vectors of three families; sparse means one entry in 64, low rank two outer products with a common factor."""
+    """Return vectors of three families; the sparse ones have one entry in 64, the low-rank ones a common factor."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -145,25 +148,21 @@ def esterifications() -> Iterator[str]:
         yield f"{left}C(=O)O.O{alcohol}>>{left}C(=O)O{alcohol}"
 
 
-def plot(noise: list[dict[str, Any]], path: Any) -> None:
-    import matplotlib.pyplot as plt
-
+def plot(noise: list[dict[str, Any]], path: Path) -> None:
     families = list(dict.fromkeys(row["family"] for row in noise))
     figure, axes = plt.subplots(1, len(families), figsize=(13, 3.8), sharey=True, layout="constrained")
     for axis, family in zip(axes, families, strict=True):
-        for name in KINDS:
+        for position, name in enumerate(KINDS):
             rows = [r for r in noise if (r["family"], r["kind"]) == (family, name)]
-            if rows:
-                axis.errorbar(
-                    [2 ** r["log2_d"] for r in rows],
-                    [r["noise"] for r in rows],
-                    [r["standard_error"] for r in rows],
-                    marker="o", markersize=3, linewidth=1, capsize=2, label=name,
-                )  # fmt: skip
+            aside = 2 ** ((position - len(KINDS) / 2) / 16)  # so that error bars do not cover one another
+            sizes, values, errors = ([r[key] for r in rows] for key in ("log2_d", "noise", "standard_error"))
+            axis.errorbar([aside * 2**k for k in sizes], values, errors, fmt="o-", ms=3, lw=1, capsize=2, label=name)
         axis.axhline(1, color="black", linewidth=0.5, linestyle=":")
-        axis.set(yscale="log", title=family, xlabel="d")
         axis.set_xscale("log", base=2)
-    axes[0].set_ylabel("RMS error of inner products · √d / (‖x‖‖y‖)")
+        axis.set_yscale("log")
+        axis.set_yticks([0.5, 1, 2, 4, 8], labels=["0.5", "1", "2", "4", "8"], minor=False)
+        axis.set(title=family, xlabel="sketch size d")
+    axes[0].set_ylabel("RMS error · √d / (‖x‖‖y‖)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)
 
