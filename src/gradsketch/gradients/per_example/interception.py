@@ -115,7 +115,13 @@ class Interception(TorchFunctionMode):
         if not result.requires_grad:
             result = result + self._anchor(result)
         node, call = _Keep.apply(self._anchor(result), *keep).grad_fn, self._call
-        result.register_hook(lambda gradient: self._report(call, contributions(gradient, *node.saved_tensors)))
+
+        def report(gradient: Tensor) -> None:
+            # Detached: a consumer that keeps contributions would otherwise keep the graph, which keeps the consumer.
+            kept = (tensor.detach() for tensor in node.saved_tensors)
+            self._report(call, contributions(gradient, *kept))
+
+        result.register_hook(report)
         return result
 
     def per_example(self, parameter: Tensor, ndim: int) -> Tensor:
