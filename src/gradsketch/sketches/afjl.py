@@ -35,8 +35,9 @@ class AFJL(Sketch):
       j mod d, in another basis; typical variance of a squared norm 2/d. ``"gaussian"``, [P]'s and the default of the
       paper's form, has 8/d.
 
-    Every form sends (e_j ± e_k)/√2 with j ≡ k mod d to zero half of the time, for every d: prefer AFFD where inputs
-    may be that structured. Sizes nest as prefixes.
+    Every form sends (e_j ± e_k)/√2 with j ≡ k mod d to zero half of the time, for every d. Gradients of layers whose
+    widths are powers of two are structured like that: benchmarks/sketch_quality.py finds a higher error than AFFD's on
+    real ones. Prefer AFFD, or SJLT, unless time is all. Sizes nest as prefixes.
 
     Source: [P] A. Schioppa, NeurIPS 2024 (arXiv 2402.03994), §3.
 

@@ -1,7 +1,7 @@
 """Cut a batch of long vectors into pieces that stay in a processor's cache while several passes are made over them.
 
-On two CPU cores this is what makes plain torch operations run at the speed of the cache: 2^24 float32 numbers are
-multiplied by signs in 3 ms this way and in 25 ms when each operation walks over the whole vector.
+This is what makes plain torch operations run at the speed of the cache and not of the memory: see "pieces" in
+benchmarks/transform_speed.py.
 """
 
 from __future__ import annotations
