@@ -16,7 +16,12 @@ from torch import Tensor
 
 from gradsketch.errors import InputError, NonFiniteError
 
-__all__ = ["LinearMap"]
+__all__ = ["LinearMap", "widened"]
+
+
+def widened(dtype: torch.dtype | None) -> torch.dtype:
+    """Return the type that results and sums have: float64 for float64, float32 for everything narrower or unknown."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class LinearMap(ABC):
@@ -122,13 +127,9 @@ def _checked_apply(map_: LinearMap, x: Tensor, *, adjoint: bool) -> Tensor:
         )
     batch = x.shape[:-1]
     if batch.numel() == 0:
-        return x.new_zeros(*batch, rows, dtype=_result_dtype(x.dtype))
+        return x.new_zeros(*batch, rows, dtype=widened(x.dtype))
     out: Tensor = _Apply.apply(x.reshape(-1, columns).contiguous(), map_, adjoint, True)
     return out.view(*batch, rows)
-
-
-def _result_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _non_finite(map_: LinearMap, x: Tensor) -> NonFiniteError:

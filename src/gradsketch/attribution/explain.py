@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gradsketch.attribution.gradients import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.linear_map import widened
 
 __all__ = ["token_products"]
 
@@ -40,7 +41,7 @@ def token_products(
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
         raise InputError("a batch without the tokens of one example", "input_ids of shape [1, t]", "Explain texts only")
     lengths = [ids.shape[1]] + ([batch["labels"].shape[1]] if _is_encoder_decoder(model) else [])
-    dtype = torch.promote_types(next(iter(direction.values())).dtype, torch.float32)
+    dtype = widened(next(iter(direction.values())).dtype)
     gates = _Gates(lengths, dtype, ids.device)
     with evaluating(model), _gated(model, direction, gates), torch.enable_grad():
         loss = task.losses(model, batch).sum()

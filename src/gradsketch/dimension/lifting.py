@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.gradients.parameters import Parameters
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.transforms.precision import full_precision
 
@@ -34,7 +35,7 @@ class Point:
         """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
         version, w = w._version, w.detach().clone()
         with full_precision(w.device):
-            delta = sketch._apply_adjoint(_wide(w)[None])[0]
+            delta = sketch._apply_adjoint(w.to(widened(w.dtype))[None])[0]
         if delta.untyped_storage().data_ptr() == w.untyped_storage().data_ptr():
             delta = delta.clone()
         plain = {}
@@ -135,7 +136,7 @@ class _Gradient:
             vector[self.places[name]].zero_()
         with full_precision(vector.device):
             # Unchecked, for infinities must reach the gradient scaler of mixed precision, which skips the step.
-            return self.sketch._apply(_wide(vector)[None])[0]
+            return self.sketch._apply(vector.to(widened(vector.dtype))[None])[0]
 
     def _differentiably(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         known = next(grad for grad in grads if grad is not None)
@@ -145,7 +146,3 @@ class _Gradient:
         ]
         with full_precision(known.device):
             return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -16,6 +16,7 @@ from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.capture import Capture, as_found
 from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Rows, wide
 from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.linear_map import widened
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["gradient_gram", "inner_products"]
@@ -64,7 +65,7 @@ def gradient_gram(
         losses_x, x = _collected(capture, batch_x)
         losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, batch_y)
     example = next(iter(tensors.values()))
-    dtype = torch.promote_types(example.dtype, torch.float32)
+    dtype = widened(example.dtype)
     gram = torch.zeros(len(losses_x), len(losses_y), dtype=dtype, device=example.device)
     with torch.no_grad(), full_precision(gram.device):
         for name, tensor in tensors.items():

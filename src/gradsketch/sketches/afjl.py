@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.forms import (
     AsPrinted,
@@ -16,7 +17,6 @@ from gradsketch.sketches.forms import (
     Form,
     Preconditioner,
     preconditioner,
-    widened,
 )
 from gradsketch.transforms.diagonal import Normals, Signs
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.afjl import AFJL
@@ -119,7 +120,7 @@ class BlockSum(Sketch):
         self.blocks[name].add_rows(out, index, right)
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-        out = x.new_zeros(len(x), self.d, dtype=_wide(x.dtype))
+        out = x.new_zeros(len(x), self.d, dtype=widened(x.dtype))
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         with full_precision(x.device):
             # One vector at a time, so that the bits do not depend on how many there are.
@@ -129,7 +130,7 @@ class BlockSum(Sketch):
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        w = w.to(_wide(w.dtype))
+        w = w.to(widened(w.dtype))
         with full_precision(w.device):
             return torch.cat(
                 [
@@ -163,7 +164,7 @@ class _Vector(Block):
     def add_rows(
         self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
     ) -> None:
-        wide = right.to(_wide(right.dtype))
+        wide = right.to(widened(right.dtype))
         x = wide.new_zeros(len(right), self.rows, self.columns)
         self.add_matrix(out, x.scatter_add_(1, index[..., None].expand_as(wide), wide))
 
@@ -174,7 +175,3 @@ class _Vector(Block):
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns a tensor is sketched as: the first dim against the rest; a vector is one row."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -9,8 +9,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
-from gradsketch.sketches.forms import power_of_two_at_least, widened
+from gradsketch.sketches.forms import power_of_two_at_least
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["Dense"]

@@ -7,8 +7,9 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
-from gradsketch.sketches.forms import power_of_two_at_least, widened
+from gradsketch.sketches.forms import power_of_two_at_least
 from gradsketch.transforms.diagonal import Normals, Signs
 from gradsketch.transforms.hadamard import Hadamard
 from gradsketch.transforms.pieces import Piece, pieces

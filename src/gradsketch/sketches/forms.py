@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.transforms.base import Transform
 from gradsketch.transforms.diagonal import Diagonal
@@ -31,7 +32,6 @@ __all__ = [
     "Preconditioner",
     "power_of_two_at_least",
     "preconditioner",
-    "widened",
 ]
 
 Preconditioner = Literal["hadamard", "fft", "haar"]
@@ -185,11 +185,6 @@ def preconditioner(kind: Preconditioner, n: int, stream: Stream) -> Transform:
 def power_of_two_at_least(value: int) -> int:
     """Return the least power of two that is no smaller."""
     return 1 << (value - 1).bit_length()
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """Return the type results have: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _working_memory(x: Float[Tensor, "b n"], length: int, overwrite: bool) -> Float[Tensor, "1 length"] | None:

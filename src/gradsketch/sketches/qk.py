@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
-from gradsketch.sketches.forms import power_of_two_at_least, widened
+from gradsketch.sketches.forms import power_of_two_at_least
 from gradsketch.transforms.haar import haar_rows
 from gradsketch.transforms.kronecker import FactorList, apply_factors, balanced_sizes, equal_powers
 from gradsketch.transforms.pieces import piece_length

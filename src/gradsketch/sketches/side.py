@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.sketches.forms import power_of_two_at_least
 from gradsketch.transforms.hadamard import hadamard_matrix
@@ -78,7 +79,7 @@ class Side:
         return x.flatten(1)[:, : self.size].reshape(*y.shape[:-1], self.size)
 
     def _stages(self, x: Float[Tensor, "m size"]) -> Float[Tensor, "rows m length"]:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(widened(x.dtype))
         used = -(-self.size // self.length)
         if used * self.length != self.size:
             x = functional.pad(x, (0, used * self.length - self.size))

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
-from gradsketch.sketches.forms import widened
 from gradsketch.transforms.diagonal import Signs
 from gradsketch.transforms.pieces import Piece, pieces
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.tiling import Tiling
 from gradsketch.transforms.precision import full_precision
@@ -75,9 +76,9 @@ class TiledSRHT(Sketch):
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        w = w.to(widened(w.dtype))
         with full_precision(w.device):
             return torch.cat([self._tiling.adjoint(vector).flatten(1) for vector in w.split(1)])
 
     def _empty(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), self.d, dtype=torch.promote_types(x.dtype, torch.float32))
+        return x.new_zeros(len(x), self.d, dtype=widened(x.dtype))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
-from gradsketch.linear_map import LinearMap
+from gradsketch.linear_map import LinearMap, widened
 from gradsketch.random import Stream
 from gradsketch.spectra.moments import moments
 from gradsketch.spectra.results import Estimate
@@ -175,5 +175,5 @@ def _check(operator: LinearMap, products: int, least: int) -> None:
 
 
 def _kind(operator: LinearMap) -> tuple[torch.dtype, torch.device]:
-    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
+    dtype = widened(operator.dtype)
     return dtype, torch.device("cpu") if operator.device is None else operator.device

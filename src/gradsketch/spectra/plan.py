@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
-from gradsketch.linear_map import LinearMap
+from gradsketch.linear_map import LinearMap, widened
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
 from gradsketch.spectra.results import Method, Which
@@ -157,7 +157,7 @@ def _of_sketched(plan: Plan, phi: Sketch, inner: LinearMap, method: str) -> Plan
 
 def home(operator: LinearMap) -> tuple[torch.dtype, torch.device]:
     """Return precision and place of the vectors made for an operator: float32 unless it works in float64."""
-    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
+    dtype = widened(operator.dtype)
     return dtype, torch.device("cpu") if operator.device is None else torch.device(operator.device)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
-from gradsketch.linear_map import LinearMap
+from gradsketch.linear_map import LinearMap, widened
 
 __all__ = ["Transform"]
 
@@ -53,7 +53,7 @@ class Transform(LinearMap):
         return self._out_of_place(w, adjoint=True)
 
     def _out_of_place(self, x: Tensor, *, adjoint: bool) -> Tensor:
-        out = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
+        out = x.to(widened(x.dtype), copy=True)
         self._transform_(out, adjoint=adjoint)
         return out
 

@@ -21,7 +21,7 @@ from gradsketch.gradients.curvature.leaves import Leaves, split_as
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.curvature.probe import check_deterministic
 from gradsketch.gradients.tasks import Batch
-from gradsketch.linear_map import LinearMap
+from gradsketch.linear_map import LinearMap, widened
 from gradsketch.random import Stream
 
 __all__ = ["Curvature", "Mode", "differentiable_attention"]
@@ -86,7 +86,7 @@ class Curvature(LinearMap):
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone() if x.is_inference() else x.detach()
-            out = torch.zeros_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            out = torch.zeros_like(x, dtype=widened(x.dtype))
             examples, reached = self._multiply(x, out)
             self.objective.check_reached(reached)
             out.div_(examples)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from gradsketch.linear_map import widened
 from gradsketch.sketches.block_sum import BlockSum
 
 __all__ = ["Consumer", "Contribution", "Direct", "Outer", "Rows"]
@@ -98,4 +99,4 @@ class Direct(Contribution):
 
 def wide(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(widened(x.dtype))

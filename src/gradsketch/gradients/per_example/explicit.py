@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 
 __all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
@@ -56,7 +57,7 @@ def implicit_sketches(
     """Yield (position, sketch): the gradient at w = 0 of w ↦ L(theta0 + Phiᵀ w), [P] eq. 5."""
     runner = _Runner(model, task)
     example = next(iter(tensors.values()))
-    dtype = torch.promote_types(example.dtype, torch.float32)
+    dtype = widened(example.dtype)
     for position in range(batch_length(batch)):
         w = torch.zeros(sketch.d, dtype=dtype, device=example.device, requires_grad=True)
         steps = sketch.lift(w).split([t.numel() for t in tensors.values()])

@@ -17,6 +17,7 @@ from torch.nn import functional
 from gradsketch.errors import InputError
 from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Rows, wide
 from gradsketch.gradients.per_example.interception import Interception, Rule
+from gradsketch.linear_map import widened
 
 __all__ = ["RULES"]
 
@@ -299,7 +300,7 @@ def _plain(tap: Interception, tensor: Tensor | None) -> Tensor | None:
 
 
 def _sum(x: Tensor, dim: int) -> Tensor:
-    return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.sum(dim, dtype=widened(x.dtype))
 
 
 _ELEMENTWISE = [

@@ -19,6 +19,7 @@ from gradsketch.gradients.per_example.capture import Capture, as_found
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
 
@@ -171,7 +172,7 @@ class _Sketches:
         self.phi = phi
 
     def begin(self, b: int, like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = widened(like.dtype)
         self.out = torch.zeros(b, self.phi.d, dtype=dtype, device=like.device)
 
     def add(self, name: str, contribution: Contribution, rows: slice = slice(None)) -> None:
@@ -185,7 +186,7 @@ class _Formed:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def begin(self, b: int, like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = widened(like.dtype)
         sizes = [shape.numel() for shape in self.shapes.values()]
         self.out = torch.zeros(b, sum(sizes), dtype=dtype, device=like.device)
         self.parts = dict(zip(self.shapes, self.out.split(sizes, dim=1), strict=True))

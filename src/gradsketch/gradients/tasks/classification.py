@@ -14,7 +14,8 @@ from torch.utils.data import default_collate
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.logits import check_ids, check_token_ids, logits_of, widened
+from gradsketch.gradients.tasks.logits import check_ids, check_token_ids, logits_of
+from gradsketch.linear_map import widened
 
 __all__ = ["Classification"]
 
@@ -56,7 +57,7 @@ class Classification(Task):
                 "Load the model with num_labels=2 or more, or write the loss as a function (model, batch) → losses [b]",
             )
         check_ids(labels, logits.shape[-1], "label")
-        return functional.cross_entropy(widened(logits), labels.long(), reduction="none")
+        return functional.cross_entropy(logits.to(widened(logits.dtype)), labels.long(), reduction="none")
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         rows = tokens.encoded(self._encode, examples)

@@ -6,14 +6,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsketch.errors import InputError
 
-__all__ = ["IGNORED", "check_ids", "check_token_ids", "logits_of", "widened"]
+__all__ = ["IGNORED", "check_ids", "check_token_ids", "logits_of"]
 
 # The label of a position that does not count, as in torch and Hugging Face.
 IGNORED = -100
@@ -64,11 +63,6 @@ def _first_tensor(model: nn.Module, output: Any) -> Tensor:
             "Use a model with the task's head, or write the loss as a function (model, batch) → losses [b]",
         )
     return logits
-
-
-def widened(logits: Tensor) -> Tensor:
-    """Return the logits in float32 or wider."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def check_ids(ids: Int[Tensor, ...], size: int, what: str) -> None:

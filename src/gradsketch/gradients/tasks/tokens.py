@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks.logits import IGNORED, check_ids, widened
+from gradsketch.gradients.tasks.logits import IGNORED, check_ids
+from gradsketch.linear_map import widened
 
 __all__ = [
     "Encoded",
@@ -47,7 +48,7 @@ def sequence_losses(
     """
     check_ids(labels, logits.shape[-1], "label")
     losses = functional.cross_entropy(
-        widened(logits).flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
+        logits.to(widened(logits.dtype)).flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
     )
     total = losses.view(labels.shape).sum(-1)
     return total if reduction == "sum" else total / (labels != IGNORED).sum(-1).clamp(min=1)
