@@ -2,27 +2,30 @@
 
 Classification: MiniLM (22.7 M parameters and a fresh head) tells spam from ham. Generation: SmolLM2-135M, the last 8
 layers (28.3 M), learns to write "Cuba | Cuban | Latin America and the Caribbean | Havana". Each is fine-tuned in full
-first; the target is 90 % of what that gains (of the accuracy, for the classification). The claim, in kind: generation
-needs a far larger share of its parameters.
+first; the target is 90 % of what that gains. For the accuracy the weaker target of Schioppa (arXiv 2402.03994), 90 % of
+the metric itself, is read off the same search. The claim, in kind: generation needs a far larger share of its
+parameters.
 
-Run: python benchmarks/intrinsic_dimension.py [--quick] [--only spam|countries]
+Run: python benchmarks/intrinsic_dimension.py [--quick] [--only spam|countries] [--seeds 3] [--state FOLDER]
+With --state an interrupted run, or one with fewer seeds, is gone on with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from record import write
+from record import RESULTS, write
 
 import gradsketch as gs
 from gradsketch.demo.mails import spam_assassin
 from gradsketch.demo.packages import package_folder
 from gradsketch.demo.weights import minilm, smollm2
+from gradsketch.dimension.results import IntrinsicDimension
 from gradsketch.random import Stream
 
 
@@ -35,7 +38,6 @@ class Setting:
     train: list[Any]
     evaluate: Any
     parameters: gs.Parameters
-    target: Callable[[float, float], float]  # from the metric at the start and after full fine-tuning
     steps: int
     batch_size: int
     full_lr: float
@@ -61,14 +63,13 @@ def spam(quick: bool) -> Setting:
         train,
         gs.Accuracy(task, test, batch_size=100),
         gs.Parameters(model),
-        target=lambda start, full: 0.9 * full,
         steps=32,
         batch_size=32,
         full_lr=2e-4,
         lr=5e-3,
         d_min=16,
         check_every=16,
-        dims=[128, 1024] if quick else [32, 128, 512, 1024, 4096, 16384],
+        dims=[128, 1024] if quick else [128, 512, 2048, 8192],
     )
 
 
@@ -86,14 +87,13 @@ def countries(quick: bool) -> Setting:
         examples[:96],
         gs.Loss(task, examples[96 : 96 + (20 if quick else 40)], batch_size=20),
         gs.Parameters(model, last),
-        target=lambda start, full: start - 0.9 * (start - full),
         steps=18,
         batch_size=16,
         full_lr=2e-4,
         lr=5e-3,
         d_min=64,
         check_every=6,
-        dims=[256, 4096] if quick else [64, 256, 1024, 4096, 16384, 65536],
+        dims=[256, 4096] if quick else [256, 1024, 4096, 16384],
     )
 
 
@@ -103,64 +103,73 @@ def _line(path: Any) -> str:
     return " | ".join(parts) if all(isinstance(part, str) and part for part in parts) else ""
 
 
-def measure(setting: Setting, quick: bool) -> dict[str, Any]:
+def measure(name: str, setting: Setting, seeds: range, state: Path | None) -> dict[str, Any]:
     """Fine-tune in full, search, and train in several dimensions."""
     common = (setting.model, setting.task, setting.train, setting.evaluate)
     shared: dict[str, Any] = {"parameters": setting.parameters, "batch_size": setting.batch_size}
-    full = gs.fine_tune(*common, steps=setting.steps, lr=setting.full_lr, **shared)
+    kept = {part: None if state is None else state / name / part for part in ("full.jsonl", "search", "curve.jsonl")}
+    full = gs.fine_tune(*common, steps=setting.steps, lr=setting.full_lr, checkpoint=kept["full.jsonl"], **shared)
     start = float(setting.evaluate(setting.model))
-    target = setting.target(start, full.value)
-    print(f"start {start:.4g}, full {full.value:.4g} after {full.steps} steps, target {target:.4g}", flush=True)
-    seeds = (0,) if quick else (0, 1, 2)
+    targets = {"gain": start + 0.9 * (full.value - start)}
+    if not getattr(setting.evaluate, "lower_is_better", False):
+        targets["metric"] = 0.9 * full.value
+    print(f"{name}: start {start:.4g}, full {full.value:.4g} after {full.steps} steps, targets {targets}", flush=True)
+    shared |= {"lr": setting.lr, "seeds": seeds, "full": full.value, "progress": False}
     search = gs.intrinsic_dimension(
         *common,
-        target=target,
+        target=targets["gain"],
         d_min=setting.d_min,
         d_max=1 << 18,
         check_every=setting.check_every,
-        lr=setting.lr,
-        seeds=seeds,
-        full=full.value,
-        progress=False,
+        checkpoint=kept["search"],
         **shared,
     )
     print(search, [s.d for s in search.searches], flush=True)
-    curve = gs.dimension_curve(
-        *common,
-        setting.dims,
-        steps=setting.steps,
-        lr=setting.lr,
-        seeds=seeds,
-        full=full.value,
-        progress=False,
-        **shared,
-    )
-    print(curve, f"\nsmallest of these that reaches the target: {curve.d(target)}", flush=True)
+    curve = gs.dimension_curve(*common, setting.dims, steps=setting.steps, checkpoint=kept["curve.jsonl"], **shared)
+    print(curve, flush=True)
+    search.plot().savefig(RESULTS / f"intrinsic_dimension_{name}.png", dpi=120)
     return {
         "n": setting.parameters.n,
         "start": start,
         "full": asdict(full),
-        "target": target,
+        "found": {
+            kind: {"target": target, "d": reached_at(search, target), "curve_d": curve.d(target)}
+            for kind, target in targets.items()
+        },
         "search": json.loads(search.to_json()),
         "curve": json.loads(curve.to_json()),
-        "curve_d": curve.d(target),
     }
+
+
+def reached_at(search: IntrinsicDimension, target: float) -> list[int | None]:
+    """Return for every seed the dimension in which its search first reached a target."""
+    sign = -1 if search.lower_is_better else 1
+    return [next((c.d for c in s.checks if sign * c.value >= sign * target), None) for s in search.searches]
+
+
+def share_ratio(results: dict[str, Any]) -> float | None:
+    """Return how many times the share of its parameters generation needs, medians over seeds; None if not reached."""
+    d = {name: results[name]["search"]["d"] for name in ("spam", "countries")}
+    if not all(d.values()):
+        return None
+    return float(d["countries"] / results["countries"]["n"] / (d["spam"] / results["spam"]["n"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer dimensions")
+    parser.add_argument("--quick", action="store_true", help="fewer dimensions and test examples; one seed")
     parser.add_argument("--only", choices=["spam", "countries"])
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--state", type=Path, help="folder for what a later run goes on with")
     options = parser.parse_args()
+    seeds = range(1 if options.quick else options.seeds)
     results: dict[str, Any] = {"quick": options.quick}
     for make in (spam, countries):
         if options.only in (None, make.__name__):
-            print(make.__name__, flush=True)
-            results[make.__name__] = measure(make(options.quick), options.quick)
+            results[make.__name__] = measure(make.__name__, make(options.quick), seeds, options.state)
     if options.only is None:
-        shares = {name: results[name]["search"]["d"] / results[name]["n"] for name in ("spam", "countries")}
-        results["share_ratio"] = shares["countries"] / shares["spam"]
-        print(f"generation needs {results['share_ratio']:.1f} times the share of its parameters")
+        results["share_ratio"] = share_ratio(results)
+        print(f"generation needs so many times the share of its parameters: {results['share_ratio']}")
     name = "intrinsic_dimension" + ("" if options.only is None else f"_{options.only}")
     print(write(name + "_quick" * options.quick, results))
 
