@@ -62,7 +62,7 @@ class Stream:
     key Philox and 64 fill the upper half of its counter, so two streams never share numbers; the lower half counts.
 
     Example:
-        >>> s = Stream(0, "demo")
+        >>> s = gs.Stream(0, "demo")
         >>> bool((s.signs(5, 3) == s.signs(0, 8)[5:]).all())
         True
     """

@@ -110,8 +110,12 @@ def build_index(
         progress: whether to say what is planned and show a bar; by default in a terminal.
 
     Example:
-        >>> index = build_index("runs/facts", model, gs.CausalLM(tokenizer), texts)  # doctest: +SKIP
-        >>> print(index.query(model, ["The capital of France is Ankara."]))           # doctest: +SKIP
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> index = gs.build_index("runs/toy", model, task, data, d=32, progress=False)
+        >>> hits = index.query(model, data[:2], k=3)
+        >>> hits.to_html("why.html")
+        PosixPath('why.html')
 
     Raises:
         InputError: data that cannot be used, with the place of each bad row.

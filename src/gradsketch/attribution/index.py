@@ -52,9 +52,13 @@ class Index:
     """The sketched gradients of a training set, open for questions. See :func:`build_index`.
 
     Example:
-        >>> index = Index.open("runs/facts", task=gs.CausalLM(tokenizer))            # doctest: +SKIP
-        >>> hits = index.query(model, [("The capital of France is", " Ankara.")])  # doctest: +SKIP
-        >>> hits.to_html("why.html")                                               # doctest: +SKIP
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> _ = gs.build_index("runs/toy", model, task, data, d=32, progress=False)
+        >>> index = gs.Index.open("runs/toy", task=task)
+        >>> hits = index.query(model, data[:1], k=3)
+        >>> len(hits[0].proponents)
+        3
     """
 
     def __init__(

@@ -54,6 +54,14 @@ def dimension_curve(
         full: the metric of full fine-tuning, for the figure.
         checkpoint: a file that collects finished points (JSON lines); one that exists is gone on with.
 
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> accuracy = gs.Accuracy(task, data)
+        >>> curve = gs.dimension_curve(model, task, data, accuracy, [2, 8, 32], steps=20, progress=False)
+        >>> [point.d for point in curve.points]
+        [2, 8, 32]
+
     Raises:
         InputError: a dimension beyond n, or what ``intrinsic_dimension`` refuses.
         NonFiniteError: training diverged, or the metric is NaN.
@@ -92,6 +100,13 @@ def fine_tune(
 
     Adam with a learning rate that falls linearly to zero. The model is left as found: this measures, it does not
     keep. Needs five numbers a parameter besides the model. ``checkpoint`` is a file that remembers the result.
+
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> full = gs.fine_tune(model, task, data, gs.Accuracy(task, data), steps=20)
+        >>> full.d
+        42
 
     Raises:
         InputError, NonFiniteError, FingerprintError: as ``dimension_curve``.

@@ -30,7 +30,7 @@ class Accuracy:
 
     Example:
         >>> data = [(torch.ones(2), 1), (-torch.ones(2), 0)]
-        >>> Accuracy(Classification(), data)(torch.nn.Linear(2, 2))  # doctest: +SKIP
+        >>> gs.Accuracy(gs.Classification(), data)(torch.nn.Linear(2, 2))  # doctest: +SKIP
         0.5
     """
 
@@ -47,7 +47,14 @@ class Accuracy:
 
 
 class Loss:
-    """The mean of the task's losses over the examples; lower is better."""
+    """The mean of the task's losses over the examples; lower is better.
+
+    Example:
+        >>> net = torch.nn.Linear(20, 2)
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> gs.Loss(gs.Classification(), data)(net) > 0
+        True
+    """
 
     lower_is_better = True
 
@@ -113,7 +120,21 @@ class _Generated(ABC):
 
 
 class ExactMatch(_Generated):
-    """The share of prompts whose greedy answer is the reference, but for white space at the ends."""
+    """The share of prompts whose greedy answer is the reference, but for white space at the ends.
+
+    Example:
+        >>> class Parrot(torch.nn.Linear):
+        ...     def generate(self, input_ids, **options):  # says token 1, whatever it is asked
+        ...         return torch.cat([input_ids, torch.ones(len(input_ids), 1, dtype=torch.int64)], dim=1)
+        >>> class Words:
+        ...     words, pad_token_id, eos_token_id = ["Capital?", "Paris"], 0, 0
+        ...     def __call__(self, text):
+        ...         return {"input_ids": [self.words.index(word) for word in text.split()]}
+        ...     def batch_decode(self, ids, **options):
+        ...         return [" ".join(self.words[i] for i in row) for row in ids]
+        >>> gs.ExactMatch(Words(), [("Capital?", " Paris"), ("Capital?", " Capital?")])(Parrot(1, 1))
+        0.5
+    """
 
     def score(self, reference: str, answer: str) -> float:
         return float(answer == reference)

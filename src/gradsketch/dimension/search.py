@@ -89,10 +89,10 @@ def intrinsic_dimension(
         FingerprintError: the checkpoint belongs to another search.
 
     Example:
-        >>> task = Classification()
+        >>> task = gs.Classification()
         >>> data = [(torch.randn(20), i % 2) for i in range(32)]  # labels to be learned by heart
         >>> net = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 2))
-        >>> result = intrinsic_dimension(net, task, data, Accuracy(task, data), target=0.9, check_every=20, lr=0.01)
+        >>> result = gs.intrinsic_dimension(net, task, data, gs.Accuracy(task, data), target=0.9, check_every=20, lr=0.01)
         >>> result.reached
         True
     """

@@ -42,8 +42,8 @@ class Subspace(nn.Module):
 
     Example:
         >>> model = torch.nn.Linear(30, 2)
-        >>> parameters = Parameters(model)
-        >>> with Subspace(model, parameters, AFFD(parameters.n, 8)) as subspace:
+        >>> parameters = gs.Parameters(model)
+        >>> with gs.Subspace(model, parameters, gs.AFFD(parameters.n, 8)) as subspace:
         ...     optimiser = torch.optim.Adam(subspace.parameters(), lr=1e-3)
         ...     loss = subspace(torch.ones(4, 30)).square().mean()
         ...     loss.backward()

@@ -58,6 +58,17 @@ def removal_check(
         controls: how many times as many random rows are removed instead, for comparison; at least two.
         seed: of the random rows.
 
+    Example:
+        >>> y = torch.tensor([5.0] + [0.0] * 19)  # the model is a mean, and row 0 pulls it up
+        >>> def train(rows):
+        ...     model = torch.nn.Linear(1, 1)
+        ...     model.bias.data = y[rows].mean()[None]
+        ...     return model
+        >>> def measure(model):
+        ...     return (model.bias - 5).square()
+        >>> gs.removal_check(train, measure, n=20, found=[[0]]).value > 0
+        True
+
     Raises:
         InputError: no query, a row out of range, nothing or everything to remove, or fewer than two controls.
         NonFiniteError: a loss is not a finite number.

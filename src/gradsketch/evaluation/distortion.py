@@ -105,6 +105,13 @@ def distortion(
         wanted: the Pearson r that ``needed`` and ``recommended`` aim at.
         repeats: how often time is taken.
 
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> result = gs.distortion(model, task, data, gs.BlockSum(gs.Parameters(model), 32), repeats=1)
+        >>> result.right
+        True
+
     Raises:
         InputError: fewer than three examples with a gradient, or r is not between 0 and 1.
         NonFiniteError: a loss or gradient is not finite.

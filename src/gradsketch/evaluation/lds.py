@@ -51,6 +51,18 @@ def linear_datamodeling_score(
         retrainings: from :func:`retrain_on_subsets`, with the same queries in the same order.
         seed: of the bootstrap.
 
+    Example:
+        >>> y = torch.randn(20)  # the model is a mean of y; a query's loss is its distance from 0
+        >>> def train(rows):
+        ...     model = torch.nn.Linear(1, 1)
+        ...     model.bias.data = y[rows].mean()[None] + 5
+        ...     return model
+        >>> def measure(model):
+        ...     return model.bias.square()
+        >>> retrainings = gs.retrain_on_subsets(train, measure, n=20, subsets=10)
+        >>> round(gs.linear_datamodeling_score(-y[None], retrainings).value, 3)
+        1.0
+
     Raises:
         InputError: shapes differ, or a query's predictions or losses are all equal, so that nothing correlates.
     """

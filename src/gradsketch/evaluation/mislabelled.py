@@ -55,6 +55,12 @@ def mislabelled_auc(
 
     Standard errors by DeLong, DeLong and Clarke-Pearson 1988, equations 3–6: exact in form, whatever the distributions.
 
+    Example:
+        >>> wrong = torch.tensor([True, True, False, False])
+        >>> result = gs.mislabelled_auc(torch.tensor([0.9, 0.8, 0.1, 0.2]), torch.tensor([0.9, 0.1, 0.2, 0.3]), wrong)
+        >>> result.suspicion.value, result.loss.value
+        (1.0, 0.5)
+
     Raises:
         InputError: fewer than two wrong or two right labels, or a value that is not a number.
     """

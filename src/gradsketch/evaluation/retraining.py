@@ -61,6 +61,17 @@ def retrain_on_subsets(
         seed: of the subsets.
         path: where finished subsets are kept.
 
+    Example:
+        >>> y = torch.randn(20)
+        >>> def train(rows):
+        ...     model = torch.nn.Linear(1, 1)
+        ...     model.bias.data = y[rows].mean()[None]
+        ...     return model
+        >>> def measure(model):
+        ...     return (model.bias - y[:3]).square()
+        >>> gs.retrain_on_subsets(train, measure, n=20, subsets=5).losses.shape
+        torch.Size([5, 3])
+
     Raises:
         InputError: fewer than two subsets, or subsets that are empty or everything.
         NonFiniteError: a loss is not a finite number.

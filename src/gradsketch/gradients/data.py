@@ -72,7 +72,7 @@ class Batcher:
 
     Example:
         >>> from gradsketch.gradients.tasks import CausalLM
-        >>> batcher = Batcher(CausalLM(), tokens=8)
+        >>> batcher = Batcher(gs.CausalLM(), tokens=8)
         >>> data = [{"input_ids": [1] * length} for length in (2, 5, 4, 2)]
         >>> [(places, list(batch["input_ids"].shape)) for places, batch in batcher.map(lambda batch: batch, data)]
         [([1], [1, 5]), ([2, 0], [2, 4]), ([3], [1, 2])]

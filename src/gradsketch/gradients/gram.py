@@ -49,10 +49,9 @@ def gradient_gram(
         method: as for ``GradientSketcher``.
 
     Example:
-        >>> import torch, gradsketch as gs
         >>> model = torch.nn.Linear(30, 20)
         >>> batch = torch.randn(5, 30), torch.arange(5)
-        >>> gradient_gram(model, gs.Classification(), batch).shape
+        >>> gs.gradient_gram(model, gs.Classification(), batch).shape
         torch.Size([5, 5])
 
     Raises:

@@ -24,7 +24,7 @@ class Parameters:
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
-        >>> parameters = Parameters(model, exclude="bias")
+        >>> parameters = gs.Parameters(model, exclude="bias")
         >>> parameters.n, parameters.names
         (6, ('weight',))
 

@@ -48,7 +48,7 @@ class AFFD(Sketch):
     Source: [P] A. Schioppa, NeurIPS 2024 (arXiv 2402.03994), §3 and Theorem 3.2.
 
     Example:
-        >>> phi = AFFD(1_000_000, 4096, seed=0)
+        >>> phi = gs.AFFD(1_000_000, 4096, seed=0)
         >>> phi(torch.zeros(2, 1_000_000)).shape
         torch.Size([2, 4096])
 

@@ -42,7 +42,7 @@ class AFJL(Sketch):
     Source: [P] A. Schioppa, NeurIPS 2024 (arXiv 2402.03994), §3.
 
     Example:
-        >>> phi = AFJL(1_000_000, 4096, seed=0)
+        >>> phi = gs.AFJL(1_000_000, 4096, seed=0)
         >>> phi.lift(torch.zeros(4096)).shape
         torch.Size([1000000])
 

@@ -57,8 +57,7 @@ class BlockSum(Sketch):
     sketch used for each tensor with more than d entries. Keeps names and shapes only, never the tensors.
 
     Example:
-        >>> import torch, gradsketch as gs
-        >>> phi = BlockSum(gs.Parameters(torch.nn.Linear(30, 20)), 64)
+        >>> phi = gs.BlockSum(gs.Parameters(torch.nn.Linear(30, 20)), 64)
         >>> phi(torch.randn(5, 620)).shape
         torch.Size([5, 64])
 

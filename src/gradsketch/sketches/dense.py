@@ -29,7 +29,7 @@ class Dense(Sketch):
     n·d random numbers a call, shared by the vectors of the batch. Sizes nest as prefixes.
 
     Example:
-        >>> phi = Dense(1000, 10, distribution="rademacher")
+        >>> phi = gs.Dense(1000, 10, distribution="rademacher")
         >>> phi.dense().abs().unique() * 10**0.5
         tensor([1.], dtype=torch.float64)
 

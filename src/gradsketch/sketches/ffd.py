@@ -26,6 +26,11 @@ class FFD(Sketch):
 
     Source: Le, Sarlós and Smola, "Fastfood", ICML 2013; [P] §3.
 
+    Example:
+        >>> phi = gs.FFD(1 << 16, 1024)
+        >>> phi(torch.ones(1 << 16)).shape
+        torch.Size([1024])
+
     Raises:
         InputError: d is not a power of two; or n or d is not allowed.
     """

@@ -27,6 +27,11 @@ class FJL(Sketch):
 
     Source: Ailon and Chazelle, "The fast Johnson–Lindenstrauss transform", SIAM J. Comput. 2009; [P] §3.
 
+    Example:
+        >>> phi = gs.FJL(100_000, 256)
+        >>> phi(torch.zeros(3, 100_000)).shape
+        torch.Size([3, 256])
+
     Raises:
         InputError: ``nonzeros`` is not a positive integer; or n or d is not allowed.
     """

@@ -33,6 +33,10 @@ class QK(Sketch):
 
     Source: [P] A. Schioppa, NeurIPS 2024 (arXiv 2402.03994), §3 and Theorem 3.3.
 
+    Example:
+        >>> gs.QK(1 << 20, 1 << 12).sizes
+        ((64, 1024), (64, 1024))
+
     Raises:
         InputError: d is not a power of two, or not reachable with that many factors; or n or d is not allowed.
     """

@@ -26,6 +26,11 @@ class SJLT(Sketch):
 
     Source: Kane and Nelson, "Sparser Johnson-Lindenstrauss Transforms", J. ACM 2014, block construction.
 
+    Example:
+        >>> phi = gs.SJLT(10_000, 512)
+        >>> phi(torch.ones(10_000)).shape
+        torch.Size([512])
+
     Raises:
         InputError: d is not a multiple of ``nonzeros``; or n or d is not allowed.
     """

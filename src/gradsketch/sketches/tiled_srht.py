@@ -24,8 +24,7 @@ class TiledSRHT(Sketch):
     Source: T. Ahle et al., "Oblivious Sketching of High-Degree Polynomial Kernels", SODA 2020 (TensorSRHT).
 
     Example:
-        >>> import torch
-        >>> phi = TiledSRHT(8, 4, 16)
+        >>> phi = gs.TiledSRHT(8, 4, 16)
         >>> g, a = torch.randn(2, 5, 8), torch.randn(2, 5, 4)
         >>> torch.allclose(phi.outer(g, a), phi((g.mT @ a).flatten(1)), atol=1e-5)
         True

@@ -27,11 +27,22 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
     ``directory`` (default: ``spectrum`` in the Trainer's output) as it is done; a resumed training run keeps those
     already there. The model is in evaluation mode while a spectrum is taken. Options are those of ``spectrum``.
 
-    Example::
-
-        callback = SpectrumCallback(gs.CausalLM(tokenizer), texts[:16], k=10)
-        Trainer(model, arguments, train_dataset=..., callbacks=[callback]).train()
-        callback.evolution.plot("evolution.png")
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x, labels):
+        ...         logits = super().forward(x)
+        ...         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+        >>> def losses(model, batch):
+        ...     logits = torch.nn.Linear.forward(model, batch["x"])
+        ...     return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        >>> data = [{"x": torch.randn(20), "labels": i % 2} for i in range(32)]
+        >>> callback = gs.SpectrumCallback(losses, data, k=2, at=(0, 2), every=0, progress=False)
+        >>> arguments = TrainingArguments("runs/toy", max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True)
+        >>> _ = Trainer(Net(20, 2), arguments, train_dataset=data, callbacks=[callback]).train()
+        {...}
+        >>> callback.evolution.steps
+        (0, 2)
     """
 
     def __init__(

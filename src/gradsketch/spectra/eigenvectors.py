@@ -27,6 +27,15 @@ def eigenvectors(operator: LinearMap, result: Spectrum, *, first: int | None = N
     Repeats the ``result.steps`` products of the run, holds r + 3 vectors (all of them for the route "full") and
     compares each vector with its stored sketch.
 
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> H = gs.hessian(model, task, data)
+        >>> result = gs.spectrum(H, k=3, progress=False)
+        >>> y = gs.eigenvectors(H, result)
+        >>> torch.allclose(y @ H(y).T, torch.diag(torch.tensor(result.values).float()), atol=1e-3)
+        True
+
     Raises:
         InputError: the result came from a sketched operator, whose eigenvectors lie in R^d: ``result.sketches``.
         GradsketchError: the operator's products are not those of the first pass, to the last bit.

@@ -127,6 +127,16 @@ def spectrum_over(
     there when it is done, and a run that finds it there does not compute it again; a run killed within a checkpoint
     takes that one up where it stopped.
 
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> def load(step):
+        ...     torch.manual_seed(step)
+        ...     return gs.hessian(torch.nn.Linear(20, 2), task, data)
+        >>> evolution = gs.spectrum_over({0: load(0), 100: load(100)}, k=2, progress=False)
+        >>> evolution.steps
+        (0, 100)
+
     Raises:
         InputError: no checkpoints; otherwise what ``spectrum`` raises.
         FingerprintError: the directory holds spectra of another model or sketch.
@@ -162,6 +172,12 @@ def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[
 
 def saved_spectra(directory: str | Path) -> Evolution:
     """Return the evolution that ``spectrum_over`` or a callback left in a directory.
+
+    Example:
+        >>> phi = gs.AFFD(64, 16)
+        >>> _ = gs.spectrum_over({0: phi.T @ phi}, k=2, directory="runs/spectra", progress=False)
+        >>> gs.saved_spectra("runs/spectra").steps
+        (0,)
 
     Raises:
         InputError: there is none.

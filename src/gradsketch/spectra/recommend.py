@@ -46,7 +46,16 @@ def recommend_d(
     """Return the d at which eigenvalues above ``share`` of the largest are seen to ``tolerance`` in Phi H Phiᵀ.
 
     The largest comes from ``steps`` of Lanczos, tr H and ‖H‖_F² from ``probes`` products; d is the least power of two
-    with √(2/d) ≤ tolerance and twice the detection threshold below the smallest value wanted.
+    (at most n) with √(2/d) ≤ tolerance and twice the detection threshold below the smallest value wanted.
+
+    Example:
+        >>> eigenvalues = torch.cat([torch.tensor([100.0, 50.0]), torch.rand(998)])
+        >>> net = torch.nn.Linear(1000, 1, bias=False)
+        >>> def losses(model, batch):
+        ...     return (model.weight[0].square() @ eigenvalues / 2).expand(len(batch))
+        >>> H = gs.hessian(net, losses, torch.zeros(1, 1))
+        >>> gs.recommend_d(H).d
+        1000
 
     Raises:
         InputError: not a self-adjoint map, a number out of range, or an operator that maps everything to zero.
@@ -68,6 +77,6 @@ def recommend_d(
         raise InputError(f"{operator!r} maps everything to zero", "an operator with a spectrum", "Check the loss")
     trace, squared_norm = moments(operator, probes, seed, dtype, device)
     smallest = share * largest
-    d = least_d(smallest, squared_norm.value, tolerance)
+    d = min(least_d(smallest, squared_norm.value, tolerance), operator.n)
     raw_bias = (trace.value + squared_norm.value / smallest) / (d * smallest)
     return Recommendation(d, largest, trace, squared_norm, raw_bias, len(lanczos) + probes)

@@ -48,7 +48,7 @@ class Estimate:
 class Eigenvalue:
     """One eigenvalue and how far to trust it.
 
-    ``residual`` is ‖H y − λ y‖ / |λ| for the unit vector y found. ``error`` is absolute: for the sketched operator
+    ``residual`` is ``‖H y − λ y‖ / |λ|`` for the unit vector y found. ``error`` is absolute: for the sketched operator
     one standard error, otherwise the bound min(r, r²/gap) with r the residual norm and the gap taken from the values
     found. ``raw`` is the sketched operator's own eigenvalue, before the correction. ``gradient_share`` is the squared
     cosine between eigenvector and gradient.
@@ -138,7 +138,7 @@ class Spectrum:
 
     @property
     def r_neg(self) -> float:
-        """R_NEG of [P]: |lowest negative| / largest positive eigenvalue; 0 without negative ones."""
+        """R_NEG of [P]: the lowest negative over the largest positive eigenvalue, in magnitude; 0 without negative ones."""
         if not self.negative:
             return 0.0
         return -self.negative[0].value / self.positive[0].value if self.positive else math.inf

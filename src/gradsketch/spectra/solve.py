@@ -57,7 +57,7 @@ def spectrum(
       by ``probes`` more products (0: not corrected); ``raw`` values stand beside them.
     * "full": re-orthogonalisation against all Krylov vectors, kept in R^n, where they fit in ``memory`` bytes.
 
-    Stops when the eigenvalues asked for have relative residuals ‖Hy − λy‖/|λ| below ``tolerance``, or after
+    Stops when the eigenvalues asked for have relative residuals ``‖Hy − λy‖/|λ|`` below ``tolerance``, or after
     ``steps`` products; what has not settled by then is marked so.
 
     Args:
@@ -76,9 +76,8 @@ def spectrum(
         progress: show a progress bar; by default where there is a terminal.
 
     Example:
-        >>> from gradsketch import AFFD
-        >>> phi = AFFD(1000, 64)
-        >>> s = spectrum(phi.T @ phi, k=3)
+        >>> phi = gs.AFFD(1000, 64)
+        >>> s = gs.spectrum(phi.T @ phi, k=3)
         >>> s.converged.all()
         np.True_
 

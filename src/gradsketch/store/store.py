@@ -36,7 +36,7 @@ class Store:
     moment; writing a shard again replaces it by the same rows.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile
         >>> store = Store.create(tempfile.mkdtemp(), Manifest(d=4, rows=2, shard_rows=64))
         >>> store.write(0, Rows(["a", "b"], torch.ones(2, 4), torch.zeros(2), {}))
         >>> [shard.column("id") for shard in store], store.missing()

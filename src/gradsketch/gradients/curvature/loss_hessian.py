@@ -61,7 +61,7 @@ def hessian(
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> squares = lambda model, batch: model(batch[0]).flatten(1).square().sum(1)
-        >>> H = hessian(model, squares, (torch.eye(2),))
+        >>> H = gs.hessian(model, squares, (torch.eye(2),))
         >>> H(torch.tensor([1.0, 3.0]))
         tensor([1., 3.])
 
@@ -84,6 +84,12 @@ def loss_gradient(
     """Return the gradient of the mean loss over the data, the one whose derivative ``hessian`` is.
 
     On the device of the first parameter, accumulated in ``dtype``; parameters the loss does not use get zeros.
+
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> gs.loss_gradient(model, task, data).shape
+        torch.Size([42])
 
     Raises:
         InputError: empty data, no loss per example, no parameter reached.

@@ -53,7 +53,7 @@ def gauss_newton(
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> squares = lambda model, batch: model(batch[0]).flatten(1).square().sum(1)
-        >>> G = gauss_newton(model, squares, (torch.eye(2),))
+        >>> G = gs.gauss_newton(model, squares, (torch.eye(2),))
         >>> G(torch.tensor([1.0, 3.0]))
         tensor([1., 3.])
 
@@ -84,6 +84,14 @@ def fisher(
     A of ``gauss_newton`` become the Jacobian of the losses themselves and the identity.
 
     Arguments, modes, batches and errors are those of ``hessian``.
+
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> F = gs.fisher(model, task, data)
+        >>> v = torch.randn(F.n)
+        >>> bool(v @ F(v) >= 0)
+        True
 
     Raises:
         InputError: as ``hessian``.

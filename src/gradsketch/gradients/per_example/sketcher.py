@@ -61,6 +61,14 @@ class GradientSketcher:
             form the gradients explicitly; "implicit" differentiates w ↦ L(theta0 + Phiᵀ w) at 0.
         on_non_finite: "raise" an error naming example and parameter, or "skip" the example and record it.
 
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> sketcher = gs.GradientSketcher(model, task, gs.BlockSum(gs.Parameters(model), 32))
+        >>> sketched = sketcher(task.collate(data))
+        >>> sketched.values.shape, sketched.losses.shape
+        (torch.Size([32, 32]), torch.Size([32]))
+
     Raises:
         InputError: parameters the model lacks, a sketch of another length, losses not of shape [b], BatchNorm in
             training mode, a method that cannot do this model.
@@ -150,12 +158,11 @@ def sketch_gradients(
     """Return the sketch of every example's gradient: ``GradientSketcher`` for a single batch.
 
     Example:
-        >>> import torch, gradsketch as gs
         >>> model = torch.nn.Linear(30, 20)
         >>> def losses(model, batch):
         ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
         >>> batch = {"x": torch.randn(5, 30), "y": torch.arange(5)}
-        >>> sketch_gradients(model, losses, batch, gs.BlockSum(gs.Parameters(model), 64)).shape
+        >>> gs.sketch_gradients(model, losses, batch, gs.BlockSum(gs.Parameters(model), 64)).shape
         torch.Size([5, 64])
 
     Raises:

@@ -46,8 +46,7 @@ class Function(Task):
     """Any function (model, batch) → losses [b] as a task.
 
     Example:
-        >>> import torch
-        >>> squares = Function(lambda model, batch: (model(batch[0]) - batch[1]).square().sum(-1))
+        >>> squares = gs.Function(lambda model, batch: (model(batch[0]) - batch[1]).square().sum(-1))
         >>> squares.losses(torch.nn.Linear(3, 1), (torch.zeros(2, 3), torch.zeros(2, 1))).shape
         torch.Size([2])
 

@@ -36,6 +36,13 @@ class CausalLM(Task):
         reduction: "mean" over an example's counted tokens (what Hugging Face reports for a batch of one) or "sum"
             (minus the log-probability of the answer).
 
+    Example:
+        >>> words = "the capital of France is Paris".split()
+        >>> def tokenizer(text, **options):
+        ...     return {"input_ids": [words.index(word) for word in text.split()]}
+        >>> gs.CausalLM(tokenizer).collate([("the capital of France is", " Paris")])["labels"]
+        tensor([[-100, -100, -100, -100, -100,    5]])
+
     Raises:
         InputError: an empty text, an answer without a token (left), a token or label the model does not have, logits
             of another shape.

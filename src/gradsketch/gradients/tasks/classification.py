@@ -33,6 +33,12 @@ class Classification(Task):
         classes: names of the classes in order, where labels are names; otherwise they count from 0.
         max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
 
+    Example:
+        >>> task = gs.Classification(classes=["ham", "spam"])
+        >>> batch = task.collate([(torch.randn(20), "spam"), (torch.randn(20), "ham")])
+        >>> task.losses(torch.nn.Linear(20, 2), batch).shape
+        torch.Size([2])
+
     Raises:
         InputError: an empty text, a label that is unknown or out of range, a token the model does not have, logits of
             another shape.

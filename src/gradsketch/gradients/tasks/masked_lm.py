@@ -37,6 +37,11 @@ class MaskedLM(Task):
         seed: another seed, another mask.
         reduction: "mean" over an example's hidden tokens, or "sum".
 
+    Example:
+        >>> batch = gs.MaskedLM().collate([{"input_ids": [5, 0, 8], "labels": [-100, 7, -100]}])
+        >>> batch["labels"]
+        tensor([[-100,    7, -100]])
+
     Raises:
         InputError: an empty text, a tokenizer without a mask token, a token or label the model does not have, logits
             of another shape.

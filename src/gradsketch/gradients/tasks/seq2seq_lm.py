@@ -33,6 +33,11 @@ class Seq2SeqLM(Task):
             tokenizer's own limit.
         reduction: "mean" over an example's counted tokens, or "sum".
 
+    Example:
+        >>> task = gs.Seq2SeqLM(reduction="sum")  # minus the log-probability of the target
+        >>> task.collate([{"input_ids": [4, 9, 2], "labels": [7, 3]}])["labels"]
+        tensor([[7, 3]])
+
     Raises:
         InputError: an empty source or target, a token or label the model does not have, no start token, logits of
             another shape.

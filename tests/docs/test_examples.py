@@ -1,0 +1,29 @@
+"""The example in every public docstring runs, and prints what it says it prints."""
+
+import doctest
+
+import pytest
+import torch
+
+import gradsketch as gs
+
+_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# Made by the library, never by its user: errors, results, and what is only subclassed. Rouge is used as ExactMatch.
+_WITHOUT = {name for name in gs.__all__ if name.endswith(("Error", "Warning"))} | {
+    "Density", "Distortion", "Evolution", "Hits", "LinearMap", "Rouge", "SketchedGradients", "Sketch", "Spectrum", "Task",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(gs.__all__) - _WITHOUT))
+def test_example_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # What a reader has imported, and nothing else.
+    (found,) = doctest.DocTestFinder(recurse=False).find(getattr(gs, name), name, globs={"torch": torch, "gs": gs})
+    assert found.examples, f"gs.{name} has no example"
+    for package in ("transformers", "rouge_score"):
+        if any(f"import {package}" in e.source or f"from {package}" in e.source for e in found.examples):
+            pytest.importorskip(package)
+    printed = []
+    doctest.DocTestRunner(optionflags=_FLAGS).run(found, out=printed.append)
+    assert not printed, "".join(printed)
