@@ -10,7 +10,8 @@ import gradsketch as gs
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Made by the library, never by its user: errors, results, and what is only subclassed. Rouge is used as ExactMatch.
 _WITHOUT = {name for name in gs.__all__ if name.endswith(("Error", "Warning"))} | {
-    "Density", "Distortion", "Evolution", "Hits", "LinearMap", "Rouge", "SketchedGradients", "Sketch", "Spectrum", "Task",
+    "Density", "Distortion", "Evolution", "Hits", "LinearMap", "Rouge", "SketchedGradients", "Sketch", "Spectrum",
+    "Task",
 }  # fmt: skip
 
 

@@ -91,8 +91,9 @@ def intrinsic_dimension(
     Example:
         >>> task = gs.Classification()
         >>> data = [(torch.randn(20), i % 2) for i in range(32)]  # labels to be learned by heart
+        >>> accuracy = gs.Accuracy(task, data)
         >>> net = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 2))
-        >>> result = gs.intrinsic_dimension(net, task, data, gs.Accuracy(task, data), target=0.9, check_every=20, lr=0.01)
+        >>> result = gs.intrinsic_dimension(net, task, data, accuracy, target=0.9, check_every=20, lr=0.01)
         >>> result.reached
         True
     """

@@ -138,7 +138,7 @@ class Spectrum:
 
     @property
     def r_neg(self) -> float:
-        """R_NEG of [P]: the lowest negative over the largest positive eigenvalue, in magnitude; 0 without negative ones."""
+        """R_NEG of [P]: the lowest negative over the largest positive eigenvalue, as a magnitude."""
         if not self.negative:
             return 0.0
         return -self.negative[0].value / self.positive[0].value if self.positive else math.inf
