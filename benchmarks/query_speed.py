@@ -2,22 +2,29 @@
 
     python benchmarks/query_speed.py            # and --quick
 
-Writes benchmarks/results/query_speed.json. Every job of a setting runs in turn, round by round; the files are in the
-page cache, as they are after the first query. "read" reads every shard into one preallocated buffer.
+Writes benchmarks/results/query_speed.json. Every job of a setting runs in turn, round by round. "read" reads every
+shard into one preallocated buffer. "in memory": the files are in the page cache, as they are after the first query;
+"from disk": they are put out of it before each job, as they are where the index is larger than memory.
+"preconditioner" is what the first query of an index adds to that (fit), and what every later process does (kept).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from record import interleaved_seconds, peak_bytes, write
 
+from gradsketch.attribution.precondition import fit_preconditioner
 from gradsketch.attribution.scan import Probe, top
 from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows
@@ -41,6 +48,25 @@ def read_bytes(store: Store, buffer: bytearray) -> None:
                 file.readinto(buffer)
 
 
+def forget(store: Store) -> None:
+    """Put a store's files out of the page cache."""
+    for file in Path(store.folder.uri).glob("*.arrow"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def seconds_from_disk(store: Store, jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            forget(store)
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: {"best": min(s), "median": statistics.median(s)} for name, s in seconds.items()}
+
+
 def measure(rows: int, d: int, dtype: str, repeats: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     try:
@@ -53,12 +79,25 @@ def measure(rows: int, d: int, dtype: str, repeats: int) -> dict[str, Any]:
             "query": lambda: top([probe], K),
             "query, coarse on d/4": lambda: top([probe], K, width=d // 4),
         }
-        seconds = interleaved_seconds(jobs, repeats)
-        ratio = seconds["query"]["best"] / seconds["read"]["best"]
+        seconds = {
+            "in memory": interleaved_seconds(jobs, repeats),
+            "from disk": seconds_from_disk(store, jobs, max(2, repeats // 3)),
+        }
+        ratios = {name: s["query"]["median"] / s["read"]["median"] for name, s in seconds.items()}
         result = {"rows": rows, "d": d, "dtype": dtype, "queries": QUERIES, "bytes": sum(files), "seconds": seconds}
-        return result | {"query / read": round(ratio, 2), "peak_bytes": peak_bytes(jobs["query"])}
+        result |= {"query / read": ratios, "peak_bytes": peak_bytes(jobs["query"])}
+        return result | ({"preconditioner_seconds": preconditioner(store)} if dtype == "float16" else {})
     finally:
         shutil.rmtree(folder)
+
+
+def preconditioner(store: Store) -> dict[str, float]:
+    seconds = {}
+    for name in ("fit", "kept"):
+        start = time.perf_counter()
+        fit_preconditioner(store, unit_length=True, damping=0.1)
+        seconds[name] = time.perf_counter() - start
+    return seconds
 
 
 def main() -> None:

@@ -1,23 +1,22 @@
 """(F + λI)⁻¹ in sketch space, with F = XᵀX/N from the stored sketches themselves.
 
 Exact where N or d is at most 16,384 (Cholesky, in the smaller of the two spaces); beyond, a randomised low-rank
-approximation with an isotropic tail. Sums are float64.
+approximation with an isotropic tail. Factors are float64.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from gradsketch.attribution.moments import Moments, RowMatrix, moments_of
 from gradsketch.errors import InputError
-from gradsketch.random import Stream
-from gradsketch.store import Shard, Store
+from gradsketch.store import Store
 
 __all__ = ["EXACT_SIZE", "LOW_RANK", "Preconditioner", "fit_preconditioner", "held_out_damping"]
 
@@ -76,69 +75,16 @@ def fit_preconditioner(
     mean = rows.squared_norm / rows.count / size if rows.count else 0.0
     if mean == 0:
         raise InputError(f"{store!r} without a gradient", "rows of non-zero gradients", 'Use score="dot"')
-    shift = damping * mean
-    if size > exact_size:
-        return Preconditioner(_LowRank.fit(rows, shift, min(rank, size)), rows.count, damping, mean, "low rank")
-    if rows.count < store.d:
-        return Preconditioner(_Dual(rows, rows.gram(), shift), rows.count, damping, mean, "dual")
-    return Preconditioner(_Primal(rows.second_moment(), shift), rows.count, damping, mean, "primal")
+    moments = moments_of(rows, exact_size=exact_size, rank=rank)
+    return Preconditioner(_solver(rows, moments, damping * mean), rows.count, damping, mean, moments.method)
 
 
-class RowMatrix:
-    """The usable rows of a store as a matrix X [N, d] that is streamed, never held."""
-
-    def __init__(self, store: Store, unit_length: bool) -> None:
-        self.store, self.unit_length = store, unit_length
-        usable = [torch.isfinite(shard.numbers("gradient_norm")) for shard in store]
-        norms = [shard.numbers("gradient_norm")[u].double() for shard, u in zip(store, usable, strict=True)]
-        self.count = sum(len(n) for n in norms)
-        self.squared_norm = float(sum((((n > 0).sum() if unit_length else n.square().sum()) for n in norms), start=0.0))
-
-    def blocks(self) -> Iterator[Float[Tensor, "rows d"]]:
-        """Yield X piece by piece, in float32."""
-        for shard in self.store:
-            yield self.block(shard)
-
-    def block(self, shard: Shard) -> Float[Tensor, "rows d"]:
-        norm = shard.numbers("gradient_norm")
-        usable = torch.isfinite(norm)
-        x = shard.decoded(usable)
-        return x / norm[usable].clamp_min(torch.finfo(torch.float32).tiny)[:, None] if self.unit_length else x
-
-    def second_moment(self) -> Float64[Tensor, "d d"]:
-        """Return XᵀX / N."""
-        total = torch.zeros(self.store.d, self.store.d, dtype=torch.float64)
-        for x in self.blocks():
-            total += x.T @ x
-        return total / self.count
-
-    def gram(self) -> Float64[Tensor, "n n"]:
-        """Return XXᵀ, block by block: two shards are held at a time."""
-        out = torch.empty(self.count, self.count, dtype=torch.float64)
-        row = 0
-        for x in self.blocks():
-            column = 0
-            for y in self.blocks():
-                if column > row:
-                    break
-                product = x @ y.T
-                out[row : row + len(x), column : column + len(y)] = product
-                out[column : column + len(y), row : row + len(x)] = product.T
-                column += len(y)
-            row += len(x)
-        return out
-
-    def times(self, v: Float64[Tensor, "m d"]) -> Float64[Tensor, "m n"]:
-        """Return v Xᵀ."""
-        return torch.cat([v @ x.double().T for x in self.blocks()], dim=1)
-
-    def transposed_times(self, a: Float64[Tensor, "m n"]) -> Float64[Tensor, "m d"]:
-        """Return a X."""
-        out, at = a.new_zeros(len(a), self.store.d), 0
-        for x in self.blocks():
-            out += a[:, at : at + len(x)] @ x.double()
-            at += len(x)
-        return out
+def _solver(rows: RowMatrix, moments: Moments, shift: float) -> _Solver:
+    first = moments.matrices[0].double()
+    if moments.method == "low rank":
+        size, trace = min(moments.rows, rows.store.d), moments.squared_norm / moments.rows
+        return _LowRank(first, moments.matrices[1].double(), trace, size, shift)
+    return _Dual(rows, first, shift) if moments.method == "dual" else _Primal(first, shift)
 
 
 class _Primal(_Solver):
@@ -165,33 +111,19 @@ class _Dual(_Solver):
 
 
 class _LowRank(_Solver):
-    """F ≈ U diag(l) Uᵀ + t(I − UUᵀ), with t the mean of the eigenvalues that the low rank leaves out.
+    """F ≈ U diag(l) Uᵀ + t(I − UUᵀ), with t the mean of the eigenvalues that the low rank leaves out."""
 
-    Randomised Nyström approximation: Frangella, Tropp and Udell 2023, algorithm 2.1.
-    """
-
-    def __init__(self, vectors: Float64[Tensor, "d r"], inverse: Float64[Tensor, " r"], tail: float) -> None:
-        self.vectors, self.inverse, self.tail = vectors, inverse, tail
-
-    @classmethod
-    def fit(cls, rows: RowMatrix, shift: float, rank: int) -> _LowRank:
-        d = rows.store.d
-        normals = Stream(0, "nystrom").normals(0, d * rank, dtype=torch.float64).view(d, rank)
-        test = torch.linalg.qr(normals).Q
-        image = torch.zeros(d, rank, dtype=torch.float64)
-        for x in rows.blocks():
-            image += (x.T @ (x @ test.float())).double() / rows.count
-        # A shift of rounding size keeps the small Cholesky positive definite; it is taken off again.
-        tiny = 1e-7 * float(image.norm())
-        image += tiny * test
-        inner = test.T @ image
-        factor = torch.linalg.cholesky((inner + inner.T) / 2)
-        half = torch.linalg.solve_triangular(factor, image.T, upper=False).T
-        vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
-        values = (singular.square() - tiny).clamp_min(0)
-        left_out = max(0.0, rows.squared_norm / rows.count - float(values.sum()))
-        tail = left_out / max(1, min(rows.count, d) - rank)
-        return cls(vectors, 1 / (values + shift), 1 / (tail + shift))
+    def __init__(
+        self,
+        vectors: Float64[Tensor, "d r"],
+        values: Float64[Tensor, " r"],
+        trace: float,
+        eigenvalues: int,
+        shift: float,
+    ) -> None:
+        left_out = max(0.0, trace - float(values.sum()))
+        tail = left_out / max(1, eigenvalues - len(values))
+        self.vectors, self.inverse, self.tail = vectors, 1 / (values + shift), 1 / (tail + shift)
 
     def solve(self, q: Float64[Tensor, "m d"]) -> Float64[Tensor, "m d"]:
         inside = q @ self.vectors

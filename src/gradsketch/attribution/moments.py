@@ -1,0 +1,193 @@
+"""What (F + λI)⁻¹ takes from all rows of a store, whatever λ is: computed in one pass, and kept beside the store.
+
+The file is written whole or not at all, so that a kill or another process at the same work can do no harm. It is used
+only where the store is complete, is the very store it was made from (by fingerprint) and the bytes are sound (CRC-32);
+otherwise the rows are read again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from gradsketch.errors import StoreError
+from gradsketch.random import Stream
+from gradsketch.store import Shard, Store
+
+__all__ = ["Moments", "RowMatrix", "moments_of"]
+
+_FOLDER, _FORMAT, _HEADER = "moments", 1, b"gradsketch"
+# Multiplications from which the pass over the rows takes longer than writing its outcome down.
+_WORTH_KEEPING = 1 << 34
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of N rows: F = XᵀX / N ("primal"), XXᵀ ("dual"), or F's leading eigenpairs ("low rank").
+
+    ``squared_norm`` is ‖X‖². Matrices are rounded to float32 when they are complete, kept or not, so that a query gives
+    the same bits whichever process computed them.
+    """
+
+    method: str
+    rows: int
+    squared_norm: float
+    matrices: tuple[Tensor, ...] = ()
+
+
+class RowMatrix:
+    """The usable rows of a store as a matrix X [N, d] that is streamed, never held."""
+
+    def __init__(self, store: Store, unit_length: bool) -> None:
+        self.store, self.unit_length, self.count, self.squared_norm = store, unit_length, 0, 0.0
+        for start, count in store.ranges():
+            norms = store.shard(start, count).numbers("gradient_norm").double()
+            norms = norms[torch.isfinite(norms)]
+            self.count += len(norms)
+            self.squared_norm += float((norms > 0).sum() if unit_length else norms.square().sum())
+
+    def blocks(self) -> Iterator[Float[Tensor, "rows d"]]:
+        """Yield X piece by piece, in float32."""
+        for shard in self.store:
+            yield self.block(shard)
+
+    def block(self, shard: Shard) -> Float[Tensor, "rows d"]:
+        """Return a shard's part of X."""
+        norm = shard.numbers("gradient_norm")
+        usable = torch.isfinite(norm)
+        x = shard.decoded(usable)
+        return x / norm[usable].clamp_min(torch.finfo(torch.float32).tiny)[:, None] if self.unit_length else x
+
+    def second_moment(self) -> Float64[Tensor, "d d"]:
+        """Return XᵀX / N."""
+        total = torch.zeros(self.store.d, self.store.d, dtype=torch.float64)
+        for x in self.blocks():
+            total += x.T @ x
+        return total / self.count
+
+    def gram(self) -> Float64[Tensor, "n n"]:
+        """Return XXᵀ, block by block: two shards are held at a time."""
+        out = torch.empty(self.count, self.count, dtype=torch.float64)
+        row = 0
+        for x in self.blocks():
+            column = 0
+            for y in self.blocks():
+                if column > row:
+                    break
+                product = x @ y.T
+                out[row : row + len(x), column : column + len(y)] = product
+                out[column : column + len(y), row : row + len(x)] = product.T
+                column += len(y)
+            row += len(x)
+        return out
+
+    def eigenpairs(self, rank: int) -> tuple[Float64[Tensor, "d r"], Float64[Tensor, " r"]]:
+        """Return F's leading eigenvectors and eigenvalues, approximately, from one pass over the rows.
+
+        Randomised Nyström approximation: Frangella, Tropp and Udell 2023, algorithm 2.1.
+        """
+        d = self.store.d
+        normals = Stream(0, "nystrom").normals(0, d * rank, dtype=torch.float64).view(d, rank)
+        test = torch.linalg.qr(normals).Q
+        image = torch.zeros(d, rank, dtype=torch.float64)
+        for x in self.blocks():
+            image += (x.T @ (x @ test.float())).double() / self.count
+        # A shift of rounding size keeps the small Cholesky positive definite; it is taken off again.
+        tiny = 1e-7 * float(image.norm())
+        image += tiny * test
+        inner = test.T @ image
+        factor = torch.linalg.cholesky((inner + inner.T) / 2)
+        half = torch.linalg.solve_triangular(factor, image.T, upper=False).T
+        vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        return vectors, (singular.square() - tiny).clamp_min(0)
+
+    def times(self, v: Float64[Tensor, "m d"]) -> Float64[Tensor, "m n"]:
+        """Return v Xᵀ."""
+        return torch.cat([v @ x.double().T for x in self.blocks()], dim=1)
+
+    def transposed_times(self, a: Float64[Tensor, "m n"]) -> Float64[Tensor, "m d"]:
+        """Return a X."""
+        out, at = a.new_zeros(len(a), self.store.d), 0
+        for x in self.blocks():
+            out += a[:, at : at + len(x)] @ x.double()
+            at += len(x)
+        return out
+
+
+def moments_of(rows: RowMatrix, *, exact_size: int, rank: int) -> Moments:
+    """Return the second moments of the rows: what is kept beside the store, or one pass over it.
+
+    Exact, in the smaller of the two spaces, where that is at most ``exact_size``; else ``rank`` eigenpairs.
+    """
+    store, size = rows.store, min(rows.count, rows.store.d)
+    method = "low rank" if size > exact_size else "dual" if rows.count < store.d else "primal"
+    rank = min(rank, size)
+    width = rank if method == "low rank" else size
+    worth = rows.count * store.d * width >= _WORTH_KEEPING and not store.missing()
+    facts = {
+        "format": _FORMAT,
+        "fingerprint": store.manifest.fingerprint,
+        "unit_length": rows.unit_length,
+        "method": method,
+        "rows": rows.count,
+        "width": width,
+    }
+    kept = _read(store, facts) if worth else None
+    if kept is None:
+        kept = tuple(matrix.float() for matrix in _computed(rows, method, rank))
+        if worth:
+            _write(store, facts, kept)
+    return Moments(method, rows.count, rows.squared_norm, kept)
+
+
+def _computed(rows: RowMatrix, method: str, rank: int) -> tuple[Tensor, ...]:
+    if method == "low rank":
+        return rows.eigenpairs(rank)
+    return (rows.gram() if method == "dual" else rows.second_moment(),)
+
+
+def _name(facts: Mapping[str, Any]) -> str:
+    return f"{'unit' if facts['unit_length'] else 'plain'}-{facts['method'].replace(' ', '-')}.arrow"
+
+
+def _write(store: Store, facts: Mapping[str, Any], matrices: tuple[Tensor, ...]) -> None:
+    """Keep matrices for later queries; where the folder cannot be written, they are computed again."""
+    values = np.concatenate([matrix.reshape(-1).numpy() for matrix in matrices])
+    header = {"facts": dict(facts), "shapes": [list(m.shape) for m in matrices], "crc32": zlib.crc32(values.data)}
+    schema = pa.schema([pa.field("value", pa.float32())], metadata={_HEADER: json.dumps(header).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array(values)], schema=schema))
+    folder = store.folder.child(_FOLDER)
+    with suppress(StoreError):
+        folder.clean()
+        folder.write(_name(facts), sink.getvalue())
+
+
+def _read(store: Store, facts: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    """Return matrices that were kept, or None where there are none of these very facts, or not every byte is sound."""
+    folder = store.folder.child(_FOLDER)
+    try:
+        if _name(facts) not in folder.names():
+            return None
+        reader = pa.ipc.open_file(folder.read(_name(facts), whole=True))
+        header = json.loads(reader.schema.metadata[_HEADER])
+        values = reader.get_batch(0).column("value").to_numpy()
+        sizes = [math.prod(shape) for shape in header["shapes"]]
+        if header["facts"] != facts or sum(sizes) != len(values) or zlib.crc32(values.data) != header["crc32"]:
+            return None
+    except (StoreError, pa.ArrowException, OSError, LookupError, ValueError, TypeError):
+        return None
+    parts = torch.from_numpy(values.copy()).split(sizes)
+    return tuple(part.view(shape) for part, shape in zip(parts, header["shapes"], strict=True))
