@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few models, written to no file")
     quick = parser.parse_args().quick
     parts: dict[str, Callable[[], Any]] = {
-        "lds": lambda: lds(4, (1024,), 2) if quick else lds(200, (256, 1024, 4096), 5),
+        "lds": lambda: lds(4, (1024,), 2) if quick else lds(100, (256, 1024, 4096), 5),
         "mislabelled": lambda: mislabelled(1, 1024) if quick else mislabelled(3, 2048),
         "removal": lambda: removal(2, 20, 1024) if quick else removal(12, 20, 2048),
     }
