@@ -6,8 +6,8 @@ Writes benchmarks/results/attribution_quality.json. A small network is trained o
 
 * lds: linear datamodeling score over models trained on random halves; scores from sketches of several d, from the exact
   gradients in float64 by the same formula, from pixels alone, and at random. "5 models" adds up five trainings (as
-  checkpoints of one index). Peers run where they are installed (pip install --no-deps dattri traker), at their own
-  settings and with λ as ours.
+  checkpoints of one index). Peers run where they are installed (pip install --no-deps dattri traker): at λ = 0, their
+  default, with half as many numbers as examples, which inverting XᵀX takes; and with 1,024 numbers at several λ.
 * pearson: correlation of sketched with exact scores, over all pairs of query and training example.
 * mislabelled: AUC of self-influence for the flipped labels, always beside the plain training loss, for several seeds.
 * removal: rise of a wrong answer's loss when its 20 strongest proponents go, beyond that of 20 random ones.
@@ -37,6 +37,7 @@ from gradsketch.evaluation.lds import linear_datamodeling_score
 from gradsketch.random import Stream
 
 TRAIN, QUERIES, RATE, EPOCHS, BATCH, DAMPING = 600, 50, 3e-3, 15, 50, 0.1
+PEER_SETTINGS = ((TRAIN // 2, 0.0), *((1024, 10.0**e) for e in range(-6, 2)))  # (d, λ in a peer's own units)
 TASK = gs.Classification()
 Scores = Float[Tensor, "q n"]
 
@@ -98,16 +99,18 @@ def pixel_cosine(train: list[Any], queries: list[Any]) -> Scores:
     return nn.functional.normalize(q) @ nn.functional.normalize(x).T * same
 
 
-def peers(models: list[nn.Module], train: list[Any], queries: list[Any], d: int) -> dict[str, tuple[Scores, float]]:
+def peers(models: list[nn.Module], train: list[Any], queries: list[Any]) -> dict[str, tuple[Scores, float]]:
     found: dict[str, tuple[Scores, float]] = {}
     for package, run in (("dattri", dattri_trak), ("trak", traker)):
         if importlib.util.find_spec(package) is not None:
-            start = time.perf_counter()
-            found[f"{run.__name__}, d={d}"] = run(models, train, queries, d), time.perf_counter() - start
+            for d, shift in PEER_SETTINGS:
+                start = time.perf_counter()
+                scores = run(models, train, queries, d, shift)
+                found[f"{run.__name__}, d={d}, λ={shift:g}"] = scores, time.perf_counter() - start
     return found
 
 
-def dattri_trak(models: list[nn.Module], train: list[Any], queries: list[Any], d: int) -> Scores:
+def dattri_trak(models: list[nn.Module], train: list[Any], queries: list[Any], d: int, shift: float) -> Scores:
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
     from torch.utils.data import DataLoader, TensorDataset
@@ -131,12 +134,13 @@ def dattri_trak(models: list[nn.Module], train: list[Any], queries: list[Any], d
 
     states = [m.state_dict() for m in models]
     task = AttributionTask(loss_func=margin, model=model, checkpoints=states)
-    attributor = TRAKAttributor(task, probability, projector_kwargs={"proj_dim": d, "device": "cpu"})
+    kept = {"proj_dim": d, "device": "cpu"}
+    attributor = TRAKAttributor(task, probability, projector_kwargs=kept, regularization=shift)
     attributor.cache(loader(train))
     return attributor.attribute(loader(queries)).T.double().detach()
 
 
-def traker(models: list[nn.Module], train: list[Any], queries: list[Any], d: int) -> Scores:
+def traker(models: list[nn.Module], train: list[Any], queries: list[Any], d: int, shift: float) -> Scores:
     from trak import TRAKer
     from trak.projectors import BasicProjector, ProjectionType
 
@@ -148,7 +152,7 @@ def traker(models: list[nn.Module], train: list[Any], queries: list[Any], d: int
     with tempfile.TemporaryDirectory() as folder:
         run = TRAKer(
             digits_net().eval(), "image_classification", len(train), folder, device="cpu", projector=projector(),
-            proj_dim=d, use_half_precision=False, logging_level=40,
+            proj_dim=d, use_half_precision=False, logging_level=40, lambda_reg=shift,
         )  # fmt: skip
         for number, model in enumerate(models):
             run.load_checkpoint(model.state_dict(), model_id=number)
@@ -195,8 +199,7 @@ def lds(subsets: int, sizes: tuple[int, ...], ensemble: int) -> dict[str, Any]:
             for kind, value in found.items():
                 pair = torch.stack([value.flatten(), truth[kind].flatten()])
                 pearson[f"{kind}, d={d}, {name}"] = float(torch.corrcoef(pair)[0, 1])
-        # As many numbers as there are examples leave a peer that inverts XᵀX unregularised nothing: half as many.
-        for peer, (value, took) in peers(group, train, queries, TRAIN // 2).items():
+        for peer, (value, took) in peers(group, train, queries).items():
             scores[f"{peer}, {name}"], seconds[f"{peer}, {name}"] = value, took
     found = {name: linear_datamodeling_score(value, retrainings) for name, value in scores.items()}
     return {
@@ -276,7 +279,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "lds": lambda: lds(4, (1024,), 2) if quick else lds(100, (256, 1024, 4096), 5),
         "mislabelled": lambda: mislabelled(1, 1024) if quick else mislabelled(3, 2048),
-        "removal": lambda: removal(2, 20, 1024) if quick else removal(12, 20, 2048),
+        "removal": lambda: removal(2, 20, 1024) if quick else removal(30, 20, 2048),
     }
     results = {}
     for name, part in parts.items():
