@@ -80,6 +80,14 @@ def test_a_hit_says_everything_about_its_row(index):
     assert hit.score > 0
 
 
+def test_metadata_is_what_the_text_does_not_show(tmp_path):
+    """A column called source is metadata, unless it is the input."""
+    rows = [{"prompt": f"square {i}:", "answer": f" {i * i}", "source": "table", "n": None} for i in range(3)]
+    model, task = toys.TinyLM(), toys.language_task()
+    hit = build_index(tmp_path, model, task, rows, d=D, progress=False).query(model, rows[:1], k=1)[0][0]
+    assert (hit.text, hit.metadata) == ("square 0: 0", {"source": "table", "n": None})
+
+
 def test_the_sign_is_that_of_a_gradient_step():
     """Training on the strongest proponent lowers the query's loss, on the strongest opponent raises it."""
     model, task, data = toys.classifier(), toys.vector_task(), toys.vectors(60)

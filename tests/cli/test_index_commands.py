@@ -127,7 +127,9 @@ def test_export(index, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["query", "/nowhere", "--text", "a"], "run.json"),
+        (["query", "/nowhere", "--text", "a"], "index.json"),
+        (["query", "INDEX", "--text", "a", "--model", "./nowhere"], "no folder './nowhere'"),
+        (["query", "INDEX", "--text", "a", "--device", "gpu"], "--device cpu"),
         (["query", "INDEX"], "no query"),
         (["query", "INDEX", "--prompt", "a"], "--answer"),
         (["query", "INDEX", "--text", "a", "--where", "half"], "column=value"),
@@ -135,11 +137,43 @@ def test_export(index, tmp_path, capsys):
         (["query", "INDEX", "--text", "a", "--damping", "much"], "--damping"),
         (["verify", "/nowhere"], "index.json"),
         (["export", "INDEX", "--checkpoint", "7", "--parquet", "x"], "--checkpoint 7"),
+        (["export", "INDEX", "--parquet", "INDEX"], "cannot write"),
+        (["export", "INDEX", "--parquet", "/proc/x.parquet"], "cannot write"),
     ],
 )
 def test_mistakes_are_explained(index, words, message, capsys):
     assert main([str(index) if word == "INDEX" else word for word in words]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nothing.jsonl"], "'nothing.jsonl' does not exist"),
+        (["--model", "/nowhere"], "no folder '/nowhere'"),
+        (["--task", "classification"], "without weights for score.weight"),
+        (["--d", "0"], "d=0. Wanted: a positive integer. Type d=1024"),
+        (["--include", "nothing.*"], "matches no parameter"),
+        (["--shard-rows", "0"], "shard_rows=0"),
+        (["--checkpoints", "/nowhere.pt"], "holds no weights"),
+        (["--device", "gpu"], "Type --device cpu"),
+        (["--data", "COLUMNS"], "keys question, reply). Wanted: a text, (prompt, answer)"),
+    ],
+)
+def test_mistakes_of_a_new_index_are_explained_and_leave_no_shard(model, data, tmp_path, more, message, capsys):
+    (tmp_path / "columns.csv").write_text("question,reply\nthe capital,of\n")
+    more = [str(tmp_path / "columns.csv") if word == "COLUMNS" else word for word in more]
+    assert main(arguments(model, data, tmp_path / "i", *more)) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("path", ["file", "file/inside", "/proc/gradsketch"])
+def test_a_folder_that_cannot_be_made(model, data, tmp_path, path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(arguments(model, data, tmp_path / path)) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):

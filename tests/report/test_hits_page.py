@@ -128,6 +128,15 @@ def test_images_in_metadata_are_shown(tmp_path):
     assert ("img", {"src": image, "alt": "picture"}) in page.tags
 
 
+def test_flags_are_shown_by_name_where_they_are_true(tmp_path):
+    hits = [sample.hit(1, 0.5, "x", planted=True, checked=False), sample.hit(2, 0.4, "y", planted=False, checked=True)]
+    page = page_of(sample.hits(sample.query("q", None, hits)), tmp_path)
+    assert len(page.with_class("flag")) == 2
+    assert page.text.split().count("planted") == page.text.split().count("checked") == 1
+    assert "True" not in page.text
+    assert "False" not in page.text
+
+
 def test_no_query_at_all(tmp_path):
     assert "No query was asked." in page_of(sample.hits(), tmp_path).text
 

@@ -65,7 +65,7 @@ PROGRAM = """
         rows(start, count)
     encode_shard(rows(0, SHARD), 0, manifest)  # the first use imports a lot
     os.makedirs(path)
-    killed, progress = 0, []
+    killed, torn, progress = 0, 0, []
     while killed < kills:
         before = set(os.listdir(path))
         pids = [writer(False), writer(True)]
@@ -74,6 +74,7 @@ PROGRAM = """
             time.sleep(random.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
             killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        torn += any(".tmp-" in name for name in os.listdir(path))
         if os.path.exists(path + "/index.json"):
             progress.append(check(Store.open(path)))
             if progress[-1] == ROWS:
@@ -82,7 +83,7 @@ PROGRAM = """
     write_missing(False)
     assert check(Store.open(path)) == ROWS
     left = [name for name in os.listdir(path) if ".tmp-" in name]
-    print(json.dumps({"killed": killed, "progress": progress, "left": left}))
+    print(json.dumps({"killed": killed, "torn": torn, "progress": progress, "left": left}))
 """
 
 
@@ -100,4 +101,5 @@ def test_killed_writers_lose_nothing(tmp_path, kills, seed):
     report = json.loads(done.stdout)
     assert report["killed"] >= kills
     assert max(report["progress"]) > 0  # the writers did get somewhere between the kills
+    assert report["torn"] > 0  # and some died in the middle of a file
     assert report["left"] == []

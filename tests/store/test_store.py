@@ -366,6 +366,23 @@ class TestFaults:
 
 
 class TestExport:
+    @pytest.mark.parametrize("export", [to_parquet, to_faiss])
+    def test_a_file_is_replaced_whole_or_not_at_all(self, tmp_path, export):
+        if export is to_faiss:
+            pytest.importorskip("faiss")
+        store = fill(Store.create(tmp_path / "store", manifest()))
+        out = tmp_path / "new" / "out"
+        export(store, out)
+        good = out.read_bytes()
+        file = tmp_path / "store" / "part-000000000064-000064.arrow"
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(StoreError, match="part-000000000064"):
+            export(store, out)
+        assert out.read_bytes() == good
+        assert os.listdir(out.parent) == ["out"]
+        with pytest.raises(StoreError, match="cannot write"):
+            export(fill(Store.create(tmp_path / "other", manifest())), tmp_path / "store")
+
     def test_parquet(self, tmp_path):
         store = fill(Store.create(tmp_path / "store", manifest()))
         table = pa.parquet.read_table(to_parquet(store, tmp_path / "out.parquet"))

@@ -162,11 +162,11 @@ class Build:
         self.shape = Manifest(
             d=d,
             rows=rows,
-            shard_rows=shard_rows or default_shard_rows(rows, d, dtype),
+            shard_rows=default_shard_rows(rows, d, dtype) if shard_rows is None else shard_rows,
             dtype=dtype,
             columns=self.survey.columns,
         )
-        source = str(data) if isinstance(data, str | Path) else type(data).__name__
+        source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
         self.description = Description(d, seed, self.sketch.names, stored, source)
 

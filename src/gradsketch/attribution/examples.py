@@ -31,10 +31,11 @@ _BAD_ROWS_SHOWN = 5
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that the task cannot use: where it stands and why."""
+    """A row that the task cannot use: where it stands, why, and what the task takes."""
 
     where: str
     reason: str
+    wanted: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def as_examples(data: Any) -> Any:
         raise InputError(
             f"data of type {type(data).__name__}",
             "a path, a list, a dataset with a length and positions, or a dict of tensors",
-            "Wrap it in list(...)",
+            'Pass one part, such as data["train"]' if isinstance(data, Mapping) else "Wrap it in list(...)",
         )
     return data
 
@@ -104,7 +105,8 @@ def survey(examples: Any, task: Task) -> Survey:
             example = examples[place]
             tokens += task.length(example)
         except InputError as error:
-            bad.append(BadRow(where(examples, place), error.came))
+            stands = where(examples, place)
+            bad.append(BadRow(stands, error.came.removeprefix(f"{stands}: "), error.wanted))
             continue
         places.append(place)
         for part in _canonical(example):
@@ -131,7 +133,7 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
         more = f" and {len(bad) - _BAD_ROWS_SHOWN} more" if len(bad) > _BAD_ROWS_SHOWN else ""
         raise InputError(
             f"{len(bad)} of {total} rows that cannot be used: {shown}{more}",
-            "rows the task can read",
+            "; ".join(dict.fromkeys(row.wanted for row in bad[:_BAD_ROWS_SHOWN])),
             "Repair them, or leave them out with skip_bad=True (--skip-bad)",
         )
 

@@ -394,10 +394,10 @@ def _hit(rank: int, row: int, score: float, record: dict[str, Any]) -> Hit:
     record = dict(record)
     id_, loss, norm = record.pop("id"), record.pop("loss"), record.pop("gradient_norm")
     text, answer = display(record)
+    parts = ("text", "prompt", "source", "answer", "completion", "target")
+    metadata = {n: value for n, value in record.items() if n not in parts or value not in (text, answer)}
     if answer is not None and text is not None:
         text += answer if "prompt" in record else f" → {answer}"
-    shown = ("text", "prompt", "source", "answer", "completion", "target")
-    metadata = {name: value for name, value in record.items() if name not in shown}
     return Hit(rank, row, id_, score, text, loss, norm, metadata)
 
 

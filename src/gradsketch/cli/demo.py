@@ -46,9 +46,9 @@ def run(arguments: list[str]) -> int:
     """Run the demonstration, print what it showed, and return 0."""
     options = run_file.parse(Demo, "demo", arguments)
     out = Terminal(sys.stderr if options.json else sys.stdout)
+    run_file.write(options, "demo", options.out / "run.json")  # a folder that cannot be written is found out now
     results, tables = _lies(options, out)
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    run_file.write(options, "demo", options.out / "run.json")
     (options.out / "demo.json").write_text(text + "\n", encoding="utf-8")
     if options.json:
         print(text)

@@ -65,15 +65,17 @@ def run(arguments: list[str]) -> int:
     """Build the index, or say what that would take."""
     options = run_file.parse(IndexOptions, "index", arguments)
     from gradsketch.attribution.build import Build
+    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
 
     began = time.perf_counter()
+    data = read_examples(options.data)  # before the model, which may take minutes
     model, task = load(options.model)
     build = Build(
         options.path,
         model,
         task,
-        options.data,
+        data,
         d=options.d,
         parameters=Parameters(model, options.include, options.exclude),
         seed=options.seed,

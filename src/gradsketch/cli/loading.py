@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradsketch.errors import InputError
@@ -45,25 +46,50 @@ def load(options: ModelOptions) -> tuple[nn.Module, Task]:
     """Load the model, in eval mode, with its task.
 
     Raises:
-        InputError: transformers is missing, nothing of that name can be loaded, or the task cannot be told.
+        InputError: transformers is missing, nothing of that name can be loaded, it lacks weights for the task, the task
+            cannot be told, or there is no such device.
     """
-    transformers, torch = _imports()
-    kind = options.task if options.task != "auto" else _kind_of(transformers, options.model)
-    dtype = getattr(torch, options.dtype)
-    model = _loaded(options.model, getattr(transformers, _KINDS[kind][0]), dtype=dtype)
-    tokenizer = _loaded(options.model, transformers.AutoTokenizer)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    if options.model.startswith((".", "/", "~")) and not Path(options.model).expanduser().is_dir():
+        raise InputError(f"no folder {options.model!r}", "a folder written by save_pretrained", "Check the path")
+    device = _device(options.device)
+    from gradsketch.demo.weights import quiet_transformers
+
+    with quiet_transformers() as transformers:
+        kind = options.task if options.task != "auto" else _kind_of(transformers, options.model)
+        model = _model(options, getattr(transformers, _KINDS[kind][0]))
+        tokenizer = _loaded(options.model, transformers.AutoTokenizer)
     return model.to(device).eval(), _task(kind, tokenizer, model, options.max_length)
 
 
-def _imports() -> tuple[Any, Any]:
+def _device(name: str) -> str:
     import torch
 
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return best
     try:
-        import transformers
-    except ImportError as error:
-        raise InputError("transformers is not installed", "it, to load models", "pip install gradsketch[hf]") from error
-    return transformers, torch
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"--device {name} ({reason})", "a device of this machine", f"Type --device {best}") from error
+    return name
+
+
+def _model(options: ModelOptions, kind: Any) -> nn.Module:
+    """Load the model; weights that are not in its files would be drawn at random, and so would every answer."""
+    import torch
+
+    dtype = getattr(torch, options.dtype)
+    model, found = _loaded(options.model, kind, dtype=dtype, output_loading_info=True)
+    random = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if random:
+        raise InputError(
+            f"{options.model!r} without weights for {random[0]} ({len(random)} of {type(model).__name__})",
+            "a model that was trained for this task",
+            f"Name another task ({' | '.join(_KINDS)}), or fine-tune and save the model first",
+        )
+    result: nn.Module = model
+    return result
 
 
 def _loaded(name: str, kind: Any, **options: Any) -> Any:

@@ -64,10 +64,13 @@ class QueryOptions:
 def run(arguments: list[str]) -> int:
     """Print the hits."""
     options = run_file.parse(QueryOptions, "query", arguments)
+    from gradsketch.attribution.description import Description
+    from gradsketch.attribution.index import Index
+    from gradsketch.store.folder import open_folder
+
+    Description.read(open_folder(options.index))  # a wrong path is found out before the model is loaded
     examples = _examples(options)
     model, task = load(_model_options(options))
-    from gradsketch.attribution.index import Index
-
     index = Index.open(options.index, task=task)
     hits = index.query(
         model,

@@ -63,10 +63,16 @@ def read(kind: type[Options], command: str, path: Path) -> Options:
 
 
 def write(options: Any, command: str, path: Path) -> None:
-    """Save a command's resolved options."""
+    """Save a command's resolved options.
+
+    Raises:
+        StoreError: the folder cannot be made or written.
+    """
     body = {"command": command, "gradsketch": gradsketch.__version__, "options": asdict(options)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    from gradsketch.store.folder import LocalFolder
+
+    text = json.dumps(body, indent=1, ensure_ascii=False, default=str) + "\n"
+    LocalFolder(path.parent).write(path.name, text.encode())
 
 
 def _built(kind: Any, values: Mapping[str, Any]) -> Any:

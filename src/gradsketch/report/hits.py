@@ -30,7 +30,7 @@ def hits_page(
     """Write one self-contained HTML page and return its path.
 
     Texts are shown up to 4,000 characters, around the strongest token of those that are longer. A metadata value that
-    is an image (``data:image/png;base64,…``) is shown as one.
+    is an image (``data:image/png;base64,…``) is shown as one, and one that is True by its name alone.
 
     Args:
         hits: what ``index.query`` returned.
@@ -84,6 +84,7 @@ def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
         "pieces": [_piece(text, value, strongest) for text, value in shown],
         "before": before,
         "after": after,
+        "flags": [str(name) for name, value in hit.metadata.items() if value is True],
         "facts": [("id", hit.id), *_facts(hit.metadata), ("loss", _number(hit.loss))],
         "images": _images(hit.metadata),
         # What rounding leaves is no news: only a share that a reader would miss is shown.
@@ -103,7 +104,9 @@ def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
 
 
 def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, str(value)) for name, value in metadata.items() if value is not None and not _is_image(value)]
+    """Return what is neither an image nor a flag: those that are true are shown by name, the others not at all."""
+    shown = ((name, value) for name, value in metadata.items() if value is not None and not isinstance(value, bool))
+    return [(name, str(value)) for name, value in shown if not _is_image(value)]
 
 
 def _images(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -42,8 +42,9 @@ def write(path: str | Path, text: str) -> Path:
         StoreError: no permission, or no room.
     """
     path = Path(path)
-    if path.is_dir() or not LocalFolder(path.parent).write(path.name, text.encode("utf-8")):
+    if path.is_dir() or path.parent.is_file():
         raise InputError(f"{path}, which is a folder or lies inside a file", "a file", "Choose another path")
+    LocalFolder(path.parent).write(path.name, text.encode("utf-8"))
     return path
 
 

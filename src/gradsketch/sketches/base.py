@@ -51,7 +51,7 @@ class Sketch(LinearMap):
     def __init__(self, n: int, d: int, *, seed: int = 0) -> None:
         for name, value in (("n", n), ("d", d)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value!r}", "a positive integer", f"Type {type(self).__name__}(n, d, seed=0)")
+                raise InputError(f"{name}={value!r}", "a positive integer", f"Type {name}=1024")
         if d > n:
             raise InputError(
                 f"{type(self).__name__} with d={d} larger than n={n}",

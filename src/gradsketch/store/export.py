@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pyarrow.parquet as pq
 import torch
 
 from gradsketch.errors import InputError
+from gradsketch.store.folder import written_whole
+from gradsketch.store.shard import Shard
 from gradsketch.store.store import Store
 
 __all__ = ["to_faiss", "to_parquet"]
@@ -18,23 +21,19 @@ __all__ = ["to_faiss", "to_parquet"]
 def to_parquet(store: Store, path: str | Path) -> Path:
     """Write one Parquet file: row, id, float32 sketch, gradient_norm, loss and the metadata columns.
 
-    One row group a shard, so memory stays bounded by a shard.
+    One row group a shard, so memory stays bounded by a shard. A file at ``path`` is replaced, whole or not at all.
 
     Raises:
-        StoreError: a shard is damaged.
+        InputError: the store is empty.
+        StoreError: a shard is damaged, or the file cannot be written.
     """
-    path = Path(path)
-    writer = None
-    try:
-        for shard in store:
-            table = _table(shard.batch, shard.start, shard.decoded().numpy())
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
+    path, shards = Path(path), iter(store)
+    first = next(shards, None)
+    if first is None:
         raise _empty(store)
+    with written_whole(path) as temporary, pq.ParquetWriter(temporary, _table(first).schema, compression="zstd") as out:
+        for shard in itertools.chain([first], shards):
+            out.write_table(_table(shard))
     return path
 
 
@@ -46,6 +45,7 @@ def to_faiss(store: Store, path: str | Path, *, normalize: bool = True) -> Path:
 
     Raises:
         InputError: faiss is not installed, or the store is empty.
+        StoreError: a shard is damaged, or the file cannot be written.
     """
     try:
         import faiss
@@ -61,16 +61,18 @@ def to_faiss(store: Store, path: str | Path, *, normalize: bool = True) -> Path:
         index.add_with_ids(vectors.numpy(), rows)
     if index.ntotal == 0:
         raise _empty(store)
-    faiss.write_index(index, str(path))
+    with written_whole(Path(path)) as temporary:
+        temporary.write_bytes(b"")  # where this fails the error names the reason; that of FAISS has none
+        faiss.write_index(index, str(temporary))
     return Path(path)
 
 
-def _table(batch: pa.RecordBatch, start: int, sketches: Any) -> pa.Table:
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(sketches.reshape(-1)), sketches.shape[1])
-    columns = {"row": pa.array(range(start, start + batch.num_rows), pa.int64())}
-    for name in batch.schema.names:
+def _table(shard: Shard) -> pa.Table:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(shard.decoded().numpy().reshape(-1)), shard.sketches.shape[1])
+    columns = {"row": pa.array(range(shard.start, shard.start + shard.count), pa.int64())}
+    for name in shard.batch.schema.names:
         if name != "scale":
-            columns[name] = vectors if name == "sketch" else batch.column(name)
+            columns[name] = vectors if name == "sketch" else shard.batch.column(name)
     return pa.table(columns)
 
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ import pyarrow.fs
 
 from gradsketch.errors import GradsketchError, StoreError
 
-__all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder"]
+__all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder", "written_whole"]
 
 _TEMPORARY = ".tmp-"
 _counter = itertools.count()
@@ -77,12 +78,31 @@ def open_folder(path: str | Path) -> Folder:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(
             f"{path} cannot be opened ({error})",
-            "a local path or a URI pyarrow knows: file, s3, gs, abfs, hdfs",
+            "a local path or a URI pyarrow knows: file, s3, gs, abfs, hdfs, fsspec+…",
             "Check the URI and the credentials in the environment",
         ) from error
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         return LocalFolder(Path(inner))
     return RemoteFolder(filesystem, inner, str(path))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, and put the file in its place at the end; a failure leaves what was there.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{next(_counter)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise _failed("write", str(path), error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class LocalFolder(Folder):
@@ -122,11 +142,9 @@ class LocalFolder(Folder):
                 os.fsync(file.fileno())
             if replace:
                 temporary.replace(target)
-            else:
-                _link_or_rename(temporary, target)
+            elif not _link_or_rename(temporary, target):
+                return False
             _fsync_folder(self.path)
-        except FileExistsError:
-            return False
         except OSError as error:
             raise _failed("write", str(target), error) from error
         finally:
@@ -202,15 +220,20 @@ def _cache_root() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gradsketch"
 
 
-def _link_or_rename(temporary: Path, target: Path) -> None:
-    """Give the file its name unless that is taken (``FileExistsError``)."""
+def _link_or_rename(temporary: Path, target: Path) -> bool:
+    """Give the file its name unless that is taken; return whether it was free."""
     try:
         os.link(temporary, target)  # fails where another writer was first; a rename would not
+    except FileExistsError:
+        return False
     except OSError as error:
         # Some network and FAT file systems have no hard links. Writers of one store write equal manifests.
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK) or target.exists():
+        if target.exists():
+            return False
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
         temporary.replace(target)
+    return True
 
 
 def _fsync_folder(path: Path) -> None:
