@@ -334,7 +334,34 @@ def test_results_over_seeds() -> None:
     assert result(16, None).best.value == 1.5
 
 
-def test_confirmation_runs() -> None:
-    result = search(Hidden(600, 6), confirm=True)
+def test_confirmation_runs_are_made_once(tmp_path: Path) -> None:
+    model, trained = Hidden(600, 6), []
+
+    def counted(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        trained.append(1)
+        return model(batch)
+
+    def confirmed() -> IntrinsicDimension:
+        options = {"d_min": 2, "d_max": 256, "check_every": 20, "lr": 3e-2, "checkpoint": tmp_path, "confirm": True}
+        return gs.intrinsic_dimension(model, counted, ONE, LOSS, target=0.1 * LOSS(model), **options)
+
+    result = confirmed()
     assert [point.d for point in result.confirmations] == [result.d // 2, result.d]
     assert all(point.steps == result.steps for point in result.confirmations)
+    assert len(trained) == 3 * result.steps
+    assert confirmed().confirmations == result.confirmations
+    assert len(trained) == 3 * result.steps
+
+
+def test_every_training_shows_how_far_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    model = Hidden(300, 4)
+    gs.fine_tune(model, losses, ONE, LOSS, steps=20, lr=1e-2, progress=True)
+    shown = capfd.readouterr().err
+    assert "training, d=300: " in shown
+    assert "/20 [" in shown
+    search(model, progress=True)
+    shown = capfd.readouterr().err
+    assert "dimension, seed 0: " in shown
+    assert f"d=2, metric={LOSS(model):.4g}, target={0.1 * LOSS(model):.4g}" in shown
+    search(model, progress=False)
+    assert capfd.readouterr().err == ""

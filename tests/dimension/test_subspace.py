@@ -191,6 +191,23 @@ def test_identity_recovers_full_training() -> None:
     torch.testing.assert_close(gs.Parameters(subspace.merge()).flatten(), gs.Parameters(full).flatten())
 
 
+@pytest.mark.parametrize("kind", ["AFFD", "AFJL", "QK"])
+def test_as_many_dimensions_as_parameters_recover_full_training(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(15, 4).double()  # n = 64: these kinds are then rotations
+    full, x = copy.deepcopy(model), torch.randn(9, 15, dtype=torch.float64)
+    parameters = gs.Parameters(model)
+    subspace = Subspace(model, parameters, getattr(gs, kind)(64, 64))
+    for module, trained in ((subspace, [subspace.w]), (full, list(full.parameters()))):
+        optimiser = torch.optim.SGD(trained, lr=0.01)
+        for _ in range(5):
+            optimiser.zero_grad()
+            loss_of(module, x).backward()
+            optimiser.step()
+    assert not torch.allclose(parameters.flatten(), gs.Parameters(full).flatten(), atol=0.01)
+    torch.testing.assert_close(gs.Parameters(subspace.merge()).flatten(), gs.Parameters(full).flatten())
+
+
 def test_an_optimiser_that_writes_past_the_version_counter_is_noticed(subspace: Subspace) -> None:
     before = subspace(data())
     subspace.w.data.add_(1.0)

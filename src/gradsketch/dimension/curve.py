@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, hidden
+from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import CurvePoint, DimensionCurve, Settings
-from gradsketch.errors import FingerprintError, InputError
+from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["check_dims", "check_settings", "dimension_curve", "fine_tune"]
+__all__ = ["check_dims", "dimension_curve", "fine_tune"]
 
 
 def dimension_curve(
@@ -71,14 +70,14 @@ def dimension_curve(
     check_positive(steps=steps)
     check_dims(dims, experiment.n)
     settings: Settings = experiment.settings(max(dims)) | {"steps": steps}
-    journal = _Journal(checkpoint, settings)
+    journal = Journal(checkpoint, settings)
     start = experiment.evaluated("before training")
     wanted = [(d, seed) for seed in seeds for d in dims]
-    with tqdm(wanted, desc="dimension curve", unit="run", disable=None if progress is None else not progress) as bar:
+    with tqdm(wanted, desc="dimension curve", unit="run", disable=hidden(progress)) as bar:
         for d, seed in bar:
             bar.set_postfix(d=d, seed=seed, last=f"{journal.last:.4g}")
             if (d, seed) not in journal.points:
-                journal.add(experiment.point(d, seed, steps))
+                journal.add(experiment.point(d, seed, steps, progress))
     points = tuple(journal.points[key] for key in wanted)
     return DimensionCurve(experiment.n, start, points, settings, full, experiment.lower_is_better)
 
@@ -95,11 +94,13 @@ def fine_tune(
     batch_size: int = 32,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    progress: bool | None = None,
 ) -> CurvePoint:
     """Train all n parameters for a fixed number of steps and return the metric: what a target is a share of.
 
     Adam with a learning rate that falls linearly to zero. The model is left as found: this measures, it does not
-    keep. Needs five numbers a parameter besides the model. ``checkpoint`` is a file that remembers the result.
+    keep. Needs five numbers a parameter besides the model. ``checkpoint`` is a file that remembers the result;
+    ``progress`` is as in ``intrinsic_dimension``.
 
     Example:
         >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -113,9 +114,9 @@ def fine_tune(
     """
     check_positive(steps=steps)
     experiment = Experiment.of(model, task, train, evaluate, parameters, _Everything, lr, batch_size)
-    journal = _Journal(checkpoint, experiment.settings(experiment.n) | {"steps": steps})
+    journal = Journal(checkpoint, experiment.settings(experiment.n) | {"steps": steps})
     if (experiment.n, seed) not in journal.points:
-        journal.add(experiment.point(experiment.n, seed, steps))
+        journal.add(experiment.point(experiment.n, seed, steps, progress))
     return journal.points[experiment.n, seed]
 
 
@@ -137,56 +138,3 @@ class _Everything(Sketch):
 
     def _apply_adjoint(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         return w
-
-
-class _Journal:
-    """Finished points, kept in a file of JSON lines that starts with the settings."""
-
-    def __init__(self, path: str | Path | None, settings: Settings) -> None:
-        self.path = None if path is None else Path(path)
-        self.points: dict[tuple[int, int], CurvePoint] = {}
-        self.last = float("nan")
-        if self.path is None:
-            return
-        if self.path.exists():
-            # A line that a kill cut short is not counted; the point is made again.
-            head, *lines = self.path.read_text().split("\n")[:-1]
-            check_settings(json.loads(head), settings, self.path)
-            for line in lines:
-                self._keep(CurvePoint(**json.loads(line)))
-            self._rewrite(head)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._rewrite(json.dumps(settings))
-
-    def add(self, point: CurvePoint) -> None:
-        self._keep(point)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(asdict(point)) + "\n")
-
-    def _keep(self, point: CurvePoint) -> None:
-        self.points[point.d, point.seed] = point
-        self.last = point.value
-
-    def _rewrite(self, head: str) -> None:
-        assert self.path is not None
-        scratch = self.path.with_name(self.path.name + ".tmp")
-        scratch.write_text(
-            "".join(f"{line}\n" for line in [head, *(json.dumps(asdict(p)) for p in self.points.values())])
-        )
-        scratch.replace(self.path)
-
-
-def check_settings(found: Settings, settings: Settings, path: Path) -> None:
-    """Refuse a checkpoint that was made with other settings.
-
-    Raises:
-        FingerprintError: naming what differs.
-    """
-    if different := [key for key in settings if found.get(key) != settings[key]]:
-        raise FingerprintError(
-            f"{path.name}, made with {', '.join(f'{key}={found.get(key)!r}' for key in different)}",
-            ", ".join(f"{key}={settings[key]!r}" for key in different),
-            "Pass another checkpoint, or the settings it was made with",
-        )

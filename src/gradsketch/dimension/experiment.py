@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gradsketch.dimension.metrics import Metric, evaluated, is_lower_better
 from gradsketch.dimension.results import CurvePoint, Settings
@@ -21,7 +22,7 @@ from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["Experiment", "SketchKind", "check_positive"]
+__all__ = ["Experiment", "SketchKind", "check_positive", "hidden"]
 
 # A sketch class, or any function (n, d, seed=...) → sketch.
 SketchKind = Callable[..., Sketch]
@@ -99,7 +100,7 @@ class Experiment:
         """Return whether a value is as good as the target."""
         return self.gain(value, target) >= 0
 
-    def point(self, d: int, seed: int, steps: int) -> CurvePoint:
+    def point(self, d: int, seed: int, steps: int, progress: bool | None) -> CurvePoint:
         """Train in d dimensions from theta0, the learning rate falling linearly to zero, and evaluate."""
         start = perf_counter()
         tail = max(1, steps // 10)
@@ -107,10 +108,13 @@ class Experiment:
         def fall(step: int) -> float:
             return 1 - step / steps
 
-        with self.training(d, d, seed) as training:
+        with (
+            self.training(d, d, seed) as training,
+            tqdm(total=steps, desc=f"training, d={d}", unit="step", leave=False, disable=hidden(progress)) as bar,
+        ):
             if steps > tail:
-                training.advance(steps - tail, fall)
-            loss = training.advance(tail, fall)
+                training.advance(steps - tail, fall, bar)
+            loss = training.advance(tail, fall, bar)
             value = self.evaluated(f"after {steps} steps at d={d}, seed {seed}")
         return CurvePoint(d, seed, value, loss, steps, perf_counter() - start)
 
@@ -128,6 +132,11 @@ class Experiment:
             "batch_size": self.batch_size,
             "lr": self.lr,
         }
+
+
+def hidden(progress: bool | None) -> bool | None:
+    """Return what tqdm calls ``disable``: None shows a bar in a terminal only."""
+    return None if progress is None else not progress
 
 
 def check_positive(**values: int | float) -> None:

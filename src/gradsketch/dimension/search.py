@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.dimension.curve import check_dims, check_settings
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
+from gradsketch.dimension.curve import check_dims
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, hidden
+from gradsketch.dimension.journal import Journal, check_settings
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings
 from gradsketch.dimension.training import Training
@@ -106,7 +107,10 @@ def intrinsic_dimension(
     result = IntrinsicDimension(
         experiment.n, float(target), searches, settings, full=full, lower_is_better=experiment.lower_is_better
     )
-    return replace(result, confirmations=tuple(_confirmed(experiment, result))) if confirm else result
+    if not confirm:
+        return result
+    journal = Journal(None if checkpoint is None else Path(checkpoint) / "confirmations.jsonl", settings)
+    return replace(result, confirmations=tuple(_confirmed(experiment, result, journal, progress)))
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,9 @@ class _Plan:
 
 
 def _search(experiment: Experiment, plan: _Plan, seed: int, state: _State, progress: bool | None) -> Search:
-    disable = None if progress is None else not progress
     with (
         experiment.training(plan.d_max, plan.d_min, seed) as training,
-        tqdm(desc=f"dimension, seed {seed}", unit="step", disable=disable) as bar,
+        tqdm(desc=f"dimension, seed {seed}", unit="step", disable=hidden(progress)) as bar,
     ):
         checks = state.load(training)
         before = checks[-1].seconds if checks else 0.0
@@ -144,13 +147,12 @@ def _search(experiment: Experiment, plan: _Plan, seed: int, state: _State, progr
             loss = None
             if checks:
                 training.grow(_next_d(experiment, plan, checks))
-                loss = training.advance(plan.check_every)
-                bar.update(plan.check_every)
+                bar.set_postfix(d=training.d, metric=f"{checks[-1].value:.4g}", target=f"{plan.target:.4g}")
+                loss = training.advance(plan.check_every, bar=bar)
             d = training.d if checks else 0
             value = experiment.evaluated(f"after {training.step} steps at d={d}, seed {seed}")
             checks.append(Check(training.step, d, value, loss, before + perf_counter() - start))
             state.save(training, checks)
-            bar.set_postfix(d=d, metric=f"{value:.4g}", target=f"{plan.target:.4g}")
     last = checks[-1]
     return Search(seed, last.d if experiment.reaches(last.value, plan.target) else None, tuple(checks))
 
@@ -174,10 +176,14 @@ def _gained_little(experiment: Experiment, plan: _Plan, checks: list[Check]) -> 
     return gain < (_MIN_GAIN * abs(plan.target - values[0]) if plan.min_gain is None else plan.min_gain)
 
 
-def _confirmed(experiment: Experiment, result: IntrinsicDimension) -> Iterator[CurvePoint]:
+def _confirmed(
+    experiment: Experiment, result: IntrinsicDimension, journal: Journal, progress: bool | None
+) -> Iterator[CurvePoint]:
     for search in result.searches:
         for d in dict.fromkeys((max(1, search.d // 2), search.d) if search.d else ()):
-            yield experiment.point(d, search.seed, search.steps)
+            if (d, search.seed) not in journal.points:
+                journal.add(experiment.point(d, search.seed, search.steps, progress))
+            yield journal.points[d, search.seed]
 
 
 class _State:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Subset
+from tqdm import tqdm
 
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.errors import InputError, NonFiniteError
@@ -47,8 +48,12 @@ class Training:
             self.optimiser.add_param_group({"params": [self.w[self.d : d]]})
             self.d = d
 
-    def advance(self, steps: int, schedule: Callable[[int], float] = lambda step: 1.0) -> float:
+    def advance(
+        self, steps: int, schedule: Callable[[int], float] = lambda step: 1.0, bar: tqdm[Any] | None = None
+    ) -> float:
         """Take steps, each of ``schedule(step)`` times the learning rate, and return their mean loss.
+
+        A progress bar is moved on with each.
 
         Raises:
             NonFiniteError: the mean loss is NaN or infinite.
@@ -57,6 +62,8 @@ class Training:
         first = self.step
         for _ in range(steps):
             total += self._step(schedule(self.step))
+            if bar is not None:
+                bar.update()
         mean = float(total / steps)
         if not math.isfinite(mean):
             raise NonFiniteError(
