@@ -48,13 +48,13 @@ class Setting:
 
 
 def spam(quick: bool) -> Setting:
-    """256 mails of 32 tokens for training and 600 for the metric, drawn evenly from both classes as they come."""
+    """256 mails of 32 tokens for training and 400 for the metric, drawn evenly from both classes as they come."""
     model, tokenizer = minilm(seed=0)
     mails = spam_assassin()
     order = Stream(0, "spam").permutation(len(mails)).tolist()
     by_class = [[mails[i] for i in order if mails[i]["label"] == label and mails[i]["text"]] for label in (0, 1)]
     train = [mail for pair in zip(*(c[:128] for c in by_class), strict=True) for mail in pair]
-    size = 100 if quick else 300
+    size = 100 if quick else 200
     test = [mail for pair in zip(*(c[128 : 128 + size] for c in by_class), strict=True) for mail in pair]
     task = gs.Classification(tokenizer, max_length=32)
     return Setting(
@@ -63,12 +63,12 @@ def spam(quick: bool) -> Setting:
         train,
         gs.Accuracy(task, test, batch_size=100),
         gs.Parameters(model),
-        steps=32,
-        batch_size=32,
+        steps=64,
+        batch_size=16,
         full_lr=2e-4,
-        lr=5e-3,
+        lr=2e-3,
         d_min=16,
-        check_every=16,
+        check_every=32,
         dims=[128, 1024] if quick else [128, 512, 2048, 8192],
     )
 
@@ -90,9 +90,9 @@ def countries(quick: bool) -> Setting:
         steps=18,
         batch_size=16,
         full_lr=2e-4,
-        lr=5e-3,
+        lr=2e-3,
         d_min=64,
-        check_every=6,
+        check_every=9,
         dims=[256, 4096] if quick else [256, 1024, 4096, 16384],
     )
 

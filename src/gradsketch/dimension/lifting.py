@@ -15,7 +15,7 @@ from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["Point"]
+__all__ = ["Point", "Reserve"]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Point:
         version, w = w._version, w.detach().clone()
         with full_precision(w.device):
             delta = sketch._apply_adjoint(w.to(widened(w.dtype))[None])[0]
-        if delta.untyped_storage().data_ptr() == w.untyped_storage().data_ptr():
+        if _share_memory(delta, w):
             delta = delta.clone()
         plain = {}
         for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
@@ -44,9 +44,9 @@ class Point:
             plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
         return cls(w, version, plain)
 
-    def track(self, w: Tensor, sketch: Sketch) -> None:
+    def track(self, w: Tensor, sketch: Sketch, reserve: Reserve) -> None:
         """Make the values functions of w."""
-        self.gradient = _Gradient(self.plain, sketch)
+        self.gradient = _Gradient(self.plain, sketch, reserve)
         with torch.inference_mode(False):
             values = _Lift.apply(w, list(self.plain.values()), self.gradient)
         self.tracked = dict(zip(self.plain, values, strict=True))
@@ -59,6 +59,28 @@ class Point:
 
     def __deepcopy__(self, memo: Any) -> None:
         """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
+
+
+class Reserve:
+    """Keeps the memory of one gradient from step to step: a CPU spends on fresh pages what half a sketch costs."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def take(self, n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
+        """Return a vector that holds anything."""
+        kept, self._kept = self._kept, None
+        if kept is not None and (len(kept), kept.dtype, kept.device) == (n, dtype, device):
+            return kept
+        return torch.empty(n, dtype=dtype, device=device)
+
+    def give(self, vector: Float[Tensor, " n"]) -> None:
+        """Keep a vector that nobody reads any more."""
+        self._kept = vector
+
+    def __deepcopy__(self, memo: Any) -> Reserve:
+        """Copy no memory."""
+        return Reserve()
 
 
 class _Lift(torch.autograd.Function):
@@ -103,8 +125,8 @@ class _Gradient:
     would keep n numbers alive until the next garbage collection.
     """
 
-    def __init__(self, values: dict[str, Tensor], sketch: Sketch) -> None:
-        self.sketch = sketch
+    def __init__(self, values: dict[str, Tensor], sketch: Sketch, reserve: Reserve) -> None:
+        self.sketch, self.reserve = sketch, reserve
         self.device = next(iter(values.values())).device
         self.dtype = max((value.dtype for value in values.values()), key=lambda dtype: torch.finfo(dtype).bits)
         ends = list(accumulate(value.numel() for value in values.values()))
@@ -115,7 +137,7 @@ class _Gradient:
     def add(self, name: str, grad: Tensor) -> None:
         running = torch._C._current_graph_task_id()
         if running not in self.passes:
-            self.passes[running] = torch.empty(self.sketch.n, dtype=self.dtype, device=self.device), set()
+            self.passes[running] = self.reserve.take(self.sketch.n, self.dtype, self.device), set()
         vector, seen = self.passes[running]
         place = vector[self.places[name]].view(grad.shape)
         grad = grad.to_dense() if grad.is_sparse else grad
@@ -136,7 +158,10 @@ class _Gradient:
             vector[self.places[name]].zero_()
         with full_precision(vector.device):
             # Unchecked, for infinities must reach the gradient scaler of mixed precision, which skips the step.
-            return self.sketch._apply(vector.to(widened(vector.dtype))[None])[0]
+            sketched = self.sketch._apply(vector.to(widened(vector.dtype))[None])[0]
+        if not _share_memory(sketched, vector):
+            self.reserve.give(vector)
+        return sketched
 
     def _differentiably(self, grads: tuple[Tensor | None, ...]) -> Tensor:
         known = next(grad for grad in grads if grad is not None)
@@ -146,3 +171,7 @@ class _Gradient:
         ]
         with full_precision(known.device):
             return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsketch.dimension import saving
-from gradsketch.dimension.lifting import Point
+from gradsketch.dimension.lifting import Point, Reserve
 from gradsketch.dimension.substitution import Substitution
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
@@ -65,6 +65,7 @@ class Subspace(nn.Module):
         self._substitution: Substitution | None = substitution
         self._found = _Found.of(model)
         self._point: Point | None = None
+        self._reserve = Reserve()
         self._theta0: str | None = None
         model.requires_grad_(False)
         self.training = model.training
@@ -109,6 +110,7 @@ class Subspace(nn.Module):
         self._refresh_hook.remove()
         self._substitution.undo()
         self._substitution = self._point = None
+        self._reserve = Reserve()
         self._found.restore(self.model)
 
     def __enter__(self) -> Subspace:
@@ -125,25 +127,27 @@ class Subspace(nn.Module):
 
     def _value(self, name: str) -> Tensor:
         """Return what the model reads in the place of the parameter ``name``."""
+        if self._point is None or self._point.version != self.w._version:
+            self._move()
         point = self._point
-        if point is None or point.version != self.w._version:
-            point = self._move()
+        assert point is not None
         if not (torch.is_grad_enabled() and self.w.requires_grad):
             return point.plain[name]
         if point.tracked is None:
-            point.track(self.w, self.sketch)
+            point.track(self.w, self.sketch, self._reserve)
         return point.reading(name)
 
     def _refresh(self) -> None:
         """Move to the present w. Compared by value, because not every optimiser raises its version counter."""
         point = self._point
-        if point is None or point.w.device != self.w.device or not torch.equal(point.w, self.w):
+        moved = point is None or point.w.device != self.w.device or not torch.equal(point.w, self.w)
+        del point  # or the old buffer would live on while the new one is made
+        if moved:
             self._move()
 
-    def _move(self) -> Point:
+    def _move(self) -> None:
         self._point = None  # frees the old buffer before the new one is made
         self._point = Point.at(self.w, self.selection, self.sketch)
-        return self._point
 
     # --- saving ---
 
