@@ -1,55 +1,91 @@
-"""The top ten eigenvalues of H1 by each route, and what the sketch of a Krylov vector costs beside a product.
+"""The top ten eigenvalues of H1 by each route and by other libraries, and what the sketch of a Krylov vector costs.
 
     python benchmarks/spectrum.py               # about 6 minutes on 2 cores; --quick: about 2
 
 H1 is GPT2Config(n_layer=4, n_head=4, n_embd=128, vocab_size=2048, n_positions=64) with random weights (seed 0), one
-batch of 16 x 64 tokens, eager attention, float32. Residuals are computed afresh, |H y - l y| / |l| with y from a
-second pass, and stand beside those reported. Writes benchmarks/results/spectrum.json.
+batch of 16 x 64 tokens, eager attention, float32. Residuals are computed afresh for every library with one and the
+same exact product, |H y - l y| / |l|. Libraries that are not installed are listed as absent. The sketch is timed
+beside a product at n = 1.06, 10 and 134.5 million, the last being SmolLM2-135M (where its package is installed), on
+4 x 16 and 16 x 64 tokens. Writes benchmarks/results/spectrum.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from record import interleaved_seconds, peak_bytes, write
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import gradsketch as gs
 from gradsketch.spectra.lanczos import dot, start_vector
 
 K = 10
+Batch = dict[str, torch.Tensor]
 
 
-def h1() -> tuple[torch.nn.Module, Any, dict[str, torch.Tensor]]:
+def gpt2(width: int = 128) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=4, n_head=4, n_embd=128, vocab_size=2048, n_positions=64, attn_implementation="eager",
+        n_layer=4, n_head=4, n_embd=width, vocab_size=2048, n_positions=64, attn_implementation="eager",
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).eval()
-    return model, losses, {"input_ids": torch.randint(0, 2048, (16, 64))}
+    return GPT2LMHeadModel(config).eval(), {"input_ids": torch.randint(0, 2048, (16, 64))}
 
 
-def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-    each = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none"
-    )
-    return each.view(len(logits), -1).mean(1)
+def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
 
 
-def residuals(operator: gs.LinearMap, vectors: torch.Tensor, values: np.ndarray) -> np.ndarray:
-    """|H y - l y| / |l|, one vector at a time."""
-    found = []
+class Logits(nn.Module):
+    """Logits of every predicted token, one a row: what libraries with a fixed form of loss take."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].flatten(0, 1)
+
+
+class Counted(LinearOperator):
+    """Any symmetric product as SciPy's operator, with its products counted."""
+
+    def __init__(self, n: int, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(np.float32, (n, n))
+        self.product, self.products = product, 0
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        self.products += 1
+        return self.product(torch.from_numpy(x.reshape(-1).astype(np.float32))).numpy()
+
+
+def checked(
+    operator: gs.LinearMap, values: np.ndarray, vectors: torch.Tensor, hvps: int, held: int, seconds: float
+) -> dict[str, Any]:
+    """The record of one run, with |H y - l y| / |l| computed here, one vector at a time."""
+    residuals = []
     for y, value in zip(vectors, values, strict=True):
-        r = operator(y).sub_(y, alpha=float(value))
-        found.append(float(r.norm()) / abs(float(value)))
-    return np.array(found)
+        y = y / y.norm()
+        residuals.append(float(operator(y).sub_(y, alpha=float(value)).norm()) / abs(float(value)))
+    return {
+        "hvps": hvps,
+        "vectors_held": held,
+        "seconds": seconds,
+        "residual_median": float(np.median(residuals)),
+        "residual_max": max(residuals),
+        "values": sorted((float(v) for v in values), key=lambda v: -abs(v)),
+    }
 
 
 def one_route(operator: gs.LinearMap, method: str, steps: int, tolerance: float) -> dict[str, Any]:
@@ -62,67 +98,132 @@ def one_route(operator: gs.LinearMap, method: str, steps: int, tolerance: float)
         )
     )
     seconds = time.perf_counter() - start
-    result = kept[0]
-    checked = residuals(operator, gs.eigenvectors(operator, result), result.values)
-    return {
-        "hvps": result.hvps,
-        "seconds": seconds,
-        "vectors_held": result.vectors_held,
-        "peak_mb_beyond_operator": peak / 1e6,
-        "values": result.values.tolist(),
-        "residual_median": float(np.median(checked)),
-        "residual_max": float(checked.max()),
-        "reported_residual_median": float(np.median(result.residuals)),
-        "copies_dropped": result.copies,
+    found = kept[0]
+    record = checked(operator, found.values, gs.eigenvectors(operator, found), found.hvps, found.vectors_held, seconds)
+    return record | {
+        "reported_residual_median": float(np.median(found.residuals)),
+        "settled": int(found.converged.sum()),
+        "peak_mb_beyond_operator": None if peak is None else peak / 1e6,
+        "copies_dropped": found.copies,
     }
 
 
-def arpack(operator: gs.LinearMap) -> dict[str, Any]:
-    """SciPy's eigsh on the same operator."""
-    count = [0]
+def history(operator: gs.LinearMap, steps: list[int]) -> list[dict[str, float]]:
+    """Median and largest reported residual after so many products, by extending one run."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in steps:
+            s = gs.spectrum(
+                operator, K, method="sketched-basis", steps=count, tolerance=1e-12, progress=False,
+                checkpoint=Path(folder) / "run",
+            )  # fmt: skip
+            rows.append({"hvps": s.hvps, "median": float(np.median(s.residuals)), "max": float(s.residuals.max())})
+    return rows
 
-    class Counted(gs.LinearMap):
-        is_self_adjoint, shape, dtype = True, operator.shape, operator.dtype
 
-        def _apply(self, x: torch.Tensor) -> torch.Tensor:
-            count[0] += len(x)
-            return operator(x)
+def scipy_eigsh(operator: gs.LinearMap, model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """SciPy's eigsh on our product, in float32, with its default basis."""
+    return _eigsh(operator, Counted(operator.n, operator))
 
-        _apply_adjoint = _apply
 
+def curvlinops(operator: gs.LinearMap, model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The Hessian of curvlinops under the same eigsh."""
+    from curvlinops import HessianLinearOperator
+
+    data, size = [(batch, batch["input_ids"][:, 1:].flatten())], len(batch["input_ids"])
+    peer = HessianLinearOperator(
+        Logits(model), nn.CrossEntropyLoss(), list(model.parameters()), data, batch_size_fn=lambda _: size
+    )
+    return _eigsh(operator, Counted(operator.n, lambda x: (peer @ x).detach()))
+
+
+def _eigsh(operator: gs.LinearMap, counted: Counted) -> dict[str, Any]:
     start = time.perf_counter()
-    values, vectors = eigsh(Counted().to_scipy(), k=K, which="LM", tol=1e-3)
+    values, vectors = eigsh(counted, k=K, which="LM", tol=1e-3)
     seconds = time.perf_counter() - start
-    checked = residuals(operator, torch.from_numpy(vectors.T.copy()), values)
-    order = np.argsort(-np.abs(values))
-    return {
-        "hvps": count[0],
-        "seconds": seconds,
-        "vectors_held": 2 * K + 1,
-        "values": values[order].tolist(),
-        "residual_median": float(np.median(checked)),
-        "residual_max": float(checked.max()),
+    return checked(operator, values, torch.from_numpy(vectors.T.copy()), counted.products, 2 * K + 1, seconds)
+
+
+def hessian_eigenthings(operator: gs.LinearMap, model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """60 steps of its Lanczos with full re-orthogonalisation, on its own Hessian."""
+    from hessian_eigenthings import HessianOperator, lanczos
+
+    peer = HessianOperator(model, [batch], lambda model, batch: losses(model, batch).mean())
+    start = time.perf_counter()
+    found = lanczos(peer, k=K, max_iter=60, which="LM", reorthogonalize=True, seed=0)
+    seconds = time.perf_counter() - start
+    values, vectors = found.eigenvalues.numpy(), found.eigenvectors
+    return checked(operator, values, vectors, found.iterations, found.iterations + K, seconds)
+
+
+def pyhessian(operator: gs.LinearMap, model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Its power iteration with deflation, at its own defaults (100 iterations each, tolerance 1e-3)."""
+    import pyhessian
+
+    module, count = sys.modules["pyhessian.hessian"], [0]
+    product = module.hessian_vector_product
+
+    def counted(*arguments: Any) -> Any:
+        count[0] += 1
+        return product(*arguments)
+
+    module.hessian_vector_product = counted
+    try:
+        torch.manual_seed(0)
+        data = (_Movable(batch), batch["input_ids"][:, 1:].flatten())
+        peer = pyhessian.hessian(Logits(model), nn.CrossEntropyLoss(), data=data, cuda=False)
+        start = time.perf_counter()
+        values, vectors = peer.eigenvalues(top_n=K)
+        seconds = time.perf_counter() - start
+    finally:
+        module.hessian_vector_product = product
+        model.zero_grad(set_to_none=True)
+    flat = torch.stack([torch.cat([p.detach().reshape(-1) for p in vector]) for vector in vectors])
+    return checked(operator, np.array(values), flat, count[0], K + 3, seconds)
+
+
+class _Movable(dict):  # type: ignore[type-arg]
+    """A batch with the method ``to`` that PyHessian calls."""
+
+    def to(self, _: Any) -> _Movable:
+        return self
+
+
+PEERS = (scipy_eigsh, curvlinops, hessian_eigenthings, pyhessian)
+
+
+def sketch_beside_product(model: nn.Module, batch: Batch, rounds: int) -> dict[str, Any]:
+    """Seconds of a product on one batch, of a Krylov vector's sketch, and of a step's other parts."""
+    operator = gs.hessian(model, losses, batch)
+    x = start_vector(operator.n, 0, "start", torch.float32, "cpu")
+    y, phi = x.clone(), gs.AFFD(operator.n, 4096)
+    jobs = {
+        "product": lambda: operator(x),
+        "sketch": lambda: phi(x),
+        "dot": lambda: dot(x, y),
+        "axpy": lambda: y.sub_(x, alpha=1e-9),
+        "copy": lambda: y.copy_(x),
     }
+    seconds = {name: times["best"] for name, times in interleaved_seconds(jobs, rounds).items()}
+    share = seconds["sketch"] / seconds["product"]
+    record = {"n": operator.n, "tokens": list(batch["input_ids"].shape), "sketch_over_product": share}
+    print(record | seconds, flush=True)
+    return record | {"seconds": seconds}
 
 
-def recurrence_costs(sizes: list[int], product_seconds: float) -> dict[str, Any]:
-    """Milliseconds of the parts of a step that are not the product, beside a copy of the vector."""
-    rows = {}
-    for n in sizes:
-        x = start_vector(n, 0, "start", torch.float32, "cpu")
-        y, phi = x.clone(), gs.AFFD(n, 4096)
-        jobs = {
-            "sketch": lambda x=x, phi=phi: phi(x),
-            "clone": lambda x=x: x.clone(),
-            "dot": lambda x=x, y=y: dot(x, y),
-            "dot_float32": lambda x=x, y=y: torch.dot(x, y),
-            "axpy": lambda x=x, y=y: y.sub_(x, alpha=1e-9),
-        }
-        rows[str(n)] = {k: 1e3 * v["best"] for k, v in interleaved_seconds(jobs, 3 if n > 10**8 else 7).items()}
-        rows[str(n)]["dot_error"] = abs(float(torch.dot(x, y)) - dot(x, y))
-        print(n, rows[str(n)])
-    first = rows[str(sizes[0])]
-    first["sketch_share_of_h1_product"] = first["sketch"] / (1e3 * product_seconds)
+def sketch_costs(quick: bool) -> list[dict[str, Any]]:
+    rows = [sketch_beside_product(*gpt2(), 3 if quick else 9), sketch_beside_product(*gpt2(432), 3)]
+    if quick:
+        return rows
+    try:
+        from gradsketch.demo.weights import smollm2
+
+        model, _ = smollm2("eager")
+    except gs.InputError as error:
+        return [*rows, {"absent": str(error)}]
+    for shape in ((4, 16), (16, 64)):
+        generator = torch.Generator().manual_seed(0)
+        rows.append(sketch_beside_product(model, {"input_ids": torch.randint(0, 49152, shape, generator=generator)}, 2))
     return rows
 
 
@@ -130,36 +231,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    model, task, batch = h1()
-    operator = gs.hessian(model, task, batch)
-    x = start_vector(operator.n, 0, "start", torch.float32, "cpu")
-    phi = gs.AFFD(operator.n, 4096)
-    jobs = {
-        "gradient": lambda: gs.loss_gradient(model, task, batch),
-        "product": lambda: operator(x),
-        "sketch": lambda: phi(x),
-    }
-    step = interleaved_seconds(jobs, 3 if quick else 9)
-    product = step["product"]["best"]
-    results: dict[str, Any] = {
-        "n": operator.n,
-        "seconds": step,
-        "product_over_gradient": product / step["gradient"]["best"],
-        "sketch_over_product": step["sketch"]["best"] / product,
-    }
-    print(results)
-    runs = {"sketched-basis, 59 steps": ("sketched-basis", 59, 1e-12)}
+    model, batch = gpt2()
+    operator = gs.hessian(model, losses, batch)
+    results: dict[str, Any] = {"n": operator.n, "absent": []}
+    runs = {"sketched-basis, 60 products": ("sketched-basis", 59, 1e-12)}
     if not quick:
-        runs["sketched-basis, to 1e-3"] = ("sketched-basis", 200, 1e-3)
-        runs["full, to 1e-3"] = ("full", 200, 1e-3)
+        runs["sketched-basis, all ten to 1e-3"] = ("sketched-basis", 200, 1e-3)
+        runs["full, 60 products"] = ("full", 59, 1e-12)
+        runs["full, all ten to 1e-3"] = ("full", 200, 1e-3)
+        results["history"] = history(operator, [30, 35, 40, 45, 50, 55, 59])
     for name, (method, steps, tolerance) in runs.items():
         results[name] = one_route(operator, method, steps, tolerance)
-        print(name, results[name])
-    if not quick:
-        results["scipy eigsh"] = arpack(operator)
-        print("eigsh", results["scipy eigsh"])
-    sizes = [operator.n, 10**7] if quick else [operator.n, 10**7, 134_515_008]
-    results["step"] = recurrence_costs(sizes, product)
+        print(name, results[name], flush=True)
+    for peer in PEERS[:1] if quick else PEERS:
+        try:
+            results[peer.__name__] = peer(operator, model, batch)
+            print(peer.__name__, results[peer.__name__], flush=True)
+        except ImportError as error:
+            results["absent"].append(f"{peer.__name__}: {error}")
+    results["sketch"] = sketch_costs(quick)
     print(write("spectrum_quick" if quick else "spectrum", results))
 
 
