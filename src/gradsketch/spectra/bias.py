@@ -2,7 +2,8 @@
 
 For Phi with E[PhiᵀPhi] = I and rows that behave like independent ones, an isolated eigenvalue λ_i of H moves, as an
 eigenvalue of Phi H Phiᵀ, to λ_i + (λ_i/d) Σ_{j≠i} λ_j / (λ_i − λ_j), up to noise of standard deviation |λ_i| √(2/d).
-This is the spiked-covariance map of Bai & Yao (2012), to first order where [P] (arXiv 2402.03994) leaves it out.
+This is the spiked-covariance map of Bai & Yao (2012), which [P] (arXiv 2402.03994) leaves out. It has an inverse only
+where the moved value stands outside the bulk that the other eigenvalues form: λ² > ‖H‖_F²/d.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from gradsketch.spectra.results import Estimate
 
 __all__ = ["corrected", "detection_threshold", "least_d", "sampling_error"]
 
-# Values this many times the detection threshold enter the correction one by one, the rest through tr and ‖H‖_F².
-_RESOLVED = 1.5
-# The right-hand side is evaluated at the corrected values; the third pass changes nothing that the noise would show.
-_PASSES = 2
+# The right-hand side is evaluated at the corrected values; a fourth pass changes nothing that the noise would show.
+_PASSES = 3
+# Gaps well below this share of the raw values' own noise are noise themselves, and their repulsion is not undone.
+_LEAST_GAP = 0.25
 
 
 def detection_threshold(squared_norm: float, d: int) -> float:
@@ -27,27 +28,53 @@ def detection_threshold(squared_norm: float, d: int) -> float:
     return math.sqrt(max(squared_norm, 0.0) / d)
 
 
-def corrected(raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float) -> Float[np.ndarray, " r"]:
-    """Return eigenvalues of H from the outer eigenvalues ``raw`` of Phi H Phiᵀ, strongest first.
+def corrected(
+    raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float
+) -> tuple[Float[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
+    """Return eigenvalues of H from the outer eigenvalues ``raw`` of Phi H Phiᵀ, and which of them are seen at all.
 
-    The sum over j splits into the values found, taken one by one with the gaps of the raw values (which repel each
-    other and so never vanish), and the rest, |λ_j| ≪ |λ_i|, where it is tr_rest/λ_i + F_rest/λ_i². No value moves by
-    more than half: beyond that there is nothing left to correct.
+    The sum over j splits into the values seen, taken one by one with the gaps of the raw values, and the rest,
+    |λ_j| ≪ |λ_i|, where it is tr_rest/λ_i + F_rest/λ_i² and the map is inverted in closed form. No value moves by
+    more than half of itself. One that is not seen may be any eigenvalue below the threshold.
     """
-    resolved = np.abs(raw) > _RESOLVED * detection_threshold(squared_norm, d)
+    seen = _seen(raw, d, trace, squared_norm)
     gaps = raw[:, None] - raw[None, :]
-    np.fill_diagonal(gaps, np.inf)
-    gaps[gaps == 0] = np.inf
+    least = _LEAST_GAP * np.abs(raw)[:, None] * math.sqrt(2 / d)
+    inverse = gaps / np.maximum(gaps**2 + least**2, np.finfo(float).tiny)
     values = raw.copy()
     for _ in range(_PASSES):
-        found = np.where(resolved, values, 0.0)
-        # Each value is left out of its own sum, also where it is not resolved.
-        own_trace = np.where(resolved, 0.0, values)
-        trace_rest = trace - found.sum() - own_trace
-        norm_rest = np.maximum(squared_norm - (found**2).sum() - own_trace**2, 0.0)
-        shift = (values * (found[None, :] / gaps).sum(1) + trace_rest + norm_rest / values) / d
-        values = raw - np.clip(shift, -np.abs(raw) / 2, np.abs(raw) / 2)
-    return values
+        found = np.where(seen, values, 0.0)
+        # Each value is left out of its own sum, also where it is not seen.
+        own = np.where(seen, 0.0, values)
+        trace_rest = trace - found.sum() - own
+        norm_rest = np.maximum(squared_norm - (found**2).sum() - own**2, 0.0)
+        values, _ = _without_bulk(raw - (values * (inverse @ found) + trace_rest) / d, norm_rest / d)
+        values = np.sign(raw) * np.clip(np.sign(raw) * values, np.abs(raw) / 2, 1.5 * np.abs(raw))
+    return values, seen
+
+
+def _seen(raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float) -> Bool[np.ndarray, " r"]:
+    """Return which values stand outside the bulk: strongest first, each against a bulk without those before it.
+
+    The edge of the bulk is taken as 2 √(F_rest/d) (1 + d^(−2/3)), which its own largest value passes once in a
+    hundred times (Tracy & Widom 1996).
+    """
+    edge = (1 + d ** (-2 / 3)) ** 2
+    seen = np.zeros(len(raw), dtype=bool)
+    for i in np.argsort(-np.abs(raw), kind="stable"):
+        value, outside = _without_bulk(raw[i : i + 1] - trace / d, np.array([edge * squared_norm / d]))
+        if outside[0] and value[0] * raw[i] > 0:
+            seen[i] = True
+            trace, squared_norm = trace - float(value[0]), max(squared_norm - float(value[0]) ** 2, 0.0)
+    return seen
+
+
+def _without_bulk(
+    moved: Float[np.ndarray, " r"], variance: Float[np.ndarray, " r"]
+) -> tuple[Float[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
+    """Return λ of moved = λ + variance/λ, and whether there is one; at the edge of the bulk it is moved/2."""
+    inside = moved**2 - 4 * variance
+    return (moved + np.sign(moved) * np.sqrt(np.maximum(inside, 0.0))) / 2, inside > 0
 
 
 def sampling_error(

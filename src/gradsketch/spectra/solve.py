@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -199,8 +199,8 @@ class _Run:
         threshold, notes = None, self._notes(eigenvalues)
         if estimates is not None:
             threshold = detection_threshold(estimates[1].value, plan.sketch.shape[0])
-            eigenvalues = self._corrected(pairs, chosen, eigenvalues, estimates)
-            notes += _undetected(eigenvalues, threshold, estimates[1].value)
+            eigenvalues, seen = self._corrected(pairs, chosen, eigenvalues, estimates)
+            notes += _undetected(eigenvalues, seen, threshold, estimates[1].value)
             order = np.argsort([-e.value for e in eigenvalues], kind="stable")
             eigenvalues, chosen = [eigenvalues[i] for i in order], chosen[order]
         return Spectrum(
@@ -254,24 +254,24 @@ class _Run:
         chosen: Int[np.ndarray, " r"],
         eigenvalues: list[Eigenvalue],
         estimates: tuple[Estimate, Estimate],
-    ) -> list[Eigenvalue]:
+    ) -> tuple[list[Eigenvalue], Bool[np.ndarray, " r"]]:
         d, (trace, squared_norm) = self.plan.sketch.shape[0], estimates
         known = np.union1d(np.flatnonzero(self._relative(pairs) <= self.plan.tolerance), chosen)
-        values = corrected(pairs.values[known], d, trace.value, squared_norm.value)
-        values = values[np.searchsorted(known, chosen)]
+        places = np.searchsorted(known, chosen)
+        values, seen = (a[places] for a in corrected(pairs.values[known], d, trace.value, squared_norm.value))
         errors = sampling_error(values, d, trace, squared_norm)
-        threshold = detection_threshold(squared_norm.value, d)
-        return [
+        fixed = [
             Eigenvalue(
                 value=float(value),
                 residual=e.residual,
                 error=float(error) + e.error,
-                converged=e.converged and bool(abs(value) > threshold),
+                converged=e.converged and bool(outside),
                 raw=e.value,
                 gradient_share=e.gradient_share,
             )
-            for e, value, error in zip(eigenvalues, values, errors, strict=True)
+            for e, value, error, outside in zip(eigenvalues, values, errors, seen, strict=True)
         ]
+        return fixed, seen
 
     def _sketches(self, coefficients: Float[np.ndarray, "m r"]) -> Float[Tensor, "r d"]:
         basis, weights = self.lanczos.basis, torch.from_numpy(np.ascontiguousarray(coefficients))
@@ -308,13 +308,15 @@ def _both_ends(values: Float[np.ndarray, " r"], k: int, zero: float) -> Int[np.n
     return np.concatenate([positive[:k], negative[max(len(negative) - k, 0) :]])
 
 
-def _undetected(eigenvalues: list[Eigenvalue], threshold: float, squared_norm: float) -> list[str]:
-    hidden = [abs(e.value) for e in eigenvalues if abs(e.value) <= threshold]
+def _undetected(
+    eigenvalues: list[Eigenvalue], seen: Bool[np.ndarray, " r"], threshold: float, squared_norm: float
+) -> list[str]:
+    hidden = [abs(e.value) for e, outside in zip(eigenvalues, seen, strict=True) if not outside]
     if not hidden:
         return []
     return [
-        f"{len(hidden)} values lie below the detection threshold {threshold:.3g} of this d;"
-        f" d = {least_d(max(hidden), squared_norm, 0.1)} would show the largest of them."
+        f"{len(hidden)} values lie within the bulk that sketching makes of all others (detection threshold"
+        f" {threshold:.3g} at this d); d = {least_d(max(hidden), squared_norm, 0.1)} would show the largest of them."
     ]
 
 
