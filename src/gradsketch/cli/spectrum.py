@@ -58,7 +58,7 @@ class SpectrumOptions:
     tolerance: float = 1e-3
     """Relative residual of a settled eigenvalue."""
     density: bool = False
-    """Estimate the density of all eigenvalues too (160 products more)."""
+    """Estimate the density of all eigenvalues too, into --out (160 products more)."""
     seed: int = 0
     """Seed of start vector and sketch."""
     out: Path | None = None
@@ -72,6 +72,12 @@ def run(arguments: list[str]) -> int:
     options = tyro.cli(
         SpectrumOptions, args=arguments, prog="gradsketch spectrum", config=(tyro.conf.FlagCreatePairsOff,)
     )
+    if options.density and (options.out is None or options.checkpoints is not None):
+        raise InputError(
+            "--density without --out, or with --checkpoints",
+            "a folder for one model's density",
+            "Type --out runs/spectrum",
+        )
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "run.json").write_text(json.dumps({"command": ["gradsketch", "spectrum", *arguments]}) + "\n")

@@ -65,8 +65,8 @@ def evolution_figure(result: Evolution, path: str | Path) -> Path:
     (top, ratios), (heat, overlap) = figure.subplots(2, 2)
     places = np.arange(len(result))
     top.plot(places, result.r_neg, "o-", color=_RED)
-    top.set_ylim(bottom=0)
-    top.set_ylabel("R_NEG")
+    top.set_ylim(0, 1.15 * max(float(result.r_neg.max(where=np.isfinite(result.r_neg), initial=0.0)), 0.01))
+    top.set_ylabel("R_NEG = |lowest| / largest eigenvalue")
     _step_axis(top, result)
     for step, spectrum, shade in zip(result.steps, result.spectra, _shades(len(result)), strict=True):
         _ratios(ratios, spectrum, shade, f"step {step:,}")
@@ -77,6 +77,8 @@ def evolution_figure(result: Evolution, path: str | Path) -> Path:
 
 
 def _ends(axes: Axes, result: Spectrum) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     for side, colour, name in ((result.positive, _BLUE, "positive"), (result.negative, _RED, "negative")):
         for converged in (True, False):
             chosen = [(i + 1, e) for i, e in enumerate(side) if e.converged is converged]
@@ -85,6 +87,10 @@ def _ends(axes: Axes, result: Spectrum) -> None:
     sizes = [abs(e.value) for e in result.eigenvalues]
     if sizes and max(sizes) > 10 * min(sizes):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rank")
     axes.set_ylabel("|eigenvalue|")
     axes.set_title(f"n = {result.n:,}, {result.hvps} products, {result.method}", fontsize=10)
@@ -102,13 +108,19 @@ def _points(axes: Axes, chosen: list[tuple[int, Eigenvalue]], colour: str, label
 
 
 def _ratios(axes: Axes, result: Spectrum, colour: str, label: str | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ratios = result.ratios
-    axes.plot(np.arange(1, len(ratios) + 1), ratios, "o-", color=colour, markersize=3, linewidth=1, label=label)
+    ranks = np.arange(1, len(ratios) + 1)
+    open_ones = ~np.array([e.converged for e in result.positive], dtype=bool)
+    axes.plot(ranks, ratios, "o-", color=colour, markersize=3.5, linewidth=1, label=label)
+    axes.plot(ranks[open_ones], ratios[open_ones], "o", color=colour, markersize=3.5, markerfacecolor="white")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not any(line.get_linestyle() == "--" for line in axes.lines):
         axes.axhline(OUTLIER, color=_GREY, linestyle="--", linewidth=1)
         axes.annotate("20 %", (1, OUTLIER), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set_ylim(0, 1.05)
-    axes.set_xlabel("n")
+    axes.set_xlabel("n (open: not settled)")
     axes.set_ylabel("R_n = λ_n / λ_1")
 
 
@@ -122,14 +134,18 @@ def _heat(figure: Figure, axes: Axes, result: Evolution) -> None:
     for column, s in enumerate(result.spectra):
         cells[: len(s.positive), column] = [e.value for e in s.positive]
         cells[ups + downs - len(s.negative) :, column] = [e.value for e in reversed(s.negative)]
-    largest = float(np.nanmax(np.abs(cells))) if np.isfinite(cells).any() else 1.0
-    norm = SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest)
+    sizes = np.abs(cells[np.isfinite(cells)])
+    largest, smallest = (float(sizes.max()), float(sizes.min())) if len(sizes) else (1.0, 1.0)
+    # Colours are logarithmic over what is shown, and white is zero, which is not.
+    norm = SymLogNorm(linthresh=max(smallest, largest / 1000), linscale=0.2, vmin=-largest, vmax=largest)
     image = axes.imshow(cells, aspect="auto", cmap="RdBu", norm=norm, interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="eigenvalue")
+    marks = sorted({-largest, -smallest, smallest, largest})
+    bar = figure.colorbar(image, ax=axes, label="eigenvalue", ticks=marks, format="%.3g")
+    bar.ax.minorticks_off()
     axes.axhline(ups - 0.5, color=_GREY, linewidth=0.8)
-    ticks = [0, ups - 1, ups, ups + downs - 1] if downs else [0, ups - 1]
-    names = ["1st", f"{ups}th", f"−{downs}th", "lowest"] if downs else ["1st", f"{ups}th"]
-    axes.set_yticks(ticks, names, fontsize=8)
+    ranks = ({0: "1", ups - 1: str(ups)} if ups else {}) | ({ups + downs - 1: "−1"} if downs else {})
+    axes.set_yticks(list(ranks), list(ranks.values()), fontsize=8)
+    axes.set_ylabel("rank: positive above, negative below")
     _step_axis(axes, result)
 
 
