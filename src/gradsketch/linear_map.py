@@ -52,7 +52,7 @@ class LinearMap(ABC):
         """Apply the map to every vector of a batch.
 
         Raises:
-            InputError: wrong last dim, no floating-point type.
+            InputError: wrong last dim, no floating-point type, or no vector at all.
             NonFiniteError: x holds a NaN or an infinity, or the result overflows.
         """
         return _checked_apply(self, x, adjoint=False)
@@ -127,7 +127,11 @@ def _checked_apply(map_: LinearMap, x: Tensor, *, adjoint: bool) -> Tensor:
         )
     batch = x.shape[:-1]
     if batch.numel() == 0:
-        return x.new_zeros(*batch, rows, dtype=widened(x.dtype))
+        raise InputError(
+            f"{map_!r} was given an empty batch of shape {list(x.shape)}",
+            "at least one vector",
+            "Leave empty batches out, or find out what made this one empty",
+        )
     out: Tensor = _Apply.apply(x.reshape(-1, columns).contiguous(), map_, adjoint, True)
     return out.view(*batch, rows)
 

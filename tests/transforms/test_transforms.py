@@ -6,6 +6,7 @@ import torch
 from scipy.linalg import hadamard
 
 import gradsketch as gs
+from gradsketch.evaluation.cost import peak_bytes
 from gradsketch.transforms import Fourier, Haar, Hadamard, LocalHadamard
 from gradsketch.transforms.haar import PermutedHadamard
 
@@ -81,6 +82,9 @@ def test_errors_say_what_to_do(make):
     for bad in (torch.zeros(64, 2).T, torch.zeros(2, 63), torch.zeros(64, dtype=torch.bfloat16)):
         with pytest.raises(gs.InputError, match="a contiguous float32 or float64 tensor"):
             transform.apply_(bad)
+    for empty in (transform, transform.apply_):
+        with pytest.raises(gs.InputError, match=r"an empty batch.* Wanted: at least one vector"):
+            empty(torch.zeros(0, 64))
     with pytest.raises(gs.InputError, match="outside any graph"):
         transform.apply_(torch.zeros(64, requires_grad=True))
     with pytest.raises(gs.NonFiniteError, match="position 3"):
@@ -121,6 +125,25 @@ def test_fourier_is_the_complex_transform_of_pairs():
     expected = np.fft.fft(x[0::2].numpy() + 1j * x[1::2].numpy(), norm="ortho")
     got = Fourier(48)(x)
     np.testing.assert_allclose(got[0::2].numpy() + 1j * got[1::2].numpy(), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("n", [LONG, 2 * LONG])
+def test_fourier_of_a_long_vector(n):
+    x = vectors(1, n)[0]
+    for adjoint, transform in ((False, torch.fft.fft), (True, torch.fft.ifft)):
+        expected = torch.view_as_real(transform(torch.view_as_complex(x.view(-1, 2)), norm="ortho")).flatten()
+        torch.testing.assert_close(Fourier(n).apply_(x.clone(), adjoint=adjoint), expected, rtol=0, atol=1e-13)
+        narrow = Fourier(n).apply_(x.float(), adjoint=adjoint)
+        assert float((narrow - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("make", [Hadamard, Fourier])
+def test_a_long_vector_needs_half_its_memory_besides_input_and_result(make):
+    transform, x = make(1 << 23), torch.ones(1 << 23)
+    peak = peak_bytes(lambda: transform(x))
+    if peak is None:
+        pytest.skip("peak memory is measured on Linux and GPUs")
+    assert peak < 1.5 * x.nbytes
 
 
 def test_haar_factors_have_the_moments_of_uniform_orthogonal_matrices():

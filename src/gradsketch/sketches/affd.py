@@ -94,7 +94,7 @@ class AFFD(Sketch):
         whole = power_of_two_at_least(self.n)
         first = Signs(self.stream.child("B"), self.n)
         stream = self.stream.child("G")
-        second = Normals(stream) if self.diagonal == "gaussian" else Signs(stream, max(2, whole))
+        second = Normals(stream) if self.diagonal == "gaussian" else Signs(stream, whole)
         if self.form == "paper":
             inner, outer = (preconditioner(self.transform, self.n, self.stream.child(name)) for name in ("H'", "H''"))
             return AsPrinted(None if self.transform == "haar" else first, inner, second, outer)

@@ -41,12 +41,13 @@ class Sketch(LinearMap):
     made for the user, may depend on d.
 
     Raises:
-        InputError: n or d is not a positive integer, or d > n.
+        InputError: n or d is not a positive integer, d > n, or n = 1 (which BlockSum and TiledSRHT alone allow).
     """
 
     # Raised by one whenever a kind starts to map the same vector to other numbers.
     version: ClassVar[int] = 1
     nesting: Literal["prefix", "fold"] | None = None
+    least_n: ClassVar[int] = 2
 
     def __init__(self, n: int, d: int, *, seed: int = 0) -> None:
         for name, value in (("n", n), ("d", d)):
@@ -57,6 +58,10 @@ class Sketch(LinearMap):
                 f"{type(self).__name__} with d={d} larger than n={n}",
                 "a sketch no longer than the vector",
                 f"Type d={n} or less, or keep the vectors as they are",
+            )
+        if n < self.least_n:
+            raise InputError(
+                f"{type(self).__name__} with n=1", "vectors of two numbers or more", "Keep the number as it is"
             )
         self.shape = (d, n)
         self.seed = seed

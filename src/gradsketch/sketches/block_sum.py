@@ -65,6 +65,8 @@ class BlockSum(Sketch):
         InputError: no tensors, an unknown kind, or d is not a positive integer ≤ n.
     """
 
+    least_n = 1  # a selection may be one number
+
     def __init__(
         self,
         parameters: Shaped | Mapping[str, Sequence[int]],

@@ -176,7 +176,7 @@ class AsPrinted(Form):
 
 def preconditioner(kind: Preconditioner, n: int, stream: Stream) -> Transform:
     """Return the transform [P] puts before or after the diagonal, for vectors of length n padded to a power of two."""
-    n = max(2, power_of_two_at_least(n))
+    n = power_of_two_at_least(n)
     if kind == "fft":
         return Fourier(n)
     return Haar(n, stream) if kind == "haar" else PermutedHadamard(n, stream)

@@ -49,7 +49,7 @@ class QK(Sketch):
             nearest = f"d={above // 2}" + (f" or d={above}" if above <= n else "")
             raise InputError(f"QK with d={d}", "a power of two", f"Type {nearest}")
         factors = len(balanced_sizes(whole, largest=_LARGEST_FACTOR)) if factors is None else factors
-        most = max(1, whole.bit_length() - 1)
+        most = whole.bit_length() - 1
         if isinstance(factors, bool) or not isinstance(factors, int) or not 1 <= factors <= most:
             raise InputError(f"factors={factors!r} with n={n}", f"a number from 1 to {most}", "Leave factors out")
         self.factors = factors

@@ -34,6 +34,7 @@ class TiledSRHT(Sketch):
     """
 
     nesting = "prefix"
+    least_n = 1  # a parameter may be one number
 
     def __init__(
         self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", of: int | None = None

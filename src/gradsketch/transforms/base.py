@@ -28,7 +28,7 @@ class Transform(LinearMap):
         """Overwrite vectors by their transform and return them; needs only cache-sized memory where the kind can.
 
         Raises:
-            InputError: wrong last dim, not contiguous, not float32 or float64, or part of an autograd graph.
+            InputError: wrong last dim, no vector, not contiguous, not float32 or float64, or part of an autograd graph.
         """
         if x.shape[-1:] != (self.n,) or x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
             raise InputError(
@@ -42,8 +42,11 @@ class Transform(LinearMap):
                 "a tensor outside any graph",
                 "Call the transform itself, which is differentiable, or wrap the call in torch.no_grad()",
             )
-        if x.numel():
-            self._transform_(x.view(-1, self.n), adjoint=adjoint)
+        if not x.numel():
+            raise InputError(
+                f"{self!r}.apply_ was given an empty batch", "at least one vector", "Leave empty batches out"
+            )
+        self._transform_(x.view(-1, self.n), adjoint=adjoint)
         return x
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
