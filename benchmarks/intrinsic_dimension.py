@@ -104,7 +104,7 @@ def _line(path: Any) -> str:
 
 
 def measure(name: str, setting: Setting, seeds: range, state: Path | None) -> dict[str, Any]:
-    """Fine-tune in full, search, and train in several dimensions."""
+    """Fine-tune in full, search, and with one seed train in several dimensions."""
     common = (setting.model, setting.task, setting.train, setting.evaluate)
     shared: dict[str, Any] = {"parameters": setting.parameters, "batch_size": setting.batch_size}
     kept = {part: None if state is None else state / name / part for part in ("full.jsonl", "search", "curve.jsonl")}
@@ -125,6 +125,7 @@ def measure(name: str, setting: Setting, seeds: range, state: Path | None) -> di
         **shared,
     )
     print(search, [s.d for s in search.searches], flush=True)
+    shared["seeds"] = seeds[:1]
     curve = gs.dimension_curve(*common, setting.dims, steps=setting.steps, checkpoint=kept["curve.jsonl"], **shared)
     print(curve, flush=True)
     search.plot().savefig(RESULTS / f"intrinsic_dimension_{name}.png", dpi=120)
