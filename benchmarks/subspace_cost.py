@@ -105,8 +105,8 @@ def measure(make: Callable[[], tuple[nn.Module, dict[str, Tensor]]], dims: list[
 def _vectors(peak: int | None, n: int) -> float | None:
     """Return peak memory of a step, in vectors of n float32 numbers, beyond what is held between steps.
 
-    Held are three vectors by full fine-tuning (weights, two of Adam), two by a subspace (weights, theta0 + lift), one
-    by adapters. Counted are the gradient and the activations.
+    Held are three vectors by full fine-tuning (weights, two of Adam; the gradient is counted here), three by a subspace
+    (weights, theta0 + lift, the gradient's memory), one by adapters. Counted are the activations too.
     """
     return None if peak is None else round(peak / (4 * n), 2)
 
