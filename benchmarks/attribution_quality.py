@@ -37,7 +37,7 @@ from gradsketch.evaluation.lds import linear_datamodeling_score
 from gradsketch.random import Stream
 
 TRAIN, QUERIES, RATE, EPOCHS, BATCH, DAMPING = 600, 50, 3e-3, 15, 50, 0.1
-PEER_SETTINGS = ((TRAIN // 2, 0.0), *((1024, 10.0**e) for e in range(-6, 2)))  # (d, λ in a peer's own units)
+PEER_SETTINGS = ((TRAIN // 2, 0.0), *((1024, 10.0**e) for e in range(-4, 5)))  # (d, λ in a peer's own units)
 TASK = gs.Classification()
 Scores = Float[Tensor, "q n"]
 
