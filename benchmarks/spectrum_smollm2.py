@@ -5,7 +5,7 @@
 The loss is that of one batch of 4 x 16 tokens out of the documentation of torch.nn, on which the model is then
 fine-tuned: 30 steps of AdamW on 4 x 32 tokens at 2e-5. Eager attention, float32; the weights are 4-bit (Q4_1),
 de-quantised. A basis of 60 vectors alone would take 32 GB. Writes benchmarks/results/spectrum_smollm2.json and
-figures beside it.
+a figure beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,10 +109,7 @@ def main() -> None:
     before = take(model, batch, steps, k)
     history = fine_tune(model, text, 4 if quick else 30)
     after = take(model, batch, steps, k)
-    name = "spectrum_smollm2_quick" if quick else "spectrum_smollm2"
     evolution = gs.Evolution((0, len(history)), (before["spectrum"], after["spectrum"]))
-    evolution.plot(RESULTS / f"{name}.png")
-    before["spectrum"].plot(RESULTS / f"{name}_before.png")
     results: dict[str, Any] = {
         "n": before["spectrum"].n,
         "training_loss": history,
@@ -119,7 +117,47 @@ def main() -> None:
         "before": summary(**before),
         "after": summary(**after),
     }
+    name = "spectrum_smollm2_quick" if quick else "spectrum_smollm2"
+    draw(results, RESULTS / f"{name}.png")
     print(write(name, results))
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Both ends of the spectrum before and after, and R_n; open marks have not settled."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for point, mark, shade in (("before", "o", 1.0), ("after", "s", 0.5)):
+        row = results[point]
+        count = len(row["positive"])
+        settled = {"positive": row["converged"][:count], "negative": row["converged"][count:][::-1]}
+        for side, colour in (("positive", "#0072b2"), ("negative", "#d55e00")):
+            for rank, (value, done) in enumerate(zip(row[side], settled[side], strict=True), 1):
+                face, label = colour if done else "white", f"{side}, {point}" if rank == 1 else None
+                left.plot(rank, abs(value), mark, color=colour, ms=4, mfc=face, alpha=shade, label=label)
+        ratios = [value / row["positive"][0] for value in row["positive"]]
+        label = f"{point}: loss {row['loss']:.2f}, R_NEG {row['r_neg']:.2f}, {row['outliers']} outliers"
+        right.plot(range(1, count + 1), ratios, f"{mark}-", color="#0072b2" if point == "before" else "#7fb8d9", ms=3.5,
+                   lw=1, label=label)  # fmt: skip
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
+    left.set_ylabel("|eigenvalue| (open: not settled)")
+    right.axhline(0.2, color="#555555", ls="--", lw=1)
+    right.set_ylim(0, 1.05)
+    right.set_ylabel("R_n = λ_n / λ_1")
+    for axes in (left, right):
+        axes.set_xticks([1, 5, 10, 15, 20])
+        axes.set_xlabel("rank")
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"SmolLM2-135M, all {results['n']:,} parameters, {results['before']['hvps']} products a point", fontsize=10
+    )
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
