@@ -87,6 +87,16 @@ def test_damping_must_be_positive(tmp_path, damping):
         fit_preconditioner(make_store(tmp_path, rows(5)), unit_length=True, damping=damping)
 
 
+@pytest.mark.parametrize("n", [20, 90])
+def test_a_damping_below_rounding_is_refused(tmp_path, n):
+    """Rows of rank four, so that F + λI is singular up to λ; the smallest damping that "auto" tries must do."""
+    x = rows(n, 4) @ rows(4)
+    store = make_store(tmp_path, x)
+    fit_preconditioner(store, unit_length=True, damping=1e-4)
+    with pytest.raises(InputError, match="damping too small"):
+        fit_preconditioner(store, unit_length=True, damping=1e-13)
+
+
 def test_no_gradient_at_all(tmp_path):
     with pytest.raises(InputError, match="without a gradient"):
         fit_preconditioner(make_store(tmp_path, torch.zeros(5, D)), unit_length=True, damping=0.1)

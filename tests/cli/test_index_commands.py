@@ -146,6 +146,15 @@ def test_mistakes_are_explained(index, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default::gradsketch.errors.GradsketchWarning")
+def test_a_warning_is_one_line_without_code(model, data, tmp_path, capsys):
+    main(arguments(model, data, tmp_path / "i", "--shard-rows", "5"))
+    next((tmp_path / "i").rglob("*.arrow")).unlink()
+    assert main(["query", str(tmp_path / "i"), "--text", "the capital of c is 2"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "5 of 10 rows" in line]
+    assert line.startswith(f"gradsketch query: {tmp_path / 'i'} holds 5 of 10 rows")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -191,6 +200,7 @@ def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "interrupted" in errors
+    assert "type the same command to go on" in errors
     assert 1 <= len(list(shards.glob("*.arrow"))) < 40
     assert not list(shards.glob("*.tmp-*"))
     assert main(command[3:]) == 0

@@ -66,7 +66,7 @@ def fit_preconditioner(
         >>> directions = preconditioner.solve(queries)                                 # doctest: +SKIP
 
     Raises:
-        InputError: damping is not positive, or there are no rows with a gradient.
+        InputError: damping is not positive or too small to invert F, or there are no rows with a gradient.
     """
     if not (damping > 0 and math.isfinite(damping)):
         raise InputError(f"damping={damping}", "a positive number", 'Pass damping=0.1, or damping="auto"')
@@ -92,7 +92,7 @@ class _Primal(_Solver):
 
     def __init__(self, second_moment: Float64[Tensor, "d d"], shift: float) -> None:
         second_moment.diagonal().add_(shift)
-        self.factor = torch.linalg.cholesky(second_moment)
+        self.factor = _cholesky(second_moment)
 
     def solve(self, q: Float64[Tensor, "m d"]) -> Float64[Tensor, "m d"]:
         return torch.cholesky_solve(q.T, self.factor).T
@@ -103,11 +103,22 @@ class _Dual(_Solver):
 
     def __init__(self, rows: RowMatrix, gram: Float64[Tensor, "n n"], shift: float) -> None:
         gram.diagonal().add_(rows.count * shift)
-        self.rows, self.shift, self.factor = rows, shift, torch.linalg.cholesky(gram)
+        self.rows, self.shift, self.factor = rows, shift, _cholesky(gram)
 
     def solve(self, q: Float64[Tensor, "m d"]) -> Float64[Tensor, "m d"]:
         inner = torch.cholesky_solve(self.rows.times(q).T, self.factor).T
         return (q - self.rows.transposed_times(inner)) / self.shift
+
+
+def _cholesky(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    try:
+        return torch.linalg.cholesky(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise InputError(
+            "a damping too small for moments in float32: F + λI is not positive definite",
+            "λ above F's rounding errors",
+            "Pass damping=1e-4 or more",
+        ) from error
 
 
 class _LowRank(_Solver):

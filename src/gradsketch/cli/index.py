@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +94,11 @@ def run(arguments: list[str]) -> int:
     saved = None if "://" in options.path else Path(options.path) / RUN_FILE
     if saved is not None and not saved.exists():  # also beside a run that is interrupted
         run_file.write(options, "index", saved)
-    index = build.run(worker=options.worker)
+    try:
+        index = build.run(worker=options.worker)
+    except KeyboardInterrupt:
+        print("\nFinished rows are kept: type the same command to go on.", file=sys.stderr)
+        raise
     if saved is not None:
         run_file.write(options, "index", saved)
     outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}

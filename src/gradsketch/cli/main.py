@@ -2,8 +2,10 @@
 
 import importlib
 import sys
+import warnings
+from typing import Any
 
-from gradsketch.errors import GradsketchError
+from gradsketch.errors import GradsketchError, GradsketchWarning
 
 __all__ = ["main"]
 
@@ -31,13 +33,28 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(_COMMANDS[arguments[0]][0])
     try:
-        return int(module.run(arguments[1:]))
+        with warnings.catch_warnings():
+            _say_warnings_plainly(arguments[0])
+            return int(module.run(arguments[1:]))
     except GradsketchError as error:
         print(f"gradsketch {arguments[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ngradsketch {arguments[0]}: interrupted", file=sys.stderr)
         return 130
+
+
+def _say_warnings_plainly(command: str) -> None:
+    """Show our own warnings as one line, without the place in the code that gave them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, GradsketchWarning):
+            print(f"gradsketch {command}: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = show
 
 
 def _help() -> str:
