@@ -1,103 +1,82 @@
-"""Per-example gradient sketches against one plain forward and backward pass: throughput, memory, quality.
+"""Per-example gradient sketches against one plain forward and backward pass: throughput and peak memory.
 
-    python benchmarks/gradient_cost.py [--quick] [--batch 8]
+    python benchmarks/gradient_cost.py [--workload smollm2] [--quick]
 
-Workload W1: a random-weight GPT-2 of 6 layers, width 256, vocabulary 8192, on 64 sequences of 128 random tokens.
-Writes results/gradient_cost.json. "floor" runs forward and backward without any weight gradient.
+Every job runs at several batch sizes, interleaved, and counts at its best. "floor" runs forward and backward without
+any weight gradient and without sketches. Writes results/gradient_cost.json (gradient_cost_smollm2.json);
+benchmarks/gradient_quality.py measures how good the same sketches are.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from gradient_workloads import WORKLOADS, Workload
 from record import interleaved_seconds, peak_bytes, write
 
 import gradsketch as gs
-from gradsketch.gradients.data import batch_length
-from gradsketch.gradients.gram import gradient_gram
 
-SIZES = (512, 4096, 32768, 65536)
-QUALITY_SEQUENCES = 32  # whose pairs are judged: exact inner products cost far more than sketches
-
-
-def workload(quick: bool) -> tuple[torch.nn.Module, torch.Tensor]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    layers, sequences = (2, 16) if quick else (6, 64)
-    config = GPT2Config(n_layer=layers, n_head=8, n_embd=256, vocab_size=8192, n_positions=128)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = torch.randint(0, 8192, (sequences, 128), generator=torch.Generator().manual_seed(1))
-    return GPT2LMHeadModel(config).eval().to(device), ids.to(device)
+SIZES = {"w1": (4096, 32768, 65536), "smollm2": (4096, 65536)}
+BATCHES = {"w1": (4, 8, 16), "smollm2": (4, 8)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 layers, 16 sequences, 2 repeats")
-    parser.add_argument("--batch", type=int, default=8)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="w1")
+    parser.add_argument("--quick", action="store_true", help="fewer layers or sequences, one repeat")
     arguments = parser.parse_args()
-    model, ids = workload(arguments.quick)
-    task, parameters = gs.CausalLM(), gs.Parameters(model)
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(arguments.batch)]
-    sketchers = {d: gs.GradientSketcher(model, task, gs.BlockSum(parameters, d)) for d in SIZES}
+    work = WORKLOADS[arguments.workload](arguments.quick)
+    batches, sizes = BATCHES[work.name], SIZES[work.name]
+    parameters = gs.Parameters(work.model)
+    sketchers = {d: gs.GradientSketcher(work.model, gs.CausalLM(), gs.BlockSum(parameters, d)) for d in sizes}
+    jobs: dict[str, Callable[[], Any]] = {}
+    for size in batches:
+        parts = work.batches(size)
+        jobs[f"reference/{size}"] = lambda parts=parts: work.plain(parts)
+        jobs[f"floor/{size}"] = lambda parts=parts: floor(work, parts)
+        for d, sketcher in sketchers.items():
+            jobs[f"d={d}/{size}"] = lambda parts=parts, sketcher=sketcher: [sketcher(part) for part in parts]
+    seconds = interleaved_seconds(jobs, repeats=1 if arguments.quick else 3)
+    rows = [best(name, batches, seconds, jobs) for name in ("reference", "floor", *(f"d={d}" for d in sizes))]
+    for row in rows:
+        row["throughput"] = rows[0]["seconds"] / row["seconds"]
+        row["peak_ratio"] = row["peak_bytes"] / max(1, rows[0]["peak_bytes_at"][row["batch"]])
+    suffix = ("" if work.name == "w1" else f"_{work.name}") + ("_quick" if arguments.quick else "")
+    sequences = list(work.ids.shape)
+    path = write(f"gradient_cost{suffix}", {"sequences": sequences, "seconds": seconds, "rows": rows})
+    print(f"{'':>10} {'batch':>6} {'sequences/s':>12} {'throughput':>11} {'peak MB':>8} {'ratio':>6}")
+    for row in rows:
+        rate = sequences[0] / row["seconds"]
+        figures = (
+            f"{rate:>12.2f} {row['throughput']:>11.2f} {row['peak_bytes'] / 2**20:>8.0f} {row['peak_ratio']:>6.2f}"
+        )
+        print(f"{row['name']:>10} {row['batch']:>6} {figures}")
+    print(f"written to {path}")
 
-    def reference() -> None:
-        for batch in batches:
-            model.zero_grad(set_to_none=True)
-            task.losses(model, batch).sum().backward()
-        model.zero_grad(set_to_none=True)
 
-    def floor() -> None:
-        model.requires_grad_(False)
-        handle = model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
-        for batch in batches:
-            task.losses(model, batch).sum().backward()
-        handle.remove()
-        model.requires_grad_(True)
-
-    def sketch(d: int) -> torch.Tensor:
-        return torch.cat([sketchers[d](batch).values for batch in batches])
-
-    jobs: dict[str, Any] = {"reference": reference, "floor": floor}
-    jobs |= {f"d={d}": lambda d=d: sketch(d) for d in SIZES}
-    seconds = interleaved_seconds(jobs, repeats=2 if arguments.quick else 3)
-    memory = {name: peak_bytes(job) for name, job in jobs.items()}
-    results = {
-        "batch": arguments.batch,
-        "quick": arguments.quick,
-        "seconds": seconds,
-        "throughput": {name: seconds["reference"]["median"] / s["median"] for name, s in seconds.items()},
-        "peak_bytes": memory,
-        "peak_ratio": {name: m / max(1, memory["reference"]) for name, m in memory.items()},
-        "quality": quality(model, task, batches, {d: sketch(d) for d in SIZES}),
+def best(name: str, batches: tuple[int, ...], seconds: dict[str, Any], jobs: dict[str, Any]) -> dict[str, Any]:
+    """Return a job's median seconds at its best batch size, and its peak memory at every one."""
+    batch = min(batches, key=lambda size: seconds[f"{name}/{size}"]["median"])
+    peaks = {size: peak_bytes(jobs[f"{name}/{size}"]) or 0 for size in batches}
+    return {
+        "name": name,
+        "batch": batch,
+        "seconds": seconds[f"{name}/{batch}"]["median"],
+        "peak_bytes": peaks[batch],
+        "peak_bytes_at": peaks,
     }
-    path = write("gradient_cost_quick" if arguments.quick else "gradient_cost", results)
-    print(f"{'d':>7} {'throughput':>11} {'memory':>7} {'noise·√d':>9} {'r':>7}")
-    for d in SIZES:
-        row, name = results["quality"][d], f"d={d}"
-        ratios = f"{results['throughput'][name]:>11.2f} {results['peak_ratio'][name]:>7.2f}"
-        print(f"{d:>7} {ratios} {row['noise_sqrt_d']:>9.3f} {row['pearson']:>7.4f}")
-    print(f"floor (no weight gradients, no sketches): {results['throughput']['floor']:.2f}; written to {path}")
 
 
-def quality(model: Any, task: gs.Task, batches: list[Any], sketches: dict[int, torch.Tensor]) -> dict[int, Any]:
-    """Noise·√d (1 = dense Gaussian) and Pearson r of all inner products of different sequences."""
-    judged = batches[: max(1, QUALITY_SEQUENCES // batch_length(batches[0]))]
-    rows = [torch.cat([gradient_gram(model, task, x, y) for y in judged], 1) for x in judged]
-    exact = torch.cat(rows).double()
-    pairs = torch.triu_indices(len(exact), len(exact), 1).unbind()
-    norms = exact.diagonal().sqrt()
-    scale, truth = (norms[:, None] * norms)[pairs], exact[pairs]
-    answers = {}
-    for d, s in sketches.items():
-        s = s[: len(exact)].double()
-        estimate = (s @ s.T)[pairs]
-        noise = ((estimate - truth) / scale).square().mean().sqrt().item() * d**0.5
-        pearson = torch.corrcoef(torch.stack([estimate, truth]))[0, 1].item()
-        answers[d] = {"noise_sqrt_d": noise, "pearson": pearson}
-    return answers
+def floor(work: Workload, batches: list[dict[str, Any]]) -> None:
+    """Run forward and backward without a single weight gradient."""
+    work.model.requires_grad_(False)
+    handle = work.model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
+    for batch in batches:
+        gs.CausalLM().losses(work.model, batch).sum().backward()
+    handle.remove()
+    work.model.requires_grad_(True)
 
 
 if __name__ == "__main__":

@@ -301,6 +301,15 @@ def test_attention_kernels_agree(attention):
     assert_close(sketch_gradients(_gpt2(attention), w.case.task, batch, w.phi), w.reference)
 
 
+def test_the_flash_kernel_agrees():
+    """Which sdpa runs where no mask is needed; on a CPU too, in float64."""
+    w = world("gpt2")
+    ids = torch.randint(4, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
+    exact = exact_gradients(w.model, w.case.task, [{"input_ids": row} for row in ids], w.parameters)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert_close(sketch_gradients(_gpt2(), w.case.task, {"input_ids": ids}, w.phi), w.phi(exact))
+
+
 def test_a_gram_that_is_not_finite_names_the_pair():
     w = world("mlp")
     x, labels = w.case.task.collate(w.case.examples)
@@ -337,11 +346,12 @@ def test_gradient_checkpointing():
         sketch_gradients(_checkpointed(True), w.case.task, batch, w.phi)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_half_precision_weights_accumulate_in_float32(name):
-    """Against autograd of the same bfloat16 model, one example at a time: what differs is rounding of bfloat16."""
+def test_half_precision_weights_accumulate_in_float32(name, dtype):
+    """Against autograd of the same model, one example at a time: what differs is rounding of the half precision."""
     case = CASES[name]
-    model, task = case.model().bfloat16(), case.task
+    model, task = case.model().to(dtype), case.task
     parameters = Parameters(model)
     phi = BlockSum(parameters, BLOCKS)
     exact = exact_gradients(model, task, case.examples, parameters).float()

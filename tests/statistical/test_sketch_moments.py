@@ -6,6 +6,7 @@ fixed), and every check is itself tested: sketches broken on purpose must not pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -159,6 +160,40 @@ def test_variance_of_qk_on_a_rank_one_input_is_a_product_over_its_factors():
     sizes = gs.QK(N, D, factors=2).sizes
     product = torch.tensor([(1 + 2 / d) / (1 + 2 / b) for d, b in sizes]).prod() - 1
     assert variance.qk(inputs()["rank-one"], sizes) == pytest.approx(float(product), rel=1e-6)
+
+
+def tiled_srht(x: Tensor, y: Tensor, d: int) -> float:
+    """For matrices of 64 × 64 and every coordinate of both sides in one tile.
+
+    Of full rank: a dense sketch's, less what n = 4096 numbers kept would leave. Of rank one, x = y = g aᵀ:
+    ‖Phi x‖² is the mean of (1 + u)(1 + w) with u = ĝ² − 1 and w likewise. Both transforms are isometries and use every
+    coordinate once, so u and w add up to zero and only the mean of u·w is left: σ_g² σ_a² / d with
+    σ_g² = E u² = 2 − 2 Σ g⁴.
+    """
+    X = x.view(64, 64)
+    row, column = (torch.linalg.vector_norm(X, dim=dim) for dim in (1, 0))
+    if not torch.equal(x, y) or not torch.allclose(torch.outer(row, column), X.abs()):
+        return variance.dense_gaussian(x, y, d) * (1 - d / 4096)
+    return (2 - 2 * float(row.pow(4).sum())) * (2 - 2 * float(column.pow(4).sum())) / d
+
+
+@pytest.mark.parametrize("d", [64, 256])  # tiles of 1 × 1 and of 4 × 4
+def test_variance_of_tiled_srht(d, monkeypatch):
+    normal = partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    made = {"full": normal(4096), "rank-one": torch.kron(normal(64), normal(64))}
+    vectors = {name: x / torch.linalg.vector_norm(x) for name, x in made.items()}
+
+    def samples(seeds: int) -> Tensor:
+        return grams(lambda seed: gs.TiledSRHT(64, 64, d, seed=seed), vectors, seeds)
+
+    sound = samples(150)
+    check(sound, vectors, partial(tiled_srht, d=d))
+    with pytest.raises(AssertionError, match="mean of"):
+        check(1.1**2 * sound, vectors, partial(tiled_srht, d=d))
+    # A layout that keeps every pair of as few coordinates as it can: one tile, a Kronecker product.
+    monkeypatch.setattr("gradsketch.sketches.tiling._counts", lambda rows, columns, d: (math.isqrt(d),) * 2)
+    with pytest.raises(AssertionError, match="variance of rank-one · rank-one"):
+        check(samples(50), vectors, partial(tiled_srht, d=d))
 
 
 def rare(samples: Tensor, threshold: float) -> int:

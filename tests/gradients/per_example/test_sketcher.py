@@ -1,11 +1,14 @@
 """Sketches made during backward equal sketches of gradients formed one example at a time, in float64."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import gradsketch as gs
+from gradsketch.errors import GradsketchWarning, NonFiniteError
 
 
 def exact(model, losses, batch, parameters):
@@ -93,3 +96,74 @@ def test_the_model_is_left_as_found(error):
         assert p.requires_grad == before[name][0]
         assert torch.equal(p, before[name][1])
     assert torch._C._len_torch_function_stack() == 0
+
+
+class Root(nn.Module):
+    """Its second layer has an infinite derivative, at a finite loss, where its input is zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x).abs().sqrt())
+
+
+def class_losses(model, batch):
+    return functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def broken_batch(where, value):
+    torch.manual_seed(1)
+    x = torch.randn(5, 3)
+    x[where] = value
+    return {"x": x, "y": torch.tensor([0, 1, 0, 1, 0])}
+
+
+# (what is put in the place of an example, what is said of it, the first parameter whose gradient it spoils)
+NOT_FINITE = [(torch.inf, "its loss is nan", "first.weight"), (0.0, "its gradient of first.weight", "first.weight")]
+
+
+@pytest.mark.parametrize("method", ["auto", "outer", "vmap", "loop", "implicit"])
+@pytest.mark.parametrize(("value", "words", "name"), NOT_FINITE)
+def test_what_is_not_finite_is_named_by_example_and_parameter(method, value, words, name):
+    model = Root()
+    sketcher = gs.GradientSketcher(model, class_losses, gs.BlockSum(gs.Parameters(model), 16), method=method)
+    with pytest.raises(NonFiniteError, match=f"example 3 of the batch: {words}") as caught:
+        sketcher(broken_batch(3, value))
+    assert name in str(caught.value)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["BlockSum", "AFFD"])
+@pytest.mark.parametrize(("value", "words", "name"), NOT_FINITE)
+def test_what_is_not_finite_can_be_skipped_and_is_recorded(kind, value, words, name):
+    model = Root()
+    parameters = gs.Parameters(model)
+    phi = gs.BlockSum(parameters, 16) if kind == "BlockSum" else gs.AFFD(parameters.n, 16)
+    sketcher = gs.GradientSketcher(model, class_losses, phi, parameters=parameters, on_non_finite="skip")
+    sketched, sound = sketcher(broken_batch([0, 1], value)), sketcher(broken_batch([], value))
+    assert sorted(sketched.skipped) == [0, 1]
+    assert all(words in reason for reason in sketched.skipped.values())
+    assert not sketched.values[[0, 1]].any()
+    torch.testing.assert_close(sketched.values[2:], sound.values[2:])
+    assert sound.skipped == {}
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "implicit"])
+def test_dropout_in_training_mode_is_said_once(method):
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    sketcher = gs.GradientSketcher(model, class_losses, gs.BlockSum(gs.Parameters(model), 16), method=method)
+    batch = broken_batch([], 0)
+    with pytest.warns(GradsketchWarning, match=r"one draw .* call model\.eval\(\)"):
+        first = sketcher(batch).values
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = sketcher(batch).values
+        assert not torch.allclose(first, second)
+        assert model.training
+        fixed = model.eval()
+        assert torch.equal(sketcher(batch).values, sketcher(batch).values)
+        fresh = gs.GradientSketcher(fixed, class_losses, sketcher.sketch, method=method)
+        torch.testing.assert_close(fresh(batch).values, sketcher(batch).values)

@@ -46,6 +46,7 @@ class Capture:
         self._slow: set[str] = set()
         self._layouts: dict[str, Layout] | None = None
         self._vmap_failed = False
+        self._warned_of_chance = False
 
     def __call__(self, batch: Batch, sink: Sink) -> Float[Tensor, " b"]:
         """Hand over the contributions of one batch and return its losses."""
@@ -62,7 +63,10 @@ class Capture:
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Return the task's losses, one an example."""
+        before = self._random_states()
         losses = self.task.losses(self.model, batch)
+        if not self._warned_of_chance and not all(map(torch.equal, before, self._random_states())):
+            self._warn_of_chance()
         if losses.shape != (batch_length(batch),):
             raise InputError(
                 f"{self.task!r} returned losses of shape {list(losses.shape)} for {batch_length(batch)} examples",
@@ -70,6 +74,19 @@ class Capture:
                 "Use reduction='none' and sum over everything but the first dim",
             )
         return losses
+
+    def _random_states(self) -> list[Tensor]:
+        devices = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+    def _warn_of_chance(self) -> None:
+        self._warned_of_chance = True
+        warnings.warn(
+            "the loss draws random numbers, as dropout does in training mode: each gradient is that of one draw and "
+            "changes with the batch and from run to run; call model.eval() for gradients of the model as it is used",
+            GradsketchWarning,
+            stacklevel=2,
+        )
 
     def _intercepted(self, batch: Batch, add: Consumer) -> Tensor:
         if self._layouts is None and batch_length(batch) > 1:

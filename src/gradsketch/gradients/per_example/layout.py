@@ -27,6 +27,7 @@ class Layouts:
         self.examples, self.proved, self.may_share = examples, proved, may_share
         self.guessed: dict[str, Layout] = {}
         self.idle: int | None = None
+        self.spoilt = False  # something not finite was seen, which is no proof of anything
         self._lengths: set[int] = set()
         # A checkpointed layer runs again during backward and must then decide as it did, whatever was learnt since.
         self._splits: dict[tuple[str, torch.Size], bool] = {}
@@ -57,7 +58,10 @@ class Layouts:
 
     def check(self, call: str, contribution: Contribution) -> None:
         """While proving: the idle example must get nothing."""
-        if self.idle is not None and contribution.touches(self.idle):
+        if self.idle is None:
+            return
+        self.spoilt |= not all(bool(torch.isfinite(factor).all()) for factor in contribution.factors())
+        if contribution.touches(self.idle):
             self.guessed[call] = "unknown"
 
     def _splittable(self, call: str, leading: torch.Size) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.data import batch_slice
+from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.per_example.interception import Interception
 from gradsketch.gradients.per_example.layout import Layout, Layouts
 from gradsketch.gradients.per_example.rules import RULES
@@ -21,20 +21,28 @@ def prove_layouts(losses_of: Callable[[Batch], Tensor], batch: Batch, names: Map
     """Return the layout of every kind of call, proved by one forward and two backward passes of two examples.
 
     In each backward pass only one example's loss counts, so whatever belongs to the other must be zero exactly.
+    Zero times infinity is not zero: two examples are sought whose gradients are finite.
 
     Raises:
         InputError: an example's loss depends on its batch mate.
     """
-    pair = batch_slice(batch, 0, 2)
+    for first in range(batch_length(batch) - 1):
+        layouts = _proved_on(losses_of, batch_slice(batch, first, first + 2), names)
+        if not layouts.spoilt:
+            break
+    return layouts.guessed
+
+
+def _proved_on(losses_of: Callable[[Batch], Tensor], pair: Batch, names: Mapping[int, str]) -> Layouts:
     devices = sorted({t.device.index for t in _cuda_tensors(pair)})
     with torch.random.fork_rng(devices=devices):
         for may_share in (True, False):
             layouts = Layouts(2, may_share=may_share)
             if _try(losses_of, pair, names, layouts):
                 break
-        if "unknown" in layouts.guessed.values():
+        if "unknown" in layouts.guessed.values() and not layouts.spoilt:
             _refuse_coupling(losses_of, pair)
-    return layouts.guessed
+    return layouts
 
 
 def _try(losses_of: Callable[[Batch], Tensor], pair: Batch, names: Mapping[int, str], layouts: Layouts) -> bool:

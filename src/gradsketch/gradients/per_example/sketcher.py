@@ -52,7 +52,8 @@ class GradientSketcher:
     formed, as many at a time as fit half a gigabyte.
 
     Args:
-        model: any module; left as it was found, also after an error.
+        model: any module; left as it was found, also after an error. With dropout in training mode a sketch is that of
+            one draw of the masks, which a warning says.
         task: a Task, or a function (model, batch) → losses [b] in which no example depends on another.
         sketch: a BlockSum over parameters of the model, or any sketch with n = ``parameters.n``.
         parameters: the selection; by default the BlockSum's own.

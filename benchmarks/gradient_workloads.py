@@ -1,0 +1,71 @@
+"""The two workloads on which per-example gradient sketches are measured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import gradsketch as gs
+
+__all__ = ["WORKLOADS", "Workload", "smollm2", "w1"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A causal language model and sequences of equal length."""
+
+    name: str
+    model: nn.Module
+    ids: Tensor
+
+    def batches(self, size: int) -> list[dict[str, Tensor]]:
+        """Return the sequences in batches."""
+        return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in self.ids.split(size)]
+
+    def plain(self, batches: list[dict[str, Tensor]]) -> None:
+        """Run one ordinary forward and backward pass of every batch, weight gradients included."""
+        task = gs.CausalLM()
+        for batch in batches:
+            self.model.zero_grad(set_to_none=True)
+            task.losses(self.model, batch).sum().backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def w1(quick: bool = False) -> Workload:
+    """A random-weight GPT-2 of 6 layers, width 256, vocabulary 8192, on 64 sequences of 128 random tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    layers, sequences = (2, 16) if quick else (6, 64)
+    config = GPT2Config(
+        n_layer=layers,
+        n_head=8,
+        n_embd=256,
+        vocab_size=8192,
+        n_positions=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    ids = torch.randint(0, 8192, (sequences, 128), generator=torch.Generator().manual_seed(1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Workload("w1", GPT2LMHeadModel(config).eval().to(device), ids.to(device))
+
+
+def smollm2(quick: bool = False) -> Workload:
+    """SmolLM2-135M, real weights (vocabulary 49,152, tied), on 16 pieces of 64 tokens of torch's documentation."""
+    from gradsketch.demo.weights import smollm2 as load
+
+    model, tokenizer = load()
+    layers = (nn.Module, nn.Transformer, nn.Linear, nn.Conv2d, nn.LSTM, nn.Embedding, nn.MultiheadAttention)
+    text = "\n".join(inspect.getdoc(layer) or "" for layer in layers)
+    sequences = 4 if quick else 16
+    ids = tokenizer(text, return_tensors="pt").input_ids[0][: sequences * 64].view(sequences, 64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Workload("smollm2", model.to(device), ids.to(device))
+
+
+WORKLOADS: dict[str, Callable[[bool], Workload]] = {"w1": w1, "smollm2": smollm2}
