@@ -71,9 +71,15 @@ def main() -> None:
 
 def in_a_process(peer: str, d: int, exact: Path, quick: bool) -> dict[str, Any]:
     """Return one measurement, or why there is none."""
-    command = [sys.executable, "-W", "ignore", __file__, "--one", peer, str(d), str(exact)]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--one", peer, str(d), str(exact)]
     try:
-        done = subprocess.run([*command, *["--quick"][: int(quick)]], capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            [*command, *["--quick"][: int(quick)]],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            cwd=exact.parent,  # logix leaves a folder behind
+        )
     except subprocess.TimeoutExpired:
         return {"asked": d, "failed": f"did not end in {LIMIT} s"}
     if done.returncode:
