@@ -1,6 +1,6 @@
 """Per-example gradient sketches against one plain forward and backward pass: throughput and peak memory.
 
-    python benchmarks/gradient_cost.py [--workload smollm2] [--quick]
+    python benchmarks/gradient_cost.py [--workload smollm2 | gpt2-small | llama-1b] [--quick]
 
 Every job runs at several batch sizes, interleaved, and counts at its best. "floor" runs forward and backward without
 any weight gradient and without sketches. Writes results/gradient_cost.json (gradient_cost_smollm2.json);
@@ -20,6 +20,7 @@ import gradsketch as gs
 
 SIZES = {"w1": (4096, 32768, 65536), "smollm2": (4096, 65536)}
 BATCHES = {"w1": (4, 8, 16), "smollm2": (4, 8)}
+ON_A_GPU = (4096, 32768, 65536), (4, 16)  # sizes and batches of the other workloads
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer layers or sequences, one repeat")
     arguments = parser.parse_args()
     work = WORKLOADS[arguments.workload](arguments.quick)
-    batches, sizes = BATCHES[work.name], SIZES[work.name]
+    sizes, batches = SIZES.get(work.name, ON_A_GPU[0]), BATCHES.get(work.name, ON_A_GPU[1])
     parameters = gs.Parameters(work.model)
     sketchers = {d: gs.GradientSketcher(work.model, gs.CausalLM(), gs.BlockSum(parameters, d)) for d in sizes}
     jobs: dict[str, Callable[[], Any]] = {}

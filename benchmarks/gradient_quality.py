@@ -29,7 +29,7 @@ FORMED = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, default="w1")
+    parser.add_argument("--workload", choices=SIZES, default="w1")
     parser.add_argument("--quick", action="store_true", help="fewer layers or sequences, two draws")
     arguments = parser.parse_args()
     work = WORKLOADS[arguments.workload](arguments.quick)

@@ -1,4 +1,4 @@
-"""The two workloads on which per-example gradient sketches are measured."""
+"""The workloads on which per-example gradient sketches are measured: two for any machine, two for a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradsketch as gs
 
-__all__ = ["WORKLOADS", "Workload", "smollm2", "w1"]
+__all__ = ["WORKLOADS", "Workload", "gpt2_small", "llama_1b", "smollm2", "w1"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def w1(quick: bool = False) -> Workload:
         eos_token_id=None,
     )
     ids = torch.randint(0, 8192, (sequences, 128), generator=torch.Generator().manual_seed(1))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Workload("w1", GPT2LMHeadModel(config).eval().to(device), ids.to(device))
+    return _placed("w1", GPT2LMHeadModel(config), ids)
 
 
 def smollm2(quick: bool = False) -> Workload:
@@ -64,8 +63,42 @@ def smollm2(quick: bool = False) -> Workload:
     text = "\n".join(inspect.getdoc(layer) or "" for layer in layers)
     sequences = 4 if quick else 16
     ids = tokenizer(text, return_tensors="pt").input_ids[0][: sequences * 64].view(sequences, 64)
+    return _placed("smollm2", model, ids)
+
+
+def gpt2_small(quick: bool = False) -> Workload:
+    """GPT-2 small (124 M), random weights, bfloat16, on 64 sequences of 512 random tokens: for a GPU."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _placed("gpt2-small", GPT2LMHeadModel(GPT2Config()).bfloat16(), _random(50257, 8 if quick else 64))
+
+
+def llama_1b(quick: bool = False) -> Workload:
+    """A Llama of 1.1 B parameters, random weights, bfloat16, on 16 sequences of 512 random tokens: for a GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    return _placed("llama-1b", LlamaForCausalLM(config).bfloat16(), _random(config.vocab_size, 4 if quick else 16))
+
+
+def _random(vocabulary: int, sequences: int) -> Tensor:
+    return torch.randint(0, vocabulary, (sequences, 512), generator=torch.Generator().manual_seed(1))
+
+
+def _placed(name: str, model: nn.Module, ids: Tensor) -> Workload:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Workload("smollm2", model.to(device), ids.to(device))
+    return Workload(name, model.eval().to(device), ids.to(device))
 
 
-WORKLOADS: dict[str, Callable[[bool], Workload]] = {"w1": w1, "smollm2": smollm2}
+WORKLOADS: dict[str, Callable[[bool], Workload]] = {
+    "w1": w1,
+    "smollm2": smollm2,
+    "gpt2-small": gpt2_small,
+    "llama-1b": llama_1b,
+}
