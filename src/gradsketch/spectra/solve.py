@@ -200,7 +200,7 @@ class _Run:
         if estimates is not None:
             threshold = detection_threshold(estimates[1].value, plan.sketch.shape[0])
             eigenvalues, seen = self._corrected(pairs, chosen, eigenvalues, estimates)
-            notes += _undetected(eigenvalues, seen, threshold, estimates[1].value)
+            notes += _undetected(eigenvalues, seen, threshold, estimates[1].value, plan.inner.n)
             order = np.argsort([-e.value for e in eigenvalues], kind="stable")
             eigenvalues, chosen = [eigenvalues[i] for i in order], chosen[order]
         return Spectrum(
@@ -309,14 +309,15 @@ def _both_ends(values: Float[np.ndarray, " r"], k: int, zero: float) -> Int[np.n
 
 
 def _undetected(
-    eigenvalues: list[Eigenvalue], seen: Bool[np.ndarray, " r"], threshold: float, squared_norm: float
+    eigenvalues: list[Eigenvalue], seen: Bool[np.ndarray, " r"], threshold: float, squared_norm: float, n: int
 ) -> list[str]:
     hidden = [abs(e.value) for e, outside in zip(eigenvalues, seen, strict=True) if not outside]
     if not hidden:
         return []
+    enough = min(least_d(max(hidden), squared_norm, 0.1), n)
     return [
         f"{len(hidden)} values lie within the bulk that sketching makes of all others (detection threshold"
-        f" {threshold:.3g} at this d); d = {least_d(max(hidden), squared_norm, 0.1)} would show the largest of them."
+        f" {threshold:.3g} at this d); d = {enough} would show the largest of them."
     ]
 
 
