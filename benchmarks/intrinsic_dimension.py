@@ -6,7 +6,7 @@ first; the target is 90 % of what that gains. For the accuracy the weaker target
 the metric itself, is read off the same search. The claim, in kind: generation needs a far larger share of its
 parameters.
 
-Run: python benchmarks/intrinsic_dimension.py [--quick] [--only spam|countries] [--seeds 3] [--state FOLDER]
+Run: python benchmarks/intrinsic_dimension.py [--quick] [--only spam|countries] [--seeds 3] [--curve] [--state FOLDER]
 With --state an interrupted run, or one with fewer seeds, is gone on with.
 """
 
@@ -103,8 +103,8 @@ def _line(path: Any) -> str:
     return " | ".join(parts) if all(isinstance(part, str) and part for part in parts) else ""
 
 
-def measure(name: str, setting: Setting, seeds: range, state: Path | None) -> dict[str, Any]:
-    """Fine-tune in full, search, and with one seed train in several dimensions."""
+def measure(name: str, setting: Setting, seeds: range, state: Path | None, with_curve: bool) -> dict[str, Any]:
+    """Fine-tune in full and search; with_curve also trains from scratch in several dimensions, with the first seed."""
     common = (setting.model, setting.task, setting.train, setting.evaluate)
     shared: dict[str, Any] = {"parameters": setting.parameters, "batch_size": setting.batch_size}
     kept = {part: None if state is None else state / name / part for part in ("full.jsonl", "search", "curve.jsonl")}
@@ -125,21 +125,21 @@ def measure(name: str, setting: Setting, seeds: range, state: Path | None) -> di
         **shared,
     )
     print(search, [s.d for s in search.searches], flush=True)
-    shared["seeds"] = seeds[:1]
-    curve = gs.dimension_curve(*common, setting.dims, steps=setting.steps, checkpoint=kept["curve.jsonl"], **shared)
-    print(curve, flush=True)
     search.plot().savefig(RESULTS / f"intrinsic_dimension_{name}.png", dpi=120)
-    return {
+    result: dict[str, Any] = {
         "n": setting.parameters.n,
         "start": start,
         "full": asdict(full),
-        "found": {
-            kind: {"target": target, "d": reached_at(search, target), "curve_d": curve.d(target)}
-            for kind, target in targets.items()
-        },
+        "found": {kind: {"target": t, "d": reached_at(search, t)} for kind, t in targets.items()},
         "search": json.loads(search.to_json()),
-        "curve": json.loads(curve.to_json()),
     }
+    if with_curve:
+        shared["seeds"] = seeds[:1]
+        curve = gs.dimension_curve(*common, setting.dims, steps=setting.steps, checkpoint=kept["curve.jsonl"], **shared)
+        print(curve, flush=True)
+        result["curve"] = json.loads(curve.to_json())
+        result["curve_d"] = {kind: curve.d(target) for kind, target in targets.items()}
+    return result
 
 
 def reached_at(search: IntrinsicDimension, target: float) -> list[int | None]:
@@ -161,13 +161,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer dimensions and test examples; one seed")
     parser.add_argument("--only", choices=["spam", "countries"])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--curve", action="store_true", help="also train from scratch in several dimensions")
     parser.add_argument("--state", type=Path, help="folder for what a later run goes on with")
     options = parser.parse_args()
     seeds = range(1 if options.quick else options.seeds)
     results: dict[str, Any] = {"quick": options.quick}
     for make in (spam, countries):
         if options.only in (None, make.__name__):
-            results[make.__name__] = measure(make.__name__, make(options.quick), seeds, options.state)
+            results[make.__name__] = measure(make.__name__, make(options.quick), seeds, options.state, options.curve)
     if options.only is None:
         results["share_ratio"] = share_ratio(results)
         print(f"generation needs so many times the share of its parameters: {results['share_ratio']}")
