@@ -1,5 +1,7 @@
 """SpectrumCallback inside a real Trainer run."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,17 @@ def test_the_callback_records_and_leaves_training_as_it_was(tmp_path):
     after = gs.spectrum(load(), 2)
     np.testing.assert_allclose(evolution.spectra[-1].values, after.values, rtol=1e-3)
     assert (tmp_path / "spectrum" / "step-00000004.json").exists()
+
+
+def test_by_default_it_is_due_at_the_steps_of_the_paper(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr("gradsketch.spectra.callback.spectrum_over", lambda points, *_, **__: taken.extend(points))
+    callback = gs.SpectrumCallback(task, {"input_ids": torch.zeros(1, 2)})
+    arguments, model = SimpleNamespace(output_dir=tmp_path), torch.nn.Linear(1, 1)
+    callback.on_train_begin(arguments, transformers.TrainerState(global_step=0), None, model=model)
+    for step in range(1, 2500):
+        callback.on_step_end(arguments, transformers.TrainerState(global_step=step), None, model=model)
+    assert taken == [0, 10, 50, 100, 150, 200, 250, 500, 1000, 2000]
 
 
 def test_bad_input_is_named():
