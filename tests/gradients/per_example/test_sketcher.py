@@ -167,3 +167,21 @@ def test_dropout_in_training_mode_is_said_once(method):
         assert torch.equal(sketcher(batch).values, sketcher(batch).values)
         fresh = gs.GradientSketcher(fixed, class_losses, sketcher.sketch, method=method)
         torch.testing.assert_close(fresh(batch).values, sketcher(batch).values)
+
+
+def test_batch_norm_in_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    phi = gs.BlockSum(gs.Parameters(model), 16)
+    with pytest.raises(gs.InputError, match=r"BatchNorm in training mode(.|\n)*model.eval\(\)"):
+        gs.sketch_gradients(model, class_losses, broken_batch([], 0), phi)
+    assert gs.sketch_gradients(model.eval(), class_losses, broken_batch([], 0), phi).shape == (5, 16)
+
+
+def test_losses_that_depend_on_batch_mates_are_refused():
+    def contrasted(model, batch):
+        logits = model(batch["x"])
+        return functional.cross_entropy(logits - 2 * logits.mean(0), batch["y"], reduction="none")
+
+    model = nn.Linear(3, 2)
+    with pytest.raises(gs.InputError, match=r"together and .* one example at a time"):
+        gs.sketch_gradients(model, contrasted, broken_batch([], 0), gs.BlockSum(gs.Parameters(model), 8))
