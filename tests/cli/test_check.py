@@ -53,7 +53,7 @@ def test_prints_json(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "{}/none", "--data", "{}/data.jsonl"], "cannot load"),
+        (["--model", "{}/none", "--data", "{}/data.jsonl"], "no folder"),
         (["--model", "{}/model", "--data", "{}/none.jsonl"], "does not exist"),
         (["--model", "{}/model", "--data", "{}/bad.jsonl"], "example 1: .*keys question"),
         (["--model", "{}/model", "--data", "{}/data.jsonl", "--include", "nrom.*"], "matches no parameter"),
