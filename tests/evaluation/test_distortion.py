@@ -99,3 +99,12 @@ def test_bad_input():
     model = _model()
     with pytest.raises(InputError, match="at least three examples"):
         distortion(model, Classification(), _examples(2), BlockSum(Parameters(model), 256), repeats=1)
+
+
+def test_a_wanted_r_out_of_range_is_refused_before_anything_is_measured():
+    def never(model, batch):
+        raise AssertionError("the model was run")
+
+    model = _model()
+    with pytest.raises(InputError, match=r"a wanted Pearson r of 1\.5"):
+        distortion(model, never, _examples(8), BlockSum(Parameters(model), 256), wanted=1.5)

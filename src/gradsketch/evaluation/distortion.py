@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.evaluation.cost import interleaved_seconds, peak_bytes
-from gradsketch.evaluation.quality import Quality, needed_size, sketch_quality
+from gradsketch.evaluation.quality import Quality, check_wanted, needed_size, sketch_quality
 from gradsketch.gradients.data import Batcher, to_device
 from gradsketch.gradients.gram import gradient_gram
 from gradsketch.gradients.parameters import Parameters
@@ -116,6 +116,7 @@ def distortion(
         InputError: fewer than three examples with a gradient, or r is not between 0 and 1.
         NonFiniteError: a loss or gradient is not finite.
     """
+    check_wanted(wanted)
     check = _Check(model, as_task(task), examples, sketch, parameters)
     sketches, exact = check.sketches(), check.exact()
     qualities = tuple(sketch_quality(exact, part) for part in _sizes(sketch, sketches))

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.random import Stream
 
-__all__ = ["Quality", "needed_size", "sketch_quality"]
+__all__ = ["Quality", "check_wanted", "needed_size", "sketch_quality"]
 
 _RESAMPLES = 1000
 _LEVEL = 0.95
@@ -56,13 +56,22 @@ def needed_size(exact: Float[Tensor, "b b"], noise: float, pearson: float) -> fl
     Raises:
         InputError: r is not between 0 and 1.
     """
-    if not 0 < pearson < 1:
-        raise InputError(f"a wanted Pearson r of {pearson}", "a number between 0 and 1", "Type 0.95")
+    check_wanted(pearson)
     first, second = torch.triu_indices(len(exact), len(exact), 1)
     exact = exact.double().cpu()
     spread = exact[first, second].var().item()
     scale = (exact.diagonal()[first] * exact.diagonal()[second]).mean().item()
     return math.inf if spread == 0 else pearson**2 / (1 - pearson**2) * noise**2 * scale / spread
+
+
+def check_wanted(pearson: float) -> None:
+    """Refuse a Pearson r that no sketch can be asked for.
+
+    Raises:
+        InputError: r is not between 0 and 1.
+    """
+    if not 0 < pearson < 1:
+        raise InputError(f"a wanted Pearson r of {pearson}", "a number between 0 and 1", "Type 0.95")
 
 
 class _Pairs:
