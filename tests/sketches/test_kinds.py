@@ -62,13 +62,21 @@ def _signed_hadamard(phi, n):
     return torch.from_numpy(hadamard(n)).double() / n**0.5 * signs
 
 
-def test_ffd_blocks_are_fastfood():
-    """Each block of the lift is H G Π H B: scaled rows of an orthogonal matrix, so its Gram matrix has spectrum g²."""
-    phi = gs.FFD(64, 16)
-    block = phi.dense().T[:16]
-    g = phi.stream.child("G").normals(0, 16, dtype=torch.float64)
-    values = torch.linalg.svdvals(block)
-    torch.testing.assert_close(values, g.abs().sort(descending=True).values, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("n", [64, 60])
+def test_ffd_lifts_by_stacked_fastfood_blocks(n):
+    """H G Π H B for every block, each factor a matrix; B, G and Π of a block are its own."""
+    from scipy.linalg import hadamard
+
+    phi, h = gs.FFD(n, 16, seed=3), torch.from_numpy(hadamard(16)).double() / 4
+    b = phi.stream.child("B").signs(0, 64, dtype=torch.float64)
+    g = phi.stream.child("G").normals(0, 64, dtype=torch.float64)
+    keys = phi.stream.child("Pi").words(0, 128).view(torch.int64).view(4, 16)
+    blocks = [
+        h @ torch.diag(g[k : k + 16]) @ torch.eye(16, dtype=torch.float64)[keys[k // 16].argsort()] @ h * b[k : k + 16]
+        for k in range(0, 64, 16)
+    ]
+    torch.testing.assert_close(phi.dense().T, torch.cat(blocks)[:n], rtol=0, atol=1e-12)
+    assert len({tuple(row.argsort().tolist()) for row in keys}) == 4
 
 
 BAD = {
