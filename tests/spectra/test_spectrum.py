@@ -204,6 +204,9 @@ def test_a_finished_run_can_be_extended(tmp_path):
     path = tmp_path / "run.pt"
     first = gs.spectrum(Diagonal(values), 3, method="sketched-basis", sketch=2048, checkpoint=path)
     operator = Diagonal(values)
+    again = gs.spectrum(operator, 3, method="sketched-basis", sketch=2048, checkpoint=path)
+    assert again.eigenvalues == first.eigenvalues
+    assert operator.products == 0
     more = gs.spectrum(operator, 8, method="sketched-basis", sketch=2048, checkpoint=path)
     assert more.converged.all()
     assert operator.products == more.hvps - first.hvps

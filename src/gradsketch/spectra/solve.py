@@ -127,10 +127,11 @@ class _Run:
         """Step until the wanted eigenvalues have settled, the steps are used up or the Krylov space is exhausted."""
         lanczos, plan, clock = self.lanczos, self.plan, time.monotonic()
         before, check_at = self.seconds, max(plan.k, len(lanczos))
-        pairs: RitzPairs | None = None
+        pairs = self._pairs() if len(lanczos) >= plan.k else None
+        settled = pairs is not None and self._settled(pairs)
         hidden = None if progress is None else not progress
         with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=hidden, leave=False) as bar:
-            while len(lanczos) < plan.steps and not lanczos.closed:
+            while not settled and len(lanczos) < plan.steps and not lanczos.closed:
                 self._step()
                 self.seconds = before + time.monotonic() - clock
                 self._keep()
@@ -139,9 +140,8 @@ class _Run:
                     pairs = self._pairs()
                     check_at = len(lanczos) + max(1, len(lanczos) // 16)
                     bar.set_postfix_str(_leaders(pairs))
-                    if self._settled(pairs):
-                        break
-        self.file.save(self.safe)
+                    settled = self._settled(pairs)
+        self._save()
         return pairs if pairs is not None and len(pairs.coefficients) == len(lanczos) else self._pairs()
 
     def _step(self) -> None:
@@ -157,8 +157,12 @@ class _Run:
             lanczos.step(product)
             self.products += 1
         except KeyboardInterrupt:
-            self.file.save(self.safe)
+            self._save()
             raise
+
+    def _save(self) -> None:
+        if self.safe:  # else no step has been made, and the file is as it was found
+            self.file.save(self.safe)
 
     def _keep(self) -> None:
         if self.file.path is None:
