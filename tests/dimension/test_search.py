@@ -334,6 +334,17 @@ def test_results_over_seeds() -> None:
     assert result(16, None).best.value == 1.5
 
 
+def test_a_search_that_loses_what_it_gained_says_that_its_steps_were_too_long() -> None:
+    def words(*values: float) -> str:
+        checks = tuple(Check(10 * i, 2**i if i else 0, value, 1.0, 2.0) for i, value in enumerate(values))
+        return str(IntrinsicDimension(1000, 0.9, (Search(0, None, checks),), {"metric": "Accuracy", "lr": 0.02}))
+
+    assert words(0.5, 0.6, 0.8, 0.6).endswith("it then fell to 0.6, so the steps were too long: type lr=0.005")
+    assert "fell to 0.4" in words(0.5, 0.4, 0.4)
+    assert "fell" not in words(0.5, 0.6, 0.8, 0.7)
+    assert "fell" not in words(0.5, 0.6, 0.8)
+
+
 def test_confirmation_runs_are_made_once(tmp_path: Path) -> None:
     model, trained = Hidden(600, 6), []
 

@@ -62,7 +62,7 @@ class Point:
 
 
 class Reserve:
-    """Keeps the memory of one gradient from step to step: a CPU spends on fresh pages what half a sketch costs."""
+    """Keeps the memory of one gradient from step to step, for a CPU pays for fresh pages."""
 
     def __init__(self) -> None:
         self._kept: Tensor | None = None

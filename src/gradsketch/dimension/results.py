@@ -121,11 +121,21 @@ class IntrinsicDimension:
             best = self.best
             return (
                 f"target {self.target:.4g} not reached up to d = {max(s.largest for s in self.searches):,}: "
-                f"best {best.value:.4g} at d = {best.d:,} after {best.step} steps ({cost})"
+                f"best {best.value:.4g} at d = {best.d:,} after {best.step} steps ({cost}){self._fall()}"
             )
         low, high = self.spread or (None, None)
         spread = "" if len(self.searches) == 1 else f" (from {low:,} to {high:,})" if low is not None else " (not all)"
         return f"d = {self.d:,}{spread}, {100 * self.d / self.n:.2g} % of n = {self.n:,} ({cost})"
+
+    def _fall(self) -> str:
+        """Say so where the best search lost more than half of its gain again, as steps that are too long make it."""
+        best = self.best
+        checks = next(s.checks for s in self.searches if best in s.checks)
+        lost, gained = abs(checks[-1].value - best.value), abs(best.value - checks[0].value)
+        if lost <= gained / 2:
+            return ""
+        lr = float(self.settings["lr"] or 0)
+        return f"; it then fell to {checks[-1].value:.4g}, so the steps were too long: type lr={lr / 4:.2g}"
 
     def to_json(self) -> str:
         """Return everything as JSON, the derived numbers too."""
