@@ -123,6 +123,7 @@ def floor(log2: int) -> float:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -135,11 +136,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.annotate(f"{name}, {form}", (2 ** int(first), errors[first]), fontsize=8, color=colour, **place)
     axes.plot([2 ** int(s) for s in results["floor"]], list(results["floor"].values()), color="#555555", lw=1)
     last = max(results["floor"], key=int)
-    place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "right"}
+    place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate("noise of the sketch", (2 ** int(last), results["floor"][last]), fontsize=8, color="#555555", **place)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(left=2 ** int(min(results["floor"], key=int)) / 6)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_xlim(2 ** int(min(results["floor"], key=int)) / 5, 2 ** int(last) * 4)
     axes.set_xlabel("d")
     axes.set_ylabel("mean relative error of the top ten eigenvalues")
     axes.set_title(f"n = {results['n']:,}, trained to {results['loss']:.2f} nats a byte", fontsize=10)

@@ -168,7 +168,8 @@ def check_finite(losses: Float[Tensor, " b"], batch: int) -> None:
     Raises:
         NonFiniteError: an example's loss is not; the message names it.
     """
-    bad = (~torch.isfinite(losses.detach())).nonzero()
+    losses = losses.detach()
+    bad = (~torch.isfinite(losses)).nonzero()
     if len(bad) > 0:
         example = int(bad[0])
         raise NonFiniteError(
