@@ -42,6 +42,22 @@ def test_every_kind_of_sketch_serves(kind: str) -> None:
     assert 6 <= result.d <= 24
 
 
+def test_every_part_of_a_qk_subspace_takes_rows_of_both_factors() -> None:
+    from gradsketch.dimension.rotated import prefix_nested
+
+    phi = gs.QK(256, 64, factors=2)
+    balanced = prefix_nested(phi)
+    assert phi.sizes == ((8, 16), (8, 16))
+    rows = balanced.dense(torch.float64)
+    for d, sides in ((4, (2, 2)), (8, (4, 2)), (16, (4, 4)), (64, (8, 8))):
+        part = rows[:d].view(d, 16, 16)
+        unfolded = part.permute(1, 0, 2).flatten(1), part.permute(2, 0, 1).flatten(1)
+        assert tuple(int(torch.linalg.matrix_rank(u, atol=1e-6)) for u in unfolded) == sides
+    x, w = torch.randn(3, 256, dtype=torch.float64), torch.randn(3, 64, dtype=torch.float64)
+    torch.testing.assert_close((balanced(x) * w).sum(), (x * balanced.lift(w)).sum())
+    torch.testing.assert_close(balanced(x).square().sum(), phi(x).square().sum())
+
+
 def test_a_sum_of_blocks_serves() -> None:
     model = Hidden(512, 12)
     parameters = gs.Parameters(model)

@@ -1,12 +1,16 @@
-"""A fold-nested sketch seen in a basis in which its first d numbers are the sketch of size d."""
+"""A sketch seen in a basis in which its first d numbers are a good sketch of size d."""
 
 from __future__ import annotations
 
-from jaxtyping import Float
+import math
+
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gradsketch.errors import InputError
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.qk import QK
 from gradsketch.transforms.hadamard import hadamard_factors
 from gradsketch.transforms.kronecker import kronecker_
 
@@ -14,14 +18,17 @@ __all__ = ["prefix_nested"]
 
 
 def prefix_nested(sketch: Sketch) -> Sketch:
-    """Return a sketch whose first d numbers can be trained alone: itself, or itself followed by H_D.
+    """Return a sketch whose first d numbers can be trained alone: itself, or itself in another basis.
 
-    The first d rows of H_D add up the blocks of length d, R_d H_D = √(d/D) · H_d · fold_d, so that after H_D a prefix
-    is what folding was before.
+    A sketch nested by folding is followed by H_D. The first d rows of H_D add up the blocks of length d,
+    R_d H_D = √(d/D) · H_d · fold_d, so that after H_D a prefix is what folding was before. The numbers of QK are put in
+    an order in which every prefix takes about as many rows of each of its factors, as QK itself does.
 
     Raises:
         InputError: a sketch nested by folding whose size is no power of two.
     """
+    if isinstance(sketch, QK):
+        return _Balanced(sketch)
     return _Rotated(sketch) if sketch.nesting == "fold" else sketch
 
 
@@ -42,6 +49,36 @@ class _Rotated(Sketch):
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         return self.inner._apply_adjoint(_rotated(w))
+
+
+class _Balanced(Sketch):
+    """QK with its numbers in the order of factor rows that come in by doubling, one factor after the other."""
+
+    def __init__(self, inner: QK) -> None:
+        super().__init__(inner.n, inner.d, seed=inner.seed)
+        self.inner, self.order = inner, _doubling_order([rows for rows, _ in inner.sizes])
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {"inner": self.inner.fingerprint}
+
+    def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        return self.inner._apply(x)[:, self.order.to(x.device)]
+
+    def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        u = torch.empty_like(w)
+        u[:, self.order.to(w.device)] = w
+        return self.inner._apply_adjoint(u)
+
+
+def _doubling_order(sizes: list[int]) -> Int64[Tensor, " d"]:
+    """Return the positions of a grid (last index fastest) so that every prefix of 2^k is a block with equal sides."""
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    order, sides = torch.zeros(1, dtype=torch.int64), [1] * len(sizes)
+    while len(order) < math.prod(sizes):
+        i = min((i for i, size in enumerate(sizes) if sides[i] < size), key=lambda i: sides[i])
+        order = torch.cat([order, order + sides[i] * strides[i]])
+        sides[i] *= 2
+    return order
 
 
 def _rotated(u: Tensor) -> Tensor:
