@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,8 +60,10 @@ def test_exact_values_are_those_of_autograd(result):
 
 def test_cost_and_recommendation(result):
     assert result.cost_ratio == result.seconds / result.reference_seconds > 0
-    assert result.recommended >= result.needed
-    assert math.log2(result.recommended).is_integer()
+    predicted = replace(result, wanted=0.9999)  # more than any measured size reaches
+    assert predicted.sufficient is None
+    assert predicted.recommended >= predicted.needed
+    assert math.log2(predicted.recommended).is_integer()
     assert json.loads(json.dumps(result.to_dict()))["recommended"] == result.recommended
 
 
@@ -108,3 +111,12 @@ def test_a_wanted_r_out_of_range_is_refused_before_anything_is_measured():
     model = _model()
     with pytest.raises(InputError, match=r"a wanted Pearson r of 1\.5"):
         distortion(model, never, _examples(8), BlockSum(Parameters(model), 256), wanted=1.5)
+
+
+def test_a_size_that_was_measured_to_do_is_recommended_over_a_larger_prediction(result):
+    enough = [q for q in result.qualities if q.d >= 512]
+    wanted = min(q.pearson_interval[0] for q in enough)
+    found = replace(result, wanted=wanted, needed=4000.0)
+    assert found.sufficient == found.recommended == next(q.d for q in enough if q.pearson_interval[0] >= wanted)
+    assert f"d = {found.recommended:,} for r ≥ {wanted:g} (measured" in str(found)
+    assert replace(found, needed=100.0).recommended == 128

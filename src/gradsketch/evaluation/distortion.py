@@ -66,15 +66,30 @@ class Distortion:
         return self.seconds / self.reference_seconds
 
     @property
+    def sufficient(self) -> int | None:
+        """The smallest measured d whose interval for r lies above ``wanted``, if any."""
+        return min((q.d for q in self.qualities if q.pearson_interval[0] >= self.wanted), default=None)
+
+    @property
     def recommended(self) -> int:
-        """The power of two from ``needed`` on, at most the number of parameters (a sketch that keeps everything)."""
-        if self.needed >= self.parameters:
-            return self.parameters
-        return min(self.parameters, 1 << max(0, math.ceil(math.log2(max(1.0, self.needed)))))
+        """``sufficient`` or, where it is smaller, the power of two from ``needed`` on, at most all parameters.
+
+        The prediction takes errors of different pairs for independent. Where gradients have much in common, so have
+        the errors, which then spoil r less than predicted.
+        """
+        predicted = self.parameters
+        if self.needed < self.parameters:
+            predicted = min(self.parameters, 1 << max(0, math.ceil(math.log2(max(1.0, self.needed)))))
+        return predicted if self.sufficient is None else min(predicted, self.sufficient)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every number, for JSON."""
-        derived = {"right": self.right, "cost_ratio": self.cost_ratio, "recommended": self.recommended}
+        derived = {
+            "right": self.right,
+            "cost_ratio": self.cost_ratio,
+            "sufficient": self.sufficient,
+            "recommended": self.recommended,
+        }
         return asdict(self) | derived
 
     def __str__(self) -> str:
@@ -246,10 +261,10 @@ def _table(result: Distortion) -> Iterator[str]:
     if math.isinf(result.needed) or math.isnan(result.needed):
         yield "all inner products are equal: no size can be recommended"
     else:
-        yield (
-            f"recommended  d = {result.recommended:,} for r ≥ {result.wanted:g} "
-            f"(predicted from noise and spread: {result.needed:,.0f} of {result.parameters:,} parameters)"
-        )
+        why = f"predicted from noise and spread: {result.needed:,.0f} of {result.parameters:,} parameters"
+        if result.recommended == result.sufficient:
+            why = "measured: its interval lies above that"
+        yield f"recommended  d = {result.recommended:,} for r ≥ {result.wanted:g} ({why})"
 
 
 def _megabytes(count: int) -> str:
