@@ -111,14 +111,15 @@ class _Dual(_Solver):
 
 
 def _cholesky(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-    try:
-        return torch.linalg.cholesky(matrix)
-    except torch.linalg.LinAlgError as error:
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
         raise InputError(
             "a damping too small for moments in float32: F + λI is not positive definite",
             "λ above F's rounding errors",
             "Pass damping=1e-4 or more",
-        ) from error
+        )
+    return factor
 
 
 class _LowRank(_Solver):
