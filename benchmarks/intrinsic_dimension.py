@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, write
+from record import write
 
 import gradsketch as gs
 from gradsketch.demo.mails import spam_assassin
@@ -125,7 +125,6 @@ def measure(name: str, setting: Setting, seeds: range, state: Path | None, with_
         **shared,
     )
     print(search, [s.d for s in search.searches], flush=True)
-    search.plot().savefig(RESULTS / f"intrinsic_dimension_{name}.png", dpi=120)
     result: dict[str, Any] = {
         "n": setting.parameters.n,
         "start": start,

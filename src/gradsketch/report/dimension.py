@@ -31,7 +31,7 @@ def search_figure(result: IntrinsicDimension) -> Figure:
             label="independent training",
         )
     _line(axes, result.full, "full fine-tuning", "solid")
-    share = "" if not result.full else f" ({100 * result.target / result.full:.0f} % of full)"
+    share = "" if not result.full or result.lower_is_better else f" ({100 * result.target / result.full:.0f} % of full)"
     _line(axes, result.target, f"target{share}", "dashed")
     if result.d is not None:
         axes.axvline(max(result.d, 0.5), color="black", linewidth=1, linestyle="dotted")
