@@ -71,7 +71,6 @@ class Batcher:
     the batch held, for good, and the work goes on from there.
 
     Example:
-        >>> from gradsketch.gradients.tasks import CausalLM
         >>> batcher = Batcher(gs.CausalLM(), tokens=8)
         >>> data = [{"input_ids": [1] * length} for length in (2, 5, 4, 2)]
         >>> [(places, list(batch["input_ids"].shape)) for places, batch in batcher.map(lambda batch: batch, data)]

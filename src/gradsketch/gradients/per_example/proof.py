@@ -52,7 +52,7 @@ def _try(losses_of: Callable[[Batch], Tensor], pair: Batch, names: Mapping[int, 
     try:
         with tap:
             losses = losses_of(pair)
-    except Exception:
+    except Exception:  # whatever a model raises where a repeated index does not fit; else it is the caller's
         if "shared" in layouts.guessed.values():
             return False
         raise
