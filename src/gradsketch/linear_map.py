@@ -62,6 +62,10 @@ class LinearMap(ABC):
         """The adjoint map; itself where the map is self-adjoint."""
         return self if self.is_self_adjoint else _Adjoint(self)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the map, as plain JSON values; a map that knows no more gives its shape."""
+        return {"shape": list(self.shape)}
+
     @property
     def n(self) -> int:
         """Number of columns: the length of the vectors the map takes."""
@@ -198,6 +202,9 @@ class _Adjoint(LinearMap):
     def __repr__(self) -> str:
         return f"{self.inner!r}.T"
 
+    def facts(self) -> dict[str, Any]:
+        return {"adjoint of": self.inner.facts()}
+
     @property
     def T(self) -> LinearMap:
         return self.inner
@@ -229,6 +236,9 @@ class _Product(LinearMap):
 
     def __repr__(self) -> str:
         return " @ ".join(repr(f) for f in self.factors)
+
+    def facts(self) -> dict[str, Any]:
+        return {"product of": [factor.facts() for factor in self.factors]}
 
     def _apply(self, x: Tensor) -> Tensor:
         for factor in reversed(self.factors):
@@ -266,6 +276,9 @@ class _Sum(LinearMap):
     def __repr__(self) -> str:
         return f"({self.left!r} + {self.right!r})"
 
+    def facts(self) -> dict[str, Any]:
+        return {"sum of": [self.left.facts(), self.right.facts()]}
+
     def _apply(self, x: Tensor) -> Tensor:
         return self.left._apply(x) + self.right._apply(x)
 
@@ -281,6 +294,9 @@ class _Scaled(LinearMap):
 
     def __repr__(self) -> str:
         return f"{self.scale:g} * {self.inner!r}"
+
+    def facts(self) -> dict[str, Any]:
+        return {**self.inner.facts(), "scale": self.scale * self.inner.facts().get("scale", 1.0)}
 
     def _apply(self, x: Tensor) -> Tensor:
         return self.inner._apply(x) * self.scale

@@ -211,7 +211,7 @@ def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     model = Hidden(300, 10)
     search(model, checkpoint=tmp_path)
-    with pytest.raises(gs.FingerprintError, match=r"lr=0\.03"):
+    with pytest.raises(gs.FingerprintError, match=r"lr is now 0\.01\. .*made with: lr 0\.03"):
         search(model, checkpoint=tmp_path, lr=1e-2)
     with pytest.raises(gs.FingerprintError, match="theta0"):
         search(Hidden(300, 10, seed=1), checkpoint=tmp_path, target=0.1 * LOSS(model))
@@ -225,18 +225,72 @@ def test_a_curve_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return model(batch)
 
     def curve(dims: list[int]) -> gs.dimension.results.DimensionCurve:
-        return gs.dimension_curve(model, counted, ONE, LOSS, dims, steps=10, checkpoint=tmp_path / "curve.jsonl")
+        return gs.dimension_curve(model, counted, ONE, LOSS, dims, steps=10, checkpoint=tmp_path / "curve.json")
 
-    first = curve([4, 8, 16])
+    first = curve([4, 8])
     steps = len(trained)
-    lines = (tmp_path / "curve.jsonl").read_text().splitlines()
-    (tmp_path / "curve.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # cut short by a kill
     trained.clear()
     again = curve([4, 8, 16])
-    assert len(trained) == steps // 3
-    assert [(p.d, p.value) for p in again.points] == [(p.d, p.value) for p in first.points]
-    with pytest.raises(gs.FingerprintError, match="steps=10"):
-        gs.dimension_curve(model, counted, ONE, LOSS, [4, 16], steps=20, checkpoint=tmp_path / "curve.jsonl")
+    assert len(trained) == steps // 2
+    assert again.points[:2] == first.points
+    with pytest.raises(gs.FingerprintError, match="steps is now 20.*steps 10"):
+        gs.dimension_curve(model, counted, ONE, LOSS, [4, 16], steps=20, checkpoint=tmp_path / "curve.json")
+    text = (tmp_path / "curve.json").read_text()
+    (tmp_path / "curve.json").write_text(text[:-20])
+    with pytest.raises(gs.StoreError, match=r"curve\.json is damaged.*delete it to start again"):
+        curve([4, 8, 16])
+
+
+def run_of(kind, folder, model, task, train, metric):
+    """Return a number that comes out of one of the three kinds of run that keep their state."""
+    options = {"checkpoint": folder / kind, "progress": False}
+    if kind == "fine_tune":
+        return gs.fine_tune(model, task, train, metric, steps=4, **options).value
+    if kind == "dimension_curve":
+        return gs.dimension_curve(model, task, train, metric, [2], steps=4, **options).mean(2)
+    return gs.intrinsic_dimension(model, task, train, metric, target=0.99, d_max=4, d_min=4, check_every=2, **options)
+
+
+@pytest.mark.parametrize("kind", ["intrinsic_dimension", "dimension_curve", "fine_tune"])
+@pytest.mark.parametrize("change", ["data", "metric's data", "metric", "frozen weight", "buffer", "mode", "loss"])
+def test_state_of_other_work_is_refused(kind, change, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).eval()
+    net[2].requires_grad_(False)
+    data = [[(torch.randn(6), i % 2) for i in range(8)] for _ in range(2)]
+    task = gs.Classification()
+
+    def loss(scale):
+        return lambda model, batch: scale * task.losses(model, (torch.stack(list(batch[0])), batch[1]))
+
+    def run(*, train=0, test=0, metric=gs.Loss, scale=1.0):
+        return run_of(kind, tmp_path, net, loss(scale), data[train], metric(task, data[test]))
+
+    assert run() == run()
+    changes = {"data": {"train": 1}, "metric's data": {"test": 1}, "metric": {"metric": gs.Accuracy}}
+    arguments = changes.get(change, {"scale": 2.0} if change == "loss" else {})
+    with torch.no_grad():
+        if change == "frozen weight":
+            net[2].weight[0, 0] += 1
+        if change == "buffer":
+            net[1].running_mean += 1
+        if change == "mode":
+            net.train()
+    names = {"data": "data", "metric": "metric", "frozen weight": "model", "buffer": "model", "mode": "modes"}
+    names |= {"metric's data": "measured by", "loss": "losses"}
+    with pytest.raises(gs.FingerprintError, match=f"(^|; ){names[change]} is now"):
+        run(**arguments)
+
+
+def test_random_examples_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    class Crops(list):
+        def __getitem__(self, i):
+            return (torch.randn(6), i % 2)
+
+    model, task = nn.Linear(6, 2), gs.Classification()
+    train = Crops(range(8))
+    first = run_of("fine_tune", tmp_path, model, task, train, gs.Loss(task, [(torch.ones(6), 1)]))
+    assert run_of("fine_tune", tmp_path, model, task, train, gs.Loss(task, [(torch.ones(6), 1)])) == first
 
 
 # --- what can go wrong ---

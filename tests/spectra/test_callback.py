@@ -96,6 +96,60 @@ def test_by_default_it_is_due_at_the_steps_of_the_paper(monkeypatch, tmp_path):
     assert taken == [0, 10, 50, 100, 150, 200, 250, 500, 1000, 2000]
 
 
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.frozen = torch.nn.Linear(4, 3), torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Tanh())
+
+    def forward(self, x):
+        return self.frozen(self.body(x))
+
+
+def squares(model, batch):
+    return model(batch["x"]).square().sum(1)
+
+
+def begun(folder, model, data=None, **options):
+    """Return a callback that took the spectrum at the start of a training."""
+    data = {"x": torch.arange(8.0).view(2, 4)} if data is None else data
+    callback = gs.SpectrumCallback(squares, data, k=2, at=(0,), every=0, progress=False, **options)
+    state = transformers.TrainerState(global_step=0)
+    callback.on_train_begin(SimpleNamespace(output_dir=folder), state, None, model=model)
+    return callback
+
+
+def test_every_module_keeps_its_own_mode(tmp_path):
+    model = Toy().train()
+    model.frozen.eval()
+    begun(tmp_path, model)
+    assert {name: module.training for name, module in model.named_modules()} == {
+        "": True,
+        "body": True,
+        "frozen": False,
+        "frozen.0": False,
+        "frozen.1": False,
+    }
+
+
+def test_a_second_training_in_the_same_folder_is_refused_unless_it_is_the_same(tmp_path):
+    model = Toy()
+    first = begun(tmp_path, model).evolution
+    assert begun(tmp_path, model).evolution == first
+    with pytest.raises(gs.FingerprintError, match="model is now"):
+        begun(tmp_path, Toy())
+    with pytest.raises(gs.FingerprintError, match="data is now"):
+        begun(tmp_path, model, {"x": torch.arange(8.0).view(2, 4) / 5})
+    with pytest.raises(gs.FingerprintError, match="curvature is now"):
+        begun(tmp_path, model, curvature="fisher")
+
+
+def test_one_callback_writes_each_training_to_its_own_output(tmp_path):
+    callback = begun(tmp_path / "a", Toy())
+    state = transformers.TrainerState(global_step=0)
+    callback.on_train_begin(SimpleNamespace(output_dir=tmp_path / "b"), state, None, model=Toy())
+    assert (tmp_path / "b/spectrum/step-00000000.json").exists()
+
+
 def test_bad_input_is_named():
     callback = gs.SpectrumCallback(task, {"input_ids": torch.zeros(1, 2)})
     with pytest.raises(gs.InputError, match="has not run"):

@@ -55,23 +55,81 @@ class Diagonal(gs.LinearMap):
 
 
 def test_finished_checkpoints_are_not_computed_again(tmp_path):
-    calls = []
+    loaded = []
 
     def load(step):
         def now():
-            calls.append(step)
-            return rotated(spectra()["two-sided"], seed=step), torch.ones(400, dtype=torch.float64)
+            loaded.append(rotated(spectra()["two-sided"], seed=step))
+            return loaded[-1], torch.ones(400, dtype=torch.float64)
 
         return now
 
     first = gs.spectrum_over(((s, load(s)) for s in (0, 10)), 3, directory=tmp_path)
+    loaded.clear()
     again = gs.spectrum_over({s: load(s) for s in (20, 0, 10)}, 3, directory=tmp_path)
-    assert calls == [0, 10, 20]
+    new, *old = (operator.products for operator in loaded)
+    assert new > 10
+    assert old == [1, 1]  # one product each shows that the file is of this operator
     assert again.steps == (0, 10, 20)
     assert again.spectra[:2] == first.spectra
     assert again.spectra[0].gradient_in_outliers is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-000000{s}.json" for s in ("00", "10", "20")]
     assert gs.saved_spectra(tmp_path).steps == (0, 10, 20)
+
+
+def at(step):
+    torch.manual_seed(step)
+    return torch.nn.Linear(20, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"model": 1}, "model is now"),
+        ({"data": [(torch.ones(20), 1)] * 8}, "data is now"),
+        ({"curvature": gs.fisher}, "curvature is now"),
+        ({"include": "weight"}, "parameters is now"),
+        ({"k": 3}, "k is now 3"),
+        ({"seed": 1}, "seed is now 1"),
+        ({"tolerance": 1e-2}, "tolerance is now"),
+        ({"which": "both"}, "which is now"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("new_step", [False, True], ids=["the same step", "another step"])
+def test_a_directory_of_other_work_is_refused(change, differs, new_step, tmp_path):
+    torch.manual_seed(5)
+    data = [(torch.randn(20), i % 2) for i in range(8)]
+
+    def over(step, *, model=0, data=data, curvature=gs.hessian, include="*", k=2, **options):
+        net = at(model)
+        operator = curvature(net, gs.Classification(), data, gs.Parameters(net, include))
+        return gs.spectrum_over({step: operator}, k, directory=tmp_path, progress=False, **options)
+
+    over(0)
+    assert over(0) == over(0)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    if new_step and "model" in change:  # which is what a new step is for
+        assert over(1, **change).steps == (1,)
+        return
+    with pytest.raises(gs.FingerprintError, match=f"{differs}.*delete .* to start again"):
+        over(int(new_step), **change)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_directory_of_another_map_is_refused(tmp_path):
+    gs.spectrum_over({0: turned(0.0)}, 3, directory=tmp_path)
+    with pytest.raises(gs.FingerprintError, match="the first product is now"):
+        gs.spectrum_over({0: Matrix(2 * turned(0.0).matrix)}, 3, directory=tmp_path)
+
+
+def test_a_damaged_spectrum_is_told(tmp_path):
+    gs.spectrum_over({0: turned(0.0)}, 3, directory=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text().replace('"converged": true', '"converged": false', 1))
+    for read in (lambda: gs.saved_spectra(tmp_path), lambda: gs.spectrum_over({0: turned(0.0)}, 3, directory=tmp_path)):
+        with pytest.raises(gs.StoreError, match=r"step-00000000\.json is damaged.*delete it to start again"):
+            read()
 
 
 def test_a_killed_checkpoint_is_taken_up(tmp_path):

@@ -206,10 +206,10 @@ def test_a_finished_run_can_be_extended(tmp_path):
     operator = Diagonal(values)
     again = gs.spectrum(operator, 3, method="sketched-basis", sketch=2048, checkpoint=path)
     assert again.eigenvalues == first.eigenvalues
-    assert operator.products == 0
+    assert operator.products == 1  # which shows that the file belongs to this operator
     more = gs.spectrum(operator, 8, method="sketched-basis", sketch=2048, checkpoint=path)
     assert more.converged.all()
-    assert operator.products == more.hvps - first.hvps
+    assert operator.products == 1 + more.hvps - first.hvps
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -220,6 +220,81 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, checkpoint=path, seed=1)
     with pytest.raises(gs.InputError, match="changed between products"):
         gs.spectrum(Diagonal(values.flip(0)), 2, method="sketched-basis", steps=30, checkpoint=path)
+
+
+def test_a_finished_run_of_another_operator_or_gradient_is_refused(tmp_path):
+    path, values = tmp_path / "run.pt", torch.rand(5000)
+    options = {"method": "sketched-basis", "steps": 20, "checkpoint": path, "gradient": values}
+    first = gs.spectrum(Diagonal(values), 2, **options)
+    assert gs.spectrum(Diagonal(values * (1 + 1e-4)), 2, **options).values.tolist() == first.values.tolist()
+    with pytest.raises(gs.FingerprintError, match=r"the first product is now.*delete .*run\.pt to start again"):
+        gs.spectrum(Diagonal(1.5 * values), 2, **options)
+    with pytest.raises(gs.FingerprintError, match="the gradient's first overlap"):
+        gs.spectrum(Diagonal(values), 2, **options | {"gradient": values.flip(0)})
+
+
+def model_and_data():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 2)).eval()
+    return model, [(torch.randn(20), i % 2) for i in range(32)]
+
+
+def changed(model, name):
+    with torch.no_grad():
+        (dict(model.named_parameters()) | dict(model.named_buffers()))[name].view(-1)[0] += 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [
+        ("weight", "model"),
+        ("frozen weight", "model"),
+        ("buffer", "model"),
+        ("mode", "modes"),
+        ("data", "data"),
+        ("task", "task"),
+        ("curvature", "curvature"),
+        ("parameters", "parameters"),
+        ("precision", "dtype"),
+    ],
+)
+def test_a_finished_run_of_other_work_is_refused(name, differs, tmp_path):
+    model, data = model_and_data()
+    task, make, include = gs.Classification(), gs.hessian, ["0.*"]
+
+    def run():
+        operator = make(model, task, data, gs.Parameters(model, include))
+        return gs.spectrum(operator, 2, checkpoint=tmp_path / "run", steps=8, progress=False)
+
+    first = run()
+    assert run().eigenvalues == first.eigenvalues
+    if name in ("weight", "frozen weight", "buffer"):
+        changed(model, {"weight": "0.weight", "frozen weight": "2.weight", "buffer": "1.running_var"}[name])
+    elif name == "mode":
+        model[1].train()
+    elif name == "data":
+        data[3] = (data[3][0] + 1e-3, data[3][1])
+    elif name == "task":
+        task = gs.Classification(max_length=7)
+    elif name == "curvature":
+        make = gs.gauss_newton
+    elif name == "parameters":
+        include = ["2.*", "0.weight"]
+    else:
+        model.double()
+        data = [(x.double(), y) for x, y in data]
+    with pytest.raises(gs.FingerprintError, match=f"{differs} is now"):
+        run()
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    path = tmp_path / "run"
+    gs.spectrum(Diagonal(torch.rand(50)), 2, checkpoint=path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(gs.StoreError, match="run is damaged.*delete it to start again"):
+        gs.spectrum(Diagonal(torch.rand(50)), 2, checkpoint=path)
 
 
 def test_json_round_trip(tmp_path):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 
-__all__ = ["Checkpoint", "as_checkpoints", "model_facts", "weights_of"]
+__all__ = ["Checkpoint", "as_checkpoints", "weights_of"]
 
 # A state dict, or where to read one: a .safetensors or torch file, or a folder that holds one.
 Weights = Mapping[str, Tensor] | str | Path
@@ -77,16 +75,6 @@ def weights_of(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
         yield
     finally:
         model.load_state_dict(own, strict=False)
-
-
-def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Return the model's class and a hash of all its weights and buffers, ties counted once."""
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{value.dtype}{list(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().data)
-    return {"class": type(model).__name__, "weights": digest.hexdigest()[:16]}
 
 
 def _name(checkpoint: Weights, number: int) -> str:

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from gradsketch.attribution.checkpoints import Checkpoint, model_facts
+from gradsketch.attribution.checkpoints import Checkpoint
+from gradsketch.durable import require_same
 from gradsketch.errors import FingerprintError, StoreError
+from gradsketch.gradients.fingerprints import model_facts
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store.folder import Folder
-from gradsketch.store.manifest import MANIFEST_NAME, compare_facts
+from gradsketch.store.manifest import MANIFEST_NAME
 
 __all__ = ["Description", "StoredCheckpoint", "comparable_facts", "sketch_for"]
 
@@ -86,12 +88,11 @@ class Description:
         Raises:
             FingerprintError: naming every field that differs.
         """
-        fix = "Give the same arguments as the first run to resume it, or choose another folder for a new index"
         here, there = json.loads(self.to_json()), json.loads(other.to_json())
         for body in (here, there):
             body.pop("source")
             body["parameters"] = _summary(body["parameters"])
-        compare_facts(here, there, source, fix)
+        require_same(here, there, source)
 
 
 def sketch_for(model: nn.Module, description: Description) -> BlockSum:

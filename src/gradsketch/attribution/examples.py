@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.files import read_examples
+from gradsketch.gradients.fingerprints import canonical
 from gradsketch.gradients.tasks import Task
 from gradsketch.store.manifest import RESERVED
 
@@ -109,7 +108,7 @@ def survey(examples: Any, task: Task) -> Survey:
             bad.append(BadRow(stands, error.came.removeprefix(f"{stands}: "), error.wanted))
             continue
         places.append(place)
-        for part in _canonical(example):
+        for part in canonical(example):
             digest.update(part)
         for name, value in fields(example)[1].items():
             kinds.setdefault(name, set()).add(_kind(value))
@@ -214,25 +213,3 @@ def _common(found: set[str]) -> str:
     if found == {"int", "float"}:
         return "float"
     return found.pop() if len(found) == 1 else "json" if found else "string"
-
-
-def _canonical(value: Any) -> Iterator[bytes]:
-    """Yield bytes that two values share only if they are equal (tensors: equal in dtype, shape and bits)."""
-    if isinstance(value, Mapping):
-        yield b"{%d" % len(value)
-        for key in sorted(value, key=str):
-            yield from _canonical(str(key))
-            yield from _canonical(value[key])
-    elif isinstance(value, list | tuple):
-        yield b"[%d" % len(value)
-        for item in value:
-            yield from _canonical(item)
-    elif isinstance(value, Tensor | np.ndarray | np.generic):
-        array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.atleast_1d(value))
-        yield f"t{array.dtype}{list(array.shape)}".encode()
-        yield array.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    elif hasattr(value, "tobytes"):  # images
-        yield b"b" + value.tobytes()
-    else:
-        text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="surrogatepass")
-        yield b"j%d:" % len(text) + text

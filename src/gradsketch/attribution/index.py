@@ -23,11 +23,12 @@ from gradsketch.attribution.precondition import Preconditioner, fit_precondition
 from gradsketch.attribution.results import Cost, Hit, Hits, QueryHits, SelfInfluence, TokenContribution
 from gradsketch.attribution.scan import Probe, Top, rescore, top
 from gradsketch.attribution.scores import Kind, kind_of
+from gradsketch.durable import require_same
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.data import to_device
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.sketches.block_sum import BlockSum
-from gradsketch.store import Store, compare_facts
+from gradsketch.store import Store
 from gradsketch.store.encoding import bytes_per_entry
 from gradsketch.store.folder import Folder, open_folder
 
@@ -239,11 +240,11 @@ class Index:
             with weights_of(model, checkpoint):
                 sketch = sketch_for(model, self.description)
                 facts = {k: v for k, v in store.manifest.facts.items() if k != "data"}
-                compare_facts(
+                require_same(
                     comparable_facts(model, task, sketch),
                     facts,
                     self.folder.uri,
-                    "Query with the model, task and parameters of the index, or build an index for these",
+                    fix="Query with the model, task and parameters of the index, or build an index for these",
                 )
                 sketched.append(GradientSource(model, task, sketch, batch_tokens=batch_tokens)(examples))
         return _Queries(examples, sketched, time.perf_counter() - began)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from gradsketch.durable import checksum
 from gradsketch.errors import StoreError
 from gradsketch.random import Stream
 from gradsketch.store import Shard, Store
@@ -164,7 +164,7 @@ def _name(facts: Mapping[str, Any]) -> str:
 def _write(store: Store, facts: Mapping[str, Any], matrices: tuple[Tensor, ...]) -> None:
     """Keep matrices for later queries; where the folder cannot be written, they are computed again."""
     values = np.concatenate([matrix.reshape(-1).numpy() for matrix in matrices])
-    header = {"facts": dict(facts), "shapes": [list(m.shape) for m in matrices], "crc32": zlib.crc32(values.data)}
+    header = {"facts": dict(facts), "shapes": [list(m.shape) for m in matrices], "crc32": checksum(values.data)}
     schema = pa.schema([pa.field("value", pa.float32())], metadata={_HEADER: json.dumps(header).encode()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
@@ -185,7 +185,7 @@ def _read(store: Store, facts: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
         header = json.loads(reader.schema.metadata[_HEADER])
         values = reader.get_batch(0).column("value").to_numpy()
         sizes = [math.prod(shape) for shape in header["shapes"]]
-        if header["facts"] != facts or sum(sizes) != len(values) or zlib.crc32(values.data) != header["crc32"]:
+        if header["facts"] != facts or sum(sizes) != len(values) or checksum(values.data) != header["crc32"]:
             return None
     except (StoreError, pa.ArrowException, OSError, LookupError, ValueError, TypeError):
         return None

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.durable import write_file
+
 if TYPE_CHECKING:
     import pandas
 
@@ -143,7 +145,7 @@ class Hits:
         """Return everything as JSON text, and write it to ``path`` where one is given. NaN becomes null."""
         text = json.dumps(_plain(asdict(self)), indent=indent, ensure_ascii=False, default=str)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_file(path, text + "\n")
         return text
 
     def to_html(self, path: str | Path) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradsketch.cli import run_file
 from gradsketch.cli.terminal import Terminal
+from gradsketch.durable import write_file
 
 if TYPE_CHECKING:
     from gradsketch.demo.digits import DigitsStory
@@ -49,7 +50,7 @@ def run(arguments: list[str]) -> int:
     run_file.write(options, "demo", options.out / "run.json")  # a folder that cannot be written is found out now
     results, tables = _lies(options, out)
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    (options.out / "demo.json").write_text(text + "\n", encoding="utf-8")
+    write_file(options.out / "demo.json", text + "\n")
     if options.json:
         print(text)
     else:

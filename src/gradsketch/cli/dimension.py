@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,11 +77,10 @@ def run(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     options = tyro.cli(Options, prog="gradsketch dimension", args=arguments)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "run.json").write_text(json.dumps(asdict(options), indent=1, default=str) + "\n")
+        write_file(options.out / "run.json", json.dumps(asdict(options), indent=1, default=str) + "\n")
     result = _search(options)
     if options.out is not None:
-        (options.out / "result.json").write_text(result.to_json() + "\n")
+        write_file(options.out / "result.json", result.to_json() + "\n")
         _draw(result, options.out / "figure.png")
     print(result.to_json() if options.json else result)
     return 0
@@ -104,7 +104,7 @@ def _search(options: Options) -> IntrinsicDimension:
     if target is None:
         start = evaluated(metric, model, "before training")
         once: dict[str, Any] = {"steps": options.full_steps, "lr": options.full_lr, "seed": options.seeds[0]}
-        checkpoint = None if state is None else state / "full.jsonl"
+        checkpoint = None if state is None else state / "full.json"
         full = fine_tune(model, task, train, metric, checkpoint=checkpoint, **once, **shared).value
         target = start + options.share * (full - start) if is_lower_better(metric) else options.share * full
     return intrinsic_dimension(
@@ -151,9 +151,11 @@ def _metric(name: Metric, task: Task, test: Any) -> Any:
 
 
 def _draw(result: IntrinsicDimension, path: Path) -> None:
+    from gradsketch.report.figure import write_figure
+
     try:
         figure = result.plot()
     except InputError as error:  # no matplotlib: the numbers are there all the same
         print(f"no {path.name}: {error}", file=sys.stderr)
         return
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import tyro
 
 import gradsketch
+from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 
 __all__ = ["parse", "read", "write"]
@@ -69,10 +70,7 @@ def write(options: Any, command: str, path: Path) -> None:
         StoreError: the folder cannot be made or written.
     """
     body = {"command": command, "gradsketch": gradsketch.__version__, "options": asdict(options)}
-    from gradsketch.store.folder import LocalFolder
-
-    text = json.dumps(body, indent=1, ensure_ascii=False, default=str) + "\n"
-    LocalFolder(path.parent).write(path.name, text.encode())
+    write_file(path, json.dumps(body, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def _built(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def run(arguments: list[str]) -> int:
             "Type --out runs/spectrum",
         )
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "run.json").write_text(json.dumps({"command": ["gradsketch", "spectrum", *arguments]}) + "\n")
+        command = {"command": ["gradsketch", "spectrum", *arguments]}
+        write_file(options.out / "run.json", json.dumps(command) + "\n")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     print(result.to_json() if options.json else result)
     return 0

@@ -51,7 +51,7 @@ def dimension_curve(
         steps: steps of each training.
         seeds: each decides a sketch and an order of batches; all dims are trained with each.
         full: the metric of full fine-tuning, for the figure.
-        checkpoint: a file that collects finished points (JSON lines); one that exists is gone on with.
+        checkpoint: a file that collects finished points (JSON); one that exists is gone on with.
 
     Example:
         >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -64,13 +64,14 @@ def dimension_curve(
     Raises:
         InputError: a dimension beyond n, or what ``intrinsic_dimension`` refuses.
         NonFiniteError: training diverged, or the metric is NaN.
-        FingerprintError: the checkpoint belongs to another curve.
+        FingerprintError: the checkpoint belongs to another curve: other weights, data, metric or options.
+        StoreError: the checkpoint is damaged, or cannot be written.
     """
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     check_positive(steps=steps)
     check_dims(dims, experiment.n)
     settings: Settings = experiment.settings(max(dims)) | {"steps": steps}
-    journal = Journal(checkpoint, settings)
+    journal = Journal(checkpoint, {} if checkpoint is None else settings | experiment.facts())
     start = experiment.evaluated("before training")
     wanted = [(d, seed) for seed in seeds for d in dims]
     with tqdm(wanted, desc="dimension curve", unit="run", disable=hidden(progress)) as bar:
@@ -114,7 +115,8 @@ def fine_tune(
     """
     check_positive(steps=steps)
     experiment = Experiment.of(model, task, train, evaluate, parameters, _Everything, lr, batch_size)
-    journal = Journal(checkpoint, experiment.settings(experiment.n) | {"steps": steps})
+    facts = {} if checkpoint is None else experiment.settings(experiment.n) | {"steps": steps} | experiment.facts()
+    journal = Journal(checkpoint, facts)
     if (experiment.n, seed) not in journal.points:
         journal.add(experiment.point(experiment.n, seed, steps, progress))
     return journal.points[experiment.n, seed]

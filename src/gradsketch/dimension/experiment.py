@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.dimension.metrics import Metric, evaluated, is_lower_better
+from gradsketch.dimension.metrics import Metric, evaluated, is_lower_better, metric_facts
 from gradsketch.dimension.results import CurvePoint, Settings
 from gradsketch.dimension.rotated import prefix_nested
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.dimension.training import Training
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import Batches
+from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.sketches.base import Sketch
@@ -119,7 +120,7 @@ class Experiment:
         return CurvePoint(d, seed, value, loss, steps, perf_counter() - start)
 
     def settings(self, d: int) -> Settings:
-        """Return what decides the outcome but the seed, for results and for resuming; d is the largest dimension."""
+        """Return what a result says about how it was made, the seed apart; d is the largest dimension."""
         sketch = self.sketch(self.n, d, seed=0)
         return {
             "sketch": ", ".join([type(sketch).__name__, *(f"{k}={v}" for k, v in sketch.options().items())]),
@@ -131,6 +132,16 @@ class Experiment:
             "examples": len(self.train),
             "batch_size": self.batch_size,
             "lr": self.lr,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return what else decides the outcome, for resuming: what was in the model, the data and the metric."""
+        return {
+            "model": model_facts(self.model),
+            "modes": modes_digest(self.model),
+            "losses": task_facts(self.task),
+            "data": data_facts(Batches(self.task, self.train, self.batch_size)),
+            "measured by": metric_facts(self.evaluate),
         }
 
 

@@ -1,65 +1,50 @@
-"""Finished trainings kept in a file, so that interrupted work goes on; and the check that it is the same work."""
+"""Finished trainings kept in a file, so that interrupted work goes on."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from gradsketch.dimension.results import CurvePoint, Settings
-from gradsketch.errors import FingerprintError
+from gradsketch.dimension.results import CurvePoint
+from gradsketch.durable import damaged, read_record, require_same, write_record
 
-__all__ = ["Journal", "check_settings"]
+__all__ = ["Journal"]
 
 
 class Journal:
-    """Finished points, kept in a file of JSON lines that starts with the settings."""
+    """Finished points, kept in a JSON file beside the facts of the work they belong to.
 
-    def __init__(self, path: str | Path | None, settings: Settings) -> None:
-        self.path = None if path is None else Path(path)
+    Raises:
+        FingerprintError: the file belongs to other work.
+        StoreError: it is damaged, or cannot be read.
+    """
+
+    def __init__(self, path: str | Path | None, facts: Mapping[str, Any]) -> None:
+        self.path, self.facts = None if path is None else Path(path), facts
         self.points: dict[tuple[int, int], CurvePoint] = {}
         self.last = float("nan")
-        if self.path is None:
-            return
-        if self.path.exists():
-            # A line that a kill cut short is not counted; the point is made again.
-            head, *lines = self.path.read_text().split("\n")[:-1]
-            check_settings(json.loads(head), settings, self.path)
-            for line in lines:
-                self._keep(CurvePoint(**json.loads(line)))
-            self._rewrite(head)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._rewrite(json.dumps(settings))
+        if self.path is not None and self.path.exists():
+            record = read_record(self.path)
+            require_same(facts, record.get("facts"), self.path)
+            try:
+                for point in record["points"]:
+                    self._keep(CurvePoint(**point))
+            except (LookupError, TypeError) as error:
+                raise damaged(self.path, f"{type(error).__name__}: {error}") from error
 
     def add(self, point: CurvePoint) -> None:
+        """Keep a point, also on the disk.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
         self._keep(point)
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(asdict(point)) + "\n")
+            points = [asdict(p) for p in self.points.values()]
+            write_record(self.path, {"facts": self.facts, "points": points})
 
     def _keep(self, point: CurvePoint) -> None:
         self.points[point.d, point.seed] = point
         self.last = point.value
-
-    def _rewrite(self, head: str) -> None:
-        assert self.path is not None
-        scratch = self.path.with_name(self.path.name + ".tmp")
-        scratch.write_text(
-            "".join(f"{line}\n" for line in [head, *(json.dumps(asdict(p)) for p in self.points.values())])
-        )
-        scratch.replace(self.path)
-
-
-def check_settings(found: Settings, settings: Settings, path: Path) -> None:
-    """Refuse a checkpoint that was made with other settings.
-
-    Raises:
-        FingerprintError: naming what differs.
-    """
-    if different := [key for key in settings if found.get(key) != settings[key]]:
-        raise FingerprintError(
-            f"{path.name}, made with {', '.join(f'{key}={found.get(key)!r}' for key in different)}",
-            ", ".join(f"{key}={settings[key]!r}" for key in different),
-            "Pass another checkpoint, or the settings it was made with",
-        )

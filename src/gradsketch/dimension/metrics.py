@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, batch_length, to_device
+from gradsketch.gradients.fingerprints import code_digest, data_facts, digest, task_facts
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.gradients.tasks.logits import logits_of
+from gradsketch.gradients.tasks.tokens import vocabulary
 
-__all__ = ["Accuracy", "ExactMatch", "Loss", "Metric", "Rouge", "evaluated", "is_lower_better"]
+__all__ = ["Accuracy", "ExactMatch", "Loss", "Metric", "Rouge", "evaluated", "is_lower_better", "metric_facts"]
 
 # Any function from a model to a number: larger is better unless it has a true attribute ``lower_is_better``.
 Metric = Callable[[nn.Module], Any]
@@ -35,7 +37,11 @@ class Accuracy:
     """
 
     def __init__(self, task: Task, data: Any, batch_size: int = 32) -> None:
-        self.batches = Batches(task, data, batch_size)
+        self.task, self.batches = task, Batches(task, data, batch_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the value besides the model."""
+        return {"task": task_facts(self.task), "data": data_facts(self.batches)}
 
     def __call__(self, model: nn.Module) -> float:
         right, total = torch.zeros(()), 0
@@ -61,6 +67,10 @@ class Loss:
     def __init__(self, task: Task | Callable[..., Tensor], data: Any, batch_size: int = 32) -> None:
         self.task = as_task(task)
         self.batches = Batches(self.task, data, batch_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the value besides the model."""
+        return {"task": task_facts(self.task), "data": data_facts(self.batches)}
 
     def __call__(self, model: nn.Module) -> float:
         total, examples = torch.zeros((), dtype=torch.float64), 0
@@ -89,6 +99,15 @@ class _Generated(ABC):
         self.pairs = [_prompt_and_answer(example) for example in data]
         if not self.pairs:
             raise InputError("no examples", "at least one prompt with its answer", "Check the path or the filter")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the value besides the model."""
+        return {
+            "vocabulary": vocabulary(self.tokenizer),
+            "max_new_tokens": self.max_new_tokens,
+            "stop": self.stop,
+            "data": {"examples": len(self.pairs), "content": digest(self.pairs)},
+        }
 
     @abstractmethod
     def score(self, reference: str, answer: str) -> float:
@@ -161,8 +180,17 @@ class Rouge(_Generated):
             ) from error
         self.kind, self._scorer = kind, RougeScorer([kind], use_stemmer=True)
 
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "kind": self.kind}
+
     def score(self, reference: str, answer: str) -> float:
         return float(self._scorer.score(reference, answer)[self.kind].fmeasure)
+
+
+def metric_facts(metric: Metric) -> dict[str, Any]:
+    """Return what decides a metric: its class with its data, or the code of a function."""
+    facts = getattr(metric, "facts", None)
+    return {"class": type(metric).__name__, **facts()} if callable(facts) else {"code": code_digest(metric)}
 
 
 def is_lower_better(metric: Metric) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradsketch.errors import FingerprintError, InputError
+from gradsketch.durable import read_record, read_tensors, require_same, write_record, write_tensors
+from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
 
@@ -23,13 +24,12 @@ _CONFIG, _STATE = "subspace.json", "subspace.pt"
 
 
 def write(subspace: Subspace, folder: Path) -> None:
-    """Write how the sketch is made (subspace.json) and the state dict (subspace.pt)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the state dict (subspace.pt), and how the sketch is made (subspace.json)."""
     sketch = subspace.sketch
     recipe = {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "options": sketch.options()}
     config = {"sketch": recipe, "parameters": subspace.selection.names, "fingerprints": subspace.fingerprints}
-    (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    torch.save(subspace.state_dict(), folder / _STATE)
+    write_tensors(folder / _STATE, subspace.state_dict())
+    write_record(folder / _CONFIG, config)
 
 
 def read(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -37,11 +37,11 @@ def read(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, 
 
     Raises:
         InputError: nothing was written there.
+        StoreError: a file is damaged.
     """
     if not (folder / _CONFIG).exists():
         raise InputError(f"{folder} without {_CONFIG}", "a folder written by save_pretrained", "Check the path")
-    state = torch.load(folder / _STATE, map_location=device, weights_only=True)
-    return json.loads((folder / _CONFIG).read_text()), state
+    return read_record(folder / _CONFIG), read_tensors(folder / _STATE, device)
 
 
 def rebuilt(recipe: dict[str, Any], parameters: Parameters) -> Sketch:
@@ -91,13 +91,12 @@ def _check_fingerprint(subspace: Subspace, state: dict[str, Any], prefix: str, *
     saved = state.get(f"{prefix}_extra_state")
     if saved is None:
         return
-    theirs, ours = json.loads(bytes(saved.tolist()).decode()), subspace.fingerprints
-    if different := [key for key in ours if theirs.get(key) != ours[key]]:
-        raise FingerprintError(
-            f"a state dict made with {' and '.join(f'{k} {theirs.get(k)}' for k in different)}",
-            f"{' and '.join(f'{k} {ours[k]}' for k in different)}, that of this Subspace",
-            "Load it with the same base weights, parameters, sketch kind, d and seed",
-        )
+    require_same(
+        subspace.fingerprints,
+        json.loads(bytes(saved.tolist()).decode()),
+        "the state dict",
+        fix="Load it with the same base weights, parameters, sketch kind, d and seed",
+    )
 
 
 def _expect_no_base(subspace: Subspace, keys: Any) -> None:

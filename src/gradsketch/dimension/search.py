@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gradsketch.dimension.curve import check_dims
 from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, hidden
-from gradsketch.dimension.journal import Journal, check_settings
+from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings
 from gradsketch.dimension.training import Training
+from gradsketch.durable import read_tensors, require_same, write_tensors
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
@@ -87,7 +86,8 @@ def intrinsic_dimension(
         InputError: d_max beyond n, sizes that are no positive integers, no seeds, data that is empty or can be read
             only once, evaluate not callable.
         NonFiniteError: the training diverged or the metric is NaN; a checkpoint keeps the curve up to there.
-        FingerprintError: the checkpoint belongs to another search.
+        FingerprintError: the checkpoint belongs to another search: other weights, data, metric or options.
+        StoreError: the checkpoint is damaged, or cannot be written.
 
     Example:
         >>> task = gs.Classification()
@@ -103,13 +103,14 @@ def intrinsic_dimension(
     if not seeds:
         raise InputError("no seeds", "at least one", "Type seeds=(0,)")
     settings: Settings = experiment.settings(plan.d_max) | asdict(plan)
-    searches = tuple(_search(experiment, plan, seed, _State(checkpoint, seed, settings), progress) for seed in seeds)
+    facts = {} if checkpoint is None else settings | experiment.facts()
+    searches = tuple(_search(experiment, plan, seed, _State(checkpoint, seed, facts), progress) for seed in seeds)
     result = IntrinsicDimension(
         experiment.n, float(target), searches, settings, full=full, lower_is_better=experiment.lower_is_better
     )
     if not confirm:
         return result
-    journal = Journal(None if checkpoint is None else Path(checkpoint) / "confirmations.jsonl", settings)
+    journal = Journal(None if checkpoint is None else Path(checkpoint) / "confirmations.json", facts)
     return replace(result, confirmations=tuple(_confirmed(experiment, result, journal, progress)))
 
 
@@ -189,27 +190,19 @@ def _confirmed(
 class _State:
     """A search on disk: one file a seed, replaced as a whole after every evaluation."""
 
-    def __init__(self, folder: str | Path | None, seed: int, settings: Settings) -> None:
+    def __init__(self, folder: str | Path | None, seed: int, facts: Mapping[str, Any]) -> None:
         self.path = None if folder is None else Path(folder) / f"search-seed{seed}.pt"
-        self.settings = settings
+        self.facts = facts
 
     def load(self, training: Training) -> list[Check]:
         if self.path is None or not self.path.exists():
             return []
-        state = torch.load(self.path, map_location=training.w.device, weights_only=True)
-        check_settings(state["settings"], self.settings, self.path)
+        state = read_tensors(self.path, training.w.device)
+        require_same(self.facts, state.get("facts") if isinstance(state, dict) else None, self.path)
         training.load_state_dict(state["training"])
         return [Check(**check) for check in state["checks"]]
 
     def save(self, training: Training, checks: list[Check]) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(f".tmp{os.getpid()}")
-        state = {
-            "settings": self.settings,
-            "training": training.state_dict(),
-            "checks": [asdict(check) for check in checks],
-        }
-        torch.save(state, scratch)
-        scratch.replace(self.path)
+        if self.path is not None:
+            finished = [asdict(check) for check in checks]
+            write_tensors(self.path, {"facts": self.facts, "training": training.state_dict(), "checks": finished})

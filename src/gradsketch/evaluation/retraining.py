@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.errors import FingerprintError, InputError, NonFiniteError
+from gradsketch.durable import read_record, require_same, write_record
+from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.random import Stream
-from gradsketch.store.folder import LocalFolder
 
 __all__ = ["Measure", "Retrainings", "Train", "retrain_on_subsets", "retrained_losses"]
 
@@ -121,17 +120,11 @@ class _Log:
         self.path = None if path is None else Path(path)
         self.facts, self.losses = facts, list[list[float]]()
         if self.path is not None and self.path.exists():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            self.losses = stored.pop("losses")
-            if stored != facts:
-                raise FingerprintError(
-                    f"{self.path} holds subsets drawn with {stored}",
-                    f"{facts}",
-                    "Give another path, or delete the file",
-                )
+            stored = read_record(self.path)
+            self.losses = stored.pop("losses", [])
+            require_same(facts, stored, self.path)
 
     def append(self, losses: list[float]) -> None:
         self.losses.append(losses)
         if self.path is not None:
-            text = json.dumps({**self.facts, "losses": self.losses})
-            LocalFolder(self.path.parent).write(self.path.name, text.encode())
+            write_record(self.path, {**self.facts, "losses": self.losses})

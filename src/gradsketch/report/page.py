@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from gradsketch.durable import write_file
 from gradsketch.errors import InputError
-from gradsketch.store.folder import LocalFolder
 
 __all__ = ["printable", "render", "write"]
 
@@ -44,7 +44,7 @@ def write(path: str | Path, text: str) -> Path:
     path = Path(path)
     if path.is_dir() or path.parent.is_file():
         raise InputError(f"{path}, which is a folder or lies inside a file", "a file", "Choose another path")
-    LocalFolder(path.parent).write(path.name, text.encode("utf-8"))
+    write_file(path, text)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradsketch.errors import InputError
+from gradsketch.report.figure import write_figure
 from gradsketch.spectra.density import Density
 from gradsketch.spectra.evolution import Evolution
 from gradsketch.spectra.results import OUTLIER, Eigenvalue, Spectrum
@@ -182,7 +183,4 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: str | Path) -> Path:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return write_figure(figure, path)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -160,6 +160,9 @@ class Sketch(LinearMap):
         """Hash of everything that decides the map; equal fingerprints mean comparable sketches."""
         facts = [type(self).__name__, self.version, self.n, self.d, self.seed, sorted(self.options().items())]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def facts(self) -> dict[str, Any]:
+        return {"sketch": self.fingerprint}
 
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options().items())

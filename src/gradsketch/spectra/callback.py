@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from transformers import TrainerCallback
 
 from gradsketch.errors import InputError
@@ -24,8 +26,9 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
     """Take the spectrum of the loss on fixed data at chosen steps, and leave the model as it was.
 
     By default at the steps of [P]: 0, 10, 50, 100, 150, 200, 250, 500 and every 1000. Each spectrum goes to
-    ``directory`` (default: ``spectrum`` in the Trainer's output) as it is done; a resumed training run keeps those
-    already there. The model is in evaluation mode while a spectrum is taken. Options are those of ``spectrum``.
+    ``directory`` (default: ``spectrum`` in the Trainer's output) as it is done. A resumed training run keeps those
+    already there, if they are of the same weights, data and options; otherwise it raises FingerprintError. The model is
+    in evaluation mode while a spectrum is taken. Options are those of ``spectrum``.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -63,7 +66,8 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
             raise InputError(f"curvature={curvature!r}", f"one of {', '.join(_CURVATURES)}", "Leave it out")
         self.task, self.data, self.parameters, self.curvature = task, data, parameters, curvature
         self.at, self.every, self.k, self.batch_size = frozenset(at), every, k, batch_size
-        self.directory = None if directory is None else Path(directory)
+        self._given = None if directory is None else Path(directory)
+        self.directory = self._given
         self.options = options
 
     @property
@@ -79,8 +83,7 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the spectrum of the starting point."""
-        if self.directory is None:
-            self.directory = Path(args.output_dir) / "spectrum"
+        self.directory = self._given or Path(args.output_dir) / "spectrum"
         self._take(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,12 +95,9 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
         due = step in self.at or (self.every > 0 and step % self.every == 0)
         if not due or not state.is_world_process_zero:
             return
-        was_training = model.training
-        model.eval()
-        try:
+        with _modes_as_found(model):
+            model.eval()
             spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
-        finally:
-            model.train(was_training)
 
     def _load(self, model: Any) -> Any:
         parameters = Parameters(model, self.parameters)
@@ -105,3 +105,14 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
         operator = make(model, self.task, self.data, parameters, batch_size=self.batch_size)
         gradient = loss_gradient(model, self.task, self.data, parameters, batch_size=self.batch_size)
         return operator, gradient
+
+
+@contextmanager
+def _modes_as_found(model: nn.Module) -> Iterator[None]:
+    """Put every module's own mode back at the end: some may be in eval mode while the model trains."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

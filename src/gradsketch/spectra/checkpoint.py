@@ -1,15 +1,12 @@
-"""A run that survives being killed: its state in one file, replaced as a whole or not at all."""
+"""A run that survives being killed: its state in one file, saved as often as its cost allows."""
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gradsketch.errors import FingerprintError
+from gradsketch.durable import damaged, read_tensors, require_same, write_tensors
 
 __all__ = ["RunFile"]
 
@@ -18,29 +15,26 @@ _SHARE, _SECONDS = 0.05, 30.0
 
 
 class RunFile:
-    """State of a run at ``path``, belonging to one ``identity``; without a path it does nothing.
+    """State of a run at ``path``, belonging to the work that ``facts`` describe; without a path it does nothing."""
 
-    Raises:
-        FingerprintError: the file holds a run of something else.
-    """
-
-    def __init__(self, path: str | Path | None, identity: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, facts: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
-        self.identity = identity
+        self.facts = facts
         self._saved, self._took = time.monotonic(), 0.0
 
     def load(self) -> dict[str, Any] | None:
-        """Return the saved state, or None where there is none."""
+        """Return the saved state, or None where there is none.
+
+        Raises:
+            FingerprintError: the file holds a run of something else.
+            StoreError: it is damaged, or cannot be read.
+        """
         if self.path is None or not self.path.exists():
             return None
-        content = torch.load(self.path, map_location="cpu", weights_only=True)
-        if content["identity"] != self.identity:
-            changed = sorted(k for k, v in self.identity.items() if content["identity"].get(k) != v)
-            raise FingerprintError(
-                f"{self.path} holds a run that differs in {', '.join(changed)}",
-                f"a run with {', '.join(f'{k}={self.identity[k]}' for k in changed)}",
-                "Name another checkpoint file, or delete this one",
-            )
+        content = read_tensors(self.path)
+        if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
+            raise damaged(self.path, "it holds no state of a run")
+        require_same(self.facts, content.get("facts"), self.path)
         state: dict[str, Any] = content["state"]
         return state
 
@@ -50,19 +44,10 @@ class RunFile:
             self.save(state)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state beside the file, force it to disk, and put it in the file's place."""
+        """Put the state in the file's place."""
         if self.path is None:
             return
         start = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                torch.save({"identity": self.identity, "state": state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(self.path, {"facts": self.facts, "state": state})
         self._saved = time.monotonic()
         self._took = self._saved - start

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
 from tqdm import tqdm
 
+from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
@@ -100,7 +101,7 @@ class Density:
         """Return everything as JSON text, and write it to ``path`` where one is given."""
         text = json.dumps({"density": asdict(self)}, indent=1)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_file(path, text + "\n")
         return text
 
     @classmethod

@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.durable import damaged, read_record, require_same, write_file, write_record
 from gradsketch.errors import FingerprintError, InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Spectrum
-from gradsketch.spectra.solve import spectrum
+from gradsketch.spectra.solve import require_same_map, spectrum
 
 __all__ = ["PAPER_EVERY", "PAPER_STEPS", "Evolution", "Point", "saved_spectra", "spectrum_over"]
 
 # [P], §5.3: where spectra are taken during fine-tuning.
 PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
 PAPER_EVERY = 1000
+
+# What is another at every step: the weights; and the parts of a compound operator, in which they may stand.
+_OF_ONE_STEP = ("model", "product of", "sum of", "adjoint of")
 
 # An operator, with the gradient of its loss where its share in the eigenvectors is wanted; or what loads them.
 Loaded = LinearMap | tuple[LinearMap, Tensor]
@@ -80,7 +86,7 @@ class Evolution:
         record = [{"step": t, **json.loads(s.to_json())} for t, s in zip(self.steps, self.spectra, strict=True)]
         text = json.dumps({"evolution": record}, indent=1)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_file(path, text + "\n")
         return text
 
     @classmethod
@@ -124,8 +130,8 @@ def spectrum_over(
 
     Each checkpoint is a step and its operator, or a function that loads the operator when its turn comes; either may
     come with a gradient, as a pair. Options are those of ``spectrum``. With a directory each spectrum is written
-    there when it is done, and a run that finds it there does not compute it again; a run killed within a checkpoint
-    takes that one up where it stopped.
+    there when it is done. A run that finds it there loads the checkpoint, checks that it is the same work, and does
+    not compute the spectrum again. A run killed within a checkpoint takes that one up where it stopped.
 
     Example:
         >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -139,7 +145,8 @@ def spectrum_over(
 
     Raises:
         InputError: no checkpoints; otherwise what ``spectrum`` raises.
-        FingerprintError: the directory holds spectra of another model or sketch.
+        FingerprintError: the directory holds spectra of other weights, data, parameters, k or options.
+        StoreError: a file in the directory is damaged, or cannot be written.
     """
     pairs = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
     folder = None if directory is None else Path(directory)
@@ -153,21 +160,65 @@ def spectrum_over(
 
 
 def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[str, Any]) -> Spectrum:
-    path = None if folder is None else folder / f"step-{step:08d}.json"
-    if path is not None and path.exists():
-        return Spectrum.from_json(path.read_text(encoding="utf-8"))
     loaded = point if isinstance(point, LinearMap | tuple) else point()
     operator, gradient = loaded if isinstance(loaded, tuple) else (loaded, None)
-    if path is None:
+    if folder is None:
         return spectrum(operator, k, gradient=gradient, **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.json"
+    plan, facts = _planned(operator, k, gradient, options)
+    _require_same_series(folder, facts)
+    if path.exists():
+        return _taken_up(path, plan, facts)
     running = path.with_suffix(".run")
     result = spectrum(operator, k, gradient=gradient, checkpoint=running, **options)
-    temporary = path.with_suffix(".tmp")
-    result.to_json(temporary)
-    temporary.replace(path)
+    write_record(path, {"facts": facts, **json.loads(result.to_json())})
     running.unlink(missing_ok=True)
     return result
+
+
+def _planned(
+    operator: LinearMap, k: int, gradient: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Plan, dict[str, Any]]:
+    """Return how ``spectrum`` goes about these options, and everything that decides the numbers it returns."""
+    defaults = {name: p.default for name, p in signature(spectrum).parameters.items() if p.default is not p.empty}
+    given = {**defaults, **options}
+    names = ("which", "method", "sketch", "steps", "tolerance", "memory", "seed")
+    plan = make_plan(operator, k, **{name: given[name] for name in names})
+    return plan, {**plan.request(), "probes": given["probes"], "gradient": gradient is not None, **plan.facts()}
+
+
+def _require_same_series(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Check that the spectra in a folder are of the same work, whose weights alone change from step to step.
+
+    Raises:
+        FingerprintError: they are not, and would lie beside others that cannot be compared with them.
+    """
+    for path in sorted(folder.glob("step-*.json"))[:1]:
+        stored = _read(path)["facts"]
+        now, then = ({k: v for k, v in f.items() if k not in _OF_ONE_STEP} for f in (facts, stored))
+        require_same(now, then, path.parent)
+
+
+def _taken_up(path: Path, plan: Plan, facts: Mapping[str, Any]) -> Spectrum:
+    record = _read(path)
+    require_same(facts, record["facts"], path)
+    result = _spectrum_of(record, path)
+    require_same_map(plan, result.alphas[0], result.betas[0], str(path))
+    return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = read_record(path)
+    if not isinstance(record.get("facts"), dict):
+        raise damaged(path, "it does not say what it was made of")
+    return record
+
+
+def _spectrum_of(record: Mapping[str, Any], path: Path) -> Spectrum:
+    try:
+        return Spectrum.from_json(json.dumps(record))
+    except (LookupError, TypeError, ValueError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def saved_spectra(directory: str | Path) -> Evolution:
@@ -181,9 +232,10 @@ def saved_spectra(directory: str | Path) -> Evolution:
 
     Raises:
         InputError: there is none.
+        StoreError: one is damaged.
     """
     paths = sorted(Path(directory).glob("step-*.json"))
     if not paths:
         raise InputError(f"no step-*.json in {directory}", "a directory that spectrum_over wrote", "Check the path")
-    spectra = tuple(Spectrum.from_json(p.read_text(encoding="utf-8")) for p in paths)
+    spectra = tuple(_spectrum_of(_read(p), p) for p in paths)
     return Evolution(tuple(int(p.stem.removeprefix("step-")) for p in paths), spectra)

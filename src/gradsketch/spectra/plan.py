@@ -59,11 +59,18 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
 
-    def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint and the run that resumes it must have in common."""
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint and the run that resumes it must have in common.
+
+        How many eigenvalues are asked for, and how exact, is not part of it: a run may be taken further.
+        """
         names = ("method", "seed", "dtype", "n", "sketch")
         values = (self.method, self.seed, str(self.dtype), self.inner.n, self.sketch.fingerprint)
-        return dict(zip(names, values, strict=True))
+        return {**dict(zip(names, values, strict=True)), **self.inner.facts()}
+
+    def request(self) -> dict[str, Any]:
+        """Return what is asked for."""
+        return {"k": self.k, "which": self.which, "steps": self.steps, "tolerance": self.tolerance}
 
 
 def make_plan(

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float
 from scipy.stats import t as student
 from torch import Tensor
 
+from gradsketch.durable import write_file
+
 __all__ = ["OUTLIER", "Eigenvalue", "Estimate", "Method", "Spectrum", "Which"]
 
 Method = Literal["sketched-basis", "sketched-operator", "full"]
@@ -166,7 +168,7 @@ class Spectrum:
         summary = {"r_neg": _finite(self.r_neg), "outliers": self.outliers, "values": self.values.tolist()}
         text = json.dumps({"summary": summary, "spectrum": record}, indent=1)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_file(path, text + "\n")
         return text
 
     @classmethod

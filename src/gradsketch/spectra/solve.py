@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from gradsketch.durable import require_same
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.base import Sketch
@@ -26,7 +28,10 @@ from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Eigenvalue, Estimate, Method, Spectrum, Which
 from gradsketch.spectra.ritz import RitzPairs, ritz_pairs
 
-__all__ = ["spectrum"]
+__all__ = ["require_same_map", "spectrum"]
+
+# Relative difference of two evaluations of one product: central differences in float32 reach 1e-3.
+_SAME = 0.01
 
 
 def spectrum(
@@ -84,11 +89,13 @@ def spectrum(
     Raises:
         InputError: not self-adjoint (declared, or found by a probe), not the same at every product, k > n or > d.
         NonFiniteError: a product holds a NaN or an infinity.
-        FingerprintError: the checkpoint belongs to another run.
+        FingerprintError: the checkpoint belongs to another run: other weights, data, task, parameters or options.
+        StoreError: the checkpoint is damaged, or cannot be written.
     """
     plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
     gradient = _checked_gradient(gradient, plan)
-    run = _Run.begin(plan, gradient, RunFile(checkpoint, plan.identity() | {"gradient": gradient is not None}))
+    facts = {} if checkpoint is None else plan.facts() | {"gradient": gradient is not None}
+    run = _Run.begin(plan, gradient, RunFile(checkpoint, facts))
     pairs = run.iterate(progress)
     estimates: tuple[Estimate, Estimate] | None = None
     if plan.method == "sketched-operator" and probes > 0:
@@ -115,12 +122,12 @@ class _Run:
         """Start, or take up what the file holds."""
         basis = SketchedBasis(plan.sketch) if plan.method == "sketched-basis" else FullBasis()
         saved = file.load()
-        n = plan.operator.n
-        start = torch.empty(0) if saved else start_vector(n, plan.seed, "start", plan.dtype, plan.device)
+        start = torch.empty(0) if saved else _start(plan)
         run = cls(plan, Lanczos(plan.operator, basis, start, plan.seed), gradient, file)
         if saved:
             run.lanczos.restore(saved["lanczos"], plan.device)
             run.overlaps, run.products, run.seconds = saved["overlaps"], saved["products"], saved["seconds"]
+            require_same_gradient(plan, gradient, run.overlaps, str(file.path))
         return run
 
     def iterate(self, progress: bool | None) -> RitzPairs:
@@ -129,6 +136,8 @@ class _Run:
         before, check_at = self.seconds, max(plan.k, len(lanczos))
         pairs = self._pairs() if len(lanczos) >= plan.k else None
         settled = pairs is not None and self._settled(pairs)
+        if settled or lanczos.closed or len(lanczos) >= plan.steps:
+            self._check_finished()
         hidden = None if progress is None else not progress
         with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=hidden, leave=False) as bar:
             while not settled and len(lanczos) < plan.steps and not lanczos.closed:
@@ -143,6 +152,11 @@ class _Run:
                     settled = self._settled(pairs)
         self._save()
         return pairs if pairs is not None and len(pairs.coefficients) == len(lanczos) else self._pairs()
+
+    def _check_finished(self) -> None:
+        """Compare one product with those of a run that needs no more of them; others are compared at every step."""
+        if self.lanczos.alphas:
+            require_same_map(self.plan, self.lanczos.alphas[0], self.lanczos.betas[0], str(self.file.path))
 
     def _step(self) -> None:
         lanczos = self.lanczos
@@ -304,6 +318,44 @@ class _Run:
                 f" after {len(self.lanczos)} products; raise steps."
             )
         return notes
+
+
+def require_same_map(plan: Plan, alpha: float, beta: float, source: str) -> None:
+    """Check by one product that a finished run was of this very operator.
+
+    The first product of every run is that with its start vector, which seed and n decide. It finds what facts do not
+    tell: a function that reads another global variable, or an operator of the user's own.
+
+    Raises:
+        FingerprintError: the first coefficients of the recurrence are others.
+    """
+    q = _start(plan)
+    w = plan.operator(q)
+    size = norm(w)
+    own = dot(q, w)
+    rest = norm(w.sub(q, alpha=own))
+    if not max(abs(own - alpha), abs(rest - beta)) <= _SAME * max(size, math.hypot(alpha, beta)):
+        now, then = (f"{a:.6g}, {b:.6g}" for a, b in ((own, rest), (alpha, beta)))
+        require_same({"the first product": now}, {"the first product": then}, source)
+
+
+def require_same_gradient(
+    plan: Plan, gradient: Float[Tensor, " n"] | None, overlaps: list[float], source: str | Path
+) -> None:
+    """Check that a run was given this very gradient, by its first overlap.
+
+    Raises:
+        FingerprintError: it was another.
+    """
+    if gradient is None or not overlaps:
+        return
+    own = dot(gradient, _start(plan))
+    if not abs(own - overlaps[0]) <= _SAME * norm(gradient) / math.sqrt(plan.operator.n):
+        require_same({"the gradient's first overlap": own}, {"the gradient's first overlap": overlaps[0]}, source)
+
+
+def _start(plan: Plan) -> Float[Tensor, " n"]:
+    return start_vector(plan.operator.n, plan.seed, "start", plan.dtype, plan.device)
 
 
 def _both_ends(values: Float[np.ndarray, " r"], k: int, zero: float) -> Int[np.ndarray, " c"]:

@@ -1,7 +1,7 @@
 """The sketch store: immutable, checksummed shards on disk."""
 
 from gradsketch.store.export import to_faiss, to_parquet
-from gradsketch.store.manifest import Manifest, compare_facts
+from gradsketch.store.manifest import Manifest
 from gradsketch.store.shard import Rows, Shard
 from gradsketch.store.store import Store, default_shard_rows
 from gradsketch.store.verify import Damage, Verification, verify
@@ -13,7 +13,6 @@ __all__ = [
     "Shard",
     "Store",
     "Verification",
-    "compare_facts",
     "default_shard_rows",
     "to_faiss",
     "to_parquet",

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from gradsketch.durable import written_whole
 from gradsketch.errors import InputError
-from gradsketch.store.folder import written_whole
 from gradsketch.store.shard import Shard
 from gradsketch.store.store import Store
 

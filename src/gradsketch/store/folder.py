@@ -8,23 +8,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import mmap
 import os
-import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs
 
-from gradsketch.errors import GradsketchError, StoreError
+from gradsketch.durable import cleaned, failed, is_temporary, write_file
+from gradsketch.errors import StoreError
 
-__all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder", "written_whole"]
+__all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder"]
 
-_TEMPORARY = ".tmp-"
-_counter = itertools.count()
 _MADV_POPULATE_READ = 22  # Python has no name for it yet
 
 
@@ -86,25 +82,6 @@ def open_folder(path: str | Path) -> Folder:
     return RemoteFolder(filesystem, inner, str(path))
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, and put the file in its place at the end; a failure leaves what was there.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{next(_counter)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise _failed("write", str(path), error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 class LocalFolder(Folder):
     """A folder on a local disk."""
 
@@ -115,16 +92,16 @@ class LocalFolder(Folder):
         if not self.path.exists():
             return []
         try:
-            return sorted(e.name for e in os.scandir(self.path) if e.is_file() and _TEMPORARY not in e.name)
+            return sorted(e.name for e in os.scandir(self.path) if e.is_file() and not is_temporary(e.name))
         except OSError as error:
-            raise _failed("list", self.uri, error) from error
+            raise failed("list", self.uri, error) from error
 
     def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
         try:
             with (self.path / name).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise _failed("read", str(self.path / name), error) from error
+            raise failed("read", str(self.path / name), error) from error
         if whole:
             # One system call in place of a page fault every few pages, and one large read where the disk is asked.
             with contextlib.suppress(OSError, ValueError):  # before Linux 5.14, and elsewhere
@@ -132,36 +109,13 @@ class LocalFolder(Folder):
         return pa.py_buffer(mapped)
 
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
-        target = self.path / name
-        temporary = self.path / f"{name}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{next(_counter)}"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if replace:
-                temporary.replace(target)
-            elif not _link_or_rename(temporary, target):
-                return False
-            _fsync_folder(self.path)
-        except OSError as error:
-            raise _failed("write", str(target), error) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return True
+        return write_file(self.path / name, memoryview(data), replace=replace)
 
     def child(self, name: str) -> LocalFolder:
         return LocalFolder(self.path / name)
 
     def clean(self) -> None:
-        mark = f"{_TEMPORARY}{socket.gethostname()}-"
-        for file in self.path.glob(f"*{mark}*"):
-            process = file.name.rpartition(mark)[2].partition("-")[0]
-            if process.isdigit() and not _is_alive(int(process)):
-                with contextlib.suppress(OSError):
-                    file.unlink()
+        cleaned(self.path)
 
 
 class RemoteFolder(Folder):
@@ -179,7 +133,7 @@ class RemoteFolder(Folder):
         try:
             infos = self.filesystem.get_file_info(selector)
         except (OSError, pa.ArrowException) as error:
-            raise _failed("list", self.uri, error) from error
+            raise failed("list", self.uri, error) from error
         return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.File)
 
     def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
@@ -194,7 +148,7 @@ class RemoteFolder(Folder):
                     cache.write(cached, file.read_buffer())
             return cache.read(cached, whole=whole)
         except (OSError, pa.ArrowException) as error:
-            raise _failed("read", f"{self.uri}/{name}", error) from error
+            raise failed("read", f"{self.uri}/{name}", error) from error
 
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
         path = f"{self.path}/{name}"
@@ -205,7 +159,7 @@ class RemoteFolder(Folder):
             with self.filesystem.open_output_stream(path) as file:
                 file.write(data)
         except (OSError, pa.ArrowException) as error:
-            raise _failed("write", f"{self.uri}/{name}", error) from error
+            raise failed("write", f"{self.uri}/{name}", error) from error
         return True
 
     def child(self, name: str) -> RemoteFolder:
@@ -218,50 +172,3 @@ class RemoteFolder(Folder):
 def _cache_root() -> Path:
     chosen = os.environ.get("GRADSKETCH_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gradsketch"
-
-
-def _link_or_rename(temporary: Path, target: Path) -> bool:
-    """Give the file its name unless that is taken; return whether it was free."""
-    try:
-        os.link(temporary, target)  # fails where another writer was first; a rename would not
-    except FileExistsError:
-        return False
-    except OSError as error:
-        # Some network and FAT file systems have no hard links. Writers of one store write equal manifests.
-        if target.exists():
-            return False
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        temporary.replace(target)
-    return True
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _failed(verb: str, where: str, error: Exception) -> GradsketchError:
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StoreError(
-            f"no room to {verb} {where} ({error})",
-            "enough free disk space and quota",
-            "Free some space and run the same command again: finished shards are kept",
-        )
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StoreError(f"no permission to {verb} {where} ({error})", "a folder you may use", "Choose another folder")
-    return StoreError(f"cannot {verb} {where} ({error})", "a reachable file", "Check the path and try again")

@@ -12,9 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from gradsketch.errors import FingerprintError, InputError, StoreError
+from gradsketch.durable import require_same
+from gradsketch.errors import InputError, StoreError
 
-__all__ = ["COLUMN_TYPES", "DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "compare_facts", "parse_shard_name"]
+__all__ = ["COLUMN_TYPES", "DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "parse_shard_name"]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "index.json"
@@ -111,25 +112,7 @@ class Manifest:
             FingerprintError: naming every field and fact that differs.
         """
         here, there = asdict(self), asdict(other)
-        compare_facts(
-            {**here.pop("facts"), **here}, {**there.pop("facts"), **there}, source, "Give the same arguments as the "
-            "first run to resume it, or choose another folder for a new index",
-        )  # fmt: skip
-
-
-def compare_facts(now: Mapping[str, Any], stored: Mapping[str, Any], source: str, fix: str) -> None:
-    """Check that two sets of facts agree.
-
-    Raises:
-        FingerprintError: naming each fact that differs, with both values.
-    """
-    different = [key for key in {**stored, **now} if now.get(key) != stored.get(key)]
-    if different:
-        raise FingerprintError(
-            "; ".join(f"{key} is now {_brief(now.get(key))}" for key in different),
-            f"what {source} was made with: " + "; ".join(f"{key} {_brief(stored.get(key))}" for key in different),
-            fix,
-        )
+        require_same({**here.pop("facts"), **here}, {**there.pop("facts"), **there}, source)
 
 
 def parse_shard_name(name: str) -> tuple[int, int] | None:
@@ -141,11 +124,6 @@ def parse_shard_name(name: str) -> tuple[int, int] | None:
 def shard_name(start: int, count: int) -> str:
     """Return the file name of the shard with rows ``start … start+count-1``."""
     return f"part-{start:012d}-{count:06d}.arrow"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 160 else text[:159] + "…"
 
 
 def _unreadable(source: str, what: str) -> StoreError:

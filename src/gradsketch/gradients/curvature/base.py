@@ -55,7 +55,7 @@ class Curvature(LinearMap):
     def __init__(self, objective: Objective, mode: Mode, *, check: bool) -> None:
         if mode not in get_args(Mode):
             raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
-        self.objective, self.mode = objective, mode
+        self.objective, self.mode, self._asked = objective, mode, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
         first = objective.values[0]
         self.device, self.dtype = first.device, _at_least_float32(first.new_empty(0)).dtype
@@ -66,6 +66,9 @@ class Curvature(LinearMap):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.objective!r})"
+
+    def facts(self) -> dict[str, Any]:
+        return {"curvature": type(self).__name__, "mode": self._asked, **self.objective.facts()}
 
     @abstractmethod
     def _record(self, leaves: Leaves, losses: LossesOf, batch: Batch) -> Recorded:

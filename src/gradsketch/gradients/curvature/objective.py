@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, each_tensor, to_device
+from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Batch, Task, as_task
 
@@ -97,6 +98,16 @@ class Objective:
 
         with _swapped(self.model, parameter, buffer):
             yield losses
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the loss and its derivatives: all weights and buffers, modes, task, data, parameters."""
+        return {
+            "model": model_facts(self.model),
+            "modes": modes_digest(self.model),
+            "task": task_facts(self.task),
+            "data": data_facts(self.data),
+            "parameters": self.parameters.fingerprint(),
+        }
 
     def state(self) -> tuple[Any, ...]:
         """Return what shows whether the model still is as it was: memory, in-place changes, train or eval."""

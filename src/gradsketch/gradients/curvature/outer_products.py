@@ -254,6 +254,9 @@ class OuterProducts(Curvature):
     def __repr__(self) -> str:
         return f"{self.name}({self.objective!r})"
 
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "curvature": self.name}
+
     def _record(self, leaves: Leaves, losses_of: LossesOf, batch: Batch) -> Recorded:
         outputs = self._outputs(self.objective, losses_of, batch)
         if not _reached(outputs):

@@ -1,0 +1,306 @@
+"""Files are written whole or not at all, and kept state is taken up only by the same work.
+
+A file is written under a temporary name in its own folder, flushed to the disk and renamed, and then the folder is
+flushed. So a kill, a full disk or a power cut leaves the old file or the new one, never a part. State that a later
+process reads back carries a CRC-32 of all its bytes, and facts that say what it belongs to. Whoever takes it up
+compares those facts with its own first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import socket
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from gradsketch.errors import FingerprintError, StoreError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "checksum",
+    "cleaned",
+    "damaged",
+    "failed",
+    "is_temporary",
+    "read_record",
+    "read_tensors",
+    "require_same",
+    "write_file",
+    "write_record",
+    "write_tensors",
+    "written_whole",
+]
+
+_TEMPORARY = ".tmp-"
+_CRC_MARK = b"gradsketch-crc32="
+_CRC_BYTES = 8  # hexadecimal digits
+_PIECE = 1 << 20
+_counter = itertools.count()
+
+
+# --- files ---
+
+
+def write_file(path: str | Path, data: str | bytes | memoryview, *, replace: bool = True) -> bool:
+    """Write a whole file, making its folder; return False where it was there and ``replace`` is False.
+
+    A text is written in UTF-8.
+
+    Raises:
+        StoreError: the disk is full, the folder read-only, and the like; what was there is still there.
+    """
+    with _in_place_of(Path(path), replace) as (temporary, placed), temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    return placed[0]
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to, and put the file in its place at the end; a failure leaves what was there.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    with _in_place_of(Path(path), replace=True) as (temporary, _):
+        yield temporary
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path, replace: bool) -> Iterator[tuple[Path, list[bool]]]:
+    """Yield a temporary path, and a list that tells at the end whether the file took its place."""
+    placed: list[bool] = []
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # A device or a pipe, such as /dev/stdout. It keeps nothing, and a file must not take its place.
+        with _explained("write", str(path)):
+            yield path, placed
+        placed.append(True)
+        return
+    target = Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f"{target.name}{_mark()}{os.getpid()}-{next(_counter)}")
+    try:
+        with _explained("write", str(path)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary, placed
+            _fsync(temporary)
+            placed.append(_placed(temporary, target, replace))
+            _fsync(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that has not taken its place yet."""
+    return _TEMPORARY in name
+
+
+def cleaned(folder: Path) -> None:
+    """Remove what writers on this machine left unfinished when they were killed."""
+    mark = _mark()
+    for file in folder.glob(f"*{mark}*"):
+        process = file.name.rpartition(mark)[2].partition("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def failed(verb: str, where: str, error: Exception) -> StoreError:
+    """Return the error for a file that the system does not let us read or write."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StoreError(
+            f"no room to {verb} {where} ({error})",
+            "enough free disk space and quota",
+            "Free some space and run the same command again: what is finished is kept",
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreError(f"no permission to {verb} {where} ({error})", "a folder you may use", "Choose another folder")
+    return StoreError(f"cannot {verb} {where} ({error})", "a reachable file", "Check the path and try again")
+
+
+@contextlib.contextmanager
+def _explained(verb: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise failed(verb, where, error) from error
+
+
+def _mark() -> str:
+    return f"{_TEMPORARY}{socket.gethostname()}-"
+
+
+def _placed(temporary: Path, target: Path, replace: bool) -> bool:
+    """Give a finished file its name; return False where one has it already and may not be replaced."""
+    if replace:
+        temporary.replace(target)
+        return True
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        # Some network and FAT file systems have no hard links. Writers of one store write equal manifests.
+        if target.exists():
+            return False
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        temporary.replace(target)
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# --- state that is read back ---
+
+
+def checksum(data: Any, start: int = 0) -> int:
+    """Return the CRC-32 of a buffer, continued from ``start``."""
+    return zlib.crc32(data, start)
+
+
+def damaged(source: str | Path, why: str) -> StoreError:
+    """Return the error for a state file whose bytes are not those that were written."""
+    return StoreError(
+        f"{source} is damaged ({why})",
+        "a file as gradsketch wrote it",
+        "If gradsketch made this file, delete it to start again; otherwise choose another path",
+    )
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object, with its checksum.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    write_file(path, json.dumps({**record, "crc32": _record_checksum(record)}, indent=1) + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Return what ``write_record`` wrote.
+
+    Raises:
+        StoreError: it is damaged, or cannot be read.
+    """
+    with _explained("read", str(path)):
+        data = Path(path).read_bytes()
+    try:
+        record: dict[str, Any] = json.loads(data)
+        stored = record.pop("crc32")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+    if stored != _record_checksum(record):
+        raise damaged(path, "its checksum does not match")
+    return record
+
+
+def _record_checksum(record: Mapping[str, Any]) -> str:
+    # Of the values and not of the text, so that a file indented otherwise is still sound.
+    return f"{checksum(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
+def write_tensors(path: str | Path, content: Any) -> None:
+    """Write what ``torch.save`` takes, with its checksum; ``torch.load`` reads the file as usual.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    import torch
+
+    with written_whole(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise failed("write", str(path), error) from error
+        with temporary.open("r+b") as file:
+            _seal(file)
+
+
+def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Return what ``write_tensors`` wrote, with its tensors on ``device``.
+
+    Raises:
+        StoreError: it is damaged, or cannot be read.
+    """
+    import torch
+
+    with _explained("read", str(path)), Path(path).open("rb") as file:
+        if not _is_sealed(file):
+            raise damaged(path, "its checksum does not match")
+        file.seek(0)
+        return torch.load(file, map_location=device, weights_only=True)
+
+
+def _seal(file: IO[bytes]) -> None:
+    """Append the checksum as the comment of the ZIP archive that ``torch.save`` wrote: readers pass over it."""
+    file.seek(-2, os.SEEK_END)  # the archive's last two bytes are the length of its comment
+    file.write((len(_CRC_MARK) + _CRC_BYTES).to_bytes(2, "little") + _CRC_MARK)
+    size = file.tell()
+    file.write(b"%08x" % _checksum_of(file, size))
+
+
+def _is_sealed(file: IO[bytes]) -> bool:
+    size = file.seek(0, os.SEEK_END) - _CRC_BYTES
+    if size < len(_CRC_MARK):
+        return False
+    file.seek(size - len(_CRC_MARK))
+    mark, stored = file.read(len(_CRC_MARK)), file.read(_CRC_BYTES)
+    return mark == _CRC_MARK and stored == b"%08x" % _checksum_of(file, size)
+
+
+def _checksum_of(file: IO[bytes], size: int) -> int:
+    """Return the checksum of the first ``size`` bytes, and leave the file where they end."""
+    file.seek(0)
+    total = 0
+    for start in range(0, size, _PIECE):
+        total = checksum(file.read(min(_PIECE, size - start)), total)
+    return total
+
+
+# --- is it the same work? ---
+
+
+def require_same(now: Mapping[str, Any], stored: Any, source: str | Path, *, fix: str | None = None) -> None:
+    """Check that what is about to be done has the facts of what was done.
+
+    Raises:
+        FingerprintError: naming each fact that differs, with both values, and both ways on.
+    """
+    if not isinstance(stored, Mapping):
+        raise damaged(source, "it does not say what it was made of")
+    now, stored = (json.loads(json.dumps(facts, default=str)) for facts in (now, stored))  # a tuple is a list on disk
+    different = [key for key in {**stored, **now} if now.get(key) != stored.get(key)]
+    if different:
+        raise FingerprintError(
+            "; ".join(f"{key} is now {_brief(now.get(key))}" for key in different),
+            f"what {source} was made with: " + "; ".join(f"{key} {_brief(stored.get(key))}" for key in different),
+            fix or f"Choose another path for this work, or delete {source} to start again",
+        )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 160 else text[:159] + "…"
