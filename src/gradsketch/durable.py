@@ -294,11 +294,19 @@ def require_same(now: Mapping[str, Any], stored: Any, source: str | Path, *, fix
     now, stored = (json.loads(json.dumps(facts, default=str)) for facts in (now, stored))  # a tuple is a list on disk
     different = [key for key in {**stored, **now} if now.get(key) != stored.get(key)]
     if different:
-        raise FingerprintError(
-            "; ".join(f"{key} is now {_brief(now.get(key))}" for key in different),
-            f"what {source} was made with: " + "; ".join(f"{key} {_brief(stored.get(key))}" for key in different),
-            fix or f"Choose another path for this work, or delete {source} to start again",
+        wanted, came = (
+            "; ".join(f"{key}{verb} {_brief(_differing(a.get(key), b.get(key)))}" for key in different)
+            for verb, a, b in (("", stored, now), (" is now", now, stored))
         )
+        way_on = fix or f"Choose another path for this work, or delete {source} to start again"
+        raise FingerprintError(came, f"what {source} was made with: {wanted}", way_on)
+
+
+def _differing(value: Any, other: Any) -> Any:
+    """Return a fact without what the other one agrees in."""
+    if not (isinstance(value, dict) and isinstance(other, dict)):
+        return value
+    return {k: _differing(v, other.get(k)) for k, v in value.items() if k not in other or other[k] != v}
 
 
 def _brief(value: Any) -> str:

@@ -233,7 +233,7 @@ def test_a_curve_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = curve([4, 8, 16])
     assert len(trained) == steps // 2
     assert again.points[:2] == first.points
-    with pytest.raises(gs.FingerprintError, match="steps is now 20.*steps 10"):
+    with pytest.raises(gs.FingerprintError, match=r"steps is now 20\..*steps 10"):
         gs.dimension_curve(model, counted, ONE, LOSS, [4, 16], steps=20, checkpoint=tmp_path / "curve.json")
     text = (tmp_path / "curve.json").read_text()
     (tmp_path / "curve.json").write_text(text[:-20])

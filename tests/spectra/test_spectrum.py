@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(gs.StoreError, match="run is damaged.*delete it to start again"):
+    with pytest.raises(gs.StoreError, match=r"run is damaged.*delete it to start again"):
         gs.spectrum(Diagonal(torch.rand(50)), 2, checkpoint=path)
 
 
