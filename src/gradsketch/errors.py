@@ -37,7 +37,7 @@ class FingerprintError(GradsketchError):
 
 
 class StoreError(GradsketchError):
-    """A sketch store is damaged, incomplete, read-only or full."""
+    """A file, or a sketch store, is damaged, incomplete, read-only, or on a full disk."""
 
 
 class GradsketchWarning(UserWarning):

@@ -146,3 +146,28 @@ def test_tasks_are_told_apart_by_options_and_code():
     tasks = [gs.Classification(), gs.Classification(max_length=5), gs.CausalLM()]
     tasks += [gs.Function(FUNCTIONS[0]), gs.Function(FUNCTIONS[1])]
     assert len({str(task_facts(task)) for task in tasks}) == len(tasks)
+
+
+def test_maps_are_told_apart():
+    model, task, data = torch.nn.Linear(3, 2), gs.Classification(), [(torch.ones(3), 1), (torch.zeros(3), 0)]
+    G, F = (make(model, task, data) for make in (gs.gauss_newton, gs.fisher))
+    H, differences = (gs.hessian(model, task, data, mode=mode) for mode in ("auto", "central-difference"))
+    phi, psi = gs.AFFD(8, 4), gs.AFFD(8, 4, seed=1)
+    maps = [
+        H,
+        G,
+        F,
+        differences,
+        2.0 * H,
+        2.0 * (2.0 * H),
+        H + G,
+        G + F,
+        phi,
+        psi,
+        phi.T,
+        phi @ H @ phi.T,
+        psi @ H @ psi.T,
+    ]
+    assert len({str(m.facts()) for m in maps}) == len(maps)
+    H(torch.ones(8))
+    assert H.facts() == gs.hessian(model, task, data).facts()
