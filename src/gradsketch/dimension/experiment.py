@@ -20,9 +20,10 @@ from gradsketch.errors import InputError
 from gradsketch.gradients.data import Batches
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["Experiment", "SketchKind", "check_positive", "hidden"]
+__all__ = ["Experiment", "SketchKind", "check_positive"]
 
 # A sketch class, or any function (n, d, seed=...) → sketch.
 SketchKind = Callable[..., Sketch]
@@ -132,11 +133,6 @@ class Experiment:
             "batch_size": self.batch_size,
             "lr": self.lr,
         }
-
-
-def hidden(progress: bool | None) -> bool | None:
-    """Return what tqdm calls ``disable``: None shows a bar in a terminal only."""
-    return None if progress is None else not progress
 
 
 def check_positive(**values: int | float) -> None:

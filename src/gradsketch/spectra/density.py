@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.progress import hidden
 from gradsketch.random import Stream
 from gradsketch.spectra.krylov import Forgetful, FullBasis
 from gradsketch.spectra.lanczos import Lanczos, norm
@@ -161,8 +162,7 @@ def density(
     keep = steps * operator.n * dtype.itemsize <= memory
     stream, clock, products = Stream(seed, "spectrum", "density"), time.monotonic(), 0
     nodes, weights = [], []
-    hidden = None if progress is None else not progress
-    with tqdm(total=probes * steps, unit="HVP", disable=hidden, leave=False) as bar:
+    with tqdm(total=probes * steps, unit="HVP", disable=hidden(progress), leave=False) as bar:
         for probe in range(probes):
             start = stream.child(str(probe)).signs(0, operator.n, dtype=dtype, device=device)
             lanczos = Lanczos(operator, FullBasis() if keep else Forgetful(), start.div_(norm(start)), seed)
