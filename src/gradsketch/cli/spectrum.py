@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import InputError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from gradsketch.linear_map import LinearMap
     from gradsketch.spectra import Evolution, Spectrum
 
-__all__ = ["run"]
+__all__ = ["COMMAND"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ class SpectrumOptions:
     """Print the result as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: SpectrumOptions) -> int:
     """Compute, print, write, and return 0."""
-    options = tyro.cli(
-        SpectrumOptions, args=arguments, prog="gradsketch spectrum", config=(tyro.conf.FlagCreatePairsOff,)
-    )
     if options.density and (options.out is None or options.checkpoints is not None):
         raise InputError(
             "--density without --out, or with --checkpoints",
@@ -79,8 +77,7 @@ def run(arguments: list[str]) -> int:
             "Type --out runs/spectrum",
         )
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "run.json").write_text(json.dumps({"command": ["gradsketch", "spectrum", *arguments]}) + "\n")
+        run_file.write(options, "spectrum", options.out / "run.json")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     print(result.to_json() if options.json else result)
     return 0
@@ -154,3 +151,8 @@ def _draw(result: Any, path: Path) -> None:
         result.plot(path)
     except InputError as error:
         print(f"no figure: {error}")
+
+
+COMMAND = Command(
+    "spectrum", "outer eigenvalues of a loss Hessian, at one point or over checkpoints", SpectrumOptions, run
+)

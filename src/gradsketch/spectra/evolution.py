@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +14,13 @@ from torch import Tensor
 
 from gradsketch.errors import FingerprintError, InputError
 from gradsketch.linear_map import LinearMap
-from gradsketch.spectra.results import Spectrum
+from gradsketch.report.spectrum import evolution_figure
+from gradsketch.results import Result
+from gradsketch.spectra.results import OUTLIER, Spectrum
 from gradsketch.spectra.solve import spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PAPER_EVERY", "PAPER_STEPS", "Evolution", "Point", "saved_spectra", "spectrum_over"]
 
@@ -30,9 +33,11 @@ Loaded = LinearMap | tuple[LinearMap, Tensor]
 Point = Loaded | Callable[[], Loaded]
 
 
-@dataclass(frozen=True)
-class Evolution:
+@dataclass(frozen=True, eq=False)
+class Evolution(Result):
     """Spectra by step, ascending, whose eigenvector sketches can be compared with one another."""
+
+    derived = ("r_neg", "outliers")
 
     steps: tuple[int, ...]
     spectra: tuple[Spectrum, ...]
@@ -75,26 +80,15 @@ class Evolution:
         rows = [[float((a.T @ b).square().sum()) / max(a.shape[1], 1) for b in bases] for a in bases]
         return np.array(rows, dtype=np.float64)
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it to ``path`` where one is given."""
-        record = [{"step": t, **json.loads(s.to_json())} for t, s in zip(self.steps, self.spectra, strict=True)]
-        text = json.dumps({"evolution": record}, indent=1)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+    def summary(self) -> str:
+        first, last = self.spectra[0], self.spectra[-1]
+        return (
+            f"{len(self)} spectra from step {self.steps[0]:,} to {self.steps[-1]:,}: "
+            f"R_NEG {first.r_neg:.3f} → {last.r_neg:.3f}, outliers {first.outliers} → {last.outliers}"
+        )
 
-    @classmethod
-    def from_json(cls, text: str) -> Evolution:
-        """Return the evolution that ``to_json`` wrote."""
-        record = json.loads(text)["evolution"]
-        spectra = tuple(Spectrum.from_json(json.dumps(entry)) for entry in record)
-        return cls(tuple(int(entry["step"]) for entry in record), spectra)
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw R_NEG, R_n, the eigenvalues and the overlaps over the steps, and return the picture's path."""
-        # The report layer stands above this one and may import it, so it is looked up only when called.
-        report = importlib.import_module("gradsketch.report.spectrum")
-        return Path(report.evolution_figure(self, path))
+    def _figure(self) -> Figure:
+        return evolution_figure(self, OUTLIER)
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
