@@ -29,6 +29,8 @@ def to_plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else _name(value)
+    if isinstance(value, np.generic):
+        return to_plain(value.item())
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(value.dtype).removeprefix("torch.")
@@ -61,7 +63,7 @@ def from_plain(hint: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType) and value is not None:
         kinds = tuple(kind for kind in inner if kind is not type(None))
         return from_plain(kinds[0], value) if len(kinds) == 1 else value
-    return float(value) if hint is float and isinstance(value, str) else value
+    return float(value) if hint is float else value
 
 
 def _dataclass(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -111,7 +111,7 @@ def curve_figure(curve: DimensionCurve) -> Figure:
 
 
 def _axes(settings: Mapping[str, Any]) -> tuple[Figure, Axes]:
-    figure = new_figure(6, 4)
+    figure = new_figure(6.0, 4.0)
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     axes.set_xlabel("dimension d of the subspace")

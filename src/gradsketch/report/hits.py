@@ -136,6 +136,8 @@ def hits_page(
 def hits_figure(hits: Hits) -> Figure:
     """Draw the scores of the first hits of the first six queries as bars, one panel a query."""
     shown = hits.queries[:_PANELS]
+    if not shown:
+        return new_figure(8.0, 0.8)
     chosen = [[*query.proponents[:_BARS], *reversed(query.opponents[:_BARS])] for query in shown]
     figure = new_figure(8.0, 0.8 + sum(0.6 + 0.25 * len(some) for some in chosen))
     panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[max(len(some), 1) for some in chosen])
@@ -146,8 +148,7 @@ def hits_figure(hits: Hits) -> Figure:
         axes.invert_yaxis()
         title = query.text if query.answer is None else f"{query.text} → {query.answer}"
         axes.set_title(_label(title), fontsize=9, loc="left", parse_math=False)
-    if len(shown):
-        panels[-1, 0].set_xlabel(f"score: {hits.score.name}")
+    panels[-1, 0].set_xlabel(f"score: {hits.score.name}")
     return finish(figure)
 
 
