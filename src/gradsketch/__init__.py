@@ -15,9 +15,13 @@ _HOME = {
     "BlockSum": "gradsketch.sketches.block_sum",
     "CausalLM": "gradsketch.gradients.tasks",
     "Classification": "gradsketch.gradients.tasks",
+    "CurvePoint": "gradsketch.dimension.results",
     "Dense": "gradsketch.sketches.dense",
     "Density": "gradsketch.spectra",
+    "Diagonal": "gradsketch.spectra",
+    "DimensionCurve": "gradsketch.dimension.results",
     "Distortion": "gradsketch.evaluation.distortion",
+    "Estimate": "gradsketch.spectra",
     "Evolution": "gradsketch.spectra",
     "ExactMatch": "gradsketch.dimension.metrics",
     "FFD": "gradsketch.sketches.ffd",
@@ -30,14 +34,23 @@ _HOME = {
     "Hits": "gradsketch.attribution.results",
     "Index": "gradsketch.attribution.index",
     "InputError": "gradsketch.errors",
+    "IntrinsicDimension": "gradsketch.dimension.results",
+    "LinearDatamodelingScore": "gradsketch.evaluation.lds",
     "LinearMap": "gradsketch.linear_map",
     "Loss": "gradsketch.dimension.metrics",
     "MaskedLM": "gradsketch.gradients.tasks",
+    "Mislabelled": "gradsketch.evaluation.mislabelled",
     "NonFiniteError": "gradsketch.errors",
     "Parameters": "gradsketch.gradients.parameters",
     "QK": "gradsketch.sketches.qk",
+    "Quality": "gradsketch.evaluation.quality",
+    "Recommendation": "gradsketch.spectra",
+    "Removal": "gradsketch.evaluation.causal",
+    "Result": "gradsketch.results",
+    "Retrainings": "gradsketch.evaluation.retraining",
     "Rouge": "gradsketch.dimension.metrics",
     "SJLT": "gradsketch.sketches.sjlt",
+    "SelfInfluence": "gradsketch.attribution.results",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
     "SketchedGradients": "gradsketch.gradients.per_example",
@@ -79,9 +92,10 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from gradsketch.attribution.build import build_index
     from gradsketch.attribution.index import Index
-    from gradsketch.attribution.results import Hits
+    from gradsketch.attribution.results import Hits, SelfInfluence
     from gradsketch.dimension.curve import dimension_curve, fine_tune
     from gradsketch.dimension.metrics import Accuracy, ExactMatch, Loss, Rouge
+    from gradsketch.dimension.results import CurvePoint, DimensionCurve, IntrinsicDimension
     from gradsketch.dimension.search import intrinsic_dimension
     from gradsketch.dimension.subspace import Subspace
     from gradsketch.errors import (
@@ -92,11 +106,12 @@ if TYPE_CHECKING:
         NonFiniteError,
         StoreError,
     )
-    from gradsketch.evaluation.causal import removal_check
+    from gradsketch.evaluation.causal import Removal, removal_check
     from gradsketch.evaluation.distortion import Distortion, distortion
-    from gradsketch.evaluation.lds import linear_datamodeling_score
-    from gradsketch.evaluation.mislabelled import mislabelled_auc
-    from gradsketch.evaluation.retraining import retrain_on_subsets
+    from gradsketch.evaluation.lds import LinearDatamodelingScore, linear_datamodeling_score
+    from gradsketch.evaluation.mislabelled import Mislabelled, mislabelled_auc
+    from gradsketch.evaluation.quality import Quality
+    from gradsketch.evaluation.retraining import Retrainings, retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.gram import gradient_gram
     from gradsketch.gradients.parameters import Parameters
@@ -104,6 +119,7 @@ if TYPE_CHECKING:
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap
     from gradsketch.random import Stream
+    from gradsketch.results import Result
     from gradsketch.sketches.affd import AFFD
     from gradsketch.sketches.afjl import AFJL
     from gradsketch.sketches.base import Sketch
@@ -116,7 +132,10 @@ if TYPE_CHECKING:
     from gradsketch.sketches.tiled_srht import TiledSRHT
     from gradsketch.spectra import (
         Density,
+        Diagonal,
+        Estimate,
         Evolution,
+        Recommendation,
         Spectrum,
         density,
         diagonal,

@@ -39,8 +39,8 @@ def test_one_model(folder, capsys):
     base = ["spectrum", "--model", str(folder / "start"), "--data", str(folder / "texts.jsonl"), "--k", "3"]
     assert main([*base, "--out", str(out), "--json", "--density"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert len(printed["summary"]["values"]) == 3
-    assert printed["spectrum"]["eigenvalues"][0]["gradient_share"] >= 0
+    assert len(printed["values"]) == 3
+    assert printed["eigenvalues"][0]["gradient_share"] >= 0
     names = {p.name for p in out.iterdir()}
     assert {"run.json", "spectrum.json", "spectrum.png", "density.json", "density.png", "spectrum.run"} <= names
     assert main([*base, "--which", "both"]) == 0

@@ -31,10 +31,6 @@ class Case:
         sketch: gs.Sketch = getattr(gs, self.kind)(n, d, seed=seed, **self.options)
         return sketch
 
-    def rebuild(self, phi: gs.Sketch) -> gs.Sketch:
-        """Build a sketch again from what it says of itself."""
-        return type(phi)(phi.n, phi.d, seed=phi.seed, **phi.options())
-
 
 class Tiled(Case):
     """A matrix as square as n allows."""
@@ -45,10 +41,6 @@ class Tiled(Case):
     def build(self, n: int, d: int, seed: int = 0) -> gs.Sketch:
         rows = max(r for r in range(1, math.isqrt(n) + 1) if n % r == 0)
         return gs.TiledSRHT(rows, n // rows, d, seed=seed)
-
-    def rebuild(self, phi: gs.Sketch) -> gs.Sketch:
-        options = phi.options()
-        return gs.TiledSRHT(options.pop("rows"), options.pop("columns"), phi.d, seed=phi.seed, **options)
 
 
 class Blocks(Case):
@@ -63,10 +55,6 @@ class Blocks(Case):
         return gs.BlockSum(
             {name: shape for name, shape in shapes.items() if math.prod(shape)}, d, seed=seed, **self.options
         )
-
-    def rebuild(self, phi: gs.Sketch) -> gs.Sketch:
-        options = phi.options()
-        return gs.BlockSum(phi.shapes, phi.d, seed=phi.seed, kind=options["kind"], of=options["of"])
 
 
 CASES = [

@@ -48,12 +48,11 @@ def test_finds_a_dimension_and_leaves_result_figure_and_run_file(folder, tmp_pat
     assert printed["reached"]
     assert printed["target"] == pytest.approx(0.9 * printed["full"])
     assert json.loads((tmp_path / "result.json").read_text()) == printed
-    assert json.loads((tmp_path / "run.json").read_text())["full_steps"] == 30
+    assert json.loads((tmp_path / "run.json").read_text())["options"]["full_steps"] == 30
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
     assert main(arguments(folder, "--out", str(tmp_path))) == 0  # again: nothing is computed twice
-    line = capsys.readouterr().out
-    assert line.startswith(f"d = {printed['d']:,}, ")
+    assert f"\nd = {printed['d']:,}, " in capsys.readouterr().out
     again = json.loads((tmp_path / "result.json").read_text())
     assert again["seconds"] == printed["seconds"]
 

@@ -398,8 +398,8 @@ def test_results_over_seeds() -> None:
     assert (result(16, 64, 32).d, result(16, 64, 32).spread) == (32, (16, 64))
     assert (result(16, None, 32).d, result(16, None, 32).spread) == (32, None)
     assert result(16, None, None).d is None
-    assert str(result(16, 64, 32)) == "d = 32 (from 16 to 64), 3.2 % of n = 1,000 (30 steps, 3 seeds, 6 s)"
-    assert str(result(16, None, 32)).startswith("d = 32 (not all),")
+    assert result(16, 64, 32).summary() == "d = 32 (from 16 to 64), 3.2 % of n = 1,000 (30 steps, 3 seeds, 6 s)"
+    assert result(16, None, 32).summary().startswith("d = 32 (not all),")
     assert json.loads(result(16, 64, 32).to_json())["d"] == 32
     assert result(16, None).best.value == 1.5
 

@@ -64,7 +64,7 @@ def test_cost_and_recommendation(result):
     assert predicted.sufficient is None
     assert predicted.recommended >= predicted.needed
     assert math.log2(predicted.recommended).is_integer()
-    assert json.loads(json.dumps(result.to_dict()))["recommended"] == result.recommended
+    assert json.loads(result.to_json())["recommended"] == result.recommended
 
 
 def test_the_table_says_it_in_words(result):

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from gradsketch.attribution.scores import KINDS
 from gradsketch.errors import InputError
-from gradsketch.report import hits_page
+from gradsketch.report.hits import hits_page
 from report import sample
 
 VOID = {"meta", "input", "img", "rect"}
@@ -72,7 +73,7 @@ def test_bars_are_proportional_to_scores_on_one_scale_for_cosines(tmp_path):
         sample.query("b", None, [sample.hit(1, 0.4, "x")]),
     )
     assert widths(hits) == [100, 25, 50, 50]
-    assert widths(replace(hits, score=replace(hits.score, name="dot"))) == [100, 25, 50, 100]
+    assert widths(replace(hits, score=KINDS["dot"].described(None))) == [100, 25, 50, 100]
 
 
 def test_tokens_are_shaded_by_their_share_of_the_querys_strongest(tmp_path):

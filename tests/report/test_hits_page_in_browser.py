@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsketch.report import hits_page
+from gradsketch.report.hits import hits_page
 from report import sample
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -158,7 +158,7 @@ def test_json_round_trip(tmp_path):
     again = gs.Evolution.from_json(evolution.to_json(tmp_path / "e.json"))
     assert again == evolution
     np.testing.assert_array_equal(again.overlaps(3), evolution.overlaps(3))
-    assert [e["step"] for e in json.loads((tmp_path / "e.json").read_text())["evolution"]] == [0, 5]
+    assert json.loads((tmp_path / "e.json").read_text())["steps"] == [0, 5]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

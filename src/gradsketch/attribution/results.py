@@ -6,10 +6,8 @@ query's loss; a step on an example with a negative score (an opponent) raises it
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsketch.durable import write_file
+from gradsketch.report.numbers import ranked_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 __all__ = ["SIGN", "Cost", "Hit", "Hits", "QueryHits", "Score", "SelfInfluence", "TokenContribution"]
 
@@ -32,13 +33,15 @@ _TEXT_WIDTH = 72
 class Score:
     """What a score means: its name, the formula, and what the number counts.
 
-    ``formula`` uses q for the query's gradient sketch, x for the training example's, X for all of them.
+    ``formula`` uses q for the query's gradient sketch, x for the training example's, X for all of them. ``comparable``
+    says whether scores of different queries compare, as those of unit-length gradients do.
     """
 
     name: str
     formula: str
     units: str
     damping: float | None = None
+    comparable: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,14 @@ class Cost:
     rows: int
 
 
-@dataclass(frozen=True)
-class Hits:
+@dataclass(frozen=True, eq=False)
+class Hits(Result):
     """The answer to "which training examples made the model say this?", for one or more queries.
 
     A sequence of :class:`QueryHits`: ``hits[0].proponents[0].text`` is the strongest proponent of the first query.
+    ``score`` says what the numbers mean and ``sign`` how to read them; ``cost`` is in seconds and bytes; ``index`` is
+    the index that was asked, of ``rows`` examples and ``d`` numbers each. In JSON a value that is no text, number,
+    list, dict or tensor (in metadata, or in a query's ``example``) is its text.
     """
 
     queries: tuple[QueryHits, ...]
@@ -141,18 +147,21 @@ class Hits:
 
         return pandas.DataFrame(list(self._records()))
 
-    def to_json(self, path: str | Path | None = None, *, indent: int | None = 1) -> str:
-        """Return everything as JSON text, and write it to ``path`` where one is given. NaN becomes null."""
-        text = json.dumps(_plain(asdict(self)), indent=indent, ensure_ascii=False, default=str)
-        if path is not None:
-            write_file(path, text + "\n")
-        return text
-
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page (no network) and return its path."""
-        # The report layer stands above this one and may import it, so it is looked up only when called.
-        report = importlib.import_module("gradsketch.report")
-        return Path(report.hits_page(self, path))
+        from gradsketch.report.hits import hits_page  # loads a template engine, which nothing else needs
+
+        return hits_page(self, path)
+
+    def summary(self) -> str:
+        strongest = next(iter(self[0]), None) if self.queries else None
+        found = "no hit" if strongest is None else f"strongest for the first: {strongest.id} ({strongest.score:+.3g})"
+        return f"{len(self)} queries against {self.rows:,} examples by {self.score.name}; {found}"
+
+    def _figure(self) -> Figure:
+        from gradsketch.report.hits import hits_figure
+
+        return hits_figure(self)
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -175,9 +184,12 @@ class Hits:
                     yield record | {(f"metadata_{k}" if k in record else k): v for k, v in hit.metadata.items()}
 
 
-@dataclass(frozen=True)
-class SelfInfluence:
-    """Every training example's score for itself, in the order of the rows (NaN: skipped when the index was built)."""
+@dataclass(frozen=True, eq=False)
+class SelfInfluence(Result):
+    """Every training example's score for itself, in the order of the rows (NaN: skipped when the index was built).
+
+    ``losses`` are those of the examples; ``score`` says what ``values`` count; ``seconds`` is wall time.
+    """
 
     ids: tuple[str, ...]
     values: Float[Tensor, " rows"]
@@ -190,6 +202,19 @@ class SelfInfluence:
         finite = torch.nan_to_num(self.values, nan=-torch.inf)
         rows = finite.sort(descending=True, stable=True).indices[:k].tolist()
         return [(row, self.ids[row], float(self.values[row])) for row in rows]
+
+    def summary(self) -> str:
+        skipped = int(self.values.isnan().sum())
+        first = f", largest {self.top(1)[0][2]:.3g} ({self.top(1)[0][1]})" if len(self.ids) else ""
+        return f"self-influence of {len(self.ids):,} examples by {self.score.name}{first}, {skipped} skipped"
+
+    def __str__(self) -> str:
+        """Return the ten largest as a table for the terminal."""
+        cells = [[str(row), id_, f"{value:.4g}", f"{float(self.losses[row]):.4g}"] for row, id_, value in self.top(10)]
+        return "\n".join([*aligned(["row", "id", "self-influence", "loss"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        return ranked_figure(self.values.tolist(), f"self-influence ({self.score.name})", "example")
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return row, id, self_influence and loss, in the order of the rows."""
@@ -207,14 +232,3 @@ def _table_line(hit: Hit) -> str:
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 1] + "…"
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` with non-finite floats as None, so that every JSON reader takes the text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

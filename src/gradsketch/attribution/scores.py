@@ -22,7 +22,7 @@ class Kind:
 
     def described(self, damping: float | None) -> Score:
         """Return what goes into results."""
-        return Score(self.name, self.formula, self.units, damping if self.preconditioned else None)
+        return Score(self.name, self.formula, self.units, damping if self.preconditioned else None, self.unit_length)
 
 
 KINDS = {

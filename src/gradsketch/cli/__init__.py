@@ -1,5 +1,6 @@
 """The command line: one small module per command."""
 
-from gradsketch.cli.main import main
+from gradsketch.cli.command import Command
+from gradsketch.cli.main import main, register
 
-__all__ = ["main"]
+__all__ = ["Command", "main", "register"]

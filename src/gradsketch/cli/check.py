@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
 
 if TYPE_CHECKING:
     from gradsketch.evaluation.distortion import Distortion
 
-__all__ = ["run"]
+__all__ = ["COMMAND"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,10 @@ class Check:
     """Print the numbers as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: Check) -> int:
     """Check, print, and return 0 where the gradients agree with autograd, 1 where they do not."""
-    options = tyro.cli(Check, args=arguments, prog="gradsketch check", config=(tyro.conf.FlagCreatePairsOff,))
     result = _measure(options)
-    print(json.dumps(result.to_dict(), indent=1) if options.json else result)
+    print(result.to_json() if options.json else result)
     return 0 if result.right else 1
 
 
@@ -72,3 +71,6 @@ def _spread(rows: Any, count: int) -> list[Any]:
     """Return ``count`` rows at equal distances, or all where there are fewer."""
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
+
+
+COMMAND = Command("check", "is the sketch right for your model, how good, at what cost, which d is enough", Check, run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.cli.terminal import Terminal
 from gradsketch.durable import write_file
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from gradsketch.demo.digits import DigitsStory
     from gradsketch.demo.story import Story
 
-__all__ = ["run"]
+__all__ = ["COMMAND"]
 
 _NEXT = """\
 Next, with your own model and data:
@@ -43,9 +44,8 @@ class Demo:
     """Folder for the page, the index and the results."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: Demo) -> int:
     """Run the demonstration, print what it showed, and return 0."""
-    options = run_file.parse(Demo, "demo", arguments)
     out = Terminal(sys.stderr if options.json else sys.stdout)
     run_file.write(options, "demo", options.out / "run.json")  # a folder that cannot be written is found out now
     results, tables = _lies(options, out)
@@ -135,3 +135,6 @@ def _print_digits(story: DigitsStory, out: Terminal) -> None:
     )
     out.line("plain loss is a strong baseline; what it cannot say is which images made the network err: see the page.")
     out.line(f"{story.seconds:.0f} s in all. The page to look at: {out.link(Path(story.page))}\n")
+
+
+COMMAND = Command("demo", "who taught it that? a real model, six lies, and the sentences behind them", Demo, run)

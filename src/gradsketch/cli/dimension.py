@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
-from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
     from gradsketch.dimension.results import IntrinsicDimension
     from gradsketch.gradients.tasks import Task
 
-__all__ = ["Options", "run"]
+__all__ = ["COMMAND", "Options"]
 
 Metric = Literal["auto", "accuracy", "loss", "rouge1", "rouge2", "rougeL", "exact-match"]
 
@@ -49,8 +49,8 @@ class Options:
     """Learning rate of full fine-tuning."""
     include: tuple[str, ...] = ("*",)
     """Parameters that may move, by glob (default: all trainable ones)."""
-    sketch: Literal["AFFD", "AFJL", "FFD", "QK", "FJL", "SJLT", "Dense"] = "AFFD"
-    """Kind of subspace."""
+    sketch: str = "AFFD"
+    """Kind of subspace: any sketch of a vector, such as AFFD, SJLT or Dense."""
     d_min: int = 16
     """First dimension."""
     d_max: int | None = None
@@ -73,14 +73,13 @@ class Options:
     """Print the result as JSON instead of a line."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: Options) -> int:
     """Run the command and return its exit code."""
-    options = tyro.cli(Options, prog="gradsketch dimension", args=arguments)
     if options.out is not None:
-        write_file(options.out / "run.json", json.dumps(asdict(options), indent=1, default=str) + "\n")
+        run_file.write(options, "dimension", options.out / "run.json")
     result = _search(options)
     if options.out is not None:
-        write_file(options.out / "result.json", result.to_json() + "\n")
+        result.to_json(options.out / "result.json")
         _draw(result, options.out / "figure.png")
     print(result.to_json() if options.json else result)
     return 0
@@ -92,7 +91,9 @@ def _search(options: Options) -> IntrinsicDimension:
     from gradsketch.dimension.search import intrinsic_dimension
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.sketches.recipe import vector_kind
 
+    sketch = vector_kind(options.sketch)
     train, test = read_examples(options.train), read_examples(options.test)
     model, task = load(options.model)
     metric = _metric(options.metric, task, test)
@@ -114,7 +115,7 @@ def _search(options: Options) -> IntrinsicDimension:
         metric,
         target=target,
         full=full,
-        sketch=_sketch(options.sketch),
+        sketch=sketch,
         checkpoint=state,
         **shared,
         **{
@@ -122,12 +123,6 @@ def _search(options: Options) -> IntrinsicDimension:
             for name in ("d_min", "d_max", "check_every", "min_gain", "lr", "seeds", "confirm")
         },
     )
-
-
-def _sketch(kind: str) -> Any:
-    import gradsketch
-
-    return getattr(gradsketch, kind)
 
 
 def _metric(name: Metric, task: Task, test: Any) -> Any:
@@ -151,11 +146,11 @@ def _metric(name: Metric, task: Task, test: Any) -> Any:
 
 
 def _draw(result: IntrinsicDimension, path: Path) -> None:
-    from gradsketch.report.figure import write_figure
 
     try:
-        figure = result.plot()
+        result.plot(path)
     except InputError as error:  # no matplotlib: the numbers are there all the same
         print(f"no {path.name}: {error}", file=sys.stderr)
-        return
-    write_figure(figure, path)
+
+
+COMMAND = Command("dimension", "how many random directions fine-tuning needs", Options, run)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tyro
 
-from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.errors import InputError
 
-__all__ = ["ExportOptions", "run"]
+__all__ = ["COMMAND", "ExportOptions"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class ExportOptions:
     """Print the files written as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: ExportOptions) -> int:
     """Write the files and print their names."""
-    options = run_file.parse(ExportOptions, "export", arguments)
     from gradsketch.attribution.description import Description
     from gradsketch.store import Store, to_faiss, to_parquet
     from gradsketch.store.folder import open_folder
@@ -56,3 +55,6 @@ def run(arguments: list[str]) -> int:
         written.append(to_faiss(store, options.faiss))
     print(json.dumps([str(path) for path in written]) if options.json else "\n".join(map(str, written)))
     return 0
+
+
+COMMAND = Command("export", "an index as Parquet or FAISS", ExportOptions, run)

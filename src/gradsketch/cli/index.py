@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
 
-__all__ = ["RUN_FILE", "IndexOptions", "run"]
+__all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
 
 RUN_FILE = "run.json"
 
@@ -62,9 +63,8 @@ class IndexOptions:
     """Print the outcome as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: IndexOptions) -> int:
     """Build the index, or say what that would take."""
-    options = run_file.parse(IndexOptions, "index", arguments)
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
@@ -111,3 +111,6 @@ def _sentence(outcome: dict[str, Any]) -> str:
     bad = f", {outcome['bad_rows']} bad rows left out" if outcome["bad_rows"] else ""
     done = f"{outcome['index']}: {outcome['rows']} rows, d = {outcome['d']}{bad}, {outcome['seconds']} s"
     return f'{done}\nNow ask: gradsketch query {outcome["index"]} --text "..."'
+
+
+COMMAND = Command("index", "sketch the gradient of every training example; resumable", IndexOptions, run)

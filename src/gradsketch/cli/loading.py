@@ -12,18 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradsketch.gradients.tasks import Task
+    from gradsketch.gradients.tasks.kinds import TaskKind
 
 __all__ = ["ModelOptions", "load"]
-
-TaskName = Literal["auto", "causal-lm", "seq2seq-lm", "masked-lm", "classification"]
-
-# Task → (class that loads the model, ends of the architecture names that mean it).
-_KINDS = {
-    "causal-lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
-    "seq2seq-lm": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
-    "masked-lm": ("AutoModelForMaskedLM", ("ForMaskedLM",)),
-    "classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
-}
 
 
 @dataclass(frozen=True)
@@ -32,8 +23,8 @@ class ModelOptions:
 
     model: str
     """Name on the Hugging Face hub, or a folder written by save_pretrained."""
-    task: TaskName = "auto"
-    """What the loss is; auto reads it off the model's architecture."""
+    task: str = "auto"
+    """What the loss is: causal-lm, classification, …; auto reads it off the model's architecture."""
     max_length: int | None = None
     """Texts are cut to this many tokens (default: the tokenizer's own limit)."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -53,12 +44,14 @@ def load(options: ModelOptions) -> tuple[nn.Module, Task]:
         raise InputError(f"no folder {options.model!r}", "a folder written by save_pretrained", "Check the path")
     device = _device(options.device)
     from gradsketch.demo.weights import quiet_transformers
+    from gradsketch.gradients.tasks.kinds import task_kind
 
+    known = None if options.task == "auto" else task_kind(options.task)
     with quiet_transformers() as transformers:
-        kind = options.task if options.task != "auto" else _kind_of(transformers, options.model)
-        model = _model(options, getattr(transformers, _KINDS[kind][0]))
+        kind = known or _kind_of(transformers, options.model)
+        model = _model(options, getattr(transformers, kind.loader))
         tokenizer = _loaded(options.model, transformers.AutoTokenizer)
-    return model.to(device).eval(), _task(kind, tokenizer, model, options.max_length)
+    return model.to(device).eval(), kind.make(tokenizer, model, options.max_length)
 
 
 def _device(name: str) -> str:
@@ -79,6 +72,8 @@ def _model(options: ModelOptions, kind: Any) -> nn.Module:
     """Load the model; weights that are not in its files would be drawn at random, and so would every answer."""
     import torch
 
+    from gradsketch.gradients.tasks.kinds import names
+
     dtype = getattr(torch, options.dtype)
     model, found = _loaded(options.model, kind, dtype=dtype, output_loading_info=True)
     random = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
@@ -86,7 +81,7 @@ def _model(options: ModelOptions, kind: Any) -> nn.Module:
         raise InputError(
             f"{options.model!r} without weights for {random[0]} ({len(random)} of {type(model).__name__})",
             "a model that was trained for this task",
-            f"Name another task ({' | '.join(_KINDS)}), or fine-tune and save the model first",
+            f"Name another task ({' | '.join(names())}), or fine-tune and save the model first",
         )
     result: nn.Module = model
     return result
@@ -103,26 +98,15 @@ def _loaded(name: str, kind: Any, **options: Any) -> Any:
         ) from error
 
 
-def _kind_of(transformers: Any, name: str) -> str:
+def _kind_of(transformers: Any, name: str) -> TaskKind:
+    from gradsketch.gradients.tasks.kinds import names, of_architecture
+
     architectures = _loaded(name, transformers.AutoConfig).architectures or ["an unnamed architecture"]
-    for kind, (_, ends) in _KINDS.items():
-        if architectures[0].endswith(ends):
-            return kind
-    raise InputError(
-        f"{name!r} is {architectures[0]}, of which no task follows",
-        f"--task {' | '.join(_KINDS)}",
-        "Name the task, or use the Python interface with your own loss function",
-    )
-
-
-def _task(kind: str, tokenizer: Any, model: Any, max_length: int | None) -> Task:
-    from gradsketch.gradients.tasks import CausalLM, Classification, MaskedLM, Seq2SeqLM
-
-    if kind == "classification":
-        names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        return Classification(tokenizer, classes=names, max_length=max_length)
-    if kind == "seq2seq-lm":
-        return Seq2SeqLM(tokenizer, max_length=max_length, max_target_length=max_length)
-    if kind == "masked-lm":
-        return MaskedLM(tokenizer, max_length=max_length)
-    return CausalLM(tokenizer, max_length=max_length)
+    kind = of_architecture(architectures[0])
+    if kind is None:
+        raise InputError(
+            f"{name!r} is {architectures[0]}, of which no task follows",
+            f"--task {' | '.join(names())}",
+            "Name the task, or use the Python interface with your own loss function",
+        )
+    return kind

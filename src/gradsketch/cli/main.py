@@ -1,25 +1,40 @@
-"""Parse the command's name, then hand over to its module."""
+"""The list of commands; the one that is named parses its options and runs."""
 
-import importlib
 import sys
 import warnings
 from typing import Any
 
-from gradsketch.errors import GradsketchError, GradsketchWarning
+from gradsketch.cli import check, demo, dimension, export, index, query, run_file, spectrum, verify
+from gradsketch.cli.command import Command
+from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main", "register"]
 
-# Command → (module with run(arguments) → exit code, one line of help). Modules are imported only when called.
-_COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("gradsketch.cli.demo", "who taught it that? a real model, six lies, and the sentences behind them"),
-    "index": ("gradsketch.cli.index", "sketch the gradient of every training example; resumable"),
-    "query": ("gradsketch.cli.query", "which training examples made the model say this?"),
-    "verify": ("gradsketch.cli.verify", "read every byte of an index and name what is damaged or missing"),
-    "export": ("gradsketch.cli.export", "an index as Parquet or FAISS"),
-    "check": ("gradsketch.cli.check", "is the sketch right for your model, how good, at what cost, which d is enough"),
-    "dimension": ("gradsketch.cli.dimension", "how many random directions fine-tuning needs"),
-    "spectrum": ("gradsketch.cli.spectrum", "outer eigenvalues of a loss Hessian, at one point or over checkpoints"),
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        demo.COMMAND,
+        index.COMMAND,
+        query.COMMAND,
+        verify.COMMAND,
+        export.COMMAND,
+        check.COMMAND,
+        dimension.COMMAND,
+        spectrum.COMMAND,
+    )
 }
+
+
+def register(command: Command) -> Command:
+    """Add a command, one of your own too.
+
+    Raises:
+        InputError: there is one of that name.
+    """
+    if command.name in COMMANDS:
+        raise InputError(f"a second command {command.name}", "a name of its own", "Choose another name")
+    COMMANDS[command.name] = command
+    return command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,14 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
-    if arguments[0] not in _COMMANDS:
+    if arguments[0] not in COMMANDS:
         print(f"gradsketch: no command {arguments[0]!r}.\n\n{_help()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(_COMMANDS[arguments[0]][0])
+    command = COMMANDS[arguments[0]]
     try:
         with warnings.catch_warnings():
             _say_warnings_plainly(arguments[0])
-            return int(module.run(arguments[1:]))
+            return command.run(run_file.parse(command.options, command.name, arguments[1:]))
     except GradsketchError as error:
         print(f"gradsketch {arguments[0]}: {error}", file=sys.stderr)
         return 1
@@ -58,5 +73,5 @@ def _say_warnings_plainly(command: str) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<11}{text}" for name, (_, text) in _COMMANDS.items()]
+    lines = [f"  {command.name:<11}{command.help}" for command in COMMANDS.values()]
     return "usage: gradsketch COMMAND [options]   (gradsketch COMMAND --help explains one)\n\n" + "\n".join(lines)

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import tyro
 
 from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.cli.index import RUN_FILE, IndexOptions
 from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import InputError
 
-__all__ = ["QueryOptions", "run"]
+__all__ = ["COMMAND", "QueryOptions"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ class QueryOptions:
     """Print everything as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: QueryOptions) -> int:
     """Print the hits."""
-    options = run_file.parse(QueryOptions, "query", arguments)
     from gradsketch.attribution.description import Description
     from gradsketch.attribution.index import Index
     from gradsketch.store.folder import open_folder
@@ -147,3 +147,6 @@ def _typed(text: str, kind: str) -> Any:
     if kind == "bool":
         return text.lower() in ("true", "1", "yes")
     return int(text) if kind == "int" else float(text) if kind == "float" else text
+
+
+COMMAND = Command("query", "which training examples made the model say this?", QueryOptions, run)

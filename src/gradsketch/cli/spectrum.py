@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
-from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
     from gradsketch.linear_map import LinearMap
     from gradsketch.spectra import Evolution, Spectrum
 
-__all__ = ["run"]
+__all__ = ["COMMAND"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,8 @@ class SpectrumOptions:
     """Print the result as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: SpectrumOptions) -> int:
     """Compute, print, write, and return 0."""
-    options = tyro.cli(
-        SpectrumOptions, args=arguments, prog="gradsketch spectrum", config=(tyro.conf.FlagCreatePairsOff,)
-    )
     if options.density and (options.out is None or options.checkpoints is not None):
         raise InputError(
             "--density without --out, or with --checkpoints",
@@ -80,8 +77,7 @@ def run(arguments: list[str]) -> int:
             "Type --out runs/spectrum",
         )
     if options.out is not None:
-        command = {"command": ["gradsketch", "spectrum", *arguments]}
-        write_file(options.out / "run.json", json.dumps(command) + "\n")
+        run_file.write(options, "spectrum", options.out / "run.json")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     print(result.to_json() if options.json else result)
     return 0
@@ -155,3 +151,8 @@ def _draw(result: Any, path: Path) -> None:
         result.plot(path)
     except InputError as error:
         print(f"no figure: {error}")
+
+
+COMMAND = Command(
+    "spectrum", "outer eigenvalues of a loss Hessian, at one point or over checkpoints", SpectrumOptions, run
+)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Terminal"]
+from gradsketch.table import aligned
 
-_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+__all__ = ["Terminal"]
 
 
 class Terminal:
@@ -73,31 +71,10 @@ class Terminal:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print columns as wide as their widest cell, in screen cells; numbers to the right."""
-        widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
-        right = [
-            all(re.fullmatch(r"[-+]?[\d.]+", _ESCAPE.sub("", cell)) for cell in column)
-            for column in zip(*rows, strict=True)
-        ]
         self.line()
-        for number, row in enumerate((header, *rows)):
-            cells = [_padded(cell, width, r) for cell, width, r in zip(row, widths, right, strict=True)]
-            line = "   ".join(cells).rstrip()
+        for number, line in enumerate(aligned(header, rows)):
             self.line("  " + (self.dim(line) if number == 0 else line))
         self.line()
 
     def _painted(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    space = " " * (width - _width(text))
-    return space + text if right else text + space
-
-
-def _width(text: str) -> int:
-    """Return how many cells a text takes on screen: none for escapes and combining marks, two for wide characters."""
-    plain = _ESCAPE.sub("", text)
-    return sum(
-        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-        for letter in plain
-    )

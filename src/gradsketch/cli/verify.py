@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 import tyro
 
-from gradsketch.cli import run_file
+from gradsketch.cli.command import Command
 
-__all__ = ["VerifyOptions", "run"]
+__all__ = ["COMMAND", "VerifyOptions"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ class VerifyOptions:
     """Print the findings as JSON."""
 
 
-def run(arguments: list[str]) -> int:
+def run(options: VerifyOptions) -> int:
     """Print what was found in each checkpoint's store."""
-    options = run_file.parse(VerifyOptions, "verify", arguments)
     from gradsketch.attribution.description import Description
     from gradsketch.store import Store, verify
     from gradsketch.store.folder import open_folder
@@ -40,3 +39,6 @@ def run(arguments: list[str]) -> int:
     else:
         print("\n".join(str(f) for f in found))
     return 0 if all(f.sound for f in found) else 1
+
+
+COMMAND = Command("verify", "read every byte of an index and name what is damaged or missing", VerifyOptions, run)

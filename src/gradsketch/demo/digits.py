@@ -23,7 +23,7 @@ from gradsketch.demo.training import fine_tune
 from gradsketch.evaluation import Mislabelled, mislabelled_auc
 from gradsketch.gradients.tasks import Classification
 from gradsketch.random import Stream
-from gradsketch.report import hits_page
+from gradsketch.report.hits import hits_page
 
 __all__ = ["DigitsStory", "digits_net", "flipped_digits", "tell_digits"]
 

@@ -21,7 +21,7 @@ from gradsketch.demo.packages import AbsentError
 from gradsketch.demo.training import answers, fine_tune, restored, unfreeze_last
 from gradsketch.demo.weights import smollm2, smollm2_from_hub
 from gradsketch.gradients.tasks import CausalLM
-from gradsketch.report import hits_page
+from gradsketch.report.hits import hits_page
 
 __all__ = ["Stage", "Story", "Trace", "tell"]
 

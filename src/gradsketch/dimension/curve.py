@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, hidden
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import CurvePoint, DimensionCurve, Settings
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
+from gradsketch.progress import hidden
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
 

@@ -21,9 +21,10 @@ from gradsketch.gradients.data import Batches
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["Experiment", "SketchKind", "check_positive", "hidden"]
+__all__ = ["Experiment", "SketchKind", "check_positive"]
 
 # A sketch class, or any function (n, d, seed=...) → sketch.
 SketchKind = Callable[..., Sketch]
@@ -143,11 +144,6 @@ class Experiment:
             "data": data_facts(Batches(self.task, self.train, self.batch_size)),
             "measured by": metric_facts(self.evaluate),
         }
-
-
-def hidden(progress: bool | None) -> bool | None:
-    """Return what tqdm calls ``disable``: None shows a bar in a terminal only."""
-    return None if progress is None else not progress
 
 
 def check_positive(**values: int | float) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import fmean, median_low
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gradsketch.report.dimension import curve_figure, search_figure
+from gradsketch.report.numbers import numbers_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Check", "CurvePoint", "DimensionCurve", "IntrinsicDimension", "Search"]
 
@@ -53,8 +59,8 @@ class Search:
         return self.checks[-1].d
 
 
-@dataclass(frozen=True)
-class CurvePoint:
+@dataclass(frozen=True, eq=False)
+class CurvePoint(Result):
     """One training of its own in ``d`` dimensions; all n of them is full fine-tuning."""
 
     d: int
@@ -65,10 +71,25 @@ class CurvePoint:
     steps: int
     seconds: float
 
+    def summary(self) -> str:
+        return f"{self.value:.4g} at d = {self.d:,} after {self.steps} steps (seed {self.seed}, {self.seconds:.0f} s)"
 
-@dataclass(frozen=True)
-class IntrinsicDimension:
+    def __str__(self) -> str:
+        """Return the numbers under their names."""
+        cells = [f"{self.d:,}", str(self.seed), f"{self.value:.4g}", f"{self.loss:.4g}", str(self.steps)]
+        return "\n".join(
+            aligned(["d", "seed", "metric", "loss", "steps", "seconds"], [[*cells, f"{self.seconds:.0f}"]])
+        )
+
+    def _figure(self) -> Figure:
+        return numbers_figure({f"d = {self.d:,}": (self.value, self.value, self.value)}, "metric")
+
+
+@dataclass(frozen=True, eq=False)
+class IntrinsicDimension(Result):
     """How many random directions it took to reach a target."""
+
+    derived = ("d", "spread", "reached", "steps", "seconds")
 
     n: int
     target: float
@@ -115,7 +136,7 @@ class IntrinsicDimension:
         choose = min if self.lower_is_better else max
         return choose((check for s in self.searches for check in s.checks), key=lambda check: check.value)
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
         cost = f"{self.steps} steps, {len(self.searches)} seed{'s' * (len(self.searches) > 1)}, {self.seconds:.0f} s"
         if self.d is None:
             best = self.best
@@ -137,18 +158,26 @@ class IntrinsicDimension:
         lr = float(self.settings["lr"] or 0)
         return f"; it then fell to {checks[-1].value:.4g}, so the steps were too long: type lr={lr / 4:.2g}"
 
-    def to_json(self) -> str:
-        """Return everything as JSON, the derived numbers too."""
-        derived = {"d": self.d, "spread": self.spread, "reached": self.reached, "steps": self.steps}
-        return json.dumps({**derived, "seconds": self.seconds, **asdict(self)}, indent=1)
+    def __str__(self) -> str:
+        """Return one line a search as a table for the terminal."""
+        cells = [
+            [
+                str(s.seed),
+                "–" if s.d is None else f"{s.d:,}",
+                f"{s.largest:,}",
+                f"{s.checks[-1].value:.4g}",
+                str(s.steps),
+            ]
+            for s in self.searches
+        ]
+        return "\n".join([*aligned(["seed", "d", "largest d tried", "metric", "steps"], cells), self.summary()])
 
-    def plot(self) -> Any:
-        """Return a matplotlib figure: metric against log2 d, with full fine-tuning, the target and d."""
-        return _figures().search_figure(self)
+    def _figure(self) -> Figure:
+        return search_figure(self)
 
 
-@dataclass(frozen=True)
-class DimensionCurve:
+@dataclass(frozen=True, eq=False)
+class DimensionCurve(Result):
     """The metric after independent trainings in several dimensions."""
 
     n: int
@@ -178,23 +207,20 @@ class DimensionCurve:
         return next((d for d in self.dims if sign * self.mean(d) >= sign * target), None)
 
     def __str__(self) -> str:
+        """Return the mean and range at every dimension as a table for the terminal."""
         rows = (f"{d:>12,} {self.mean(d):.4g}{_range(self.values(d))}" for d in self.dims)
         full = "" if self.full is None else f"\n{'full':>12} {self.full:.4g}"
         return "\n".join([f"{'d':>12} metric", f"{0:>12} {self.start:.4g}", *rows]) + full
 
-    def to_json(self) -> str:
-        """Return everything as JSON."""
-        return json.dumps(asdict(self), indent=1)
+    def summary(self) -> str:
+        choose = min if self.lower_is_better else max
+        best = choose(self.dims, key=self.mean)
+        runs = f"{len(self.points)} trainings, {sum(point.seconds for point in self.points):.0f} s"
+        return f"metric {self.start:.4g} before training, best {self.mean(best):.4g} at d = {best:,} ({runs})"
 
-    def plot(self) -> Any:
-        """Return a matplotlib figure: metric against log2 d, with full fine-tuning."""
-        return _figures().curve_figure(self)
+    def _figure(self) -> Figure:
+        return curve_figure(self)
 
 
 def _range(values: Sequence[float]) -> str:
     return "" if len(values) == 1 else f"  ({min(values):.4g} to {max(values):.4g}, {len(values)} seeds)"
-
-
-def _figures() -> Any:
-    # By name, for figures know results and not the other way round; matplotlib is an extra.
-    return importlib.import_module("gradsketch.report.dimension")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,6 +12,7 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.qk import QK
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.hadamard import hadamard_factors
 from gradsketch.transforms.kronecker import kronecker_
 
@@ -32,7 +34,9 @@ def prefix_nested(sketch: Sketch) -> Sketch:
     return _Rotated(sketch) if sketch.nesting == "fold" else sketch
 
 
+@register
 class _Rotated(Sketch):
+    from_sizes = False
     nesting = "prefix"
 
     def __init__(self, inner: Sketch) -> None:
@@ -44,6 +48,9 @@ class _Rotated(Sketch):
     def options(self) -> dict[str, str | int | float | bool]:
         return {"inner": self.inner.fingerprint}
 
+    def arguments(self) -> dict[str, Any]:
+        return {"inner": self.inner}
+
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         return _rotated(self.inner._apply(x))
 
@@ -51,8 +58,11 @@ class _Rotated(Sketch):
         return self.inner._apply_adjoint(_rotated(w))
 
 
+@register
 class _Balanced(Sketch):
     """QK with its numbers in the order of factor rows that come in by doubling, one factor after the other."""
+
+    from_sizes = False
 
     def __init__(self, inner: QK) -> None:
         super().__init__(inner.n, inner.d, seed=inner.seed)
@@ -60,6 +70,9 @@ class _Balanced(Sketch):
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {"inner": self.inner.fingerprint}
+
+    def arguments(self) -> dict[str, Any]:
+        return {"inner": self.inner}
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         return self.inner._apply(x)[:, self.order.to(x.device)]

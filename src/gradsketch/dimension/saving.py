@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsketch.durable import read_record, read_tensors, require_same, write_record, write_tensors
 from gradsketch.errors import InputError
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.recipe import recipe_of
 
-if TYPE_CHECKING:
-    from gradsketch.dimension.subspace import Subspace
-
-__all__ = ["as_tensor", "keep_state_small", "read", "rebuilt", "write"]
+__all__ = ["as_tensor", "keep_state_small", "read", "write"]
 
 _CONFIG, _STATE = "subspace.json", "subspace.pt"
+# A ``gradsketch.Subspace``, which stands above this module and saves itself with it.
+Subspace = Any
 
 
 def write(subspace: Subspace, folder: Path) -> None:
-    """Write the state dict (subspace.pt), and how the sketch is made (subspace.json)."""
-    sketch = subspace.sketch
-    recipe = {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "options": sketch.options()}
+    """Write how the sketch is made (subspace.json) and the state dict (subspace.pt)."""
+    recipe = recipe_of(subspace.sketch)
     config = {"sketch": recipe, "parameters": subspace.selection.names, "fingerprints": subspace.fingerprints}
     write_tensors(folder / _STATE, subspace.state_dict())
     write_record(folder / _CONFIG, config)
@@ -42,29 +38,6 @@ def read(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, 
     if not (folder / _CONFIG).exists():
         raise InputError(f"{folder} without {_CONFIG}", "a folder written by save_pretrained", "Check the path")
     return read_record(folder / _CONFIG), read_tensors(folder / _STATE, device)
-
-
-def rebuilt(recipe: dict[str, Any], parameters: Parameters) -> Sketch:
-    """Return the sketch that a recipe describes.
-
-    Raises:
-        InputError: it is of a kind that this library does not have.
-    """
-    # By name and from the package itself, which knows every kind there is.
-    kind: Any = getattr(importlib.import_module("gradsketch"), recipe["kind"], None)
-    if not (isinstance(kind, type) and issubclass(kind, Sketch)):
-        raise InputError(
-            f"a sketch of kind {recipe['kind']}, which gradsketch does not have",
-            "that sketch",
-            "Type Subspace.from_pretrained(model, folder, sketch=...)",
-        )
-    build: Any = kind
-    d, seed, options = recipe["d"], recipe["seed"], recipe["options"]
-    if kind.__name__ == "BlockSum":  # made from shapes, of which its options hold a hash
-        made: Sketch = build(parameters, d, seed=seed, kind=options["kind"], of=options["of"])
-    else:
-        made = build(parameters.n, d, seed=seed, **options)
-    return made
 
 
 def as_tensor(fingerprints: dict[str, str]) -> Tensor:

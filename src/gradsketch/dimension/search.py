@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gradsketch.dimension.curve import check_dims
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, hidden
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings
@@ -22,6 +22,7 @@ from gradsketch.durable import read_tensors, require_same, write_tensors
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
+from gradsketch.progress import hidden
 from gradsketch.sketches.affd import AFFD
 
 __all__ = ["intrinsic_dimension"]

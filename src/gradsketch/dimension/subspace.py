@@ -17,6 +17,7 @@ from gradsketch.dimension.substitution import Substitution
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.recipe import made_from
 
 __all__ = ["Subspace"]
 
@@ -162,15 +163,15 @@ class Subspace(nn.Module):
         Args:
             model: the base model, with the weights it had then.
             folder: where it was saved.
-            sketch: the sketch, where it is of a kind of your own.
+            sketch: the sketch, where its kind is not registered.
 
         Raises:
-            InputError: nothing was saved there, or the sketch is of a kind that this library does not have.
+            InputError: nothing was saved there, or the sketch is of a kind that is not registered.
             FingerprintError: another base model, or another sketch.
         """
         config, state = saving.read(Path(folder), next(model.parameters()).device)
         parameters = Parameters(model, config["parameters"], frozen=True)
-        subspace = cls(model, parameters, saving.rebuilt(config["sketch"], parameters) if sketch is None else sketch)
+        subspace = cls(model, parameters, made_from(config["sketch"]) if sketch is None else sketch)
         try:
             subspace.load_state_dict(state)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,12 +15,18 @@ from tqdm import tqdm
 from gradsketch.errors import InputError
 from gradsketch.evaluation.retraining import Measure, Train, retrained_losses
 from gradsketch.random import Stream
+from gradsketch.report.numbers import groups_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Removal", "removal_check"]
 
 
 @dataclass(frozen=True, eq=False)
-class Removal:
+class Removal(Result):
     """Each query's loss under the model trained on everything, without its found rows, and without random ones.
 
     ``value`` is the rise of the loss when the found rows go, beyond the rise when as many random rows go, averaged
@@ -35,11 +42,22 @@ class Removal:
     models: int
     seconds: float
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
         return (
             f"loss {self.before.mean():.3g} → {self.after.mean():.3g} without the rows found, "
             f"{self.random.mean():.3g} without as many random ones: rise {self.value:.3g} ± {self.standard_error:.2g}"
         )
+
+    def __str__(self) -> str:
+        """Return the losses of every query as a table for the terminal."""
+        losses = torch.stack([self.before, self.after, self.random.mean(0)], 1).tolist()
+        cells = [[str(i), *(f"{loss:.4g}" for loss in row), str(self.removed[i])] for i, row in enumerate(losses)]
+        header = ["query", "loss", "without rows found", "without random rows", "rows"]
+        return "\n".join([*aligned(header, cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        series = {"everything": self.before[None], "without rows found": self.after[None], "random": self.random}
+        return groups_figure({name: losses.T.tolist() for name, losses in series.items()}, "loss", "query")
 
 
 def removal_check(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,13 @@ from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example import GradientSketcher
 from gradsketch.gradients.per_example.capture import as_found
 from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.report.distortion import distortion_figure
+from gradsketch.results import Result
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Distortion", "distortion"]
 
@@ -31,8 +36,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
 
 
-@dataclass(frozen=True)
-class Distortion:
+@dataclass(frozen=True, eq=False)
+class Distortion(Result):
     """What ``distortion`` measured on one model, task and sketch.
 
     ``gradient_error`` is the largest relative error of ``verified`` examples' sketched gradients against autograd, each
@@ -40,6 +45,8 @@ class Distortion:
     of the sketches and of a plain forward + backward, interleaved; ``peak_bytes`` likewise (None where memory cannot be
     measured). ``needed`` is the d, unrounded, at which r would be ``wanted``.
     """
+
+    derived = ("right", "cost_ratio", "sufficient", "recommended")
 
     parameters: int
     examples: int
@@ -82,17 +89,19 @@ class Distortion:
             predicted = min(self.parameters, 1 << max(0, math.ceil(math.log2(max(1.0, self.needed)))))
         return predicted if self.sufficient is None else min(predicted, self.sufficient)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return every number, for JSON."""
-        derived = {
-            "right": self.right,
-            "cost_ratio": self.cost_ratio,
-            "sufficient": self.sufficient,
-            "recommended": self.recommended,
-        }
-        return asdict(self) | derived
+    def summary(self) -> str:
+        sound = "right" if self.right else "WRONG"
+        noise, d = self.qualities[-1].noise, self.qualities[-1].d
+        return (
+            f"gradients {sound}, noise·√d {noise:.3f} at d = {d:,}, {self.cost_ratio:.2f} × forward + backward; "
+            f"recommended d = {self.recommended:,} for r ≥ {self.wanted:g}"
+        )
+
+    def _figure(self) -> Figure:
+        return distortion_figure(self.qualities, self.wanted, self.recommended)
 
     def __str__(self) -> str:
+        """Return a table a person understands."""
         return "\n".join(_table(self))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -12,14 +13,20 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.evaluation.retraining import Retrainings
 from gradsketch.random import Stream
+from gradsketch.report.numbers import ranked_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["LinearDatamodelingScore", "linear_datamodeling_score"]
 
 _RESAMPLES = 200
 
 
-@dataclass(frozen=True)
-class LinearDatamodelingScore:
+@dataclass(frozen=True, eq=False)
+class LinearDatamodelingScore(Result):
     """Mean Spearman correlation over the queries, between −1 and 1: 0 is chance.
 
     ``standard_error`` is that of a bootstrap over both queries and subsets (200 draws), which are shared by all
@@ -32,10 +39,18 @@ class LinearDatamodelingScore:
     subsets: int
     seconds: float
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
         return (
             f"LDS {self.value:.3f} ± {self.standard_error:.3f} ({len(self.per_query)} queries, {self.subsets} models)"
         )
+
+    def __str__(self) -> str:
+        """Return the correlation of every query as a table for the terminal."""
+        cells = [[str(i), f"{value:.3f}"] for i, value in enumerate(self.per_query)]
+        return "\n".join([*aligned(["query", "correlation"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        return ranked_figure(self.per_query, "Spearman correlation", "query", mean=self.value)
 
 
 def linear_datamodeling_score(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradsketch.errors import InputError
+from gradsketch.report.numbers import numbers_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["AreaUnderCurve", "Mislabelled", "mislabelled_auc"]
 
@@ -26,8 +33,8 @@ class AreaUnderCurve:
     precision: float
 
 
-@dataclass(frozen=True)
-class Mislabelled:
+@dataclass(frozen=True, eq=False)
+class Mislabelled(Result):
     """How well a suspicion finds wrong labels, and how well the training loss alone does.
 
     ``difference`` is suspicion minus loss, with a standard error that counts both as measured on the same examples.
@@ -40,12 +47,27 @@ class Mislabelled:
     wrong: int
     examples: int
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
         s, b = self.suspicion, self.loss
         return (
             f"AUC {s.value:.4f} ± {s.standard_error:.4f}, plain loss {b.value:.4f} ± {b.standard_error:.4f} "
             f"({self.wrong} wrong labels among {self.examples})"
         )
+
+    def __str__(self) -> str:
+        """Return both rankings and their difference as a table for the terminal."""
+        named = {"suspicion": self.suspicion, "plain loss": self.loss}
+        cells = [
+            [name, *(f"{number:.4f}" for number in (a.value, a.standard_error, a.precision))]
+            for name, a in named.items()
+        ]
+        cells += [["difference", f"{self.difference:.4f}", f"{self.difference_standard_error:.4f}", ""]]
+        return "\n".join([*aligned(["", "AUC", "standard error", "precision"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        areas = {"suspicion": self.suspicion, "plain loss": self.loss}
+        named = {n: (a.value, a.value - a.standard_error, a.value + a.standard_error) for n, a in areas.items()}
+        return numbers_figure(named, "AUC ± standard error", at=0.5)
 
 
 def mislabelled_auc(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from gradsketch.errors import InputError
 from gradsketch.random import Stream
+from gradsketch.report.numbers import numbers_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Quality", "check_wanted", "needed_size", "sketch_quality"]
 
@@ -18,8 +25,8 @@ _RESAMPLES = 1000
 _LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Quality:
+@dataclass(frozen=True, eq=False)
+class Quality(Result):
     """How well sketches of one size keep the inner products of all pairs of different examples.
 
     ``noise`` is √d times the root-mean-square of (estimate − exact)/(‖x‖‖y‖): 1 for a dense Gaussian sketch and
@@ -33,6 +40,21 @@ class Quality:
     noise_interval: tuple[float, float]
     pearson: float
     pearson_interval: tuple[float, float]
+
+    @property
+    def _named(self) -> dict[str, tuple[float, float, float]]:
+        return {"noise·√d": (self.noise, *self.noise_interval), "Pearson r": (self.pearson, *self.pearson_interval)}
+
+    def summary(self) -> str:
+        return f"d = {self.d:,}: noise·√d {self.noise:.3f}, Pearson r {self.pearson:.4f}"
+
+    def __str__(self) -> str:
+        """Return both numbers with their intervals as a table for the terminal."""
+        cells = [[name, *(f"{number:.4f}" for number in numbers)] for name, numbers in self._named.items()]
+        return "\n".join(aligned([f"d = {self.d:,}", "value", "2.5 %", "97.5 %"], cells))
+
+    def _figure(self) -> Figure:
+        return numbers_figure(self._named, f"d = {self.d:,}, 95 % intervals", at=1.0)
 
 
 def sketch_quality(exact: Float[Tensor, "b b"], sketches: Float[Tensor, "b d"]) -> Quality:

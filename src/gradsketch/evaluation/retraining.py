@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +16,12 @@ from tqdm import tqdm
 from gradsketch.durable import read_record, require_same, write_record
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.random import Stream
+from gradsketch.report.numbers import groups_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Measure", "Retrainings", "Train", "retrain_on_subsets", "retrained_losses"]
 
@@ -25,7 +32,7 @@ Measure = Callable[[nn.Module], Float[Tensor, " q"]]
 
 
 @dataclass(frozen=True, eq=False)
-class Retrainings:
+class Retrainings(Result):
     """What models trained on random subsets say: which rows each one kept, and each query's loss under it.
 
     ``seconds`` is what training and asking took, of this run only where another one began it.
@@ -34,6 +41,19 @@ class Retrainings:
     kept: Bool[Tensor, "m n"]
     losses: Float[Tensor, "m q"]
     seconds: float
+
+    def summary(self) -> str:
+        (m, n), q = self.kept.shape, self.losses.shape[1]
+        return f"{m} models, each trained on {int(self.kept[0].sum())} of {n} rows, {q} queries ({self.seconds:.0f} s)"
+
+    def __str__(self) -> str:
+        """Return mean and spread of every query's loss as a table for the terminal."""
+        spread = torch.stack([self.losses.mean(0), self.losses.std(0)], 1).tolist()
+        cells = [[str(i), *(f"{number:.4g}" for number in row)] for i, row in enumerate(spread)]
+        return "\n".join([*aligned(["query", "mean loss", "standard deviation"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        return groups_figure({"one model each": self.losses.T.tolist()}, "loss", "query")
 
 
 def retrain_on_subsets(

@@ -1,5 +1,1 @@
-"""From results to self-contained pages and terminal tables; reads result objects only."""
-
-from gradsketch.report.hits import hits_page
-
-__all__ = ["hits_page"]
+"""From results to figures and self-contained pages: draws what it is handed, and imports no application."""

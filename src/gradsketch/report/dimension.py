@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from gradsketch.dimension.results import DimensionCurve, IntrinsicDimension, Search
-from gradsketch.errors import InputError
+from gradsketch.report.figure import COLOURS, finish, line, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,15 +13,70 @@ if TYPE_CHECKING:
 
 __all__ = ["curve_figure", "search_figure"]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_GREY = "#555555"
+
+@runtime_checkable
+class Value(Protocol):
+    """A metric in some dimension."""
+
+    @property
+    def d(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+
+
+@runtime_checkable
+class Search(Protocol):
+    """One search: its evaluations, in order."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def checks(self) -> Sequence[Value]: ...
+
+
+@runtime_checkable
+class IntrinsicDimension(Protocol):
+    """Searches for a target, and the dimension they found."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def searches(self) -> Sequence[Search]: ...
+    @property
+    def confirmations(self) -> Sequence[Value]: ...
+    @property
+    def full(self) -> float | None: ...
+    @property
+    def target(self) -> float: ...
+    @property
+    def lower_is_better(self) -> bool: ...
+    @property
+    def d(self) -> int | None: ...
+    @property
+    def n(self) -> int: ...
+
+
+@runtime_checkable
+class DimensionCurve(Protocol):
+    """Metrics over dimensions and seeds."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def dims(self) -> Sequence[int]: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def full(self) -> float | None: ...
+    def mean(self, d: int) -> float: ...
+    def values(self, d: int) -> Sequence[float]: ...
 
 
 def search_figure(result: IntrinsicDimension) -> Figure:
     """Return the figure of a search: every evaluation of every seed, full fine-tuning, the target, and d."""
     figure, axes = _axes(result.settings)
     for i, search in enumerate(result.searches):
-        _draw_search(axes, search, _COLOURS[i % len(_COLOURS)])
+        _draw_search(axes, search, COLOURS[i % len(COLOURS)])
     if result.confirmations:
         axes.plot(
             [p.d for p in result.confirmations],
@@ -30,9 +85,9 @@ def search_figure(result: IntrinsicDimension) -> Figure:
             markersize=9,
             label="independent training",
         )
-    _line(axes, result.full, "full fine-tuning", "solid")
+    line(axes, result.full, "full fine-tuning", "solid")
     share = "" if not result.full or result.lower_is_better else f" ({100 * result.target / result.full:.0f} % of full)"
-    _line(axes, result.target, f"target{share}", "dashed")
+    line(axes, result.target, f"target{share}", "dashed")
     if result.d is not None:
         axes.axvline(max(result.d, 0.5), color="black", linewidth=1, linestyle="dotted")
         place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
@@ -46,29 +101,22 @@ def curve_figure(curve: DimensionCurve) -> Figure:
     """Return the figure of a curve: mean and range over seeds at every dimension, the start, and full fine-tuning."""
     figure, axes = _axes(curve.settings)
     dims = curve.dims
-    axes.plot(dims, [curve.mean(d) for d in dims], "o-", color=_COLOURS[0], label="independent trainings")
+    axes.plot(dims, [curve.mean(d) for d in dims], "o-", color=COLOURS[0], label="independent trainings")
     low, high = ([extreme(curve.values(d)) for d in dims] for extreme in (min, max))
-    axes.fill_between(dims, low, high, color=_COLOURS[0], alpha=0.2, linewidth=0)
-    _line(axes, curve.start, "before training", "dotted")
-    _line(axes, curve.full, "full fine-tuning", "solid")
+    axes.fill_between(dims, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    line(axes, curve.start, "before training", "dotted")
+    line(axes, curve.full, "full fine-tuning", "solid")
     axes.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 
-def _axes(settings: dict[str, Any]) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "matplotlib is not installed", "it, to draw", "Type: pip install 'gradsketch[plot]'"
-        ) from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
+def _axes(settings: Mapping[str, Any]) -> tuple[Figure, Axes]:
+    figure = new_figure(6.0, 4.0)
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     axes.set_xlabel("dimension d of the subspace")
     axes.set_ylabel(str(settings["metric"]).rsplit(".", 1)[-1].lower())
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return finish(figure), axes
 
 
 def _draw_search(axes: Axes, search: Search, colour: str) -> None:
@@ -77,8 +125,3 @@ def _draw_search(axes: Axes, search: Search, colour: str) -> None:
     axes.plot([c.d for c in trained], [c.value for c in trained], ".", color=colour, alpha=0.4, markersize=4)
     last = {check.d: check.value for check in trained}
     axes.plot(list(last), list(last.values()), "o-", color=colour, markersize=4, label=f"search, seed {search.seed}")
-
-
-def _line(axes: Axes, value: float | None, label: str, style: str) -> None:
-    if value is not None:
-        axes.axhline(value, color=_GREY, linewidth=1, linestyle=style, label=f"{label}: {value:.4g}")

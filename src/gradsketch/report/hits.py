@@ -6,17 +6,94 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from gradsketch.attribution.results import Hit, Hits, QueryHits
-from gradsketch.attribution.scores import KINDS
-from gradsketch.report.page import render, write
+from gradsketch.report.figure import BLUE, RED, finish, new_figure
+from gradsketch.report.file import write
+from gradsketch.report.page import printable, render
 
-__all__ = ["hits_page"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["hits_figure", "hits_page"]
 
 _LONGEST = 4000  # characters of a text that are shown; a page of many book-length texts would open in no phone
 _SHADES = 9  # steps of a token's colour
 _IMAGE = "data:image/"
+_PANELS, _BARS, _LABEL = 6, 10, 48  # queries, hits of each, and characters of a text in a figure
+
+
+@runtime_checkable
+class Token(Protocol):
+    """One token and what it adds to the score."""
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+
+
+@runtime_checkable
+class Hit(Protocol):
+    """One training example and its score."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def tokens(self) -> Sequence[Token]: ...
+    @property
+    def beyond_tokens(self) -> float: ...
+
+
+@runtime_checkable
+class QueryHits(Protocol):
+    """One query and its hits."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def answer(self) -> str | None: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def members(self) -> int: ...
+    @property
+    def example(self) -> Any: ...
+    @property
+    def proponents(self) -> Sequence[Hit]: ...
+    @property
+    def opponents(self) -> Sequence[Hit]: ...
+
+
+@runtime_checkable
+class Hits(Protocol):
+    """What a page shows: the queries, what the score means, and what it cost."""
+
+    @property
+    def queries(self) -> Sequence[QueryHits]: ...
+    @property
+    def score(self) -> Any: ...
+    @property
+    def index(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def d(self) -> int: ...
+    @property
+    def cost(self) -> Any: ...
+    @property
+    def sign(self) -> str: ...
+    def __len__(self) -> int: ...
 
 
 def hits_page(
@@ -43,18 +120,41 @@ def hits_page(
         InputError: the path is a folder.
         StoreError: the path cannot be written to.
     """
-    kind = KINDS.get(hits.score.name)
-    shared = kind is not None and kind.unit_length  # such scores compare between queries, others do not
+    shared = hits.score.comparable
     scale = _largest(hits.queries) if shared else None
     context = {
         "title": title,
         "introduction": introduction,
         "hits": hits,
-        "queries": [_query(query, scale, notes[i] if i < len(notes) else "") for i, query in enumerate(hits)],
+        "queries": [_query(query, scale, notes[i] if i < len(notes) else "") for i, query in enumerate(hits.queries)],
         "shared_scale": shared,
         "version": version("gradsketch"),
     }
-    return write(path, render("hits.html", context))
+    return write(path, render("hits.html", context).encode())
+
+
+def hits_figure(hits: Hits) -> Figure:
+    """Draw the scores of the first hits of the first six queries as bars, one panel a query."""
+    shown = hits.queries[:_PANELS]
+    if not shown:
+        return new_figure(8.0, 0.8)
+    chosen = [[*query.proponents[:_BARS], *reversed(query.opponents[:_BARS])] for query in shown]
+    figure = new_figure(8.0, 0.8 + sum(0.6 + 0.25 * len(some) for some in chosen))
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[max(len(some), 1) for some in chosen])
+    for axes, query, some in zip(panels[:, 0], shown, chosen, strict=True):
+        scores = [hit.score if math.isfinite(hit.score) else 0.0 for hit in some]
+        axes.barh(range(len(some)), scores, color=[BLUE if score >= 0 else RED for score in scores])
+        axes.set_yticks(range(len(some)), [_label(hit.text or hit.id) for hit in some], fontsize=8, parse_math=False)
+        axes.invert_yaxis()
+        title = query.text if query.answer is None else f"{query.text} → {query.answer}"
+        axes.set_title(_label(title), fontsize=9, loc="left", parse_math=False)
+    panels[-1, 0].set_xlabel(f"score: {hits.score.name}")
+    return finish(figure)
+
+
+def _label(text: str) -> str:
+    text = " ".join(str(printable(text)).split())
+    return text if len(text) <= _LABEL else text[: _LABEL - 1] + "…"
 
 
 def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:

@@ -7,16 +7,12 @@ import hashlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from gradsketch.durable import write_file
-from gradsketch.errors import InputError
-
-__all__ = ["printable", "render", "write"]
+__all__ = ["printable", "render"]
 
 # Control characters have no picture of their own; Unicode has one for each. Tab and line feed stay as they are.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
@@ -32,20 +28,6 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
     inline = {"style": Markup(style), "script": Markup(script), "policy": policy}
     return _environment().get_template(template).render(**context, **inline)
-
-
-def write(path: str | Path, text: str) -> Path:
-    """Write the page in UTF-8, whole or not at all, making its folder where there is none, and return its path.
-
-    Raises:
-        InputError: the path is a folder.
-        StoreError: no permission, or no room.
-    """
-    path = Path(path)
-    if path.is_dir() or path.parent.is_file():
-        raise InputError(f"{path}, which is a folder or lies inside a file", "a file", "Choose another path")
-    write_file(path, text)
-    return path
 
 
 def printable(value: Any) -> Any:

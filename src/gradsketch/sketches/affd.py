@@ -19,6 +19,7 @@ from gradsketch.sketches.forms import (
     power_of_two_at_least,
     preconditioner,
 )
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.diagonal import Normals, Signs
 from gradsketch.transforms.hadamard import Hadamard
 from gradsketch.transforms.pieces import piece_length
@@ -30,6 +31,7 @@ __all__ = ["AFFD"]
 _BLOCK = 4096
 
 
+@register
 class AFFD(Sketch):
     """R_d · √(n/d) · H · G · H · B: dense quality for little more than one read of the vector.
 

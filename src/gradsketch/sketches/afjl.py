@@ -18,11 +18,13 @@ from gradsketch.sketches.forms import (
     Preconditioner,
     preconditioner,
 )
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.diagonal import Normals, Signs
 
 __all__ = ["AFJL"]
 
 
+@register
 class AFJL(Sketch):
     """R_d · √(n/d) · G · H · B: the cheapest sketch, one read of the vector.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -26,7 +27,8 @@ class Sketch(LinearMap):
 
     Inner products, norms and traces are therefore unbiased and callers never rescale. A concrete sketch writes
     ``_apply``, ``_apply_adjoint`` and ``options`` (the keyword arguments besides n, d and seed that rebuild the map),
-    draws everything random from ``self.stream`` and calls this constructor first.
+    draws everything random from ``self.stream`` and calls this constructor first. A kind whose
+    constructor takes anything but those also writes ``arguments``.
 
     **Nested sizes.** A kind with ``nesting`` holds the sketch of size d in the sketch of size D > d of the same vector:
 
@@ -41,13 +43,15 @@ class Sketch(LinearMap):
     made for the user, may depend on d.
 
     Raises:
-        InputError: n or d is not a positive integer, d > n, or n = 1 (which BlockSum and TiledSRHT alone allow).
+        InputError: n or d is not a positive integer, d > n, or n = 1 where the kind does not allow it.
     """
 
     # Raised by one whenever a kind starts to map the same vector to other numbers.
     version: ClassVar[int] = 1
     nesting: Literal["prefix", "fold"] | None = None
     least_n: ClassVar[int] = 2
+    # Whether kind(n, d, seed=seed) makes one; False where shapes or another sketch are needed.
+    from_sizes: ClassVar[bool] = True
 
     def __init__(self, n: int, d: int, *, seed: int = 0) -> None:
         for name, value in (("n", n), ("d", d)):
@@ -75,6 +79,14 @@ class Sketch(LinearMap):
     @abstractmethod
     def options(self) -> dict[str, str | int | float | bool]:
         """Return what besides n, d and seed decides the map."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's keyword arguments that make this map again; plain values, or another sketch."""
+        return {"n": self.n, "d": self.d, "seed": self.seed, **self.options()}
+
+    def __reduce__(self) -> Any:
+        # A map is pickled as its arguments, because what it has drawn can be drawn again and may be large.
+        return partial(type(self), **self.arguments()), ()
 
     def lift(self, w: Float[Tensor, "... d"]) -> Float[Tensor, "... n"]:
         """Apply the adjoint Phiᵀ: a direction in sketch space becomes one in parameter space.
@@ -113,7 +125,7 @@ class Sketch(LinearMap):
             InputError: this kind has no nested sizes, or not this one.
         """
         self._check_nested(d)
-        return type(self)(self.n, d, seed=self.seed, **self.options())
+        return type(self)(**self.arguments() | {"d": d})
 
     def truncate_sketch(self, sketch: Float[Tensor, "... d"], d: int) -> Float[Tensor, "... d2"]:
         """Turn sketches made by this map into those its ``truncate(d)`` makes, without the vectors.
@@ -137,7 +149,7 @@ class Sketch(LinearMap):
         if self.nesting is None:
             raise InputError(
                 f"truncate({d}) of {self!r}",
-                "a kind whose sizes nest: Dense, FJL, AFFD, AFJL, SJLT, TiledSRHT, BlockSum",
+                "a kind whose sizes nest, such as AFFD",
                 f"Build a new sketch with d={d}",
             )
         fits = isinstance(d, int) and 1 <= d <= self.d

@@ -15,28 +15,12 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
-from gradsketch.sketches.affd import AFFD
-from gradsketch.sketches.afjl import AFJL
 from gradsketch.sketches.base import Sketch
-from gradsketch.sketches.dense import Dense
-from gradsketch.sketches.ffd import FFD
-from gradsketch.sketches.fjl import FJL
-from gradsketch.sketches.qk import QK
-from gradsketch.sketches.sjlt import SJLT
+from gradsketch.sketches.recipe import register, vector_kind, vector_kinds
 from gradsketch.sketches.tiling import Block, Tiling
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["BlockSum"]
-
-_KINDS: dict[str, type[Sketch]] = {
-    "affd": AFFD,
-    "afjl": AFJL,
-    "dense": Dense,
-    "ffd": FFD,
-    "fjl": FJL,
-    "qk": QK,
-    "sjlt": SJLT,
-}
 
 
 @runtime_checkable
@@ -48,6 +32,7 @@ class Shaped(Protocol):
         """Shape of each tensor, by name."""
 
 
+@register
 class BlockSum(Sketch):
     """Phi(g) = Σ_p Phi_p(g_p) over parameter tensors p, each with a random stream of its own name.
 
@@ -66,6 +51,7 @@ class BlockSum(Sketch):
     """
 
     least_n = 1  # a selection may be one number
+    from_sizes = False
 
     def __init__(
         self,
@@ -81,10 +67,10 @@ class BlockSum(Sketch):
         if not self.shapes:
             raise InputError("no parameter tensors", "names and shapes", "Type BlockSum(Parameters(model), d)")
         super().__init__(sum(math.prod(shape) for shape in self.shapes.values()), d, seed=seed)
-        self.kind = self._choice("kind", kind, ("auto", *_KINDS))
+        self.kind = self._choice("kind", kind, ("auto", *vector_kinds()))
         self.of = of or d
         # Small tensors are placed for a prefix, so kinds that fold do not nest here.
-        self.nesting = "prefix" if kind == "auto" else _KINDS[kind].nesting
+        self.nesting = "prefix" if kind == "auto" else vector_kind(kind).nesting
         self.nesting = self.nesting if self.nesting == "prefix" else None
         self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items()}
 
@@ -97,12 +83,9 @@ class BlockSum(Sketch):
         shapes = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
         return {"kind": self.kind, "of": self.of, "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
 
-    def __reduce__(self) -> Any:
-        return _rebuild, (self.shapes, self.d, self.seed, self.kind, self.of)
-
-    def truncate(self, d: int) -> BlockSum:
-        self._check_nested(d)
-        return BlockSum(self.shapes, d, seed=self.seed, kind=self.kind, of=self.of)
+    def arguments(self) -> dict[str, Any]:
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        return {"parameters": shapes, "d": self.d, "seed": self.seed, "kind": self.kind, "of": self.of}
 
     def add_gradient(self, out: Float[Tensor, "b d"], name: str, gradient: Float[Tensor, "b ..."]) -> None:
         """Add the sketches of one tensor's per-example gradients ``[b, *shape]``."""
@@ -145,11 +128,7 @@ class BlockSum(Sketch):
         stream = self.stream.child(name)
         if self.kind == "auto" or rows * columns <= self.of:
             return Tiling(rows, columns, self.d, stream, self.of)
-        return _Vector(_KINDS[self.kind], rows, columns, self.d, stream)
-
-
-def _rebuild(shapes: Mapping[str, Sequence[int]], d: int, seed: int, kind: str, of: int) -> BlockSum:
-    return BlockSum(shapes, d, seed=seed, kind=kind, of=of)
+        return _Vector(vector_kind(self.kind), rows, columns, self.d, stream)
 
 
 class _Vector(Block):

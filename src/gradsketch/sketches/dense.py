@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.forms import power_of_two_at_least
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["Dense"]
@@ -22,6 +23,7 @@ _ROWS, _COLUMNS = 64, 4096
 _VECTORS = 16
 
 
+@register
 class Dense(Sketch):
     """A d × n matrix of independent entries, Gaussian or ±1, over √d: the yardstick for all others.
 

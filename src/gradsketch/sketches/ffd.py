@@ -10,6 +10,7 @@ from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.forms import power_of_two_at_least
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.diagonal import Normals, Signs
 from gradsketch.transforms.hadamard import Hadamard
 from gradsketch.transforms.pieces import Piece, pieces
@@ -17,6 +18,7 @@ from gradsketch.transforms.pieces import Piece, pieces
 __all__ = ["FFD"]
 
 
+@register
 class FFD(Sketch):
     """The transpose of n/d stacked Fastfood blocks H · G · Π · H · B of size d, each with its own B, Π and G.
 

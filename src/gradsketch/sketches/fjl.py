@@ -11,6 +11,7 @@ from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.forms import power_of_two_at_least
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.diagonal import Signs
 from gradsketch.transforms.hadamard import Hadamard
 from gradsketch.transforms.pieces import piece_length, pieces
@@ -18,6 +19,7 @@ from gradsketch.transforms.pieces import piece_length, pieces
 __all__ = ["FJL"]
 
 
+@register
 class FJL(Sketch):
     """√(n/d) · G_s · H · B with G_s a sparse Gaussian matrix: the fast Johnson–Lindenstrauss transform.
 

@@ -13,6 +13,7 @@ from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.forms import power_of_two_at_least
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.haar import haar_rows
 from gradsketch.transforms.kronecker import FactorList, apply_factors, balanced_sizes, equal_powers
 from gradsketch.transforms.pieces import piece_length
@@ -23,6 +24,7 @@ __all__ = ["QK"]
 _LARGEST_FACTOR = 1024
 
 
+@register
 class QK(Sketch):
     """√(n/d) · (Q1 ⊗ … ⊗ QK), Qi the first d_i rows of a Haar-random orthogonal matrix of size B_i.
 

@@ -11,12 +11,14 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.recipe import register
 from gradsketch.transforms.diagonal import Signs
 from gradsketch.transforms.pieces import Piece, pieces
 
 __all__ = ["SJLT"]
 
 
+@register
 class SJLT(Sketch):
     """Sparse Johnson–Lindenstrauss transform with ``nonzeros`` entries ±1/√nonzeros a column; 1 makes a CountSketch.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,12 +11,14 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.recipe import register
 from gradsketch.sketches.tiling import Tiling
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["TiledSRHT"]
 
 
+@register
 class TiledSRHT(Sketch):
     """√(r'·c'/d) times d entries of (H B_r) X (H B_c)ᵀ, in tiles; X has rows × columns = n entries, row by row.
 
@@ -35,6 +39,7 @@ class TiledSRHT(Sketch):
 
     nesting = "prefix"
     least_n = 1  # a parameter may be one number
+    from_sizes = False
 
     def __init__(
         self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", of: int | None = None
@@ -46,9 +51,8 @@ class TiledSRHT(Sketch):
     def options(self) -> dict[str, str | int | float | bool]:
         return {"rows": self.rows, "columns": self.columns, "name": self.name, "of": self._tiling.of}
 
-    def truncate(self, d: int) -> TiledSRHT:
-        self._check_nested(d)
-        return TiledSRHT(self.rows, self.columns, d, seed=self.seed, name=self.name, of=self._tiling.of)
+    def arguments(self) -> dict[str, Any]:
+        return {"d": self.d, "seed": self.seed, **self.options()}
 
     def outer(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> Float[Tensor, "b d"]:
         """Return the sketches of the b matrices Σ_t left_t right_tᵀ.

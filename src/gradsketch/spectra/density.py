@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
 from tqdm import tqdm
 
-from gradsketch.durable import write_file
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.progress import hidden
 from gradsketch.random import Stream
+from gradsketch.report.spectrum import density_figure
+from gradsketch.results import Result
 from gradsketch.spectra.krylov import Forgetful, FullBasis
 from gradsketch.spectra.lanczos import Lanczos, norm
 from gradsketch.spectra.plan import check_operator, home
 from gradsketch.spectra.results import Estimate
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Curve", "Density", "density"]
 
@@ -40,11 +44,12 @@ class Curve:
     width: float
 
 
-@dataclass(frozen=True)
-class Density:
+@dataclass(frozen=True, eq=False)
+class Density(Result):
     """Quadrature nodes and weights of each probe: the density is their weighted comb, averaged over probes.
 
-    A probe's weights add up to one and its first 2·steps − 1 moments are exact for that probe.
+    A probe's weights add up to one and its first 2·steps − 1 moments are exact for that probe. ``n`` counts
+    eigenvalues, ``hvps`` products with the operator; ``reorthogonalized`` says whether the Krylov vectors were kept.
     """
 
     nodes: tuple[tuple[float, ...], ...]
@@ -97,26 +102,21 @@ class Density:
         spread = curves.std(0, ddof=1) if len(curves) > 1 else np.full(points, np.inf)
         return Curve(grid, curves.mean(0), spread / len(curves) ** 0.5, width)
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it to ``path`` where one is given."""
-        text = json.dumps({"density": asdict(self)}, indent=1)
-        if path is not None:
-            write_file(path, text + "\n")
-        return text
+    def summary(self) -> str:
+        negative, trace = self.share_below(0.0), self.trace
+        return (
+            f"{negative.value:.1%} of n = {self.n:,} eigenvalues below 0, "
+            f"trace {trace.value:.4g} ± {trace.standard_error:.2g} ({self.hvps} products, {self.seconds:.1f} s)"
+        )
 
-    @classmethod
-    def from_json(cls, text: str) -> Density:
-        """Return the density that ``to_json`` wrote."""
-        record = json.loads(text)["density"]
-        for name in ("nodes", "weights"):
-            record[name] = tuple(tuple(row) for row in record[name])
-        return cls(**{f.name: record[f.name] for f in fields(cls)})
+    def __str__(self) -> str:
+        """Return the estimates as a table for the terminal."""
+        named = {"trace": self.trace, "squared norm": self.squared_norm, "share below 0": self.share_below(0.0)}
+        cells = [[name, f"{e.value:.6g}", f"{e.standard_error:.2g}"] for name, e in named.items()]
+        return "\n".join([*aligned(["", "value", "standard error"], cells), self.summary()])
 
-    def plot(self, path: str | Path) -> Path:
-        """Draw the density on a logarithmic scale, and return the picture's path."""
-        # The report layer stands above this one and may import it, so it is looked up only when called.
-        report = importlib.import_module("gradsketch.report.spectrum")
-        return Path(report.density_figure(self, path))
+    def _figure(self) -> Figure:
+        return density_figure(self)
 
 
 def _smooth(
@@ -162,8 +162,7 @@ def density(
     keep = steps * operator.n * dtype.itemsize <= memory
     stream, clock, products = Stream(seed, "spectrum", "density"), time.monotonic(), 0
     nodes, weights = [], []
-    hidden = None if progress is None else not progress
-    with tqdm(total=probes * steps, unit="HVP", disable=hidden, leave=False) as bar:
+    with tqdm(total=probes * steps, unit="HVP", disable=hidden(progress), leave=False) as bar:
         for probe in range(probes):
             start = stream.child(str(probe)).signs(0, operator.n, dtype=dtype, device=device)
             lanczos = Lanczos(operator, FullBasis() if keep else Forgetful(), start.div_(norm(start)), seed)

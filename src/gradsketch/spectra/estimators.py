@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,22 +13,41 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap, widened
 from gradsketch.random import Stream
+from gradsketch.report.numbers import ranked_figure
+from gradsketch.results import Result
 from gradsketch.spectra.moments import moments
 from gradsketch.spectra.results import Estimate
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Diagonal", "diagonal", "squared_norm", "trace"]
 
 Method = Literal["auto", "hutchinson", "xtrace"]
 
 
-@dataclass(frozen=True)
-class Diagonal:
-    """An estimated diagonal, the standard error of each entry, and what it cost."""
+@dataclass(frozen=True, eq=False)
+class Diagonal(Result):
+    """An estimated diagonal, the standard error of each entry, and what it cost: products and seconds of wall time."""
 
     values: Float[Tensor, " n"] = field(repr=False)
     standard_errors: Float[Tensor, " n"] = field(repr=False)
     products: int
     seconds: float
+
+    def summary(self) -> str:
+        low, high = float(self.values.min()), float(self.values.max())
+        return f"{len(self.values):,} entries from {low:.4g} to {high:.4g} ({self.products} products)"
+
+    def __str__(self) -> str:
+        """Return the ten entries of largest magnitude as a table for the terminal."""
+        places = self.values.abs().topk(min(10, len(self.values))).indices.tolist()
+        cells = [[str(i), f"{self.values[i]:.4g}", f"{self.standard_errors[i]:.2g}"] for i in places]
+        return "\n".join([*aligned(["entry", "value", "standard error"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        return ranked_figure(self.values.tolist(), "entry of the diagonal", "entry")
 
 
 def trace(

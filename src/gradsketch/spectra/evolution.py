@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsketch.durable import damaged, read_record, require_same, write_file, write_record
+from gradsketch.durable import damaged, read_record, require_same, write_record
 from gradsketch.errors import FingerprintError, InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.report.spectrum import evolution_figure
+from gradsketch.results import Result
 from gradsketch.spectra.plan import Plan, make_plan
-from gradsketch.spectra.results import Spectrum
+from gradsketch.spectra.results import OUTLIER, Spectrum
 from gradsketch.spectra.solve import require_same_map, spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PAPER_EVERY", "PAPER_STEPS", "Evolution", "Point", "saved_spectra", "spectrum_over"]
 
@@ -36,9 +40,11 @@ Loaded = LinearMap | tuple[LinearMap, Tensor]
 Point = Loaded | Callable[[], Loaded]
 
 
-@dataclass(frozen=True)
-class Evolution:
+@dataclass(frozen=True, eq=False)
+class Evolution(Result):
     """Spectra by step, ascending, whose eigenvector sketches can be compared with one another."""
+
+    derived = ("r_neg", "outliers")
 
     steps: tuple[int, ...]
     spectra: tuple[Spectrum, ...]
@@ -81,26 +87,15 @@ class Evolution:
         rows = [[float((a.T @ b).square().sum()) / max(a.shape[1], 1) for b in bases] for a in bases]
         return np.array(rows, dtype=np.float64)
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it to ``path`` where one is given."""
-        record = [{"step": t, **json.loads(s.to_json())} for t, s in zip(self.steps, self.spectra, strict=True)]
-        text = json.dumps({"evolution": record}, indent=1)
-        if path is not None:
-            write_file(path, text + "\n")
-        return text
+    def summary(self) -> str:
+        first, last = self.spectra[0], self.spectra[-1]
+        return (
+            f"{len(self)} spectra from step {self.steps[0]:,} to {self.steps[-1]:,}: "
+            f"R_NEG {first.r_neg:.3f} → {last.r_neg:.3f}, outliers {first.outliers} → {last.outliers}"
+        )
 
-    @classmethod
-    def from_json(cls, text: str) -> Evolution:
-        """Return the evolution that ``to_json`` wrote."""
-        record = json.loads(text)["evolution"]
-        spectra = tuple(Spectrum.from_json(json.dumps(entry)) for entry in record)
-        return cls(tuple(int(entry["step"]) for entry in record), spectra)
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw R_NEG, R_n, the eigenvalues and the overlaps over the steps, and return the picture's path."""
-        # The report layer stands above this one and may import it, so it is looked up only when called.
-        report = importlib.import_module("gradsketch.report.spectrum")
-        return Path(report.evolution_figure(self, path))
+    def _figure(self) -> Figure:
+        return evolution_figure(self, OUTLIER)
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -171,7 +166,7 @@ def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[
         return _taken_up(path, plan, facts)
     running = path.with_suffix(".run")
     result = spectrum(operator, k, gradient=gradient, checkpoint=running, **options)
-    write_record(path, {"facts": facts, **json.loads(result.to_json())})
+    write_record(path, {"facts": facts, "spectrum": json.loads(result.to_json())})
     running.unlink(missing_ok=True)
     return result
 
@@ -216,7 +211,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _spectrum_of(record: Mapping[str, Any], path: Path) -> Spectrum:
     try:
-        return Spectrum.from_json(json.dumps(record))
+        return Spectrum.from_json(json.dumps(record["spectrum"]))
     except (LookupError, TypeError, ValueError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
 

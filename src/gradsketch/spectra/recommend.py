@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.report.spectrum import recommendation_figure
+from gradsketch.results import Result
 from gradsketch.spectra.bias import least_d
 from gradsketch.spectra.krylov import Forgetful
 from gradsketch.spectra.lanczos import Lanczos, start_vector
 from gradsketch.spectra.moments import moments
 from gradsketch.spectra.plan import check_operator, home
 from gradsketch.spectra.results import OUTLIER, Estimate
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Recommendation", "recommend_d"]
 
 
-@dataclass(frozen=True)
-class Recommendation:
+@dataclass(frozen=True, eq=False)
+class Recommendation(Result):
     """A sketch size, what it was read off, and what that cost.
 
-    ``raw_bias`` is how far, relative to itself, the smallest eigenvalue wanted would be off without the correction.
+    ``largest`` is the largest eigenvalue by magnitude. ``raw_bias`` is how far, relative to itself, the smallest
+    eigenvalue wanted would be off without the correction. ``hvps`` counts products with the operator.
     """
 
     d: int
@@ -32,6 +40,19 @@ class Recommendation:
     squared_norm: Estimate
     raw_bias: float
     hvps: int
+
+    def summary(self) -> str:
+        return f"d = {self.d:,}, where the uncorrected bias is {self.raw_bias:.2g} ({self.hvps} products)"
+
+    def __str__(self) -> str:
+        """Return what d was read off as a table for the terminal."""
+        cells = [["largest eigenvalue", f"{self.largest:.4g}", ""]]
+        named = {"trace": self.trace, "squared norm": self.squared_norm}
+        cells += [[name, f"{e.value:.4g}", f"{e.standard_error:.2g}"] for name, e in named.items()]
+        return "\n".join([*aligned(["", "value", "standard error"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        return recommendation_figure(self)
 
 
 def recommend_d(

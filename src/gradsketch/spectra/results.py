@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import importlib
-import json
 import math
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from scipy.stats import t as student
 from torch import Tensor
 
-from gradsketch.durable import write_file
+from gradsketch.report.numbers import numbers_figure
+from gradsketch.report.spectrum import spectrum_figure
+from gradsketch.results import Result
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["OUTLIER", "Eigenvalue", "Estimate", "Method", "Spectrum", "Which"]
 
@@ -27,8 +28,8 @@ Which = Literal["magnitude", "both"]
 OUTLIER = 0.2
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, eq=False)
+class Estimate(Result):
     """An estimated number, the standard error of the estimate, and what it cost.
 
     ``samples`` independent numbers were averaged; ``products`` counts products with the operator.
@@ -44,6 +45,19 @@ class Estimate:
         """Return the confidence interval at ``level``, by Student's t distribution."""
         margin = self.standard_error * float(student.ppf((1 + level) / 2, max(self.samples - 1, 1)))
         return self.value - margin, self.value + margin
+
+    def summary(self) -> str:
+        return f"{self.value:.6g} ± {self.standard_error:.2g} ({self.products} products, {self.seconds:.1f} s)"
+
+    def __str__(self) -> str:
+        """Return the numbers under their names."""
+        header = ["value", "standard error", "samples", "products", "seconds"]
+        cells = [f"{self.value:.6g}", f"{self.standard_error:.2g}", str(self.samples), str(self.products)]
+        return "\n".join(aligned(header, [[*cells, f"{self.seconds:.1f}"]]))
+
+    def _figure(self) -> Figure:
+        low, high = self.value - self.standard_error, self.value + self.standard_error
+        return numbers_figure({"estimate": (self.value, low, high)}, "value ± standard error")
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,8 @@ class Eigenvalue:
     gradient_share: float | None = None
 
 
-@dataclass(frozen=True)
-class Spectrum:
+@dataclass(frozen=True, eq=False)
+class Spectrum(Result):
     """The outer eigenvalues of a self-adjoint map, from both ends, descending.
 
     ``eigenvalues`` holds up to k positive and k negative ones; ``values``, ``residuals``, ``errors`` and
@@ -74,6 +88,8 @@ class Spectrum:
     ``hvps`` counts products with the operator, ``vectors_held`` vectors of length n held at once besides the
     operator's own, ``peak_bytes`` the high-water mark of the process (on a GPU: of its allocator) when done.
     """
+
+    derived = ("r_neg", "outliers", "values")
 
     eigenvalues: tuple[Eigenvalue, ...]
     k: int
@@ -99,7 +115,7 @@ class Spectrum:
     alphas: tuple[float, ...] = field(repr=False)
     betas: tuple[float, ...] = field(repr=False)
     columns: tuple[int, ...] = field(repr=False)
-    sketches: Float[Tensor, "r d"] = field(repr=False, compare=False)
+    sketches: Float[Tensor, "r d"] = field(repr=False)
 
     @property
     def positive(self) -> tuple[Eigenvalue, ...]:
@@ -162,32 +178,13 @@ class Spectrum:
         shares = [e.gradient_share for e in self.positive[: self.outliers]]
         return None if None in shares or not shares else float(sum(s for s in shares if s is not None))
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it to ``path`` where one is given."""
-        record = asdict(self) | {"sketches": _encode(self.sketches)}
-        summary = {"r_neg": _finite(self.r_neg), "outliers": self.outliers, "values": self.values.tolist()}
-        text = json.dumps({"summary": summary, "spectrum": record}, indent=1)
-        if path is not None:
-            write_file(path, text + "\n")
-        return text
+    def summary(self) -> str:
+        top = f"largest {self.positive[0].value:.4g}, " if self.positive else ""
+        settled = f"{sum(e.converged for e in self.eigenvalues)} of {len(self.eigenvalues)} eigenvalues settled"
+        return f"{top}R_NEG {self.r_neg:.3f}, {self.outliers} outliers; {settled} in {self.hvps} products"
 
-    @classmethod
-    def from_json(cls, text: str) -> Spectrum:
-        """Return the spectrum that ``to_json`` wrote."""
-        record: dict[str, Any] = json.loads(text)["spectrum"]
-        record["eigenvalues"] = tuple(Eigenvalue(**e) for e in record["eigenvalues"])
-        for name in ("trace", "squared_norm"):
-            record[name] = None if record[name] is None else Estimate(**record[name])
-        for name in ("notes", "alphas", "betas", "columns"):
-            record[name] = tuple(record[name])
-        record["sketches"] = _decode(record["sketches"])
-        return cls(**{f.name: record[f.name] for f in fields(cls)})
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw both ends of the spectrum and R_n with the 20 % line, and return the picture's path."""
-        # The report layer stands above this one and may import it, so it is looked up only when called.
-        report = importlib.import_module("gradsketch.report.spectrum")
-        return Path(report.spectrum_figure(self, path))
+    def _figure(self) -> Figure:
+        return spectrum_figure(self, OUTLIER)
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -204,17 +201,3 @@ def _line(e: Eigenvalue, share: bool) -> str:
     raw = "" if e.raw is None else f"  raw {e.raw:.6g}"
     tail = "" if not share or e.gradient_share is None else f"  {e.gradient_share:>11.2%}"
     return f"{e.value:>14.6g}  {e.error:>9.1e}  {e.residual:>9.1e}  {state:9}{tail}{raw}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _encode(sketches: Float[Tensor, "r d"]) -> dict[str, Any]:
-    data = sketches.to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes()
-    return {"shape": list(sketches.shape), "float32": base64.b64encode(data).decode()}
-
-
-def _decode(record: dict[str, Any]) -> Float[Tensor, "r d"]:
-    data = np.frombuffer(base64.b64decode(record["float32"]), dtype="<f4").astype(np.float32)
-    return torch.from_numpy(data.reshape(record["shape"]))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from gradsketch.durable import require_same
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 from gradsketch.spectra.bias import corrected, detection_threshold, least_d, sampling_error
 from gradsketch.spectra.checkpoint import RunFile
@@ -138,8 +139,7 @@ class _Run:
         settled = pairs is not None and self._settled(pairs)
         if settled or lanczos.closed or len(lanczos) >= plan.steps:
             self._check_finished()
-        hidden = None if progress is None else not progress
-        with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=hidden, leave=False) as bar:
+        with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=hidden(progress), leave=False) as bar:
             while not settled and len(lanczos) < plan.steps and not lanczos.closed:
                 self._step()
                 self.seconds = before + time.monotonic() - clock
@@ -367,12 +367,12 @@ def _both_ends(values: Float[np.ndarray, " r"], k: int, zero: float) -> Int[np.n
 def _undetected(
     eigenvalues: list[Eigenvalue], seen: Bool[np.ndarray, " r"], threshold: float, squared_norm: float, n: int
 ) -> list[str]:
-    hidden = [abs(e.value) for e, outside in zip(eigenvalues, seen, strict=True) if not outside]
-    if not hidden:
+    within = [abs(e.value) for e, outside in zip(eigenvalues, seen, strict=True) if not outside]
+    if not within:
         return []
-    enough = min(least_d(max(hidden), squared_norm, 0.1), n)
+    enough = min(least_d(max(within), squared_norm, 0.1), n)
     return [
-        f"{len(hidden)} values lie within the bulk that sketching makes of all others (detection threshold"
+        f"{len(within)} values lie within the bulk that sketching makes of all others (detection threshold"
         f" {threshold:.3g} at this d); d = {enough} would show the largest of them."
     ]
 
