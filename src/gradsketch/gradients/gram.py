@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
-from gradsketch.gradients.data import batch_length
+from gradsketch.gradients.data import batch_length, differentiable
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.capture import Capture, as_found
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Outer, Rows, wide
@@ -61,9 +61,9 @@ def gradient_gram(
     """
     tensors = dict(parameters or Parameters(model))
     capture = Capture(getattr(model, "_orig_mod", model), as_task(task), tensors, method)
-    with as_found(capture.model, tensors):
-        losses_x, x = _collected(capture, batch_x)
-        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, batch_y)
+    with torch.inference_mode(False), as_found(capture.model, tensors):
+        losses_x, x = _collected(capture, differentiable(batch_x))
+        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, differentiable(batch_y))
     example = next(iter(tensors.values()))
     dtype = widened(example.dtype)
     gram = torch.zeros(len(losses_x), len(losses_y), dtype=dtype, device=example.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.data import batch_length, batch_slice, is_out_of_memory
 from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
-from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap
+from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap, strided
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
     Interception,
@@ -162,18 +163,12 @@ class Capture:
         losses = self._forward(tap, batch)
         self._learn_slow(tap, losses)
         tap.slow = known.slow
-        audit = self._audit(tap, losses, auditing)
         alone = self._alone(tap, batch, losses.detach(), auditing)
-        try:
+        with self._exact_where_it_fails(tap):
+            audit = self._audit(tap, losses, auditing)
             if tap.must_measure:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
             tap.backward(losses, torch.ones_like(losses))
-        except DifferentiatedError:
-            self._go_exact("the loss differentiates a backward pass of its own")
-        except RuntimeError as error:
-            if tap.differentiated:
-                self._go_exact("the loss differentiates a backward pass of its own")
-            self._go_exact(f"{type(error).__name__} in the captured backward pass: {str(error).splitlines()[0]}")
         if tap.mixed:
             self._go_slow(tap.mixed)
         slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}
@@ -197,6 +192,8 @@ class Capture:
                 raise
             self._go_exact("the loss differentiates a backward pass of its own")
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._rethrow_if_its_own(batch, error)
             self._go_exact(
                 f"{type(error).__name__} under interception: {str(error).splitlines()[0] if str(error) else ''}"
@@ -205,6 +202,18 @@ class Capture:
             self._go_exact("the loss differentiates a backward pass of its own")
         _refuse_without_graph(losses, self.task)
         return losses
+
+    @contextmanager
+    def _exact_where_it_fails(self, tap: Interception) -> Iterator[None]:
+        """Take the exact path where the captured backward pass cannot be run."""
+        try:
+            yield
+        except (DifferentiatedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            differentiated = "the loss differentiates a backward pass of its own"
+            text = f"{type(error).__name__} in the captured backward pass: {str(error).splitlines()[0]}"
+            self._go_exact(differentiated if tap.differentiated else text)
 
     def _rethrow_if_its_own(self, batch: Batch, error: Exception) -> None:
         """Raise what the model raises also where nothing is intercepted."""
@@ -288,7 +297,7 @@ class Capture:
         generator = torch.Generator().manual_seed(known.audits.batches)
         weights = torch.randn(len(losses), generator=generator, dtype=torch.float64)
         with tap.inside_modules():
-            audit = Audit(weights, self._gradients(losses, weights), tolerance(tap.dtype))
+            audit = Audit(weights, self._gradients(losses, weights, keep=True), tolerance(tap.dtype))
         auditing.append(audit.add)
         return audit
 
@@ -331,14 +340,14 @@ class Capture:
         auditing.append(audit.add)
         return audit
 
-    def _gradients(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """Return autograd's gradients of the weighted losses, keeping the graph."""
+    def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
+        """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
         tensors = {n: t for n, t in self.tensors.items() if t.numel()}
         parts = torch.autograd.grad(
-            losses, list(tensors.values()), weights.to(losses), retain_graph=True, allow_unused=True
+            losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
         )
         pairs = zip(tensors.items(), parts, strict=True)
-        return {name: torch.zeros_like(t) if part is None else part for (name, t), part in pairs}
+        return {name: torch.zeros_like(t) if part is None else strided(part) for (name, t), part in pairs}
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
@@ -452,7 +461,7 @@ def as_found(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         stack.callback(lambda: [p.requires_grad_(flag) for p, flag in before])
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in chosen)
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        if "torch._dynamo" in sys.modules:  # something may be compiled: a module, a method, a function of the loss
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradsketch.linear_map import widened
@@ -87,7 +87,7 @@ class Outer(Contribution):
 class Rows(Contribution):
     """Row ``index_t`` gets ``right_t``, added up over t."""
 
-    index: Int64[Tensor, "b t"]
+    index: Int[Tensor, "b t"]
     right: Float[Tensor, "b t columns"]
 
     @property
@@ -95,17 +95,17 @@ class Rows(Contribution):
         return len(self.right)
 
     def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
-        phi.add_rows(out, name, self.index, self.right)
+        phi.add_rows(out, name, self.index.long(), self.right)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         right = wide(self.right)
-        index = self.index[..., None].expand_as(right)
+        index = self.index.long()[..., None].expand_as(right)
         return right.new_zeros(len(right), rows, columns).scatter_add_(1, index, right)
 
     def weighted(self, c: Float[Tensor, " b"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
         right = wide(self.right)
         right = right * c[:, None, None].to(right)
-        return right.new_zeros(rows, columns).index_add_(0, self.index.flatten(), right.flatten(0, 1))
+        return right.new_zeros(rows, columns).index_add_(0, self.index.long().flatten(), right.flatten(0, 1))
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return float((wide(self.right).norm(dim=2).sum(1).double() * c.abs()).sum())
@@ -129,10 +129,10 @@ class Direct(Contribution):
 
     def weighted(self, c: Float[Tensor, " b"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
         gradient = wide(self.gradient)
-        return (c.to(gradient) @ gradient.flatten(1)).view(rows, columns)
+        return (c.to(gradient) @ gradient.reshape(len(gradient), -1)).view(rows, columns)
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
-        return float((wide(self.gradient).flatten(1).norm(dim=1).double() * c.abs()).sum())
+        return float((wide(self.gradient).reshape(self.examples, -1).norm(dim=1).double() * c.abs()).sum())
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class Sum(Contribution):
         return self.added().weighted(c, rows, columns)
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
-        return float((wide(self.terms).flatten(2).norm(dim=2).sum(1).double() * c.abs()).sum())
+        sizes = wide(self.terms).reshape(*self.terms.shape[:2], -1).norm(dim=2)
+        return float((sizes.sum(1).double() * c.abs()).sum())
 
     def added(self) -> Direct:
         """Return the sums."""
@@ -183,7 +184,7 @@ class Placed(Contribution):
         return (wide(self.terms).flatten(1) * c[:, None].to(wide(self.terms))).view(rows, columns)
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
-        return float((wide(self.terms).flatten(1).norm(dim=1).double() * c.abs()).sum())
+        return float((wide(self.terms).reshape(self.examples, -1).norm(dim=1).double() * c.abs()).sum())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
+__all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches", "strided"]
 
 Gradients = dict[str, Tensor]
 _CHUNK_BYTES = 1 << 28
@@ -84,4 +84,11 @@ def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     if not loss.requires_grad:
         return [torch.zeros_like(t) for t in tensors]
     parts = torch.autograd.grad(loss, tensors, allow_unused=True)
-    return [torch.zeros_like(t) if part is None else part for t, part in zip(tensors, parts, strict=True)]
+    return [
+        torch.zeros_like(t) if part is None else strided(part.detach()) for t, part in zip(tensors, parts, strict=True)
+    ]
+
+
+def strided(gradient: Tensor) -> Tensor:
+    """Return a gradient that may be sparse, as embeddings can have them, as an ordinary tensor."""
+    return gradient.to_dense() if gradient.layout is not torch.strided else gradient

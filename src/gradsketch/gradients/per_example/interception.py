@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Placed, Rows
 from gradsketch.gradients.per_example.owners import Grouping, InOrder, Measured, MixedError, owners_of, projected
 from gradsketch.gradients.per_example.provenance import SHARED, Axis, Provenance, function_name, tensors_in
@@ -252,11 +253,15 @@ class Interception(TorchFunctionMode):
                 return
             try:
                 rows = self._grouping(call, gradient)
+                for tensor, contribution, *which in call.contributions(rows, gradient, *kept):
+                    self._report(tensor, contribution, which[0] if which else slice(None))
             except MixedError:
                 self.mixed.update(dict.fromkeys(call.parameters, f"{call.name} mixes examples"))
-                return
-            for tensor, contribution, *which in call.contributions(rows, gradient, *kept):
-                self._report(tensor, contribution, which[0] if which else slice(None))
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                # A function that takes whole batches only, for instance: these parameters have the exact path.
+                self.mixed.update(dict.fromkeys(call.parameters, f"{call.name}: {str(error).splitlines()[0]}"))
 
     def _grouping(self, call: _Call, gradient: Tensor) -> Grouping:
         if self._measured is None or call.weighted is None:

@@ -82,6 +82,10 @@ class Provenance:
         name = function_name(func)
         return name in _ELEMENTWISE or (name in _HANDLERS and name not in _RESHAPES)
 
+    def is_elementwise(self, func: Any) -> bool:
+        """Whether a function works entry by entry."""
+        return function_name(func) in _ELEMENTWISE
+
     def place(self, tensor: Tensor, axis: Axis) -> None:
         """Note which dim of a tensor counts the examples."""
         self._tag(tensor, axis)

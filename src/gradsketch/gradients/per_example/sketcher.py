@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.data import batch_length, batch_slice, differentiable
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.capture import Capture, as_found
@@ -96,7 +96,8 @@ class GradientSketcher:
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
         start = time.perf_counter()
-        with as_found(self.model, self._tensors):
+        with torch.inference_mode(False), as_found(self.model, self._tensors):
+            batch = differentiable(batch)
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
