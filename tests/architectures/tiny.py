@@ -94,11 +94,12 @@ def tiny_config(model_type: str, overrides: Mapping[str, Any]) -> Any:
 
 def _shrunk(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     aliases = getattr(config, "attribute_map", None) or {}
-    names = {*config.to_dict(), *aliases}
+    fields = config.to_dict()
+    fields |= {alias: fields.get(name) for alias, name in aliases.items()}
     shrunk = {
         name: size
         for name, size in _SIZES.items()
-        if name in names and (name in overrides or aliases.get(name) not in _SIZES) and not _off(config, name)
+        if name in fields and (name in overrides or aliases.get(name) not in _SIZES) and not _fixed(name, fields[name])
     }
     for name, inner in vars(config).items():
         if hasattr(inner, "model_type") and hasattr(inner, "to_dict"):
@@ -107,9 +108,8 @@ def _shrunk(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return shrunk
 
 
-def _off(config: Any, name: str) -> bool:
+def _fixed(name: str, value: Any) -> bool:
     """Whether shrinking the field would change what the model is: a switch that is off, or a list of sizes."""
-    value = getattr(config, name, None)
     return (value is None and name in _SWITCHES) or isinstance(value, list | tuple)
 
 
