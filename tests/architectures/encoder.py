@@ -54,6 +54,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": [4, 4]},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": 16},
     "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "num_feedforward_networks": 2},
+    "neomme": {"head_dim": 16},
     "nystromformer": {"num_landmarks": 2, "segment_means_seq_len": 8},
     "reformer": {
         "num_attention_heads": 2,
