@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from architectures.tiny import IMAGE, VOCABULARY
 from torch import Tensor
 
 import gradsketch as gs
+from architectures.tiny import IMAGE, VOCABULARY
 
 __all__ = [
     "Batches",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsketch as gs
+from architectures.tiny import VOCABULARY
 
 __all__ = ["alignment", "ctc", "dictation", "flat_images", "image_text", "outputs"]
 
@@ -43,7 +44,10 @@ def image_text(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 @gs.Function
 def flat_images(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The same for models that want the patches of all images in one list."""
-    return _next_token(model, {**batch, "pixel_values": batch["pixel_values"].flatten(0, 1)})
+    kinds = (batch["input_ids"] == VOCABULARY - 1).long()  # 1 where an image stands
+    return _next_token(
+        model, {**batch, "mm_token_type_ids": kinds, "pixel_values": batch["pixel_values"].flatten(0, 1)}
+    )
 
 
 @gs.Function

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from architectures.zoo import Architecture
 from torch import Tensor, nn
 
 import gradsketch as gs
+from architectures.zoo import Architecture
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.sketches.base import Sketch
 

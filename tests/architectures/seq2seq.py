@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+import gradsketch as gs
 from architectures.batches import pairs
 from architectures.tiny import VOCABULARY
 from architectures.zoo import Architecture
-
-import gradsketch as gs
 
 __all__ = ["ENTRIES"]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import gradsketch as gs
 from architectures.batches import Batches, noise
 from architectures.losses import ctc, dictation, outputs
 from architectures.zoo import Architecture
-
-import gradsketch as gs
 
 __all__ = ["ENTRIES"]
 
@@ -98,5 +97,32 @@ ENTRIES = [
         input_feat_per_channel=8,
         conv_channels=16,
     ),
-    _entry("moonshine", "MoonshineForConditionalGeneration", dictation, noise("input_values", 1600)),
+    _entry(
+        "moonshine",
+        "MoonshineForConditionalGeneration",
+        dictation,
+        noise("input_values", 1600),
+        encoder_num_key_value_heads=4,
+        decoder_num_key_value_heads=4,
+    ),
+    _bare("wav2vec2-bert", noise("input_features", 32, 16, labels=False), feature_projection_input_dim=16),
+    _bare("qwen2_audio_encoder", noise("input_features", 8, 32, labels=False), num_mel_bins=8, max_source_positions=16),
+    _bare("voxtral_encoder", noise("input_features", 8, 32, labels=False), num_mel_bins=8, max_source_positions=16),
+    _bare("glmasr_encoder", noise("input_features", 8, 32, labels=False), num_mel_bins=8),
+    _bare(
+        "parakeet_encoder",
+        noise("input_features", 32, 16, labels=False),
+        num_mel_bins=16,
+        subsampling_conv_channels=8,
+        scale_input=False,
+    ),
+    _bare("lasr_encoder", noise("input_features", 64, 16, labels=False), num_mel_bins=16, subsampling_conv_channels=8),
+    _bare(
+        "encodec",
+        noise("input_values", 1, 400, labels=False),
+        num_filters=4,
+        num_residual_layers=1,
+        codebook_size=8,
+        codebook_dim=32,
+    ),
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 import torch
+
 from architectures.measure import Measured, measure, unmeasured
 from architectures.zoo import Architecture
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import gradsketch as gs
 from architectures.batches import Batches, images
 from architectures.losses import outputs
 from architectures.zoo import Architecture
-
-import gradsketch as gs
 
 __all__ = ["ENTRIES"]
 
@@ -50,7 +49,25 @@ _CLASSIFIED: dict[str, tuple[int, dict[str, Any]]] = {
             "use_layerscale": True,
         },
     ),
-    "hgnet_v2": (32, {}),
+    "hgnet_v2": (
+        32,
+        {
+            "embedding_size": 8,
+            "depths": [1, 1],
+            "hidden_sizes": [8, 16],
+            "stem_channels": [3, 8, 8],
+            "stage_in_channels": [8, 8],
+            "stage_mid_channels": [8, 8],
+            "stage_out_channels": [8, 16],
+            "stage_num_blocks": [1, 1],
+            "stage_downsample": [False, True],
+            "stage_downsample_strides": [2, 2],
+            "stage_light_block": [False, True],
+            "stage_kernel_size": [3, 5],
+            "stage_numb_of_layers": [1, 1],
+            "use_learnable_affine_block": True,
+        },
+    ),
     "hiera": (
         32,
         {
@@ -72,6 +89,7 @@ _CLASSIFIED: dict[str, tuple[int, dict[str, Any]]] = {
             "num_attention_heads": [2] * 3,
             "depths": [1] * 3,
             "key_dim": [4] * 3,
+            "patch_size": 16,
         },
     ),
     "metaclip_2": (16, _TOWERS),
@@ -81,9 +99,11 @@ _CLASSIFIED: dict[str, tuple[int, dict[str, Any]]] = {
         32,
         {"image_size": 32, "hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 16]},
     ),
-    "mobilevitv2": (32, {"image_size": 32, "width_multiplier": 0.125, "base_attn_unit_dims": [16, 16, 16]}),
+    "mobilevitv2": (
+        64,
+        {"image_size": 64, "width_multiplier": 0.125, "base_attn_unit_dims": [16, 16, 16], "patch_size": 2},
+    ),
     "poolformer": (32, {"padding": [1, 1], **_PYRAMID}),
-    "pp_lcnet": (32, {}),
     "pvt": (
         32,
         {
@@ -123,7 +143,7 @@ _CLASSIFIED: dict[str, tuple[int, dict[str, Any]]] = {
     "swiftformer": (64, {"image_size": 64, "depths": [1] * 4, "embed_dims": [8, 8, 8, 16]}),
     "swin": (16, {"use_absolute_embeddings": True, **_WINDOWS}),
     "swinv2": (16, _WINDOWS),
-    "textnet": (32, {}),
+    "textnet": (32, {"stem_out_channels": 8, "hidden_sizes": [8, 8, 8, 12, 16]}),
     "vit": (16, {}),
     "vit_msn": (16, {}),
 }
@@ -145,4 +165,43 @@ def _classified(model_type: str) -> Architecture:
     )
 
 
-ENTRIES = list(map(_classified, _CLASSIFIED))
+# Inputs, and what shrinking by name does not know.
+_IMAGE, _FILM = images(16, labels=False), images(4, 3, 16, 16, labels=False)
+_BARE: dict[str, tuple[Batches, dict[str, Any]]] = {
+    **dict.fromkeys(
+        ["aimv2_vision_model", "chinese_clip_vision_model", "clip_vision_model", "dinov3_vit", "dpt", "internvl_vision", "mlcd_vision_model", "pixio", "pixtral", "qianfan_ocr_vision", "sam3_vit_model", "sapiens2", "siglip_vision_model", "tipsv2_vision_model", "vitdet"],
+        (_IMAGE, {}),
+    ),
+    "glpn": (
+        images(32, labels=False),
+        {"num_attention_heads": [1, 2], "sr_ratios": [2, 1], "mlp_ratios": [2, 2], **_PYRAMID},
+    ),
+    "radio": (_IMAGE, {"max_img_size": 32}),
+    "sam_vision_model": (_IMAGE, {"mlp_dim": 40, "output_channels": 16, "num_pos_feats": 8, "window_size": 2}),
+    "swin2sr": (_IMAGE, {**_WINDOWS, "patch_size": 1, "embed_dim": 8}),
+    "timesformer": (_FILM, {"num_frames": 4}),
+    "videomae": (_FILM, {"num_frames": 4, "tubelet_size": 2}),
+    "vivit": (_FILM, {"num_frames": 4, "tubelet_size": [2, 8, 8]}),
+    "vjepa2": (
+        images(4, 3, 16, 16, name="pixel_values_videos", labels=False),
+        {
+            "crop_size": 16,
+            "frames_per_clip": 4,
+            "pred_hidden_size": 32,
+            "pred_num_hidden_layers": 1,
+            "pred_num_attention_heads": 4,
+            "mlp_ratio": 2,
+        },
+    ),
+    "yolos": (_IMAGE, {"image_size": [16, 16], "num_detection_tokens": 4}),
+}
+
+
+def _bare(model_type: str) -> Architecture:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES as CLASSES
+
+    batches, overrides = _BARE[model_type]
+    return Architecture("vision", model_type, CLASSES[model_type], outputs, batches, overrides, "bare")
+
+
+ENTRIES = [*map(_classified, _CLASSIFIED), *map(_bare, _BARE)]

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from architectures.batches import Batches
-from architectures.tiny import tiny_config
 from torch import nn
 from torch.utils._pytree import tree_map
 
 import gradsketch as gs
+from architectures.batches import Batches
+from architectures.tiny import tiny_config
 
 __all__ = ["Architecture", "Group", "architectures"]
 
