@@ -13,7 +13,17 @@ from architectures.zoo import Architecture
 __all__ = ["ENTRIES"]
 
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
-_SHRUNK_BY_NAME = ["afmoe", "apertus", "arcee", "aria_text", "bart", "beam", "bigbird_pegasus", "biogpt", "bitnet", "blenderbot", "blenderbot-small", "bloom", "cohere", "cohere2_moe", "ctrl", "cwm", "diffllama", "doge", "dots1", "ernie4_5", "ernie4_5_moe", "exaone_moe", "falcon", "falcon_mamba", "flex_olmo", "flint", "gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text", "mamba", "marian", "mbart", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "mpt", "mvp", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo_hybrid", "olmoe", "openai-gpt", "opt", "pegasus", "persimmon", "phi", "phi3", "phimoe", "plbart", "prophetnet", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "rwkv", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "trocr", "whisper", "xglm", "xlm"]
+_SHRUNK_BY_NAME = (
+    "afmoe apertus arcee aria_text bart beam bigbird_pegasus biogpt bitnet blenderbot blenderbot-small bloom "
+    "cohere cohere2_moe ctrl cwm diffllama doge dots1 ernie4_5 ernie4_5_moe exaone_moe falcon falcon_mamba "
+    "flex_olmo flint gemma glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite "
+    "granitemoe granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax "
+    "jais2 jetmoe kolibri1 laguna llama llama4_text mamba marian mbart mellum mimo_v2_flash minimax "
+    "minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder mpt mvp nanochat "
+    "nemotron nemotron_h olmo olmo2 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3 phimoe plbart "
+    "prophetnet qwen2 qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr "
+    "whisper xglm xlm"
+).split()
 
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": {"num_key_value_heads": 4},

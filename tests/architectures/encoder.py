@@ -13,9 +13,21 @@ from architectures.zoo import Architecture
 
 __all__ = ["ENTRIES"]
 
-_MASKED = ["albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "esm", "esmc", "eurobert", "flaubert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3", "layoutlm", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "neomme", "nomic_bert", "nystromformer", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "tapas", "ultrabert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"]
-_CLASSIFIED = ["bart", "bert", "canine", "deberta-v2", "electra", "esm", "funnel", "gpt2", "gpt_neo", "layoutlmv3", "lilt", "llama", "longformer", "markuplm", "mixtral", "mobilebert", "mpnet", "opt", "t5", "xlnet"]
-_WITHOUT_A_HEAD = ["bert-generation", "clip_text_model", "dpr", "embedding_gemma2_text", "molmo2_text", "openai_privacy_filter", "splinter", "tipsv2_text_model", "visual_bert"]
+_MASKED = (
+    "albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm "
+    "esmc eurobert flaubert fnet funnel gte ibert jina_embeddings_v3 layoutlm longformer luke megatron-bert "
+    "mobilebert modernbert mpnet mra neomme nomic_bert nystromformer reformer rembert roberta "
+    "roberta-prelayernorm roc_bert roformer squeezebert tapas ultrabert xlm xlm-roberta xlm-roberta-xl xmod "
+    "yoso"
+).split()
+_CLASSIFIED = (
+    "bart bert canine deberta-v2 electra esm funnel gpt2 gpt_neo layoutlmv3 lilt llama longformer markuplm "
+    "mixtral mobilebert mpnet opt t5 xlnet"
+).split()
+_WITHOUT_A_HEAD = (
+    "bert-generation clip_text_model dpr embedding_gemma2_text molmo2_text openai_privacy_filter splinter "
+    "tipsv2_text_model visual_bert"
+).split()
 
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "albert": {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 1},

@@ -1,4 +1,4 @@
-"""What is known not to be right and fast, and why. A row that is better than said here fails, so that it gets erased."""
+"""What is known not to be right and fast, and why; what turns out better than it says here fails, and gets erased."""
 
 __all__ = ["REFUSED", "SLOW", "TORCH_WRONG"]
 

@@ -169,7 +169,11 @@ def _classified(model_type: str) -> Architecture:
 _IMAGE, _FILM = images(16, labels=False), images(4, 3, 16, 16, labels=False)
 _BARE: dict[str, tuple[Batches, dict[str, Any]]] = {
     **dict.fromkeys(
-        ["aimv2_vision_model", "chinese_clip_vision_model", "clip_vision_model", "dinov3_vit", "dpt", "internvl_vision", "mlcd_vision_model", "pixio", "pixtral", "qianfan_ocr_vision", "sam3_vit_model", "sapiens2", "siglip_vision_model", "tipsv2_vision_model", "vitdet"],
+        (
+            "aimv2_vision_model chinese_clip_vision_model clip_vision_model dinov3_vit dpt internvl_vision "
+            "mlcd_vision_model pixio pixtral qianfan_ocr_vision sam3_vit_model sapiens2 siglip_vision_model "
+            "tipsv2_vision_model vitdet"
+        ).split(),
         (_IMAGE, {}),
     ),
     "glpn": (
