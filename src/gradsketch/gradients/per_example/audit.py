@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,8 @@ class Audit:
 
     def add(self, name: str, contribution: Contribution, examples: slice) -> None:
         """Take one contribution into account."""
+        if name not in self._residuals:
+            return
         residual, weights = self._residuals[name], self.weights[examples].to(self._residuals[name].device)
         rows = residual.shape[0] if residual.ndim > 1 else 1
         columns = residual.numel() // max(1, rows)
@@ -55,9 +57,13 @@ class Audit:
             for name, residual in self._residuals.items()
         }
 
-    def failed(self) -> dict[str, float]:
-        """Return the parameters whose captured gradients are wrong, with their errors."""
-        return {name: error for name, error in self.errors().items() if error > self.tolerance}
+    def failed(self, loosely: Collection[str] = ()) -> dict[str, float]:
+        """Return the parameters whose captured gradients are wrong, with their errors.
+
+        Those in ``loosely`` were formed one example at a time, by other kernels than in company.
+        """
+        allowed = dict.fromkeys(loosely, 10 * self.tolerance)
+        return {n: error for n, error in self.errors().items() if error > allowed.get(n, self.tolerance)}
 
     @property
     def conclusive(self) -> bool:
@@ -66,8 +72,8 @@ class Audit:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative error that rounding explains: 7e-5 in float32, 4e-10 in float64, 5e-2 in bfloat16."""
-    return float(torch.finfo(dtype).eps ** 0.6)
+    """Return the relative error that rounding explains: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16."""
+    return float(torch.finfo(dtype).eps ** 0.5)
 
 
 def _ratio(error: float, scale: float) -> float:

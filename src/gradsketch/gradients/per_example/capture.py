@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ __all__ = ["Capture", "as_found"]
 
 # Of the batches that show nothing new, the share that is audited all the same.
 _AUDITED_SHARE = 0.01
+_UNRECORDED = "a use where no gradient is recorded"
 
 
 @dataclass
@@ -229,6 +230,9 @@ class Capture:
         own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
         outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
+        # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
+        hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
+        used |= set(hidden)
         _refuse_foreign(
             [t for t in leaves if id(t) not in own], {n: t for n, t in self.tensors.items() if n not in used}
         )
@@ -238,7 +242,7 @@ class Capture:
                 "a loss computed by the model whose parameters were chosen",
                 "Build the task, the parameters and the sketch from the same model, or choose other parameters",
             )
-        new = {name: tap.uses.get(name, "a use outside the rules") for name in outside}
+        new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
         self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
 
     def _learn(self, slow: Mapping[str, str]) -> None:
@@ -304,7 +308,7 @@ class Capture:
     def _judge(self, audit: Audit, tap: Interception) -> None:
         if not audit.conclusive:
             return
-        errors, failed = audit.errors(), audit.failed()
+        errors, failed = audit.errors(), audit.failed(loosely=self._known.slow)
         fresh = {name: f"the audit found an error of {error:.1e}" for name, error in failed.items()}
         if fresh and any(name not in self._known.slow for name in fresh):
             self._go_slow(fresh)
@@ -342,7 +346,8 @@ class Capture:
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
-        tensors = {n: t for n, t in self.tensors.items() if t.numel()}
+        hidden = {name for name, reason in self._known.slow.items() if reason == _UNRECORDED}
+        tensors = {n: t for n, t in self.tensors.items() if t.numel() and n not in hidden}
         parts = torch.autograd.grad(
             losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
         )
@@ -353,7 +358,9 @@ class Capture:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
         if not tensors:
             return
-        form = gradients_by_vmap if self.method == "vmap" else gradients_by_loop
+        whole = any(self._known.slow.get(name) == _UNRECORDED for name in tensors)
+        by_loop = partial(gradients_by_loop, whole=whole)
+        form = gradients_by_vmap if self.method == "vmap" else by_loop
         try:
             for position, gradients in form(self.model, self.task, batch, tensors):
                 for name, gradient in gradients.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,11 @@ class Contribution(ABC):
     def transposed(self) -> Contribution:
         """Return the contribution to the transposed matrix."""
         return _Transposed(self)
+
+    def turned(self, shape: Sequence[int], height: int) -> Contribution:
+        """Return the contribution to the stack whose transposed matrices make up this one of ``shape``."""
+        stack = self.dense(shape[0], shape[1] * shape[2]).view(self.examples, *shape)
+        return Direct(stack.mT)
 
     def inside(self, index: int, height: int) -> Contribution:
         """Return the contribution to a stack of matrices of ``height`` rows, of which this one is entry ``index``."""
@@ -194,6 +199,9 @@ class Inside(Contribution):
     inner: Contribution
     index: int
     height: int
+
+    def turned(self, shape: Sequence[int], height: int) -> Contribution:
+        return Inside(self.inner.transposed(), self.index, height)
 
     @property
     def examples(self) -> int:

@@ -21,12 +21,16 @@ _CHUNK_BYTES = 1 << 28
 
 
 def gradients_by_loop(
-    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], *, whole: bool = False
 ) -> Iterator[tuple[int, Gradients]]:
-    """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone."""
+    """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone.
+
+    ``whole`` runs whole backward passes and reads ``.grad``, which reversible layers fill by backward passes of their own;
+    otherwise only what the chosen tensors need is run. Call it where ``.grad`` is set aside.
+    """
     for position in range(batch_length(batch)):
         loss = task.losses(model, batch_slice(batch, position, position + 1)).sum()
-        parts = _gradients(loss, list(tensors.values()))
+        parts = (_accumulated if whole else _gradients)(loss, list(tensors.values()))
         yield position, {name: part[None] for name, part in zip(tensors, parts, strict=True)}
 
 
@@ -87,6 +91,17 @@ def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [
         torch.zeros_like(t) if part is None else strided(part.detach()) for t, part in zip(tensors, parts, strict=True)
     ]
+
+
+def _accumulated(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return what a backward pass leaves in ``.grad``, and leave nothing there."""
+    for tensor in tensors:
+        tensor.grad = None
+    loss.backward()
+    parts = [torch.zeros_like(t) if t.grad is None else strided(t.grad) for t in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    return parts
 
 
 def strided(gradient: Tensor) -> Tensor:

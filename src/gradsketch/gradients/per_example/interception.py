@@ -98,6 +98,7 @@ class Interception(TorchFunctionMode):
         self.seen: set[tuple[str, bool]] = set()
         self.differentiated = False
         self.calls: list[_Call] = []
+        self.unrecorded: set[str] = set()  # parameters used where no gradient is recorded
         self.uses: dict[str, str] = {}  # of each parameter that a function outside the rules used: that function
         self._call = ""
         self._derived: dict[int, _Derived] = {}
@@ -111,7 +112,10 @@ class Interception(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        used = [t for t in tensors_in((*args, *kwargs.values())) if self.chosen(t)] if torch.is_grad_enabled() else []
+        used = [t for t in tensors_in((*args, *kwargs.values())) if self.chosen(t)]
+        if used and not torch.is_grad_enabled():
+            self.unrecorded.update(name for tensor in used for name in self._origin(tensor))
+            used = []
         result = self._use(func, args, kwargs, used) if used else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype is not self.dtype and result.requires_grad:
             self.dtype = coarser(self.dtype, result.dtype)
@@ -432,6 +436,9 @@ def _as_is(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passin
 
 
 def _transposed(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
+    if result.ndim == used[0].ndim == 3 and result.stride() == used[0].mT.stride() and result.shape == used[0].mT.shape:
+        height, shape = result.shape[2], result.shape
+        return lambda contribution: contribution.turned(shape, height)
     same = result.ndim == 2 and result.shape == used[0].shape[::-1]
     turned = same and result.stride() == used[0].stride()[::-1]
     return (lambda contribution: contribution.transposed()) if turned else None

@@ -30,6 +30,10 @@ class Grouping(ABC):
     examples: int
 
     @abstractmethod
+    def part(self, start: int, stop: int) -> Grouping:
+        """Return the grouping of these of the flattened rows, which are one leading dim then."""
+
+    @abstractmethod
     def __call__(self, rows: Float[Tensor, "*r"]) -> Float[Tensor, "b t ..."]:
         """Return rows ``[*leading, *inner]`` as ``[b, t, *inner]``, with zeros where an example has fewer than t."""
 
@@ -42,6 +46,9 @@ class InOrder(Grouping):
     axis: int
     leading: int
 
+    def part(self, start: int, stop: int) -> Grouping:
+        return InOrder(self.examples, 0, 1)
+
     def __call__(self, rows: Tensor) -> Tensor:
         inner = rows.shape[self.leading :]
         return rows.movedim(self.axis, 0).reshape(self.examples, -1, *inner)
@@ -51,7 +58,7 @@ class Measured(Grouping):
     """An owner for each row of the flattened leading dims; −1 for rows that nothing reaches."""
 
     def __init__(self, owners: Int64[Tensor, " r"], examples: int, leading: int) -> None:
-        self.examples, self.leading = examples, leading
+        self.examples, self.leading, self._owners = examples, leading, owners
         reached = (owners >= 0).nonzero()[:, 0]
         order = reached[owners[reached].argsort(stable=True)]
         counts = torch.bincount(owners[order], minlength=examples)
@@ -60,6 +67,9 @@ class Measured(Grouping):
         width = max(1, int(counts.max()))
         self._index = order.new_full((examples, width), len(owners))
         self._index[owners[order], within] = order
+
+    def part(self, start: int, stop: int) -> Grouping:
+        return Measured(self._owners[start:stop], self.examples, 1)
 
     def __call__(self, rows: Tensor) -> Tensor:
         flat = rows.flatten(0, self.leading - 1) if self.leading > 1 else rows
@@ -102,7 +112,9 @@ def owners_of(
     above, below = order[place.clamp_max(len(weights) - 1)], order[place - 1]
     owner = torch.where((ratio - weights[below]).abs() < (ratio - weights[above]).abs(), below, above)
     error = (weighted - weights[owner, None] * plain).norm(dim=1)
-    if bool((error[reached] > tolerance * (weights[owner] * size)[reached]).any()):
+    # Rows that are next to nothing are noise of the others.
+    noise = 64 * torch.finfo(dtype).eps * weights.max() * (size.max() if len(size) else 0)
+    if bool((error > tolerance * weights[owner] * size + noise)[reached].any()):
         raise MixedError
     return torch.where(reached, owner, -1)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Placed, Rows, Sum, wide
+from gradsketch.gradients.per_example.contributions import Contribution, Direct, Inside, Outer, Placed, Rows, Sum, wide
 from gradsketch.gradients.per_example.interception import Interception, Report, Rule
 from gradsketch.gradients.per_example.owners import Grouping
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, tensors_in
@@ -41,6 +41,8 @@ def _addmm(tap: Interception, func: Any, input: Tensor, mat1: Tensor, mat2: Tens
 
 
 def _matmul(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
+    if isinstance(other, Tensor) and other.ndim == 3 and input.ndim == 3:
+        return _bmm(tap, func, input, other)
     if not tap.chosen(other) or other.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return _replay(tap, func, input, other)
     flat = torch.mm(input.reshape(-1, input.shape[-1]), tap.gate(other))
@@ -54,7 +56,7 @@ def _product(
     leading = input.shape[:-1]
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
-        errors = rows(gradient.reshape(*leading, -1))
+        errors = rows(gradient.reshape(*leading, flat.shape[-1]))
         for inputs in kept:
             factors = errors, rows(inputs)
             yield weight, Outer(*factors[::-1]) if transposed else Outer(*factors)
@@ -64,7 +66,80 @@ def _product(
 
     keep = (input,) if tap.chosen(weight) else ()
     watched = tap.watch(flat, tap.axis(input), len(leading), keep, contributions, leading)
-    return watched.view(*leading, -1)
+    return watched.view(*leading, flat.shape[-1])
+
+
+def _grouped_mm(tap: Interception, func: Any, input: Tensor, weight: Tensor, *, offs: Any = None, **options: Any) -> Any:
+    """Rows sorted by expert, each multiplied with its expert's matrix; ``offs`` says where each expert's rows end."""
+    known = isinstance(offs, Tensor) and weight.ndim == 3 and tap.chosen(weight) and input.ndim == 2
+    if not known or tap.chosen(input) or tap.axis(input) == SHARED:
+        return NotImplemented
+    result = func(input, tap.gate(weight), offs=offs, **options)
+
+    def contributions(rows: Grouping, gradient: Tensor, inputs: Tensor, ends: Tensor) -> Reports:
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                mine = rows.part(start, end)
+                outer = Outer(mine(inputs[start:end]), mine(gradient[start:end]))
+                yield weight, Inside(outer, expert, weight.shape[1])
+            start = end
+
+    axis = 0 if tap.examples == 1 else UNKNOWN
+    return tap.watch(result, axis, 1, (input, offs), contributions)
+
+
+def _bmm(tap: Interception, func: Any, input: Tensor, mat2: Tensor) -> Any:
+    """A stack of matrices, each with rows of its own."""
+    result = _stacked(tap, lambda weight: func(input, weight), input, mat2, None)
+    return _replay(tap, func, input, mat2) if result is NotImplemented else result
+
+
+def _baddbmm(tap: Interception, func: Any, input: Tensor, batch1: Tensor, batch2: Tensor, **options: Any) -> Any:
+    plain = not options and input.ndim == 3 and input.shape[1] == 1 and input.shape[0] == len(batch2)
+    if not plain or (tap.axis(input) != SHARED and not tap.chosen(input)):
+        return _replay(tap, func, input, batch1, batch2, **options)
+    return _stacked(tap, lambda weight: func(tap.gate(input), batch1, weight), batch1, batch2, input)
+
+
+def _stacked(
+    tap: Interception, product: Callable[[Tensor], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Any:
+    """[e, r, i] times [e, i, o], plus [e, 1, o]."""
+    fits = input.ndim == weight.ndim == 3 and tap.chosen(weight) and not tap.chosen(input)
+    axis = tap.axis(input) if fits else SHARED
+    axis = 1 if tap.examples == 1 and fits else axis
+    if axis not in (1, UNKNOWN) or input.shape[0] != weight.shape[0]:
+        return NotImplemented
+    size = input.shape[1]
+
+    def contributions(rows: Grouping, gradient: Tensor, inputs: Tensor) -> Reports:
+        for place, (x, g) in enumerate(zip(inputs, gradient, strict=True)):
+            mine = rows.part(place * size, (place + 1) * size)
+            yield weight, Inside(Outer(mine(x), mine(g)), place, weight.shape[1])
+            if tap.chosen(bias):
+                assert bias is not None
+                yield bias, Inside(Sum(mine(g)), place, 1)
+
+    return tap.watch(product(tap.gate(weight)), axis, 2, (input,), contributions)
+
+
+def _cat(tap: Interception, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """Tensors made of parameters beside the examples' own, along another dim."""
+    others = [t for t in tensors if not tap.chosen(t)]
+    if not others or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
+        return NotImplemented
+    result = func([tap.gate(t) for t in tensors], dim)
+    if _axis_of(tap, func, (tensors, dim), {}, result) != 0 or dim % result.ndim == 0:
+        return NotImplemented
+    dim = dim % result.ndim
+
+    def contributions(rows: Grouping, gradient: Tensor) -> Reports:
+        for tensor, part in zip(tensors, gradient.split([t.shape[dim] for t in tensors], dim), strict=True):
+            if tap.chosen(tensor):
+                yield tensor, Placed(part.reshape(tap.examples, -1, *part.shape[1:]))
+
+    return tap.watch(result, 0, 1, (), contributions)
 
 
 def _embedding(
@@ -97,7 +172,8 @@ def _index_select(tap: Interception, func: Any, input: Tensor, dim: int, index: 
 
 def _rows_of(tap: Interception, result: Tensor, index: Tensor, table: Tensor, padding: int | None) -> Tensor:
     def contributions(rows: Grouping, gradient: Tensor, index: Tensor) -> Reports:
-        places, errors = rows(index) % len(table), rows(gradient.reshape(*index.shape, -1))
+        width = table[0].numel()
+        places, errors = rows(index) % len(table), rows(gradient.reshape(*index.shape, width))
         if padding is not None:
             errors = errors.masked_fill((places == padding % len(table))[..., None], 0)
         yield table, Rows(places, errors) if table.ndim > 1 else Direct(_scattered(places, errors, len(table)))
@@ -483,6 +559,10 @@ RULES: dict[Any, Rule] = {
     **_named(_matmul, "matmul", "mm", "__matmul__"),
     functional.embedding: _embedding,
     Tensor.__getitem__: _item,
+    **({functional.grouped_mm: _grouped_mm} if hasattr(functional, "grouped_mm") else {}),
+    **_named(_bmm, "bmm"),
+    **_named(_baddbmm, "baddbmm"),
+    **_named(_cat, "cat", "concat", "concatenate"),
     **_named(_index_select, "index_select"),
     functional.conv1d: _convolution(1),
     functional.conv2d: _convolution(2),
