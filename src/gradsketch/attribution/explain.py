@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.attribution.gradients import evaluating
+from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened

@@ -20,10 +20,14 @@ __all__ = ["Point", "Reserve"]
 
 @dataclass
 class Point:
-    """The values at one w: plain, and (once asked for) as functions of w for autograd."""
+    """The values at one w: plain, and (once asked for) as functions of w for autograd.
 
-    w: Tensor
+    ``source`` is the tensor that w was read from, which need not be the Subspace's own: a stand-in has a graph apart.
+    """
+
+    source: Tensor
     version: int
+    w: Tensor
     plain: dict[str, Tensor]
     tracked: dict[str, Tensor] | None = None
     gradient: _Gradient | None = None
@@ -33,7 +37,7 @@ class Point:
     @torch.no_grad()
     def at(cls, w: Float[Tensor, " d"], parameters: Parameters, sketch: Sketch) -> Point:
         """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
-        version, w = w._version, w.detach().clone()
+        source, version, w = w, w._version, w.detach().clone()
         with full_precision(w.device):
             delta = sketch._apply_adjoint(w.to(widened(w.dtype))[None])[0]
         if _share_memory(delta, w):
@@ -42,7 +46,12 @@ class Point:
         for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
             in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
             plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
-        return cls(w, version, plain)
+        return cls(source, version, w, plain)
+
+    def is_made_from(self, w: Tensor) -> bool:
+        """Whether this is the point of that very tensor, unless an optimiser wrote past its version counter."""
+        same_kind = (self.w.dtype, self.w.device) == (w.dtype, w.device)
+        return self.source is w and self.version == w._version and same_kind
 
     def track(self, w: Tensor, sketch: Sketch, reserve: Reserve) -> None:
         """Make the values functions of w."""

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
+from gradsketch.gradients.differentiating import differentiating
 from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.capture import Capture, as_found
+from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Rows, wide
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
@@ -60,7 +61,7 @@ def gradient_gram(
     """
     tensors = dict(parameters or Parameters(model))
     capture = Capture(getattr(model, "_orig_mod", model), as_task(task), tensors, method)
-    with as_found(capture.model, tensors):
+    with differentiating(capture.model, tensors):
         losses_x, x = _collected(capture, batch_x)
         losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, batch_y)
     example = next(iter(tensors.values()))

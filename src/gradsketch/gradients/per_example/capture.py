@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -18,10 +17,10 @@ from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradien
 from gradsketch.gradients.per_example.interception import Interception, reached
 from gradsketch.gradients.per_example.layout import Layout, Layouts
 from gradsketch.gradients.per_example.proof import prove_layouts
-from gradsketch.gradients.per_example.rules import RULES, coupled
+from gradsketch.gradients.per_example.rules import RULES
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Capture", "as_found"]
+__all__ = ["Capture"]
 
 # Called with a parameter's name, a contribution, and the examples it belongs to.
 Sink = Callable[[str, Contribution, slice], None]
@@ -31,7 +30,7 @@ class Capture:
     """Hands every contribution to the per-example gradients of chosen parameters to a sink, batch after batch.
 
     Remembers what earlier batches taught: the layouts that were proved, and which parameters need the slow path. Call
-    it inside ``as_found``.
+    it inside ``differentiating``.
     """
 
     def __init__(
@@ -139,30 +138,3 @@ class Capture:
             rest = batch_slice(batch, done, batch_length(batch))
             for position, gradients in gradients_by_loop(self.model, self.task, rest, tensors):
                 yield done + position, gradients
-
-
-@contextmanager
-def as_found(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise coupled("a BatchNorm in training mode")
-    before = [(p, p.requires_grad) for p in {*model.parameters(), *tensors.values()}]
-    chosen = {id(t) for t in tensors.values()}
-    with ExitStack() as stack:
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in before])
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        try:
-            yield
-        except RuntimeError as error:
-            if "use_reentrant=True" not in str(error):
-                raise
-            raise InputError(
-                "a model that checkpoints activations with use_reentrant=True",
-                "checkpoints that know torch.autograd.grad",
-                'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
-            ) from error

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.differentiating import differentiating
 from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.capture import Capture, as_found
+from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, Task, as_task
@@ -95,7 +96,7 @@ class GradientSketcher:
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
         start = time.perf_counter()
-        with as_found(self.model, self._tensors):
+        with differentiating(self.model, self._tensors):
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
