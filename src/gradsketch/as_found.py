@@ -149,8 +149,8 @@ class RandomState(Keeper):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode meanwhile."""
-    with Modes(model):
+    """Put the model into evaluation mode meanwhile; forward passes write to copies of its buffers."""
+    with Modes(model), buffers_aside(model):
         model.eval()
         yield
 
@@ -218,23 +218,32 @@ class _Notes(NamedTuple):
         plain = {name: value for name, value in vars(module).items() if name != "training" and name[0] != "_"}
         return cls(module, dict(module._buffers), plain)
 
-    def replaced(self) -> list[str]:
-        """Return the names under which now stands another tensor of the same kind, or none."""
-        now = self.module._buffers
-        return [name for name, old in self.buffers.items() if now.get(name) is not old and _alike(now.get(name), old)]
-
     def put_back_described(self) -> None:
         """Where a buffer was replaced, put back what describes it."""
-        if self.replaced():
+        if self._replaced():
             vars(self.module).update(self.attributes)
 
     def put_back(self) -> None:
+        """Put back replaced buffers, on the device and in the dtype of what replaced them, and what describes them."""
         self.put_back_described()
-        self.module._buffers.update({name: self.buffers[name] for name in self.replaced()})
+        for name, old in self._replaced().items():
+            now = self.module._buffers.get(name)
+            self.module._buffers[name] = old if now is None or old is None else old.to(now.device, now.dtype)
+
+    def _replaced(self) -> dict[str, Tensor | None]:
+        """Return buffers in whose place is now another, or none; one that was merely moved or cast does not count."""
+        now = self.module._buffers
+        return {
+            name: old
+            for name, old in self.buffers.items()
+            if now.get(name) is not old and not _is_moved(now.get(name), old)
+        }
 
 
-def _alike(now: Tensor | None, old: Tensor | None) -> bool:
-    return now is None or old is None or (now.device, now.dtype) == (old.device, old.dtype)
+def _is_moved(now: Tensor | None, old: Tensor | None) -> bool:
+    if now is None or old is None:
+        return False
+    return now.shape == old.shape and (now.device, now.dtype) != (old.device, old.dtype)
 
 
 def _equal(old: Tensor, now: Tensor) -> bool:

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["Point", "Reserve"]
+__all__ = ["Point", "Reserve", "is_differentiated"]
+
+
+def is_differentiated(w: Tensor) -> bool:
+    """Whether what is computed from w has a derivative with respect to it, in reverse or in forward mode."""
+    return (torch.is_grad_enabled() and w.requires_grad) or forward_ad.unpack_dual(w).tangent is not None
 
 
 @dataclass
@@ -98,12 +104,20 @@ class _Lift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, values: list[Tensor], gradient: _Gradient) -> tuple[Tensor, ...]:
         ctx.gradient, ctx.dtype = gradient, w.dtype
+        ctx.kinds = [(value.shape, value.dtype) for value in values]
         ctx.set_materialize_grads(False)
         return tuple(value.detach() for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         return ctx.gradient.sketched(grads).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
+        with full_precision(tangent.device):
+            delta = ctx.gradient.sketch._apply_adjoint(tangent.to(widened(tangent.dtype))[None])[0]
+        parts = delta.split([shape.numel() for shape, _ in ctx.kinds])
+        return tuple(part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.kinds, strict=True))
 
 
 class _Tap(torch.autograd.Function):
@@ -125,6 +139,10 @@ class _Tap(torch.autograd.Function):
         if grad is not None:
             ctx.gradient.add(ctx.name, grad)
         return None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: None) -> Tensor | None:
+        return None if tangent is None else tangent.view_as(tangent)
 
 
 class _Gradient:

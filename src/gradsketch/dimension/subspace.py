@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import Buffers, Modes, Trainability
 from gradsketch.dimension import saving
-from gradsketch.dimension.lifting import Point, Reserve
+from gradsketch.dimension.lifting import Point, Reserve, is_differentiated
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
@@ -136,7 +136,7 @@ class Subspace(nn.Module):
         if point is None or not point.is_made_from(self.w):
             del point  # or the old buffer would live on while the new one is made
             point = self._move()
-        if not (torch.is_grad_enabled() and self.w.requires_grad):
+        if not is_differentiated(self.w):
             return point.plain[name]
         if point.tracked is None:
             point.track(self.w, self.sketch, self._reserve)
