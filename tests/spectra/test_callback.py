@@ -98,7 +98,8 @@ def test_by_default_it_is_due_at_the_steps_of_the_paper(monkeypatch, tmp_path):
 
 def test_submodules_keep_their_own_modes(monkeypatch, tmp_path):
     seen = []
-    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Dropout(0.5).eval()).train()
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Dropout(0.5))
+    model[1].eval()
     monkeypatch.setattr(
         "gradsketch.spectra.callback.spectrum_over", lambda *_, **__: seen.extend(m.training for m in model.modules())
     )
