@@ -56,29 +56,40 @@ def stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     """Let tensors take the place of the parameters and buffers of these names until the block ends.
 
     A tensor stands under every name of what it replaces, so ties stay ties. Blocks may be nested. Keep the block open
-    until the backward pass is over. Whatever else was registered or removed meanwhile is undone at the end.
+    until the backward pass is over. Whatever else their modules registered or removed meanwhile is undone at the end.
 
     Raises:
         InputError: the model has no parameter or buffer of that name.
     """
-    own = held(model)
-    if unknown := [name for name in tensors if name not in own]:
-        raise InputError(
-            f"a tensor to stand for {unknown[0]!r}, which {type(model).__name__} does not have",
-            "names of its parameters and buffers",
-            "List them with [name for name, _ in model.named_parameters()]",
-        )
-    others = {id(own[name]): tensor for name, tensor in tensors.items()}
-    found = [_Found.of(module) for module in model.modules()]
+    others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
+    found = [_Found.of(module) for module in model.modules() if _holds(module, others)]
     try:
-        for module in model.modules():
-            for places in (module._parameters, module._buffers):
-                stood: dict[str, Any] = places
-                stood.update({name: others[id(t)] for name, t in stood.items() if id(t) in others})
+        for was in found:
+            was.replace(others)
         yield
     finally:
         for was in found:
             was.put_back()
+
+
+def _holds(module: nn.Module, tensors: Mapping[int, Tensor]) -> bool:
+    return any(id(tensor) in tensors for tensor in (*module._parameters.values(), *module._buffers.values()))
+
+
+def _own(model: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        own: Any = module._parameters.get(attribute, module._buffers.get(attribute))
+    except AttributeError:
+        own = None
+    if own is None:
+        raise InputError(
+            f"a tensor to stand for {name!r}, which {type(model).__name__} does not have",
+            "names of its parameters and buffers",
+            "List them with [name for name, _ in model.named_parameters()]",
+        )
+    return own  # type: ignore[no-any-return]
 
 
 class _Found(NamedTuple):
@@ -95,6 +106,11 @@ class _Found(NamedTuple):
         kept = ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ()
         flat = {name: vars(module)[name] for name in kept if name in vars(module)}
         return cls(module, dict(module._parameters), dict(module._buffers), flat)
+
+    def replace(self, others: Mapping[int, Tensor]) -> None:
+        both: tuple[dict[str, Any], ...] = (self.module._parameters, self.module._buffers)
+        for places in both:
+            places.update({name: others[id(tensor)] for name, tensor in places.items() if id(tensor) in others})
 
     def put_back(self) -> None:
         for places, originals in ((self.module._parameters, self.parameters), (self.module._buffers, self.buffers)):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from gradsketch.evaluation.cost import interleaved_seconds, peak_bytes
 from gradsketch.evaluation.quality import Quality, check_wanted, needed_size, sketch_quality
 from gradsketch.gradients.data import Batcher, to_device
-from gradsketch.gradients.differentiating import differentiating
 from gradsketch.gradients.gram import gradient_gram
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example import GradientSketcher
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
-from gradsketch.gradients.differentiating import differentiating
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Rows, wide
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
 from gradsketch.transforms.precision import full_precision

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
-from gradsketch.gradients.differentiating import differentiating
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Contribution
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
