@@ -254,6 +254,16 @@ def test_parameters_of_the_model_inside_are_taken_where_it_stands(opened) -> Non
     torch.testing.assert_close(got, gs.loss_gradient(point, losses, BATCH, dtype=torch.float64))
 
 
+def test_what_the_subspace_moves_does_not_pass_for_what_was_selected(opened) -> None:
+    subspace, _ = opened
+
+    def headless(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model.body(batch[0]).square().sum(1)
+
+    with pytest.raises(gs.InputError, match=r"depends on none of the 1 selected parameters, 'head\.weight'"):
+        gs.loss_gradient(subspace.model, headless, BATCH, gs.Parameters(subspace.model, "head.weight", frozen=True))
+
+
 @pytest.mark.parametrize("method", ["auto", "outer", "vmap", "loop", "implicit"])
 def test_sketches_by_parameters_that_are_read_elsewhere_are_refused(opened, method) -> None:
     subspace, point = opened

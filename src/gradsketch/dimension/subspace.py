@@ -28,8 +28,9 @@ class Subspace(nn.Module):
     (arXiv 2402.03994) as the map. Train it like any module; the gradient of ``w`` is Phi ∇L exactly. The parameters
     are never written to: the model reads theta0 + Phiᵀ w from one buffer of n numbers, made anew when ``w`` has
     changed. Until ``close()`` the model itself computes at theta0 + Phiᵀ w too, so ``model.generate`` and evaluation
-    code work; its own ``state_dict`` still holds theta0. Use it as a context manager, or ``close()`` it, and the model
-    is as it was found (weights, buffers, modes, requires_grad), also after an exception.
+    code work; its own ``state_dict`` still holds theta0. Its ``hessian`` is that at this point, and the ``hessian`` of
+    the Subspace is Phi H Phiᵀ. Use it as a context manager, or ``close()`` it, and the model is as it was found
+    (weights, buffers, modes, requires_grad), also after an exception.
 
     Args:
         model: any module; afterwards also reachable as ``.model``.
