@@ -96,6 +96,20 @@ def test_by_default_it_is_due_at_the_steps_of_the_paper(monkeypatch, tmp_path):
     assert taken == [0, 10, 50, 100, 150, 200, 250, 500, 1000, 2000]
 
 
+def test_submodules_keep_their_own_modes(monkeypatch, tmp_path):
+    seen = []
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Dropout(0.5))
+    model[1].eval()
+    monkeypatch.setattr(
+        "gradsketch.spectra.callback.spectrum_over", lambda *_, **__: seen.extend(m.training for m in model.modules())
+    )
+    callback = gs.SpectrumCallback(task, {"input_ids": torch.zeros(1, 2)}, at=(0,))
+    state = transformers.TrainerState(global_step=0)
+    callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, model=model)
+    assert seen == [False, False, False]
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
 def test_bad_input_is_named():
     callback = gs.SpectrumCallback(task, {"input_ids": torch.zeros(1, 2)})
     with pytest.raises(gs.InputError, match="has not run"):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from gradsketch.errors import NonFiniteError
 from gradsketch.gradients.data import batch_length, differentiable
 from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.capture import Capture, as_found
+from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Outer, Rows, wide
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
 from gradsketch.transforms.precision import full_precision
@@ -61,7 +62,7 @@ def gradient_gram(
     """
     tensors = dict(parameters or Parameters(model))
     capture = Capture(getattr(model, "_orig_mod", model), as_task(task), tensors, method)
-    with torch.inference_mode(False), as_found(capture.model, tensors):
+    with differentiating(capture.model, tensors):
         losses_x, x = _collected(capture, differentiable(batch_x))
         losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, differentiable(batch_y))
     example = next(iter(tensors.values()))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
 from gradsketch.gradients.curvature.objective import LossFunction
@@ -92,12 +93,8 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
         due = step in self.at or (self.every > 0 and step % self.every == 0)
         if not due or not state.is_world_process_zero:
             return
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
-        finally:
-            model.train(was_training)
 
     def _load(self, model: Any) -> Any:
         parameters = Parameters(model, self.parameters)

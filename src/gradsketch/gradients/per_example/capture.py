@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, Literal
@@ -29,10 +28,10 @@ from gradsketch.gradients.per_example.interception import (
 )
 from gradsketch.gradients.per_example.owners import spread_weights
 from gradsketch.gradients.per_example.provenance import Provenance
-from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT, coupled
+from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Capture", "as_found"]
+__all__ = ["Capture"]
 
 # Of the batches that show nothing new, the share that is audited all the same.
 _AUDITED_SHARE = 0.01
@@ -63,7 +62,7 @@ class Capture:
     """Hands every contribution to the per-example gradients of chosen parameters to a consumer, batch after batch.
 
     Remembers what earlier batches taught: which parameters need the exact path, and what was audited. Call it inside
-    ``as_found``.
+    ``differentiating``.
     """
 
     def __init__(
@@ -454,30 +453,3 @@ def _refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
                 kind = f"of dtype {tensor.dtype}" if tensor.is_complex() else kind
                 kind = "made in inference mode" if tensor.is_inference() else kind
                 raise InputError(f"parameter {name!r} {kind}", wanted, fix)
-
-
-@contextmanager
-def as_found(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise coupled("a BatchNorm in training mode")
-    before = [(p, p.requires_grad) for p in {*model.parameters(), *tensors.values()}]
-    chosen = {id(t) for t in tensors.values()}
-    with ExitStack() as stack:
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in before])
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
-        if "torch._dynamo" in sys.modules:  # something may be compiled: a module, a method, a function of the loss
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
-        try:
-            yield
-        except RuntimeError as error:
-            if "use_reentrant=True" not in str(error):
-                raise
-            raise InputError(
-                "a model that checkpoints activations with use_reentrant=True",
-                "checkpoints that know torch.autograd.grad",
-                'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
-            ) from error

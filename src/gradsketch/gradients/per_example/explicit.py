@@ -25,8 +25,8 @@ def gradients_by_loop(
 ) -> Iterator[tuple[int, Gradients]]:
     """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone.
 
-    ``whole`` runs whole backward passes and reads ``.grad``, which reversible layers fill by backward passes of their own;
-    otherwise only what the chosen tensors need is run. Call it where ``.grad`` is set aside.
+    ``whole`` runs whole backward passes and reads ``.grad``, which reversible layers fill by backward passes of their
+    own; otherwise only what the chosen tensors need is run. Call it where ``.grad`` is set aside.
     """
     for position in range(batch_length(batch)):
         loss = task.losses(model, batch_slice(batch, position, position + 1)).sum()

@@ -69,7 +69,9 @@ def _product(
     return watched.view(*leading, flat.shape[-1])
 
 
-def _grouped_mm(tap: Interception, func: Any, input: Tensor, weight: Tensor, *, offs: Any = None, **options: Any) -> Any:
+def _grouped_mm(
+    tap: Interception, func: Any, input: Tensor, weight: Tensor, *, offs: Any = None, **options: Any
+) -> Any:
     """Rows sorted by expert, each multiplied with its expert's matrix; ``offs`` says where each expert's rows end."""
     known = isinstance(offs, Tensor) and weight.ndim == 3 and tap.chosen(weight) and input.ndim == 2
     if not known or tap.chosen(input) or tap.axis(input) == SHARED:

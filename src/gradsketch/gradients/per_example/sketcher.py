@@ -16,8 +16,9 @@ from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.audit import Audits
-from gradsketch.gradients.per_example.capture import Capture, as_found
+from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
@@ -96,7 +97,7 @@ class GradientSketcher:
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
         start = time.perf_counter()
-        with torch.inference_mode(False), as_found(self.model, self._tensors):
+        with differentiating(self.model, self._tensors):
             batch = differentiable(batch)
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
