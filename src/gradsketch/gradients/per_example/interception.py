@@ -119,7 +119,9 @@ class Interception(TorchFunctionMode):
         result = self._use(func, args, kwargs, used) if used else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype is not self.dtype and result.requires_grad:
             self.dtype = coarser(self.dtype, result.dtype)
-        if self.examples > 1 and func not in self.transparent:
+        if id(result) in self._derived:
+            self.provenance.place(result, SHARED)
+        elif self.examples > 1 and func not in self.transparent:
             self.provenance.follow(func, args, kwargs, result)
         return result
 
@@ -251,7 +253,7 @@ class Interception(TorchFunctionMode):
             return
         with full_precision(gradient.device):
             if call.shape is not None:
-                gradient = gradient.reshape(*call.shape, -1)
+                gradient = gradient.reshape(*call.shape, gradient.shape[-1])
             if self._weights is not None:
                 call.weighted = projected(gradient, call.leading) if call.axis < 0 else None
                 return
@@ -469,9 +471,12 @@ def _reshaped(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Pas
 def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
     """Rows of an embedding that all examples share, as those of positions."""
     index: Tensor = args[0] if args else kwargs["input"]
-    special = [*args[2:], *(v for k, v in kwargs.items() if k not in ("input", "weight"))]
-    if any(special[:2]) or any(special[3:]):
-        return None  # padding and renormalisation are autograd's business
+    padding, renormalised, by_frequency = (
+        args[place] if len(args) > place else kwargs.get(name)
+        for place, name in ((2, "padding_idx"), (3, "max_norm"), (5, "scale_grad_by_freq"))
+    )
+    if padding is not None or renormalised is not None or by_frequency:
+        return None  # that is autograd's business
 
     def passing(contribution: Contribution) -> Contribution:
         if isinstance(contribution, Placed) and index.ndim > 1:

@@ -70,10 +70,10 @@ def _product(
 
 
 def _grouped_mm(
-    tap: Interception, func: Any, input: Tensor, weight: Tensor, *, offs: Any = None, **options: Any
+    tap: Interception, func: Any, input: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, **options: Any
 ) -> Any:
     """Rows sorted by expert, each multiplied with its expert's matrix; ``offs`` says where each expert's rows end."""
-    known = isinstance(offs, Tensor) and weight.ndim == 3 and tap.chosen(weight) and input.ndim == 2
+    known = isinstance(offs, Tensor) and bias is None and weight.ndim == 3 and tap.chosen(weight) and input.ndim == 2
     if not known or tap.chosen(input) or tap.axis(input) == SHARED:
         return NotImplemented
     result = func(input, tap.gate(weight), offs=offs, **options)
@@ -478,7 +478,9 @@ def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     others = [t for t in given if not tap.chosen(t)]
     if axis < 0 or not others:
         return NotImplemented
-    axes = [tap.axis(t) for t in others]
+    axes = [_axis_beside(tap, func, args, t, result, axis) for t in others]
+    if any(_axis_beside(tap, func, args, t, result, axis) >= 0 for t in given if tap.chosen(t)):
+        return NotImplemented  # made of parameters, and with entries of its own for each example
     parameters = list({id(t): t for t in given if tap.chosen(t)}.values())
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
@@ -503,6 +505,20 @@ def _axis_of(tap: Interception, func: Any, args: Any, kwargs: Any, result: Tenso
         return 0
     tap.provenance.follow(func, args, kwargs, result)
     return tap.provenance.axis(result)
+
+
+def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result: Tensor, axis: Axis) -> Axis:
+    """Return the dim along which an operand is cut with the result, also where it is a constant of the batch's size."""
+    known = tap.axis(tensor)
+    if known >= 0 or tap.examples == 1:
+        return known if tap.examples > 1 else SHARED
+    if isinstance(args[0], str) and "->" in args[0]:
+        left, right = args[0].replace(" ", "").split("->")
+        letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
+        return letters.find(right[axis])
+    place = axis - result.ndim
+    whole = tap.provenance.is_elementwise(func) and tensor.ndim >= -place and result.shape[axis] > 1
+    return tensor.ndim + place if whole and tensor.shape[place] == result.shape[axis] else SHARED
 
 
 def _part(tensor: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
@@ -561,7 +577,7 @@ RULES: dict[Any, Rule] = {
     **_named(_matmul, "matmul", "mm", "__matmul__"),
     functional.embedding: _embedding,
     Tensor.__getitem__: _item,
-    **({functional.grouped_mm: _grouped_mm} if hasattr(functional, "grouped_mm") else {}),
+    **{owner._grouped_mm: _grouped_mm for owner in (torch,) if hasattr(owner, "_grouped_mm")},
     **_named(_bmm, "bmm"),
     **_named(_baddbmm, "baddbmm"),
     **_named(_cat, "cat", "concat", "concatenate"),
