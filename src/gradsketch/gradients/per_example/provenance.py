@@ -64,7 +64,8 @@ class Provenance:
             return int(tag[1])
         if id(tensor) in self._batch:
             return 0 if tensor.ndim and tensor.shape[0] == self.examples else UNKNOWN
-        return SHARED if id(tensor) in self._constants else UNKNOWN
+        # What was made before this pass, or outside torch, is a constant of it unless gradients pass through.
+        return UNKNOWN if tensor.requires_grad and id(tensor) not in self._constants else SHARED
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note where the examples stand in a function's result."""
@@ -85,6 +86,11 @@ class Provenance:
     def is_elementwise(self, func: Any) -> bool:
         """Whether a function works entry by entry."""
         return function_name(func) in _ELEMENTWISE
+
+    def cuts_alike(self, func: Any) -> bool:
+        """Whether operands that count examples do so in the dim in which the result does, counted from the right."""
+        name = function_name(func)
+        return name in _ELEMENTWISE or _HANDLERS.get(name) in (_product, _first_dim)
 
     def place(self, tensor: Tensor, axis: Axis) -> None:
         """Note which dim of a tensor counts the examples."""

@@ -460,13 +460,15 @@ def _expand(tap: Interception, func: Any, input: Tensor, *sizes: Any, **named: A
         yield input, Sum(terms.reshape(*terms.shape[:2], *input.shape))
 
     watched = tap.watch(result.clone(), 0, 1, (), contributions)
-    tap.provenance.place(watched, 0)
+    tap.place(watched, 0)
     return watched
 
 
 def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other function whose dim of examples is known: run again on each example alone."""
-    if not tap.provenance.follows(func):
+    given = list(tensors_in((*args, *kwargs.values())))
+    others = [t for t in given if not tap.chosen(t)]
+    if not tap.provenance.follows(func) or all(tap.axis(t) == SHARED for t in others):
         return NotImplemented
     result = func(*_map(args, tap.gate), **_map(kwargs, tap.gate))
     if not isinstance(result, Tensor) or not result.requires_grad or any(result is a for a in args):
@@ -474,30 +476,37 @@ def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     if tap.provenance.is_elementwise(func):
         result = result.clone()  # some keep their result for backward, where a watch would be a change of it
     axis = _axis_of(tap, func, args, kwargs, result)
-    given = list(tensors_in((*args, *kwargs.values())))
-    others = [t for t in given if not tap.chosen(t)]
-    if axis < 0 or not others:
+    if axis < 0:
         return NotImplemented
     axes = [_axis_beside(tap, func, args, t, result, axis) for t in others]
-    if any(_axis_beside(tap, func, args, t, result, axis) >= 0 for t in given if tap.chosen(t)):
-        return NotImplemented  # made of parameters, and with entries of its own for each example
     parameters = list({id(t): t for t in given if tap.chosen(t)}.values())
+    own = [_axis_beside(tap, func, args, p, result, axis) for p in parameters]  # with entries of each example's own
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
         for i in range(tap.examples):
             with torch.enable_grad():
-                parts_of = (_part(t, a, i, tap.examples) for t, a in zip(kept, axes, strict=True))
-                alone = dict(zip(map(id, others), parts_of, strict=True))
-                fresh = {id(p): p.detach().requires_grad_() for p in parameters}
-                out = func(*_put(args, alone | fresh), **_put(kwargs, alone | fresh))
-            parts = torch.autograd.grad(
-                out, list(fresh.values()), _part(gradient, axis, i, tap.examples), allow_unused=True
-            )
-            for parameter, part in zip(parameters, parts, strict=True):
+                cut = [_part(t, a, i, tap.examples) for t, a in zip(kept, axes, strict=True)]
+                leaves = [
+                    _part(p.detach(), a, i, tap.examples).requires_grad_() for p, a in zip(parameters, own, strict=True)
+                ]
+                alone = dict(zip(map(id, (*others, *parameters)), (*cut, *leaves), strict=True))
+                out = func(*_put(args, alone), **_put(kwargs, alone))
+            parts = torch.autograd.grad(out, leaves, _part(gradient, axis, i, tap.examples), allow_unused=True)
+            for parameter, part, place in zip(parameters, parts, own, strict=True):
                 if part is not None:
-                    yield parameter, Direct(part[None]), slice(i, i + 1)
+                    whole = _whole(part, parameter, place, i, tap.examples)
+                    yield parameter, Direct(whole[None]), slice(i, i + 1)
 
     return tap.watch(result, axis, axis + 1, tuple(others), contributions)
+
+
+def _whole(part: Tensor, parameter: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
+    """Return the gradient of the parameter, given that of the entries of one example."""
+    if axis < 0:
+        return part
+    whole = torch.zeros_like(parameter)
+    _part(whole, axis, example, examples).copy_(part)
+    return whole
 
 
 def _axis_of(tap: Interception, func: Any, args: Any, kwargs: Any, result: Tensor) -> Axis:
@@ -517,8 +526,8 @@ def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result
         letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
         return letters.find(right[axis])
     place = axis - result.ndim
-    whole = tap.provenance.is_elementwise(func) and tensor.ndim >= -place and result.shape[axis] > 1
-    return tensor.ndim + place if whole and tensor.shape[place] == result.shape[axis] else SHARED
+    alike = tap.provenance.cuts_alike(func) and tensor.ndim >= -place and result.shape[axis] > 1
+    return tensor.ndim + place if alike and tensor.shape[place] == result.shape[axis] else SHARED
 
 
 def _part(tensor: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
