@@ -209,6 +209,12 @@ class Interception(TorchFunctionMode):
 
     # Backward.
 
+    def close(self) -> None:
+        """Let go of everything: calls and rules refer to each other, and a graph would wait for the collector."""
+        self.calls.clear()
+        self._derived.clear()
+        self._gates.clear()
+
     @property
     def must_measure(self) -> bool:
         """Whether some call's rows are not known to be in order."""

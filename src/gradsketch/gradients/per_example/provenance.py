@@ -52,6 +52,7 @@ class Provenance:
     def __init__(self, examples: int, batch: Any, constants: Mapping[int, Tensor]) -> None:
         self.examples, self._constants = examples, constants
         self._batch = {id(t): t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)}
+        self._pass = object()  # tags stay on tensors, so they must not hold anything
         self._written: set[int] = set()
         self._probes: dict[Any, Any] = {}
 
@@ -60,7 +61,7 @@ class Provenance:
         if self._written and self._memory(tensor) in self._written:
             return UNKNOWN
         tag = getattr(tensor, _TAG, None)
-        if tag is not None and tag[0] is self:
+        if tag is not None and tag[0] is self._pass:
             return int(tag[1])
         if id(tensor) in self._batch:
             return 0 if tensor.ndim and tensor.shape[0] == self.examples else UNKNOWN
@@ -97,7 +98,7 @@ class Provenance:
         self._tag(tensor, axis)
 
     def _tag(self, tensor: Tensor, axis: Axis) -> None:
-        setattr(tensor, _TAG, (self, axis))
+        setattr(tensor, _TAG, (self._pass, axis))
 
     def _memory(self, tensor: Tensor) -> int:
         try:
