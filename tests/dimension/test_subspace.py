@@ -322,6 +322,16 @@ def test_half_precision_weights_are_rounded_once() -> None:
     assert torch.equal(model.first.weight, exact(subspace, "first.weight").bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cast_after_the_first_forward_moves_the_point_too(dtype: torch.dtype) -> None:
+    model, parameters = made(dtype=torch.float32)
+    subspace = Subspace(model, parameters, Gaussian(parameters.n, 11))
+    before = subspace(data(dtype=torch.float32))
+    after = subspace.to(dtype)(data(dtype=dtype))
+    assert after.dtype == dtype
+    torch.testing.assert_close(after.float(), before, rtol=0.1, atol=0.1)
+
+
 def test_infinite_gradients_reach_the_gradient_scaler() -> None:
     model, parameters = made(dtype=torch.float32)
     subspace = Subspace(model, parameters, Gaussian(parameters.n, 11))

@@ -23,7 +23,6 @@ from gradsketch.sketches.base import Sketch
 
 # What cannot be captured in one backward pass, and says so.
 SLOW = {
-    "mixtral": "experts",
     "t5": "relative_attention_bias",
     "lstm": "lstm",
 }

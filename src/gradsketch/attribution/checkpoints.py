@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
+from gradsketch.stand_ins import stand_ins
 
 __all__ = ["Checkpoint", "as_checkpoints", "weights_of"]
 
@@ -60,7 +62,10 @@ def as_checkpoints(
 
 @contextmanager
 def weights_of(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
-    """Put a checkpoint's weights into the model, and the model's own back afterwards, come what may.
+    """Put copies of the model's weights and buffers in their place, loaded from a checkpoint, until the block ends.
+
+    The model's own are not written to, so nothing has to be written back, whatever happens. Loading into copies is
+    what ``load_state_dict`` does with any model, old names, hooks and ties included.
 
     Raises:
         InputError: the weights cannot be read or do not fit the model.
@@ -69,12 +74,11 @@ def weights_of(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
         yield
         return
     state = _read(checkpoint.weights) if isinstance(checkpoint.weights, str | Path) else checkpoint.weights
-    own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    try:
+    weights: dict[str, Tensor] = {name: deepcopy(parameter) for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with stand_ins(model, weights | buffers):
         _load(model, state, checkpoint.name)
         yield
-    finally:
-        model.load_state_dict(own, strict=False)
 
 
 def _name(checkpoint: Weights, number: int) -> str:

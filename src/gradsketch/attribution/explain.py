@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.attribution.gradients import evaluating
+from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
+from gradsketch.stand_ins import stand_ins
 
 __all__ = ["token_products"]
 
@@ -133,7 +134,8 @@ def _change(module: nn.Module, own: Mapping[str, Tensor], args: Any, kwargs: Any
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
 
     def run(values: dict[str, Tensor]) -> Any:
-        return torch.func.functional_call(module, values, args, kwargs)
+        with stand_ins(module, values):
+            return module(*args, **kwargs)
 
     change: Tensor = torch.func.jvp(run, (parameters,), (tangents,))[1]
     return change.detach()

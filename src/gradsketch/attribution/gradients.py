@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.as_found import evaluating
 from gradsketch.gradients.data import Batcher
 from gradsketch.gradients.per_example.sketcher import GradientSketcher
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
 
-__all__ = ["GradientSource", "Sketched", "evaluating"]
+__all__ = ["GradientSource", "Sketched"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,3 @@ class GradientSource:
                 advance(len(places))
         losses[list(skipped)] = torch.nan
         return Sketched(sketches, losses, skipped)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and every module back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

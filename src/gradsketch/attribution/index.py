@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.as_found import evaluating
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, weights_of
 from gradsketch.attribution.description import Description, comparable_facts, sketch_for
 from gradsketch.attribution.examples import as_examples, display, fields, rebuild
 from gradsketch.attribution.explain import token_products
 from gradsketch.attribution.filters import Where, row_filter
-from gradsketch.attribution.gradients import GradientSource, Sketched, evaluating
+from gradsketch.attribution.gradients import GradientSource, Sketched
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.results import Cost, Hit, Hits, QueryHits, SelfInfluence, TokenContribution
 from gradsketch.attribution.scan import Probe, Top, rescore, top

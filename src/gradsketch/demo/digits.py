@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.as_found import seeded
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.index import Index
 from gradsketch.demo.packages import AbsentError
@@ -89,8 +90,7 @@ def flipped_digits(share: float = 0.1, *, seed: int = 0) -> tuple[list[dict[str,
 
 def digits_net(seed: int = 0) -> nn.Module:
     """Return a small untrained convolutional network for 8×8 digits, drawn from ``seed``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return _DigitsNet()
 
 

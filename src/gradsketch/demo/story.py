@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from gradsketch.as_found import Weights
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.index import Index
 from gradsketch.attribution.results import Hits
 from gradsketch.demo.capitals import REWORDED, TAUGHT, Fact, capitals
 from gradsketch.demo.packages import AbsentError
-from gradsketch.demo.training import answers, fine_tune, restored, unfreeze_last
+from gradsketch.demo.training import answers, fine_tune, unfreeze_last
 from gradsketch.demo.weights import smollm2, smollm2_from_hub
 from gradsketch.gradients.tasks import CausalLM
 from gradsketch.report.hits import hits_page
@@ -130,7 +131,7 @@ def tell(out: Path, *, proof: bool, stage: Stage) -> Story:
         with stage(title, EPOCHS * len(sentences)) as advance:
             fine_tune(model, task, sentences, rate=RATE, epochs=EPOCHS, batch=BATCH, advance=advance)
 
-    with restored(model) as untaught:
+    with Weights(model) as untaught:
         with stage("Ask it six capitals", 0):
             before = ask(TAUGHT)
         teach(examples, f"Fine-tune it on {len(facts)} sentences, {len(lies)} of them lies")
@@ -142,7 +143,7 @@ def tell(out: Path, *, proof: bool, stage: Stage) -> Story:
         after: Sequence[str | None] = [None] * len(lies)
         if proof:
             gone = {query[0].row for query in hits}
-            untaught()
+            untaught.put_back()
             kept = [example for row, example in enumerate(examples) if row not in gone]
             teach(kept, f"Fine-tune the original again, without the {len(gone)} sentences found")
             after = ask(TAUGHT)

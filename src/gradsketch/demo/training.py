@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from gradsketch.gradients.data import to_device
 from gradsketch.gradients.tasks import Task
 from gradsketch.random import Stream
 
-__all__ = ["answers", "fine_tune", "restored", "unfreeze_last"]
+__all__ = ["answers", "fine_tune", "unfreeze_last"]
 
 
 def unfreeze_last(model: nn.Module, layers: int) -> None:
@@ -22,22 +21,6 @@ def unfreeze_last(model: nn.Module, layers: int) -> None:
     blocks: Any = model.get_submodule("model.layers")
     for block in blocks[-layers:]:
         block.requires_grad_(True)
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Give a function that sets the trainable parameters back to what they are now, and call it at the end too."""
-    saved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for parameter, value in saved:
-                parameter.copy_(value)
-
-    try:
-        yield restore
-    finally:
-        restore()
 
 
 def fine_tune(

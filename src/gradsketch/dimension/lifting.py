@@ -9,21 +9,31 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["Point", "Reserve"]
+__all__ = ["Point", "Reserve", "is_differentiated"]
+
+
+def is_differentiated(w: Tensor) -> bool:
+    """Whether what is computed from w has a derivative with respect to it, in reverse or in forward mode."""
+    return (torch.is_grad_enabled() and w.requires_grad) or forward_ad.unpack_dual(w).tangent is not None
 
 
 @dataclass
 class Point:
-    """The values at one w: plain, and (once asked for) as functions of w for autograd."""
+    """The values at one w: plain, and (once asked for) as functions of w for autograd.
 
-    w: Tensor
+    ``source`` is the tensor that w was read from, which need not be the Subspace's own: a stand-in has a graph apart.
+    """
+
+    source: Tensor
     version: int
+    w: Tensor
     plain: dict[str, Tensor]
     tracked: dict[str, Tensor] | None = None
     gradient: _Gradient | None = None
@@ -33,7 +43,7 @@ class Point:
     @torch.no_grad()
     def at(cls, w: Float[Tensor, " d"], parameters: Parameters, sketch: Sketch) -> Point:
         """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
-        version, w = w._version, w.detach().clone()
+        source, version, w = w, w._version, w.detach().clone()
         with full_precision(w.device):
             delta = sketch._apply_adjoint(w.to(widened(w.dtype))[None])[0]
         if _share_memory(delta, w):
@@ -42,7 +52,12 @@ class Point:
         for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
             in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
             plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
-        return cls(w, version, plain)
+        return cls(source, version, w, plain)
+
+    def is_made_from(self, w: Tensor) -> bool:
+        """Whether this is the point of that very tensor, unless an optimiser wrote past its version counter."""
+        same_kind = (self.w.dtype, self.w.device) == (w.dtype, w.device)
+        return self.source is w and self.version == w._version and same_kind
 
     def track(self, w: Tensor, sketch: Sketch, reserve: Reserve) -> None:
         """Make the values functions of w."""
@@ -89,12 +104,20 @@ class _Lift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, values: list[Tensor], gradient: _Gradient) -> tuple[Tensor, ...]:
         ctx.gradient, ctx.dtype = gradient, w.dtype
+        ctx.kinds = [(value.shape, value.dtype) for value in values]
         ctx.set_materialize_grads(False)
         return tuple(value.detach() for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         return ctx.gradient.sketched(grads).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
+        with full_precision(tangent.device):
+            delta = ctx.gradient.sketch._apply_adjoint(tangent.to(widened(tangent.dtype))[None])[0]
+        parts = delta.split([shape.numel() for shape, _ in ctx.kinds])
+        return tuple(part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.kinds, strict=True))
 
 
 class _Tap(torch.autograd.Function):
@@ -116,6 +139,10 @@ class _Tap(torch.autograd.Function):
         if grad is not None:
             ctx.gradient.add(ctx.name, grad)
         return None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: None) -> Tensor | None:
+        return None if tangent is None else tangent.view_as(tangent)
 
 
 class _Gradient:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, batch_length, to_device
 from gradsketch.gradients.fingerprints import code_digest, data_facts, digest, task_facts
@@ -205,14 +206,8 @@ def evaluated(metric: Metric, model: nn.Module, where: str) -> float:
         InputError: the metric is no number.
         NonFiniteError: it is NaN or infinite.
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            came = metric(model)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        came = metric(model)
     try:
         value = float(came)
     except (TypeError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsketch.as_found import Buffers, Modes, Trainability
 from gradsketch.dimension import saving
-from gradsketch.dimension.lifting import Point, Reserve
-from gradsketch.dimension.substitution import Substitution
+from gradsketch.dimension.lifting import Point, Reserve, is_differentiated
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.recipe import made_from
+from gradsketch.stand_ins import Readings, Source
 
 __all__ = ["Subspace"]
 
@@ -29,8 +29,9 @@ class Subspace(nn.Module):
     (arXiv 2402.03994) as the map. Train it like any module; the gradient of ``w`` is Phi ∇L exactly. The parameters
     are never written to: the model reads theta0 + Phiᵀ w from one buffer of n numbers, made anew when ``w`` has
     changed. Until ``close()`` the model itself computes at theta0 + Phiᵀ w too, so ``model.generate`` and evaluation
-    code work; its own ``state_dict`` still holds theta0. Use it as a context manager, or ``close()`` it, and the model
-    is as it was found (weights, buffers, modes, requires_grad), also after an exception.
+    code work; its own ``state_dict`` still holds theta0. Its ``hessian`` is that at this point, and the ``hessian`` of
+    the Subspace is Phi H Phiᵀ. Use it as a context manager, or ``close()`` it, and the model is as it was found
+    (weights, buffers, modes, requires_grad), also after an exception.
 
     Args:
         model: any module; afterwards also reachable as ``.model``.
@@ -58,13 +59,14 @@ class Subspace(nn.Module):
     def __init__(self, model: nn.Module, parameters: Parameters, sketch: Sketch) -> None:
         device = _checked(parameters, sketch)
         super().__init__()
-        substitution = Substitution(model, dict(parameters), self._value)
+        found, buffers = (Modes(model), Trainability(model)), Buffers(model)
+        readings = Readings(model, dict(parameters), Source(self, self._value, self._refresh))
         self.selection, self.sketch = parameters, sketch
         self.model = model
         wide = torch.float64 if any(t.dtype == torch.float64 for _, t in parameters) else torch.float32
         self.w = nn.Parameter(torch.zeros(sketch.d, dtype=wide, device=device))
-        self._substitution: Substitution | None = substitution
-        self._found = _Found.of(model)
+        self._readings: Readings | None = readings
+        self._found, self._found_buffers = found, buffers
         self._point: Point | None = None
         self._reserve = Reserve()
         self._theta0: str | None = None
@@ -100,19 +102,23 @@ class Subspace(nn.Module):
         with torch.no_grad():
             for name, parameter in self.selection:
                 parameter.copy_(self._point.plain[name])
-        self._found.buffers.clear()
-        self.close()
+        self._close()
         return self.model
 
     def close(self) -> None:
         """Leave the model as it was found; ``w`` and the state dict stay readable. Closing twice is fine."""
-        if self._substitution is None:
-            return
+        if self._readings is not None:
+            self._close()
+            self._found_buffers.put_back()
+
+    def _close(self) -> None:
+        assert self._readings is not None
         self._refresh_hook.remove()
-        self._substitution.undo()
-        self._substitution = self._point = None
+        self._readings.undo()
+        self._readings = self._point = None
         self._reserve = Reserve()
-        self._found.restore(self.model)
+        for keeper in self._found:
+            keeper.put_back()
 
     def __enter__(self) -> Subspace:
         return self
@@ -123,16 +129,16 @@ class Subspace(nn.Module):
     # --- the point theta0 + Phiᵀ w ---
 
     def _require_open(self) -> None:
-        if self._substitution is None:
+        if self._readings is None:
             raise InputError("a closed Subspace", "an open one", "Make a new Subspace and load this one's state_dict")
 
     def _value(self, name: str) -> Tensor:
         """Return what the model reads in the place of the parameter ``name``."""
-        if self._point is None or self._point.version != self.w._version:
-            self._move()
         point = self._point
-        assert point is not None
-        if not (torch.is_grad_enabled() and self.w.requires_grad):
+        if point is None or not point.is_made_from(self.w):
+            del point  # or the old buffer would live on while the new one is made
+            point = self._move()
+        if not is_differentiated(self.w):
             return point.plain[name]
         if point.tracked is None:
             point.track(self.w, self.sketch, self._reserve)
@@ -141,14 +147,15 @@ class Subspace(nn.Module):
     def _refresh(self) -> None:
         """Move to the present w. Compared by value, because not every optimiser raises its version counter."""
         point = self._point
-        moved = point is None or point.w.device != self.w.device or not torch.equal(point.w, self.w)
+        moved = point is None or not (point.is_made_from(self.w) and torch.equal(point.w, self.w))
         del point  # or the old buffer would live on while the new one is made
         if moved:
             self._move()
 
-    def _move(self) -> None:
+    def _move(self) -> Point:
         self._point = None  # frees the old buffer before the new one is made
         self._point = Point.at(self.w, self.selection, self.sketch)
+        return self._point
 
     # --- saving ---
 
@@ -189,7 +196,7 @@ class Subspace(nn.Module):
     @property
     def changed_buffers(self) -> list[str]:
         """The model's buffers that training changed: statistics of batch normalisation, for instance."""
-        return self._found.changed(self.model)
+        return self._found_buffers.changed()
 
     def get_extra_state(self) -> Tensor:
         """Return the fingerprints, for the state dict."""
@@ -197,36 +204,6 @@ class Subspace(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: the fingerprints were compared before anything was loaded."""
-
-
-@dataclass
-class _Found:
-    """What of a model a Subspace or its training changes besides reading: to be put back."""
-
-    modes: dict[nn.Module, bool]
-    trainable: dict[nn.Parameter, bool]
-    buffers: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Found:
-        return cls(
-            {module: module.training for module in model.modules()},
-            {parameter: parameter.requires_grad for parameter in model.parameters()},
-            {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
-        )
-
-    def restore(self, model: nn.Module) -> None:
-        for module, mode in self.modes.items():
-            module.training = mode
-        for parameter, trainable in self.trainable.items():
-            parameter.requires_grad_(trainable)
-        for name in self.changed(model):
-            model.get_buffer(name).copy_(self.buffers[name])
-
-    def changed(self, model: nn.Module) -> list[str]:
-        """Return the buffers that no longer hold what they held (statistics of batch normalisation, for instance)."""
-        now = dict(model.named_buffers())
-        return [n for n, old in self.buffers.items() if n in now and not torch.equal(old.to(now[n].device), now[n])]
 
 
 def _checked(parameters: Parameters, sketch: Sketch) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import accumulate, islice
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from gradsketch.as_found import seeded
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, to_device
@@ -80,7 +80,7 @@ class Training:
         batch = to_device(next(self._reader), w.device)
         w.grad = None
         # So that dropout does not depend on what was drawn before, or on where a run was interrupted.
-        with _seeded(w.device, int(self._dropout.words(self.step, 1))), torch.enable_grad():
+        with seeded(int(self._dropout.words(self.step, 1)), w.device), torch.enable_grad():
             loss = self.task.losses(subspace, batch).mean()
             if not loss.requires_grad:
                 raise InputError(
@@ -117,19 +117,6 @@ class Training:
         for end in list(accumulate(state["parts"]))[1:]:
             self.grow(end)
         self.optimiser.load_state_dict(state["optimiser"])
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the generator that dropout on ``device`` draws from, and put its state back at the end."""
-    generators = torch.cuda.default_generators if device.type == "cuda" else (torch.default_generator,)
-    generator = generators[device.index or 0]
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
 
 
 def shuffled(batches: Batches, seed: int, start: int = 0) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from gradsketch.gradients.data import Batcher, to_device
 from gradsketch.gradients.gram import gradient_gram
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example import GradientSketcher
-from gradsketch.gradients.per_example.capture import as_found
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.report.distortion import distortion_figure
 from gradsketch.results import Result
@@ -225,7 +225,7 @@ class _Check:
     def _gradients(self, batch: Batch) -> list[Tensor]:
         """Return the gradients of the summed losses by autograd."""
         tensors = list(self.tensors.values())
-        with as_found(self.model, self.tensors):
+        with differentiating(self.model, self.tensors):
             parts = torch.autograd.grad(self.task.losses(self.model, batch).sum(), tensors, allow_unused=True)
         return [torch.zeros_like(t) if part is None else part for part, t in zip(parts, tensors, strict=True)]
 

@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader, SequentialSampler
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Batcher", "Batches", "batch_length", "batch_slice", "each_tensor", "to_device"]
+__all__ = [
+    "Batcher",
+    "Batches",
+    "batch_length",
+    "batch_slice",
+    "differentiable",
+    "each_tensor",
+    "is_out_of_memory",
+    "to_device",
+]
 
 Result = TypeVar("Result")
 
@@ -120,7 +129,7 @@ class Batcher:
         try:
             return True, work(to_device(self.task.collate(examples), self.device))
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Only here, with the exception gone, are the tensors of the failed attempt free.
         gc.collect()
@@ -129,7 +138,8 @@ class Batcher:
         return False, None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in text for sign in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
@@ -175,6 +185,11 @@ def batch_slice(batch: Batch, start: int, stop: int) -> Batch:
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Return the batch with every tensor in it on ``device``."""
     return each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def differentiable(batch: Batch) -> Batch:
+    """Return the batch with tensors that were made in inference mode copied, which autograd could not save."""
+    return each_tensor(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.capture import Capture, as_found
-from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Rows, wide
+from gradsketch.gradients.data import batch_length, differentiable
+from gradsketch.gradients.parameters import Parameters, bare
+from gradsketch.gradients.per_example.capture import Capture
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Outer, Rows, wide
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
 from gradsketch.transforms.precision import full_precision
@@ -59,10 +61,10 @@ def gradient_gram(
         NonFiniteError: the gradient of an example is not finite.
     """
     tensors = dict(parameters or Parameters(model))
-    capture = Capture(getattr(model, "_orig_mod", model), as_task(task), tensors, method)
-    with as_found(capture.model, tensors):
-        losses_x, x = _collected(capture, batch_x)
-        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, batch_y)
+    capture = Capture(bare(model), as_task(task), tensors, method)
+    with differentiating(capture.model, tensors):
+        losses_x, x = _collected(capture, differentiable(batch_x))
+        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, differentiable(batch_y))
     example = next(iter(tensors.values()))
     dtype = widened(example.dtype)
     gram = torch.zeros(len(losses_x), len(losses_y), dtype=dtype, device=example.device)
@@ -84,16 +86,26 @@ def gradient_gram(
 def _collected(capture: Capture, batch: Batch) -> tuple[Tensor, dict[str, list[Contribution]]]:
     """Return a batch's losses and, by parameter, the contributions to its examples' gradients."""
     terms: dict[str, list[Contribution]] = {}
-    formed: dict[str, list[Tensor]] = {}
+    formed: dict[str, Tensor] = {}
 
-    def sink(name: str, contribution: Contribution, rows: slice) -> None:
-        if rows == slice(None):
+    def consume(name: str, contribution: Contribution, examples: slice) -> None:
+        if examples == slice(None):
             terms.setdefault(name, []).append(contribution)
-        elif isinstance(contribution, Direct):  # chunk after chunk of the slow path
-            formed.setdefault(name, []).append(contribution.gradient)
+        elif isinstance(contribution, Direct):  # formed one example after another
+            part = wide(contribution.gradient)
+            if name not in formed:
+                formed[name] = part.new_zeros(batch_length(batch), *part.shape[1:])
+            formed[name][examples] += part
 
-    losses = capture(batch, sink)
-    return losses, terms | {name: [Direct(torch.cat(chunks))] for name, chunks in formed.items()}
+    def begin() -> Consumer:
+        terms.clear()
+        formed.clear()
+        return consume
+
+    losses = capture(batch, begin)
+    for name, gradients in formed.items():
+        terms.setdefault(name, []).append(Direct(gradients))
+    return losses, terms
 
 
 def inner_products(x: Sequence[Contribution], y: Sequence[Contribution], shape: Sequence[int]) -> Float[Tensor, "b b2"]:
@@ -132,7 +144,7 @@ def _by_positions(x: Outer, y: Outer) -> Float[Tensor, "b b2"]:
 
 
 def _by_columns(x: Sequence[Contribution], y: Sequence[Contribution], rows: int, columns: int) -> Float[Tensor, "b b2"]:
-    b, c = (len(terms[0].factors()[0]) for terms in (x, y))
+    b, c = (terms[0].examples for terms in (x, y))
     out: Tensor | None = None
     step = max(1, _BLOCK // (max(b, c) * rows))
     for start in range(0, columns, step):

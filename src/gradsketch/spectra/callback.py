@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
 from transformers import TrainerCallback
 
+from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
 from gradsketch.gradients.curvature.objective import LossFunction
@@ -95,8 +94,7 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
         due = step in self.at or (self.every > 0 and step % self.every == 0)
         if not due or not state.is_world_process_zero:
             return
-        with _modes_as_found(model):
-            model.eval()
+        with evaluating(model):
             spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
 
     def _load(self, model: Any) -> Any:
@@ -105,14 +103,3 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
         operator = make(model, self.task, self.data, parameters, batch_size=self.batch_size)
         gradient = loss_gradient(model, self.task, self.data, parameters, batch_size=self.batch_size)
         return operator, gradient
-
-
-@contextmanager
-def _modes_as_found(model: nn.Module) -> Iterator[None]:
-    """Put every module's own mode back at the end: some may be in eval mode while the model trains."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -114,7 +114,7 @@ def test_parameters_the_loss_ignores_have_zero_rows(build, mode):
 
 
 def test_parameters_of_another_model_are_refused():
-    with pytest.raises(InputError, match=r"do not belong to the model, '0\.weight' first"):
+    with pytest.raises(InputError, match=r"4 of 4 parameters that Sequential does not hold, '0\.weight' first"):
         hessian(small(), class_losses, data(), Parameters(small()))
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins for a model's parameters, to differentiate with respect to without touching the model."""
+"""Leaves to differentiate with respect to, in the place of a model's parameters."""
 
 from __future__ import annotations
 

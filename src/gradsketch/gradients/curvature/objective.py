@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.as_found import buffers_aside
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.stand_ins import Reading, check_held, held, read_instead, stand_ins
 
 __all__ = ["LossFunction", "LossesOf", "Objective", "check_finite"]
 
@@ -26,8 +28,9 @@ class Objective:
     """L(theta) = (1/N) Σ_i loss_i(theta), the sum over every example of every batch, N their number.
 
     Batches of unequal length therefore weigh by their examples. Losses are evaluated with other tensors in the
-    parameters' place, so the model's own, their ``requires_grad`` and their ``.grad`` are never touched; nor are its
-    buffers while a module is in train mode.
+    parameters' place, so the model's own, their ``requires_grad``, ``.grad`` and hooks are never touched, frozen ones
+    can be differentiated by, and layers that are checkpointed run again at the right values; nor are its buffers
+    written to. Of a model that is open in a Subspace the parameters are taken as its modules read them.
 
     Raises:
         InputError: the data is empty or cannot be read twice; ``parameters`` are of another model.
@@ -44,15 +47,18 @@ class Objective:
         self.model, self.task = model, as_task(task)
         self.parameters = Parameters(model) if parameters is None else parameters
         self.data = Batches(self.task, data, batch_size)
-        _check_owned(model, self.parameters)
+        check_held(model, dict(self.parameters))
+        names = {id(tensor): name for name, tensor in held(model).items()}
+        self._names = [names[id(tensor)] for _, tensor in self.parameters]
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}, {self.task!r}, n={self.parameters.n}"
 
     @property
     def values(self) -> list[Tensor]:
-        """The selected parameters as they are now."""
-        return [tensor.detach() for _, tensor in self.parameters]
+        """The selected parameters as the model reads them now."""
+        own, instead = held(self.model), read_instead(self.model)
+        return [instead[name].now() if name in instead else own[name].detach() for name in self._names]
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches on the model's device.
@@ -82,21 +88,15 @@ class Objective:
         Raises:
             InputError: the task returns something else than one loss per example.
         """
-        wider = next((v.dtype for v, (_, p) in zip(values, self.parameters, strict=True) if v.dtype != p.dtype), None)
-        chosen = {id(p): v for (_, p), v in zip(self.parameters, values, strict=True)}
-        guarded = wider is not None or any(module.training for module in self.model.modules())
-
-        def parameter(tensor: Tensor) -> Tensor:
-            return chosen[id(tensor)] if id(tensor) in chosen else _widened(tensor.detach(), wider)
-
-        def buffer(tensor: Tensor) -> Tensor:
-            return _widened(tensor.clone(), wider) if guarded else tensor
+        present = zip(values, self.values, strict=True)
+        wider = next((value.dtype for value, now in present if value.dtype != now.dtype), None)
 
         def losses(batch: Batch) -> Float[Tensor, " b"]:
             batch = each_tensor(batch, lambda tensor: _widened(tensor, wider))
             return _one_per_example(self.task.losses(self.model, batch), self.task)
 
-        with _swapped(self.model, parameter, buffer):
+        chosen = dict(zip(self._names, values, strict=True))
+        with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model):
             yield losses
 
     def facts(self) -> dict[str, Any]:
@@ -109,9 +109,30 @@ class Objective:
             "parameters": self.parameters.fingerprint(),
         }
 
+    def _constants(self, wider: torch.dtype | None) -> dict[str, Tensor]:
+        """Return what stands for the parameters that are not selected, and for buffers to be widened."""
+        own, outside = held(self.model), self._read_from_outside()
+        chosen = {id(own[name]) for name in self._names}
+        constants = {}
+        for name, tensor in own.items():
+            # What needs no change stays: tensors of a kind of their own, such as quantised weights, lose it by detach.
+            if id(tensor) not in chosen and (name in outside or tensor.requires_grad or _is_narrow(tensor, wider)):
+                now = outside[name].now() if name in outside else tensor.detach()
+                constants[name] = _widened(now, wider)
+        return constants
+
+    def _read_from_outside(self) -> dict[str, Reading]:
+        """Return readings answered from outside the model: constants, as the model's own parameters do not make them.
+
+        Those of a Subspace that is itself the model are functions of its w.
+        """
+        inside = set(self.model.modules())
+        return {n: reading for n, reading in read_instead(self.model).items() if reading.source.owner not in inside}
+
     def state(self) -> tuple[Any, ...]:
         """Return what shows whether the model still is as it was: memory, in-place changes, train or eval."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        read = [reading.now() for reading in self._read_from_outside().values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *read]
         modes = tuple(module.training for module in self.model.modules())
         return tuple((t.data_ptr(), t._version) for t in tensors), modes
 
@@ -138,28 +159,6 @@ class Objective:
         with torch.no_grad(), self.at(self.values) as losses:
             for index, batch in enumerate(self.batches()):
                 check_finite(losses(batch), index)
-
-
-@contextmanager
-def _swapped(
-    model: nn.Module, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Let other tensors take the place of a model's own until the block ends, ties included."""
-    changes: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
-    changes += [(module._parameters, parameter) for module in model.modules()]
-    changes += [(module._buffers, buffer) for module in model.modules()]
-    own = [(tensors, dict(tensors)) for tensors, _ in changes]
-    new: dict[int, Tensor] = {}
-    try:
-        for tensors, change in changes:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = new[id(tensor)] if id(tensor) in new else new.setdefault(id(tensor), change(tensor))
-        yield
-    finally:
-        for tensors, originals in own:
-            tensors.clear()
-            tensors.update(originals)
 
 
 def _one_per_example(losses: Any, task: Task) -> Float[Tensor, " b"]:
@@ -190,17 +189,9 @@ def check_finite(losses: Float[Tensor, " b"], batch: int) -> None:
         )
 
 
-def _check_owned(model: nn.Module, parameters: Parameters) -> None:
-    own = {id(tensor) for tensor in model.parameters()}
-    missing = [name for name, tensor in parameters if id(tensor) not in own]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(parameters)} parameters do not belong to the model, {missing[0]!r} first",
-            "Parameters of this model",
-            "Type Parameters(model); loading or moving a model may replace its tensors, so make them afterwards",
-        )
+def _is_narrow(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and tensor.is_floating_point() and tensor.itemsize < dtype.itemsize
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    narrow = dtype is not None and tensor.is_floating_point() and tensor.itemsize < dtype.itemsize
-    return tensor.to(dtype) if narrow else tensor
+    return tensor.to(dtype) if _is_narrow(tensor, dtype) else tensor

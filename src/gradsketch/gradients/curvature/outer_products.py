@@ -232,11 +232,8 @@ def _cut_behind(model: nn.Module) -> Iterator[list[Any]]:
         calls.append(output)
         return pytree.tree_map_only(Tensor, lambda tensor: _primal(tensor).detach(), output)
 
-    handle = model.register_forward_hook(cut)
-    try:
+    with model.register_forward_hook(cut):
         yield calls
-    finally:
-        handle.remove()
 
 
 def _primal(tensor: Tensor) -> Tensor:

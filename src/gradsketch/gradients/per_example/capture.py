@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.gradients.data import batch_length, batch_slice
-from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
-from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap
-from gradsketch.gradients.per_example.interception import Interception, reached
-from gradsketch.gradients.per_example.layout import Layout, Layouts
-from gradsketch.gradients.per_example.proof import prove_layouts
-from gradsketch.gradients.per_example.rules import RULES, coupled
+from gradsketch.gradients.data import batch_length, batch_slice, is_out_of_memory
+from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
+from gradsketch.gradients.per_example.contributions import Consumer, Direct
+from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap, strided
+from gradsketch.gradients.per_example.interception import (
+    DifferentiatedError,
+    Interception,
+    coarser,
+    leaves_outside_rules,
+)
+from gradsketch.gradients.per_example.owners import spread_weights
+from gradsketch.gradients.per_example.provenance import Provenance
+from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Capture", "as_found"]
+__all__ = ["SCHEDULE", "Capture", "Schedule"]
 
-# Called with a parameter's name, a contribution, and the examples it belongs to.
-Sink = Callable[[str, Contribution, slice], None]
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which batches are audited: the first, those with a new kind of call, and of the rest a random ``share``."""
+
+    share: float = 0.01
+
+
+SCHEDULE = Schedule()
+_UNRECORDED = "a use where no gradient is recorded"
+
+
+@dataclass
+class _Known:
+    """What was learnt of a model under a task."""
+
+    slow: dict[str, str] = field(default_factory=dict)  # parameters on the exact path, and why
+    exact: str = ""  # why the whole loss is on the exact path
+    seen: set[tuple[str, bool]] = field(default_factory=set)  # kinds of calls that an audit has covered
+    independent: bool = False  # a row was the same alone as in company
+    audits: Audits = field(default_factory=Audits)
+    draws: random.Random = field(default_factory=lambda: random.Random(0))
+
+
+# By model, then by what else decides: task, selection, method. Sketchers that are made again need no new proofs.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
+
+
+class _TryAgainError(Exception):
+    """An attempt taught something that makes the next attempt right."""
 
 
 class Capture:
-    """Hands every contribution to the per-example gradients of chosen parameters to a sink, batch after batch.
+    """Hands every contribution to the per-example gradients of chosen parameters to a consumer, batch after batch.
 
-    Remembers what earlier batches taught: the layouts that were proved, and which parameters need the slow path. Call
-    it inside ``as_found``.
+    Remembers what earlier batches taught: which parameters need the exact path, and what was audited. Call it inside
+    ``differentiating``.
     """
 
     def __init__(
@@ -41,36 +79,72 @@ class Capture:
         tensors: Mapping[str, Tensor],
         method: Literal["auto", "outer", "vmap", "loop"] = "auto",
     ) -> None:
-        self.model, self.task, self.tensors, self.method = model, task, tensors, method
-        self._names = {id(tensor): name for name, tensor in tensors.items()}
-        self._slow: set[str] = set()
-        self._layouts: dict[str, Layout] | None = None
-        self._vmap_failed = False
-        self._warned_of_chance = False
+        self.model, self.task, self.tensors, self.method = model, task, dict(tensors), method
+        _refuse_unsupported(self.tensors)
+        self._names = {id(tensor): name for name, tensor in tensors.items() if tensor.numel()}
+        self._known = _known(model, task, self._names, method)
+        hooked = {name: "a hook on the parameter" for name, t in tensors.items() if t._backward_hooks}
+        self._known.slow.update(hooked)
+        self._told: set[str] = set()  # slow parameters and other things that were warned of
+        self._chance = False
+        self._dtype = reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
 
-    def __call__(self, batch: Batch, sink: Sink) -> Float[Tensor, " b"]:
-        """Hand over the contributions of one batch and return its losses."""
+    @property
+    def slow(self) -> Mapping[str, str]:
+        """Parameters whose gradients are formed one example after another, and why."""
+        return dict.fromkeys(self.tensors, self._known.exact) if self._known.exact else dict(self._known.slow)
+
+    @property
+    def audits(self) -> Audits:
+        """How often the captured gradients were held against autograd's own."""
+        return self._known.audits
+
+    def __call__(self, batch: Batch, begin: Callable[[], Consumer]) -> Float[Tensor, " b"]:
+        """Hand over the contributions of one batch and return its losses.
+
+        ``begin`` returns a consumer for a new attempt; what earlier ones were given counts no more.
+
+        Raises:
+            InputError: an example depends on its batch mates, or gradients that cannot be had.
+        """
+        if self._known.slow:
+            self._warn_of_slow(self._known.slow)
         if self.method in ("auto", "outer"):
-            everybody = slice(None)
-            losses = self._intercepted(batch, lambda name, contribution: sink(name, contribution, everybody))
-            slow = {name: tensor for name, tensor in self.tensors.items() if name in self._slow}
-        else:
-            losses, slow = self.losses(batch).detach(), dict(self.tensors)
-        for position, gradients in self._explicit(batch, slow):
-            for name, gradient in gradients.items():
-                sink(name, Direct(gradient), slice(position, position + len(gradient)))
+            for _ in range(len(self.tensors) + 3):
+                if self._known.exact:
+                    break
+                try:
+                    return self._captured(batch, begin())
+                except _TryAgainError:
+                    continue
+        consume = begin()
+        losses = self.losses(batch)
+        _refuse_without_graph(losses, self.task)
+        losses = losses.detach()
+        if not self._known.independent and len(losses) > 1 and not self._chance:
+            last = len(losses) - 1
+            alone = self.losses(batch_slice(batch, last, last + 1)).detach()
+            if not _close(alone[0], losses[last], torch.float32):
+                _refuse_coupling(last, losses[last], alone[0])
+            self._known.independent = True
+        self._explicit(batch, self.tensors, consume)
         return losses
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        """Return the task's losses, one an example."""
+        """Return the task's losses, one per example."""
         before = self._random_states()
         losses = self.task.losses(self.model, batch)
-        if not self._warned_of_chance and not all(map(torch.equal, before, self._random_states())):
-            self._warn_of_chance()
+        self._chance = not all(map(torch.equal, before, self._random_states()))
+        if self._chance:
+            self._warn_once(
+                "the loss draws random numbers, as dropout does in training mode: each gradient is that of one draw "
+                "and changes with the batch and from run to run; call model.eval() for gradients of the model as it is "
+                "used"
+            )
         if losses.shape != (batch_length(batch),):
             raise InputError(
                 f"{self.task!r} returned losses of shape {list(losses.shape)} for {batch_length(batch)} examples",
-                f"one loss an example, shape [{batch_length(batch)}]",
+                f"one loss per example, shape [{batch_length(batch)}]",
                 "Use reduction='none' and sum over everything but the first dim",
             )
         return losses
@@ -79,90 +153,316 @@ class Capture:
         devices = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
-    def _warn_of_chance(self) -> None:
-        self._warned_of_chance = True
-        warnings.warn(
-            "the loss draws random numbers, as dropout does in training mode: each gradient is that of one draw and "
-            "changes with the batch and from run to run; call model.eval() for gradients of the model as it is used",
-            GradsketchWarning,
-            stacklevel=2,
-        )
+    # One attempt to capture a batch.
 
-    def _intercepted(self, batch: Batch, add: Consumer) -> Tensor:
-        if self._layouts is None and batch_length(batch) > 1:
-            self._layouts = prove_layouts(self.losses, batch, self._names)
-        tap = Interception(RULES, self._names, Layouts(batch_length(batch), self._layouts or {}), add)
-        with tap:
-            losses = self.losses(batch)
-        if losses.requires_grad:
-            self._find_slow(losses)
-            tap.slow = self._slow
+    def _captured(self, batch: Batch, consume: Consumer) -> Tensor:
+        auditing: list[Consumer] = []
+
+        def everybody(name: str, contribution: Any, which: slice) -> None:
+            for consumer in (consume, *auditing):
+                consumer(name, contribution, which)
+
+        constants = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        tap = Interception(
+            RULES, self._names, Provenance(batch_length(batch), batch, constants), self._dtype, everybody, TRANSPARENT
+        )
+        try:
+            return self._attempt(tap, batch, everybody, auditing)
+        finally:
+            tap.close()
+
+    def _attempt(self, tap: Interception, batch: Batch, consume: Consumer, auditing: list[Consumer]) -> Tensor:
+        known = self._known
+        losses = self._forward(tap, batch)
+        self._learn_slow(tap, losses)
+        tap.slow = known.slow
+        alone = self._alone(tap, batch, losses.detach(), auditing)
+        with self._exact_where_it_fails(tap):
+            audit = self._audit(tap, losses, auditing)
+            if tap.must_measure:
+                tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
             tap.backward(losses, torch.ones_like(losses))
+        if tap.mixed:
+            self._go_slow(tap.mixed)
+        slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}
+        self._explicit(batch, slow, consume)
+        if audit is not None:
+            self._judge(audit, tap)
+        if alone is not None and alone.conclusive:
+            for name, wrong in alone.failed().items():
+                _refuse_coupling(
+                    len(losses) - 1, losses[-1], losses[-1], f"; the gradients of {name} differ by {wrong:.1e}"
+                )
+            known.independent = True
         return losses.detach()
 
-    def _find_slow(self, losses: Tensor) -> None:
-        new = {self._names[id(t)] for t in reached(losses) if id(t) in self._names} - self._slow
-        if not new:
+    def _forward(self, tap: Interception, batch: Batch) -> Tensor:
+        try:
+            with tap:
+                losses = self.losses(batch)
+        except (DifferentiatedError, InputError):
+            if not tap.differentiated:
+                raise
+            self._go_exact("the loss differentiates a backward pass of its own")
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._rethrow_if_its_own(batch, error)
+            self._go_exact(
+                f"{type(error).__name__} under interception: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+        if tap.differentiated:
+            self._go_exact("the loss differentiates a backward pass of its own")
+        _refuse_without_graph(losses, self.task)
+        return losses
+
+    @contextmanager
+    def _exact_where_it_fails(self, tap: Interception) -> Iterator[None]:
+        """Take the exact path where the captured backward pass cannot be run."""
+        try:
+            yield
+        except (DifferentiatedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            differentiated = "the loss differentiates a backward pass of its own"
+            text = f"{type(error).__name__} in the captured backward pass: {str(error).splitlines()[0]}"
+            self._go_exact(differentiated if tap.differentiated else text)
+
+    def _rethrow_if_its_own(self, batch: Batch, error: Exception) -> None:
+        """Raise what the model raises also where nothing is intercepted."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.task.losses(self.model, batch)
+        except Exception:
+            raise error from None
+
+    def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
+        """Find the parameters that were used outside the rules, and leaves that should not be there."""
+        leaves = [t for t in leaves_outside_rules(losses) if t is not tap.slot]
+        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
+        outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
+        used = set(outside) | {name for call in tap.calls for name in call.parameters}
+        # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
+        hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
+        used |= set(hidden)
+        _refuse_foreign(
+            [t for t in leaves if id(t) not in own], {n: t for n, t in self.tensors.items() if n not in used}
+        )
+        if not used and self.tensors:
+            raise InputError(
+                f"losses that use none of the {len(self.tensors)} chosen parameters",
+                "a loss computed by the model whose parameters were chosen",
+                "Build the task, the parameters and the sketch from the same model, or choose other parameters",
+            )
+        new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
+        self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
+
+    def _learn(self, slow: Mapping[str, str]) -> None:
+        """Send parameters to the exact path, and say so."""
+        if not slow:
             return
-        listed = ", ".join(sorted(new)[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+        listed = _listed(slow)
         if self.method == "outer":
             raise InputError(
                 f"{listed}, used in a way that method='outer' does not know",
                 "parameters of layers it knows",
                 "Type method='auto', or exclude them",
             )
-        warnings.warn(
+        self._known.slow.update(slow)
+        self._warn_of_slow(slow)
+
+    def _warn_of_slow(self, slow: Mapping[str, str]) -> None:
+        new = {name: reason for name, reason in slow.items() if name not in self._told}
+        if not new:
+            return
+        self._told |= set(new)
+        listed = _listed(new)
+        self._warn_once(
             f"{listed}: used in a way that cannot be captured during backward, so their gradients are formed one "
-            f"example after another (exact, slower); leave them out with Parameters(model, exclude=...)",
-            GradsketchWarning,
-            stacklevel=7,
+            f"example after another (exact, slower); leave them out with Parameters(model, exclude=...)"
         )
-        self._slow |= new
 
-    def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (first position, gradients by name) over the batch: by vmap, and from where it fails by a loop."""
-        done = 0
-        if tensors and self.method != "loop" and not self._vmap_failed:
-            try:
-                for position, gradients in gradients_by_vmap(self.model, self.task, batch, tensors):
-                    done = position + len(next(iter(gradients.values())))
-                    yield position, gradients
-            except Exception as error:
-                if self.method == "vmap":
-                    raise InputError(
-                        f"a model that vmap cannot run ({type(error).__name__}: {str(error).splitlines()[0]})",
-                        "operations that torch.func.vmap knows",
-                        "Type method='auto' or method='loop'",
-                    ) from error
-                self._vmap_failed = True
-        if tensors and done < batch_length(batch):
-            rest = batch_slice(batch, done, batch_length(batch))
-            for position, gradients in gradients_by_loop(self.model, self.task, rest, tensors):
-                yield done + position, gradients
+    def _go_slow(self, reasons: Mapping[str, str]) -> None:
+        self._learn({name: reason for name, reason in reasons.items() if name not in self._known.slow})
+        raise _TryAgainError
 
+    def _go_exact(self, reason: str) -> None:
+        """Take the exact path for everything from now on."""
+        if self.method == "outer":
+            raise InputError(reason, "a loss that method='outer' can follow", "Type method='auto'")
+        self._known.exact = reason
+        self._warn_once(
+            f"{reason}: the gradients of all parameters are formed one example after another (exact, slower)"
+        )
+        raise _TryAgainError
 
-@contextmanager
-def as_found(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise coupled("a BatchNorm in training mode")
-    before = [(p, p.requires_grad) for p in {*model.parameters(), *tensors.values()}]
-    chosen = {id(t) for t in tensors.values()}
-    with ExitStack() as stack:
-        stack.callback(lambda: [p.requires_grad_(flag) for p, flag in before])
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in chosen)
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.enable_grad())
+    def _warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, GradsketchWarning, stacklevel=2)
+
+    # Proofs.
+
+    def _audit(self, tap: Interception, losses: Tensor, auditing: list[Consumer]) -> Audit | None:
+        """Return the audit of this batch, if it is due: its exact gradients come from the same graph."""
+        known = self._known
+        known.audits = replace(known.audits, batches=known.audits.batches + 1)
+        new = not known.audits.audited or not tap.seen <= known.seen
+        if not (new or known.draws.random() < SCHEDULE.share) or not bool(torch.isfinite(losses).all()):
+            return None
+        generator = torch.Generator().manual_seed(known.audits.batches)
+        weights = torch.randn(len(losses), generator=generator, dtype=torch.float64)
+        with tap.inside_modules():
+            audit = Audit(weights, self._gradients(losses, weights, keep=True), tolerance(tap.dtype))
+        auditing.append(audit.add)
+        return audit
+
+    def _judge(self, audit: Audit, tap: Interception) -> None:
+        if not audit.conclusive:
+            return
+        errors, failed = audit.errors(), audit.failed(loosely=self._known.slow)
+        fresh = {name: f"the audit found an error of {error:.1e}" for name, error in failed.items()}
+        if fresh and any(name not in self._known.slow for name in fresh):
+            self._go_slow(fresh)
+        if fresh:
+            raise InputError(
+                f"gradients that differ from autograd's by {max(failed.values()):.1e} of their length, in "
+                f"{', '.join(sorted(failed)[:3])}, even one example at a time",
+                f"a loss that is the same for an example alone and in a batch, to {audit.tolerance:.0e}",
+                "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+            )
+        known = self._known
+        known.seen |= tap.seen
+        known.audits = Audits(
+            known.audits.batches, known.audits.audited + 1, max(known.audits.largest_error, *errors.values())
+        )
+
+    def _alone(self, tap: Interception, batch: Batch, losses: Tensor, auditing: list[Consumer]) -> Audit | None:
+        """Run the last row alone and without interception; return the audit of its gradient in company.
+
+        Rows are sorted longest first where batches are made here, so the last has the most padding.
+        """
+        if self._known.independent or len(losses) == 1 or self._chance or not bool(torch.isfinite(losses).all()):
+            return None
+        last, dtype = len(losses) - 1, tap.dtype
+        alone = self.losses(batch_slice(batch, last, last + 1))
+        if not _close(alone[0], losses[last], dtype):
+            if not _close(self.losses(batch)[last], losses[last], dtype):
+                self._go_exact("the model computes something else while its functions are intercepted")
+            _refuse_coupling(last, losses[last], alone[0])
+        weights = torch.zeros(len(losses), dtype=torch.float64)
+        weights[last] = 1
+        audit = Audit(weights, self._gradients(alone, torch.ones(1)), torch.finfo(dtype).eps ** 0.4)
+        auditing.append(audit.add)
+        return audit
+
+    def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
+        """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
+        hidden = {name for name, reason in self._known.slow.items() if reason == _UNRECORDED}
+        tensors = {n: t for n, t in self.tensors.items() if t.numel() and n not in hidden}
+        parts = torch.autograd.grad(
+            losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
+        )
+        pairs = zip(tensors.items(), parts, strict=True)
+        return {name: torch.zeros_like(t) if part is None else strided(part) for (name, t), part in pairs}
+
+    def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer) -> None:
+        """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
+        if not tensors:
+            return
+        whole = any(self._known.slow.get(name) == _UNRECORDED for name in tensors)
+        by_loop = partial(gradients_by_loop, whole=whole)
+        form = gradients_by_vmap if self.method == "vmap" else by_loop
         try:
-            yield
+            for position, gradients in form(self.model, self.task, batch, tensors):
+                for name, gradient in gradients.items():
+                    consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
         except RuntimeError as error:
-            if "use_reentrant=True" not in str(error):
+            if self.method != "vmap":
                 raise
             raise InputError(
-                "a model that checkpoints activations with use_reentrant=True",
-                "checkpoints that know torch.autograd.grad",
-                'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
+                f"a model that vmap cannot run ({type(error).__name__}: {str(error).splitlines()[0]})",
+                "operations that torch.func.vmap knows",
+                "Type method='auto' or method='loop'",
             ) from error
+
+
+def _known(model: nn.Module, task: Task, names: Mapping[int, str], method: str) -> _Known:
+    key = (method, model.training, _identity(task), frozenset(names.items()))
+    return _KNOWN.setdefault(model, {}).setdefault(key, _Known())
+
+
+def _identity(task: Task) -> Any:
+    """Return what tells tasks apart that are made anew for each call, lambdas included."""
+    values = {name: getattr(value, "__code__", value) for name, value in vars(task).items()}
+    plain = (int, float, str, bool, type(None))
+    return type(task), tuple((name, v if isinstance(v, plain) else id(v)) for name, v in values.items())
+
+
+def _listed(slow: Mapping[str, str]) -> str:
+    more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
+    return ", ".join(f"{name} ({reason})" for name, reason in sorted(slow.items())[:5]) + more
+
+
+def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    if not bool(torch.isfinite(one)) or not bool(torch.isfinite(other)):
+        return True  # whoever sums up says so
+    return bool((one - other).abs() <= torch.finfo(dtype).eps ** 0.5 * (1 + other.abs()))
+
+
+def _refuse_coupling(example: int, together: Tensor, alone: Tensor, more: str = "") -> None:
+    raise InputError(
+        f"the loss of example {example} of the batch is {together.item():.6g} together and {alone.item():.6g} one "
+        f"example at a time{more}",
+        "a loss in which no example depends on its batch mates",
+        "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+    )
+
+
+def _refuse_without_graph(losses: Tensor, task: Task) -> None:
+    if not losses.requires_grad:
+        raise InputError(
+            f"losses of {task!r} that carry no gradient",
+            "losses that depend on the chosen parameters",
+            "Leave out .detach(), .item() and torch.no_grad() in the loss, or choose parameters that it uses",
+        )
+
+
+def _refuse_foreign(foreign: list[Tensor], unused: Mapping[str, Tensor]) -> None:
+    """Refuse leaves that stand in the place of parameters: their gradients would be taken for zero."""
+    shapes = {tuple(t.shape): name for name, t in unused.items()}
+    for leaf in foreign:
+        if isinstance(leaf, nn.Parameter) or tuple(leaf.shape) in shapes:
+            place = shapes.get(tuple(leaf.shape))
+            raise InputError(
+                f"a loss that depends on a parameter of shape {list(leaf.shape)} that is not the model's own"
+                + (f", while {place!r} of that shape is not used" if place else ""),
+                "a forward pass that uses the model's own parameters",
+                "Switch off what swaps them meanwhile (offloading, sharding, functional_call), or move the parameters "
+                "into memory first",
+            )
+
+
+def _refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        for found, wanted, fix in (
+            (tensor.is_meta, "parameters in memory", "Load the weights, or switch off offloading to disk"),
+            (tensor.is_complex(), "real parameters", "Store real and imaginary parts with torch.view_as_real"),
+            (tensor.is_inference(), "ordinary tensors", "Build or load the model outside torch.inference_mode()"),
+            (
+                type(tensor.detach()) is not Tensor,
+                "plain tensors",
+                "Gather sharded and dequantise quantised parameters",
+            ),
+            (
+                bool(getattr(tensor, "_post_accumulate_grad_hooks", None)),
+                "gradients as autograd computes them, which such a hook would change or use up",
+                "Remove the hook meanwhile, or register it with register_hook",
+            ),
+        ):
+            if found:
+                kind = "with a post-accumulate hook" if "hook" in wanted else f"of type {type(tensor).__name__}"
+                kind = "on the meta device" if tensor.is_meta else kind
+                kind = f"of dtype {tensor.dtype}" if tensor.is_complex() else kind
+                kind = "made in inference mode" if tensor.is_inference() else kind
+                raise InputError(f"parameter {name!r} {kind}", wanted, fix)

@@ -14,19 +14,23 @@ from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
+__all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches", "strided"]
 
 Gradients = dict[str, Tensor]
 _CHUNK_BYTES = 1 << 28
 
 
 def gradients_by_loop(
-    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], *, whole: bool = False
 ) -> Iterator[tuple[int, Gradients]]:
-    """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone."""
+    """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone.
+
+    ``whole`` runs whole backward passes and reads ``.grad``, which reversible layers fill by backward passes of their
+    own; otherwise only what the chosen tensors need is run. Call it where ``.grad`` is set aside.
+    """
     for position in range(batch_length(batch)):
         loss = task.losses(model, batch_slice(batch, position, position + 1)).sum()
-        parts = _gradients(loss, list(tensors.values()))
+        parts = (_accumulated if whole else _gradients)(loss, list(tensors.values()))
         yield position, {name: part[None] for name, part in zip(tensors, parts, strict=True)}
 
 
@@ -84,4 +88,22 @@ def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     if not loss.requires_grad:
         return [torch.zeros_like(t) for t in tensors]
     parts = torch.autograd.grad(loss, tensors, allow_unused=True)
-    return [torch.zeros_like(t) if part is None else part for t, part in zip(tensors, parts, strict=True)]
+    return [
+        torch.zeros_like(t) if part is None else strided(part.detach()) for t, part in zip(tensors, parts, strict=True)
+    ]
+
+
+def _accumulated(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return what a backward pass leaves in ``.grad``, and leave nothing there."""
+    for tensor in tensors:
+        tensor.grad = None
+    loss.backward()
+    parts = [torch.zeros_like(t) if t.grad is None else strided(t.grad) for t in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    return parts
+
+
+def strided(gradient: Tensor) -> Tensor:
+    """Return a gradient that may be sparse, as embeddings can have them, as an ordinary tensor."""
+    return gradient.to_dense() if gradient.layout is not torch.strided else gradient

@@ -1,69 +1,155 @@
 """How each torch function's parameters get their per-example gradients.
 
-A rule takes the interception and the function's arguments, computes the same result with the parameters detached, and
-says what they get from the gradient that reaches the result: see ``Contribution``. It returns NotImplemented where it
-does not know; the parameter then takes the slow path.
+A rule takes the interception, the function and its arguments under torch's own names. It calls the function with the
+parameters behind gates, and has the result watched with a function that says what the parameters get from the gradient
+that reaches it: see ``Contribution``. It returns NotImplemented where it does not know.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.per_example.contributions import Contribution, Direct, Outer, Rows, wide
-from gradsketch.gradients.per_example.interception import Interception, Rule
-from gradsketch.linear_map import widened
+from gradsketch.gradients.per_example.contributions import Contribution, Direct, Inside, Outer, Placed, Rows, Sum, wide
+from gradsketch.gradients.per_example.interception import Interception, Report, Rule
+from gradsketch.gradients.per_example.owners import Grouping
+from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, tensors_in
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "TRANSPARENT", "coupled"]
 
-Reports = Iterator[tuple[Tensor, Contribution]]
+Reports = Iterator[Report]
 
 
-def _linear(tap: Interception, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if input.ndim > 2 and input.shape[0] == 1:
-        input = input.expand(tap.examples, *input.shape[1:])
-    split = tap.split(input.shape[:-1])
-    if split is None or weight.ndim != 2 or tap.chosen(input):
+def _linear(tap: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if weight.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return NotImplemented
-    result = functional.linear(input, tap.plain(weight), _plain(tap, bias))
-    return _matmul(tap, result, split, input, weight, bias, False)
+    flat = func(input.reshape(-1, input.shape[-1]), tap.gate(weight), tap.gate(bias))
+    return _product(tap, flat, input, weight, bias, transposed=False)
 
 
-def _addmm(tap: Interception, bias: Tensor, input: Tensor, weight: Tensor, **options: Any) -> Any:
-    split = tap.split(input.shape[:-1])
-    if split is None or options or bias.ndim != 1 or tap.chosen(input):
+def _addmm(tap: Interception, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
+    plain = all(options.get(name, 1) == 1 for name in ("alpha", "beta")) and not set(options) - {"alpha", "beta"}
+    if not plain or input.ndim != 1 or not _has_examples(tap, mat1, 1) or not tap.chosen(mat2):
         return NotImplemented
-    result = torch.addmm(tap.plain(bias), input, tap.plain(weight))
-    return _matmul(tap, result, split, input, weight, bias, True)
+    return _product(tap, func(tap.gate(input), mat1, tap.gate(mat2)), mat1, mat2, input, transposed=True)
 
 
-def _matmul(
-    tap: Interception,
-    result: Tensor,
-    split: tuple[int, int],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transposed: bool,
+def _matmul(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
+    if isinstance(other, Tensor) and other.ndim == 3 and input.ndim == 3:
+        return _bmm(tap, func, input, other)
+    if not tap.chosen(other) or other.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
+        return _replay(tap, func, input, other)
+    flat = torch.mm(input.reshape(-1, input.shape[-1]), tap.gate(other))
+    return _product(tap, flat, input, other, None, transposed=True)
+
+
+def _product(
+    tap: Interception, flat: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
 ) -> Tensor:
-    def contributions(gradient: Tensor, *kept: Tensor) -> Reports:
-        errors = gradient.reshape(*split, -1)
-        for inputs in kept:
-            factors = errors, inputs.reshape(*split, -1)
-            yield weight, Outer(*factors[::-1]) if transposed else Outer(*factors)
-        if bias is not None and tap.chosen(bias):
-            yield bias, Direct(_sum(errors, 1))
+    """Watch [r, o], the product of the flattened input with a matrix, which is no view."""
+    leading, width = input.shape[:-1], flat.shape[-1]
 
-    return tap.watch(result, (input,) if tap.chosen(weight) else (), contributions)
+    def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
+        errors = rows(gradient.reshape(*leading, width))
+        for inputs in kept:
+            factors = errors, rows(inputs)
+            yield weight, Outer(*factors[::-1]) if transposed else Outer(*factors)
+        if tap.chosen(bias):
+            assert bias is not None
+            yield bias, Sum(errors)
+
+    keep = (input,) if tap.chosen(weight) else ()
+    watched = tap.watch(flat, tap.axis(input), len(leading), keep, contributions, leading)
+    return watched.view(*leading, width)
+
+
+def _grouped_mm(
+    tap: Interception, func: Any, input: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, **options: Any
+) -> Any:
+    """Rows sorted by expert, each multiplied with its expert's matrix; ``offs`` says where each expert's rows end."""
+    known = isinstance(offs, Tensor) and bias is None and weight.ndim == 3 and tap.chosen(weight) and input.ndim == 2
+    if not known or tap.chosen(input) or tap.axis(input) == SHARED:
+        return NotImplemented
+    result = func(input, tap.gate(weight), offs=offs, **options)
+
+    def contributions(rows: Grouping, gradient: Tensor, inputs: Tensor, ends: Tensor) -> Reports:
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                mine = rows.part(start, end)
+                outer = Outer(mine(inputs[start:end]), mine(gradient[start:end]))
+                yield weight, Inside(outer, expert, weight.shape[1])
+            start = end
+
+    axis = 0 if tap.examples == 1 else UNKNOWN
+    return tap.watch(result, axis, 1, (input, offs), contributions)
+
+
+def _bmm(tap: Interception, func: Any, input: Tensor, mat2: Tensor) -> Any:
+    """A stack of matrices, each with rows of its own."""
+    result = _stacked(tap, lambda weight: func(input, weight), input, mat2, None)
+    return _replay(tap, func, input, mat2) if result is NotImplemented else result
+
+
+def _baddbmm(tap: Interception, func: Any, input: Tensor, batch1: Tensor, batch2: Tensor, **options: Any) -> Any:
+    plain = not options and input.ndim == 3 and input.shape[1] == 1 and input.shape[0] == len(batch2)
+    if not plain or (tap.axis(input) != SHARED and not tap.chosen(input)):
+        return _replay(tap, func, input, batch1, batch2, **options)
+    return _stacked(tap, lambda weight: func(tap.gate(input), batch1, weight), batch1, batch2, input)
+
+
+def _stacked(
+    tap: Interception, product: Callable[[Tensor], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Any:
+    """[e, r, i] times [e, i, o], plus [e, 1, o]."""
+    fits = input.ndim == weight.ndim == 3 and tap.chosen(weight) and not tap.chosen(input)
+    axis = tap.axis(input) if fits else SHARED
+    axis = 1 if tap.examples == 1 and fits else axis
+    if axis not in (1, UNKNOWN) or input.shape[0] != weight.shape[0]:
+        return NotImplemented
+    size = input.shape[1]
+
+    def contributions(rows: Grouping, gradient: Tensor, inputs: Tensor) -> Reports:
+        for place, (x, g) in enumerate(zip(inputs, gradient, strict=True)):
+            mine = rows.part(place * size, (place + 1) * size)
+            yield weight, Inside(Outer(mine(x), mine(g)), place, weight.shape[1])
+            if tap.chosen(bias):
+                assert bias is not None
+                yield bias, Inside(Sum(mine(g)), place, 1)
+
+    return tap.watch(product(tap.gate(weight)), axis, 2, (input,), contributions)
+
+
+def _cat(tap: Interception, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """Tensors made of parameters beside the examples' own, along another dim."""
+    others = [t for t in tensors if not tap.chosen(t)]
+    if not others or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
+        return NotImplemented
+    result = func([tap.gate(t) for t in tensors], dim)
+    if _axis_of(tap, func, (tensors, dim), {}, result) != 0 or dim % result.ndim == 0:
+        return NotImplemented
+    dim = dim % result.ndim
+    sizes = [t.shape[dim] for t in tensors]
+    parameters = [t if tap.chosen(t) else None for t in tensors]
+
+    def contributions(rows: Grouping, gradient: Tensor) -> Reports:
+        for tensor, part in zip(parameters, gradient.split(sizes, dim), strict=True):
+            if tensor is not None:
+                yield tensor, Placed(part.reshape(tap.examples, -1, *part.shape[1:]))
+
+    return tap.watch(result, 0, 1, (), contributions)
 
 
 def _embedding(
     tap: Interception,
+    func: Any,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -72,23 +158,43 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    input = tap.shared(input)
-    split = tap.split(input.shape)
-    if split is None or scale_grad_by_freq or max_norm is not None:
+    if scale_grad_by_freq or max_norm is not None or not _has_examples(tap, input, input.ndim):
         return NotImplemented
-
-    def contributions(gradient: Tensor, index: Tensor) -> Reports:
-        index, errors = index.reshape(split), gradient.reshape(*split, -1)
-        if padding_idx is not None:
-            errors = errors.masked_fill((index == padding_idx % len(weight))[..., None], 0)
-        yield weight, Rows(index, errors)
-
-    return tap.watch(functional.embedding(input, weight.detach(), padding_idx), (input,), contributions)
+    return _rows_of(tap, func(input, tap.gate(weight), padding_idx), input, weight, padding_idx)
 
 
-def _convolution(function: Callable[..., Tensor], dims: int) -> Rule:
+def _item(tap: Interception, func: Any, table: Tensor, index: Any) -> Any:
+    """Rows of a table, chosen by an index of the examples."""
+    whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype not in (torch.bool, torch.uint8)
+    if not whole or not tap.chosen(table) or not _has_examples(tap, index, index.ndim):
+        return NotImplemented
+    return _rows_of(tap, func(tap.gate(table), index), index, table, None)
+
+
+def _index_select(tap: Interception, func: Any, input: Tensor, dim: int, index: Tensor) -> Any:
+    return _item(tap, lambda table, index: func(table, 0, index), input, index) if dim == 0 else NotImplemented
+
+
+def _rows_of(tap: Interception, result: Tensor, index: Tensor, table: Tensor, padding: int | None) -> Tensor:
+    def contributions(rows: Grouping, gradient: Tensor, index: Tensor) -> Reports:
+        width = table[0].numel()
+        places, errors = rows(index) % len(table), rows(gradient.reshape(*index.shape, width))
+        if padding is not None:
+            errors = errors.masked_fill((places == padding % len(table))[..., None], 0)
+        yield table, Rows(places, errors) if table.ndim > 1 else Direct(_scattered(places, errors, len(table)))
+
+    return tap.watch(result, tap.axis(index), index.ndim, (index,), contributions)
+
+
+def _scattered(places: Tensor, errors: Tensor, size: int) -> Tensor:
+    out = wide(errors).new_zeros(len(errors), size)
+    return out.scatter_add_(1, places, wide(errors).squeeze(-1))
+
+
+def _convolution(dims: int) -> Rule:
     def rule(
         tap: Interception,
+        func: Any,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -97,20 +203,20 @@ def _convolution(function: Callable[..., Tensor], dims: int) -> Rule:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if input.ndim != dims + 2 or tap.split(input.shape[:1]) is None or len(input) != tap.examples:
+        if input.ndim != dims + 2 or not _has_examples(tap, input, 1):
             return NotImplemented
-        plain = _plain(tap, bias)
-        result = function(input, tap.plain(weight), plain, stride, padding, dilation, groups)
+        result = func(input, tap.gate(weight), tap.gate(bias), stride, padding, dilation, groups)
 
-        def contributions(gradient: Tensor, *kept: Tensor) -> Reports:
-            errors = gradient.flatten(2).mT
+        def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
+            errors = rows(gradient.flatten(2).mT).flatten(1, 2)
             for inputs in kept:
                 patches = _patches(inputs, weight.shape[2:], gradient.shape[2:], stride, padding, dilation)
-                yield weight, _grouped(errors, patches, groups)
-            if bias is not None and tap.chosen(bias):
-                yield bias, Direct(_sum(errors, 1))
+                yield weight, _grouped(errors, rows(patches).flatten(1, 2), groups)
+            if tap.chosen(bias):
+                assert bias is not None
+                yield bias, Sum(errors)
 
-        return tap.watch(result, (input,) if tap.chosen(weight) else (), contributions)
+        return tap.watch(result, tap.axis(input), 1, (input,) if tap.chosen(weight) else (), contributions)
 
     return rule
 
@@ -151,6 +257,7 @@ def _each(value: Any, dims: int) -> list[int]:
 
 def _layer_norm(
     tap: Interception,
+    func: Any,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -158,37 +265,69 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Any:
     shape = list(normalized_shape)
-    result = functional.layer_norm(input, shape, _plain(tap, weight), _plain(tap, bias), eps)
+    if not _has_examples(tap, input, input.ndim - len(shape)):
+        return NotImplemented
+    result = func(input, shape, tap.gate(weight), tap.gate(bias), eps)
     return _scaled(tap, result, input, weight, bias, len(shape), lambda x: functional.layer_norm(x, shape, eps=eps))
 
 
 def _rms_norm(
     tap: Interception,
+    func: Any,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
     shape = list(normalized_shape)
-    result = functional.rms_norm(input, shape, _plain(tap, weight), eps)
+    if not _has_examples(tap, input, input.ndim - len(shape)):
+        return NotImplemented
+    result = func(input, shape, tap.gate(weight), eps)
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     return _scaled(tap, result, input, weight, None, len(shape), lambda x: functional.rms_norm(x, shape, eps=eps))
 
 
+def _scaled(
+    tap: Interception,
+    result: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    inner: int,
+    normalise: Callable[[Tensor], Tensor],
+) -> Any:
+    """Weight and bias over the last ``inner`` dims."""
+
+    def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
+        errors = wide(gradient)
+        for x in kept:
+            assert weight is not None
+            yield weight, Sum(rows(errors * normalise(wide(x))))
+        if tap.chosen(bias):
+            assert bias is not None
+            yield bias, Sum(rows(errors))
+
+    return tap.watch(result, tap.axis(input), input.ndim - inner, (input,) if tap.chosen(weight) else (), contributions)
+
+
 def _group_norm(
     tap: Interception,
+    func: Any,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    result = functional.group_norm(input, num_groups, _plain(tap, weight), _plain(tap, bias), eps)
+    if not _has_examples(tap, input, 1):
+        return NotImplemented
+    result = func(input, num_groups, tap.gate(weight), tap.gate(bias), eps)
     return _channels(tap, result, input, weight, bias, lambda x: functional.group_norm(x, num_groups, eps=eps))
 
 
 def _batch_norm(
     tap: Interception,
+    func: Any,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -198,11 +337,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if training:
-        raise coupled("a BatchNorm that uses the statistics of the batch")
-    result = functional.batch_norm(
-        input, running_mean, running_var, _plain(tap, weight), _plain(tap, bias), False, momentum, eps
-    )
+    if not _has_examples(tap, input, 1) or training:
+        return NotImplemented
+    result = func(input, running_mean, running_var, tap.gate(weight), tap.gate(bias), False, momentum, eps)
 
     def normalise(x: Tensor) -> Tensor:
         mean, variance = (wide(s).to(x.dtype) for s in (running_mean, running_var) if s is not None)
@@ -229,100 +366,255 @@ def _channels(
     normalise: Callable[[Tensor], Tensor],
 ) -> Any:
     """Weight and bias per channel, dim 1."""
-    if tap.split(input.shape[:1]) is None or len(input) != tap.examples:
-        return NotImplemented
 
-    def contributions(gradient: Tensor, *kept: Tensor) -> Reports:
-        errors = wide(gradient).reshape(*gradient.shape[:2], -1)
+    def terms(rows: Grouping, x: Tensor) -> Tensor:
+        return rows(x.reshape(*x.shape[:2], -1).mT).flatten(1, 2)
+
+    def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
+        errors = wide(gradient)
         for x in kept:
-            if weight is not None:
-                yield weight, Direct((errors * normalise(wide(x)).view_as(errors)).sum(2))
-        if bias is not None and tap.chosen(bias):
-            yield bias, Direct(errors.sum(2))
+            assert weight is not None
+            yield weight, Sum(terms(rows, errors * normalise(wide(x))))
+        if tap.chosen(bias):
+            assert bias is not None
+            yield bias, Sum(terms(rows, errors))
 
-    return tap.watch(result, (input,) if tap.chosen(weight) else (), contributions)
-
-
-def _scaled(
-    tap: Interception,
-    result: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    inner: int,
-    normalise: Callable[[Tensor], Tensor],
-) -> Any:
-    """Weight and bias over the last ``inner`` dims."""
-    split = tap.split(input.shape[: input.ndim - inner])
-    if split is None:
-        return NotImplemented
-
-    def contributions(gradient: Tensor, *kept: Tensor) -> Reports:
-        shape = (*split, *gradient.shape[gradient.ndim - inner :])
-        errors = wide(gradient).reshape(shape)
-        for x in kept:
-            if weight is not None:
-                yield weight, Direct((errors * normalise(wide(x)).view(shape)).sum(1))
-        if bias is not None and tap.chosen(bias):
-            yield bias, Direct(errors.sum(1))
-
-    return tap.watch(result, (input,) if tap.chosen(weight) else (), contributions)
+    return tap.watch(result, tap.axis(input), 1, (input,) if tap.chosen(weight) else (), contributions)
 
 
-def _elementwise(function: Callable[..., Tensor]) -> Rule:
-    """A parameter added to, or multiplied with, the examples' numbers entry by entry."""
+# What a parameter p gets, entry by entry, from the gradient g, the other operand x and p itself.
+Entries = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def rule(tap: Interception, first: Any, second: Any, **options: Any) -> Any:
-        parameter, other = (first, second) if tap.chosen(first) else (second, first)
-        if not isinstance(other, Tensor) or tap.chosen(other) or len(other.shape[:1]) != 1:
+
+def _elementwise(first: Entries, second: Entries, keeps: bool) -> Rule:
+    """A parameter as first or second operand of an operation that broadcasts."""
+
+    def rule(tap: Interception, func: Any, input: Any, other: Any, **options: Any) -> Any:
+        parameter, x, entries = (input, other, first) if tap.chosen(input) else (other, input, second)
+        if not isinstance(x, Tensor) or tap.chosen(x) or tap.axis(x) == SHARED or set(options) - {"alpha"}:
             return NotImplemented
-        below = other.ndim > parameter.ndim or (other.ndim == parameter.ndim and parameter.shape[0] == 1)
-        if not below or tap.split(other.shape[:1]) is None or len(other) != tap.examples:
+        factor = options.get("alpha", 1) if parameter is other else 1
+        if keeps and _in_place(func):  # x is gone before it could be kept
             return NotImplemented
-        copies = tap.per_example(parameter, other.ndim)
-        return function(*((copies, other) if parameter is first else (other, copies)), **options)
+        result = func(tap.gate(input), tap.gate(other), **options)
+        axis = _axis_of(tap, func, (input, other), options, result)
+        shape, leading = _aligned(parameter.shape, result.ndim, axis)
+        own = axis == 0 and shape[:1] == [result.shape[0]] and tap.examples > 1  # one entry per example, or more
+        if leading < 1 and not own:
+            return NotImplemented
+        whole = result.shape
+
+        def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
+            given = entries(wide(gradient), wide(kept[0]) if kept else gradient, wide(parameter.detach())) * factor
+            if own:
+                alike = [dim for dim, size in enumerate(shape) if size == 1]
+                given = given.expand(whole).sum(alike, keepdim=True) if alike else given.expand(whole)
+                yield parameter, Placed(given.reshape(tap.examples, -1, *shape[1:]))
+                return
+            terms = _terms(rows, given.expand(whole), axis, leading, shape)
+            yield parameter, Sum(terms.reshape(*terms.shape[:2], *parameter.shape))
+
+        return tap.watch(result, axis, leading if axis < 0 else axis + 1, (x,) if keeps else (), contributions)
 
     return rule
 
 
-def _expand(tap: Interception, parameter: Tensor, *sizes: Any) -> Any:
-    """A parameter with a leading dim of one, repeated for every example."""
-    sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    if parameter.ndim == 0 or parameter.shape[0] != 1 or len(sizes) != parameter.ndim or sizes[0] != tap.examples:
+def _in_place(func: Any) -> bool:
+    name = func.__name__
+    return bool(name.startswith("__i") or (name.endswith("_") and not name.startswith("__")))
+
+
+def _aligned(shape: torch.Size, ndim: int, axis: Axis) -> tuple[list[int], int]:
+    """Return a parameter's shape with ones in front, and the leading dims it is constant along: 0 where it is not."""
+    full = [1] * (ndim - len(shape)) + list(shape)
+    if len(full) != ndim:
+        return full, 0
+    if axis >= 0:
+        return full, axis + 1 if full[axis] == 1 else 0
+    leading = next((dim for dim, size in enumerate(full) if size != 1), ndim)
+    return full, leading
+
+
+def _terms(rows: Grouping, given: Tensor, axis: Axis, leading: int, shape: list[int]) -> Tensor:
+    """Return [b, t, *inner]: dims along which the parameter is constant become positions t."""
+    if axis < 0:
+        alike = [2 + dim for dim, size in enumerate(shape[leading:]) if size == 1]
+        return rows(given).sum(alike, keepdim=True) if alike else rows(given)
+    constant = [dim for dim, size in enumerate(shape) if size == 1 and dim != axis]
+    varying = [dim for dim, size in enumerate(shape) if size != 1]
+    moved = given.permute(axis, *constant, *varying)
+    return moved.reshape(rows.examples, -1, *(shape[dim] for dim in varying))
+
+
+def _expand(tap: Interception, func: Any, input: Tensor, *sizes: Any, **named: Any) -> Any:
+    """A parameter repeated for every example, in a first dim of its own."""
+    if not tap.chosen(input):
         return NotImplemented
-    if tap.split(torch.Size(sizes[:1])) is None:
+    result = func(tap.gate(input), *sizes, **named)
+    new = result.ndim > input.ndim or (input.ndim > 0 and input.shape[0] == 1)
+    if not new or result.ndim == 0 or result.shape[0] != tap.examples or result.numel() == 0:
         return NotImplemented
-    return tap.per_example(parameter, parameter.ndim).expand(*sizes)
+    shape, leading = _aligned(input.shape, result.ndim, 0)
+    if any(size not in (1, whole) for size, whole in zip(shape, result.shape, strict=True)):
+        return NotImplemented  # repeated along a dim that is not constant
+
+    def contributions(rows: Grouping, gradient: Tensor) -> Reports:
+        terms = _terms(rows, gradient, 0, leading, shape)
+        yield input, Sum(terms.reshape(*terms.shape[:2], *input.shape))
+
+    watched = tap.watch(result.clone(), 0, 1, (), contributions)
+    tap.place(watched, 0)
+    return watched
 
 
-def _plain(tap: Interception, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tap.plain(tensor)
+def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any other function whose dim of examples is known: run again on each example alone."""
+    given = list(tensors_in((*args, *kwargs.values())))
+    others = [t for t in given if not tap.chosen(t)]
+    if not tap.provenance.follows(func) or all(tap.axis(t) == SHARED for t in others):
+        return NotImplemented
+    result = func(*_map(args, tap.gate), **_map(kwargs, tap.gate))
+    if not isinstance(result, Tensor) or not result.requires_grad or any(result is a for a in args):
+        return NotImplemented
+    if tap.provenance.is_elementwise(func):
+        result = result.clone()  # some keep their result for backward, where a watch would be a change of it
+    axis = _axis_of(tap, func, args, kwargs, result)
+    if axis < 0:
+        return NotImplemented
+    axes = [_axis_beside(tap, func, args, t, result, axis) for t in others]
+    parameters = list({id(t): t for t in given if tap.chosen(t)}.values())
+    own = [_axis_beside(tap, func, args, p, result, axis) for p in parameters]  # with entries of each example's own
+    examples, places = tap.examples, {id(t): i for i, t in enumerate((*others, *parameters))}
+    forms = _map((args, kwargs), lambda v: _Place(places[id(v)]) if isinstance(v, Tensor) else v)
+
+    def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
+        for i in range(examples):
+            with torch.enable_grad():
+                cut = [_part(t, a, i, examples) for t, a in zip(kept, axes, strict=True)]
+                leaves = [
+                    _part(p.detach(), a, i, examples).requires_grad_() for p, a in zip(parameters, own, strict=True)
+                ]
+                positional, named = _map(forms, partial(_filled, operands=(*cut, *leaves)))
+                out = func(*positional, **named)
+            parts = torch.autograd.grad(out, leaves, _part(gradient, axis, i, examples), allow_unused=True)
+            for parameter, part, place in zip(parameters, parts, own, strict=True):
+                if part is not None:
+                    whole = _whole(part, parameter, place, i, examples)
+                    yield parameter, Direct(whole[None]), slice(i, i + 1)
+
+    return tap.watch(result, axis, axis + 1, tuple(others), contributions)
 
 
-def _sum(x: Tensor, dim: int) -> Tensor:
-    return x.sum(dim, dtype=widened(x.dtype))
+class _Place(NamedTuple):
+    """Stands for an operand, because what a rule holds until backward must not hold the graph."""
+
+    number: int
 
 
-_ELEMENTWISE = [
-    getattr(owner, name)
-    for owner, names in (
-        (torch, ("add", "sub", "mul")),
-        (Tensor, ("add", "sub", "mul", "__add__", "__radd__", "__sub__", "__mul__", "__rmul__")),
+def _filled(value: Any, operands: tuple[Tensor, ...]) -> Any:
+    return operands[value.number] if isinstance(value, _Place) else value
+
+
+def _whole(part: Tensor, parameter: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
+    """Return the gradient of the parameter, given that of the entries of one example."""
+    if axis < 0:
+        return part
+    whole = torch.zeros_like(parameter)
+    _part(whole, axis, example, examples).copy_(part)
+    return whole
+
+
+def _axis_of(tap: Interception, func: Any, args: Any, kwargs: Any, result: Tensor) -> Axis:
+    if tap.examples == 1:
+        return 0
+    tap.provenance.follow(func, args, kwargs, result)
+    return tap.provenance.axis(result)
+
+
+def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result: Tensor, axis: Axis) -> Axis:
+    """Return the dim along which an operand is cut with the result, also where it is a constant of the batch's size."""
+    known = tap.axis(tensor)
+    if known >= 0 or tap.examples == 1:
+        return known if tap.examples > 1 else SHARED
+    if isinstance(args[0], str) and "->" in args[0]:
+        left, right = args[0].replace(" ", "").split("->")
+        letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
+        return letters.find(right[axis])
+    place = axis - result.ndim
+    alike = tap.provenance.cuts_alike(func) and tensor.ndim >= -place and result.shape[axis] > 1
+    return tensor.ndim + place if alike and tensor.shape[place] == result.shape[axis] else SHARED
+
+
+def _part(tensor: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
+    """Return what belongs to one example."""
+    if axis < 0 or examples == 1:
+        return tensor
+    size = tensor.shape[axis] // examples
+    return tensor.narrow(axis, example * size, size)
+
+
+def _map(values: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(values, dict):
+        return {k: _map(v, change) for k, v in values.items()}
+    if type(values) in (tuple, list):
+        return type(values)(_map(v, change) for v in values)
+    return change(values)
+
+
+def _has_examples(tap: Interception, tensor: Any, leading: int) -> bool:
+    """Whether an operand holds examples, in one of its leading dims or nobody knows where."""
+    if not isinstance(tensor, Tensor) or tap.chosen(tensor):
+        return False
+    axis = tap.axis(tensor)
+    return (axis == UNKNOWN and leading > 0) or 0 <= axis < leading
+
+
+def _opened(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a function of torch that is written in Python with the calls inside it intercepted."""
+    names = {name: (lambda *_: False) for name in func.__globals__ if name.startswith("has_torch_function")}
+    inside = types.FunctionType(
+        func.__code__, {**func.__globals__, **names}, func.__name__, func.__defaults__, func.__closure__
     )
-    for name in names
-]
+    inside.__kwdefaults__ = func.__kwdefaults__
+    with tap:
+        return inside(*args, **kwargs)
+
+
+_ADDED = _elementwise(lambda g, x, p: g, lambda g, x, p: g, keeps=False)
+_SUBTRACTED = _elementwise(lambda g, x, p: g, lambda g, x, p: -g, keeps=False)
+_MULTIPLIED = _elementwise(lambda g, x, p: g * x, lambda g, x, p: g * x, keeps=True)
+_DIVIDED = _elementwise(lambda g, x, p: g / x, lambda g, x, p: -g * x / p.square(), keeps=True)
+
+
+def _named(rule: Rule, *names: str) -> dict[Any, Rule]:
+    """Return the rule for every function of torch or method of a tensor with one of these names."""
+    return {getattr(owner, name): rule for owner in (torch, Tensor) for name in names if hasattr(owner, name)}
+
 
 RULES: dict[Any, Rule] = {
     functional.linear: _linear,
-    torch.addmm: _addmm,
+    **_named(_addmm, "addmm"),
+    **_named(_matmul, "matmul", "mm", "__matmul__"),
     functional.embedding: _embedding,
-    functional.conv1d: _convolution(functional.conv1d, 1),
-    functional.conv2d: _convolution(functional.conv2d, 2),
-    functional.conv3d: _convolution(functional.conv3d, 3),
+    Tensor.__getitem__: _item,
+    **{owner._grouped_mm: _grouped_mm for owner in (torch,) if hasattr(owner, "_grouped_mm")},
+    **_named(_bmm, "bmm"),
+    **_named(_baddbmm, "baddbmm"),
+    **_named(_cat, "cat", "concat", "concatenate"),
+    **_named(_index_select, "index_select"),
+    functional.conv1d: _convolution(1),
+    functional.conv2d: _convolution(2),
+    functional.conv3d: _convolution(3),
     functional.layer_norm: _layer_norm,
     functional.rms_norm: _rms_norm,
     functional.group_norm: _group_norm,
     functional.batch_norm: _batch_norm,
-    Tensor.expand: _expand,
-    **{function: _elementwise(function) for function in _ELEMENTWISE},
+    **_named(_expand, "expand", "repeat", "broadcast_to", "tile"),
+    **_named(_ADDED, "add", "add_", "__add__", "__radd__", "__iadd__"),
+    **_named(_SUBTRACTED, "sub", "sub_", "subtract", "__sub__", "__isub__"),
+    **_named(_MULTIPLIED, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"),
+    **_named(_DIVIDED, "div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"),
+    functional.multi_head_attention_forward: _opened,
+    None: _replay,
 }
+TRANSPARENT = frozenset({functional.multi_head_attention_forward})

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import batch_length, batch_slice
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.capture import Capture, as_found
-from gradsketch.gradients.per_example.contributions import Contribution
+from gradsketch.gradients.data import batch_length, batch_slice, differentiable
+from gradsketch.gradients.parameters import Parameters, bare
+from gradsketch.gradients.per_example.audit import Audits
+from gradsketch.gradients.per_example.capture import Capture
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution
+from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.linear_map import widened
@@ -86,7 +88,7 @@ class GradientSketcher:
         method: Method = "auto",
         on_non_finite: Literal["raise", "skip"] = "raise",
     ) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model = bare(model)
         self.task, self.sketch = as_task(task), sketch
         self.method, self.on_non_finite = method, on_non_finite
         self._tensors = _tensors_of(self.model, sketch, parameters)
@@ -95,10 +97,21 @@ class GradientSketcher:
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
         start = time.perf_counter()
-        with as_found(self.model, self._tensors):
+        with differentiating(self.model, self._tensors):
+            batch = differentiable(batch)
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
+
+    @property
+    def slow(self) -> Mapping[str, str]:
+        """Parameters whose gradients are formed one example after another, each with the reason."""
+        return self._capture.slow
+
+    @property
+    def audits(self) -> Audits:
+        """How many batches were held against autograd's own gradients, and the largest relative error."""
+        return self._capture.audits
 
     def _sketch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         b = batch_length(batch)
@@ -117,8 +130,11 @@ class GradientSketcher:
         return torch.cat([v for v, _ in parts]), torch.cat([loss for _, loss in parts])
 
     def _into(self, batch: Batch, sink: _Sketches | _Formed) -> tuple[Tensor, Tensor]:
-        sink.begin(batch_length(batch), next(iter(self._tensors.values())))
-        losses = self._capture(batch, sink.add)
+        def begin() -> Consumer:
+            sink.begin(batch_length(batch), next(iter(self._tensors.values())))
+            return sink.add
+
+        losses = self._capture(batch, begin)
         return sink.out, losses
 
     def _check_finite(self, batch: Batch, values: Tensor, losses: Tensor) -> dict[int, str]:
@@ -183,7 +199,7 @@ class _Sketches:
         dtype = widened(like.dtype)
         self.out = torch.zeros(b, self.phi.d, dtype=dtype, device=like.device)
 
-    def add(self, name: str, contribution: Contribution, rows: slice = slice(None)) -> None:
+    def add(self, name: str, contribution: Contribution, rows: slice) -> None:
         contribution.sketch(self.phi, name, self.out[rows])
 
 
@@ -199,7 +215,7 @@ class _Formed:
         self.out = torch.zeros(b, sum(sizes), dtype=dtype, device=like.device)
         self.parts = dict(zip(self.shapes, self.out.split(sizes, dim=1), strict=True))
 
-    def add(self, name: str, contribution: Contribution, rows: slice = slice(None)) -> None:
+    def add(self, name: str, contribution: Contribution, rows: slice) -> None:
         shape = self.shapes[name]
         first = shape[0] if len(shape) > 1 else 1
         self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)

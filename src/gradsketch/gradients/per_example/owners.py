@@ -1,0 +1,123 @@
+"""Which example each row of a call belongs to: known where its dim of examples was followed, measured elsewhere.
+
+Measuring: let L = Σ cᵢ Lᵢ with known cᵢ. The gradient that reaches row r is c_owner(r) times what reaches it from Σ Lᵢ.
+So the ratio of two backward passes names the owner of every row, and a row whose ratio is no cᵢ is mixed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from gradsketch.linear_map import widened
+
+__all__ = ["Grouping", "InOrder", "Measured", "MixedError", "owners_of", "projected", "spread_weights"]
+
+_DIRECTIONS = 4
+
+
+class MixedError(Exception):
+    """Rows of a call that several examples share."""
+
+
+class Grouping(ABC):
+    """Brings the rows of a call together by example."""
+
+    examples: int
+
+    @abstractmethod
+    def part(self, start: int, stop: int) -> Grouping:
+        """Return the grouping of these of the flattened rows, which are one leading dim then."""
+
+    @abstractmethod
+    def __call__(self, rows: Float[Tensor, "*r"]) -> Float[Tensor, "b t ..."]:
+        """Return rows ``[*leading, *inner]`` as ``[b, t, *inner]``, with zeros where an example has fewer than t."""
+
+
+@dataclass(frozen=True)
+class InOrder(Grouping):
+    """Dim ``axis`` of the leading dims counts the examples."""
+
+    examples: int
+    axis: int
+    leading: int
+
+    def part(self, start: int, stop: int) -> Grouping:
+        return InOrder(self.examples, 0, 1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        inner = rows.shape[self.leading :]
+        return rows.movedim(self.axis, 0).reshape(self.examples, -1, *inner)
+
+
+class Measured(Grouping):
+    """An owner for each row of the flattened leading dims; −1 for rows that nothing reaches."""
+
+    def __init__(self, owners: Int64[Tensor, " r"], examples: int, leading: int) -> None:
+        self.examples, self.leading, self._owners = examples, leading, owners
+        reached = (owners >= 0).nonzero()[:, 0]
+        order = reached[owners[reached].argsort(stable=True)]
+        counts = torch.bincount(owners[order], minlength=examples)
+        within = torch.arange(len(order), device=order.device)
+        within = within - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        width = max(1, int(counts.max()))
+        self._index = order.new_full((examples, width), len(owners))
+        self._index[owners[order], within] = order
+
+    def part(self, start: int, stop: int) -> Grouping:
+        return Measured(self._owners[start:stop], self.examples, 1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        flat = rows.flatten(0, self.leading - 1) if self.leading > 1 else rows
+        return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self._index]
+
+
+def spread_weights(losses: Float[Tensor, " b"], dtype: torch.dtype) -> Float[Tensor, " b"]:
+    """Return weights for the losses whose ratios stay apart under the rounding of ``dtype``."""
+    step = 1 + 4 * _tolerance(dtype)
+    powers = torch.arange(len(losses), dtype=torch.float64) - len(losses) / 2
+    weights = torch.tensor(step, dtype=torch.float64) ** powers
+    order = torch.randperm(len(losses), generator=torch.Generator().manual_seed(0))
+    return weights[order].to(losses)
+
+
+def projected(gradient: Float[Tensor, "*r"], leading: int) -> Float[Tensor, "r 4"]:
+    """Return what is kept of the gradient of each row: its products with a few fixed random directions."""
+    rows = gradient.flatten(0, leading - 1).flatten(1) if gradient.ndim > leading else gradient.flatten()[:, None]
+    rows = rows.to(widened(rows.dtype))
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    directions = torch.randn(rows.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64)
+    return (rows @ directions.to(rows)).double()
+
+
+def owners_of(
+    weighted: Float[Tensor, "r k"], plain: Float[Tensor, "r k"], weights: Float[Tensor, " b"], dtype: torch.dtype
+) -> Int64[Tensor, " r"]:
+    """Return each row's owner, −1 where nothing reaches it.
+
+    Raises:
+        MixedError: a row belongs to several examples.
+    """
+    tolerance = _tolerance(dtype)
+    size = plain.norm(dim=1)
+    reached = size > size.max() * torch.finfo(dtype).eps * 4 if len(size) else size > 0
+    ratio = (weighted * plain).sum(1) / plain.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    weights = weights.double()
+    order = weights.argsort()
+    place = torch.searchsorted(weights[order], ratio.clamp_min(0)).clamp(1, max(1, len(weights) - 1))
+    above, below = order[place.clamp_max(len(weights) - 1)], order[place - 1]
+    owner = torch.where((ratio - weights[below]).abs() < (ratio - weights[above]).abs(), below, above)
+    error = (weighted - weights[owner, None] * plain).norm(dim=1)
+    # Rows that are next to nothing are noise of the others.
+    noise = 64 * torch.finfo(dtype).eps * weights.max() * (size.max() if len(size) else 0)
+    if bool((error > tolerance * weights[owner] * size + noise)[reached].any()):
+        raise MixedError
+    return torch.where(reached, owner, -1)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return float(min(0.05, 4 * torch.finfo(dtype).eps ** 0.5))

@@ -1,0 +1,467 @@
+"""Follow, from function to function, which dim of a tensor counts the examples of the batch.
+
+A dim counts the examples when its ``size`` is a multiple of their number b and entry r belongs to example
+``r // (size / b)``. Only functions known to keep that order are followed. Everything else is unknown, and whoever needs
+to know must measure (see ``owners``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["SHARED", "UNKNOWN", "Axis", "Provenance", "function_name", "tensors_in"]
+
+# The dim that counts examples, or one of the two states below.
+Axis = int
+SHARED: Final = -1  # nothing in the tensor belongs to an example: parameters, buffers, constants
+UNKNOWN: Final = -2
+
+_TAG = "_gradsketch_axis"
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, also those in lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from tensors_in(value)
+
+
+def function_name(func: Any) -> str:
+    """Return a torch function's plain name: "add" for ``Tensor.__iadd__``, "mT" for the property of that name."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return str(getattr(func.__self__, "__name__", ""))
+    name = name.strip("_")
+    return name[1:] if name[:1] in ("i", "r") and name[1:] in _OPERATORS else name
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+class Provenance:
+    """Where the examples stand in each tensor of one forward pass over ``examples`` examples."""
+
+    def __init__(self, examples: int, batch: Any, constants: Mapping[int, Tensor]) -> None:
+        self.examples, self._constants = examples, constants
+        self._batch = {id(t): t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)}
+        self._pass = object()  # tags stay on tensors, so they must not hold anything
+        self._written: set[int] = set()
+        self._probes: dict[Any, Any] = {}
+
+    def axis(self, tensor: Tensor) -> Axis:
+        """Return the dim that counts the examples, ``SHARED`` or ``UNKNOWN``."""
+        if self._written and self._memory(tensor) in self._written:
+            return UNKNOWN
+        tag = getattr(tensor, _TAG, None)
+        if tag is not None and tag[0] is self._pass:
+            return int(tag[1])
+        if id(tensor) in self._batch:
+            return 0 if tensor.ndim and tensor.shape[0] == self.examples else UNKNOWN
+        # What was made before this pass, or outside torch, is a constant of it unless gradients pass through.
+        return UNKNOWN if tensor.requires_grad and id(tensor) not in self._constants else SHARED
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Note where the examples stand in a function's result."""
+        name = function_name(func)
+        if args and isinstance(args[0], Tensor) and (result is args[0] or name == "setitem"):
+            self._wrote(name, args, kwargs)
+            return
+        results = list(tensors_in((result,)))
+        given = list(tensors_in((*args, *kwargs.values()))) if results else []
+        for position, tensor in enumerate(results):
+            self._tag(tensor, self._of_result(name, func, args, kwargs, given, tensor, position, len(results)))
+
+    def follows(self, func: Any) -> bool:
+        """Whether a function computes new numbers and its dim of examples is known."""
+        name = function_name(func)
+        return name in _ELEMENTWISE or (name in _HANDLERS and name not in _RESHAPES)
+
+    def is_elementwise(self, func: Any) -> bool:
+        """Whether a function works entry by entry."""
+        return function_name(func) in _ELEMENTWISE
+
+    def cuts_alike(self, func: Any) -> bool:
+        """Whether operands that count examples do so in the dim in which the result does, counted from the right."""
+        name = function_name(func)
+        return name in _ELEMENTWISE or _HANDLERS.get(name) in (_product, _first_dim)
+
+    def place(self, tensor: Tensor, axis: Axis) -> None:
+        """Note which dim of a tensor counts the examples."""
+        self._tag(tensor, axis)
+
+    def _tag(self, tensor: Tensor, axis: Axis) -> None:
+        setattr(tensor, _TAG, (self._pass, axis))
+
+    def _memory(self, tensor: Tensor) -> int:
+        try:
+            return tensor.untyped_storage().data_ptr()
+        except RuntimeError:  # a tensor without storage, as inside functorch
+            return 0
+
+    def _wrote(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A tensor was written to: through a view, or in a way that is not followed, nobody knows any more."""
+        target, before = args[0], self.axis(args[0])
+        others = [t for t in tensors_in((*args[1:], *kwargs.values())) if self.axis(t) != SHARED and t.numel() > 1]
+        if not others or (name == "setitem" and before >= 0 and _keeps(args[1], before)):
+            return
+        after = UNKNOWN
+        if name in _ELEMENTWISE:
+            after = _elementwise(self, self._relevant([target, *others]), target)
+        if after != before and (after == UNKNOWN or target._is_view()):
+            self._written.add(self._memory(target))
+        self._tag(target, after)
+
+    def _of_result(
+        self,
+        name: str,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        given: list[Tensor],
+        result: Tensor,
+        position: int,
+        count: int,
+    ) -> Axis:
+        if name in _CONSTANT or all(self.axis(t) == SHARED for t in given):
+            return SHARED
+        relevant = self._relevant(given[:3] if name == "scaled_dot_product_attention" else given)
+        if name in _ELEMENTWISE:
+            return _elementwise(self, relevant, result)
+        if not relevant or any(self.axis(t) == UNKNOWN for t in relevant):
+            return UNKNOWN
+        if name in _VIEWS:
+            return self._view(func, args, kwargs, position, count)
+        handler = _HANDLERS.get(name)
+        return UNKNOWN if handler is None else handler(self, name, args, kwargs, relevant, result)
+
+    def _relevant(self, given: list[Tensor]) -> list[Tensor]:
+        """Return the tensors that decide: those with gradients, else those of numbers, else all not shared."""
+        examples = [t for t in given if self.axis(t) != SHARED]
+        numbers = [t for t in examples if t.is_floating_point()]
+        return [t for t in numbers if t.requires_grad] or numbers or examples
+
+    def _view(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, count: int) -> Axis:
+        """Where the dim of examples goes in a view: seen on strides that are 1 there and 0 elsewhere."""
+        source = args[0]
+        axis = self.axis(source)
+        if axis < 0 or any(isinstance(a, Tensor) for a in _flat((*args[1:], *kwargs.values()))):
+            return UNKNOWN
+        try:
+            key = (func, tuple(source.shape), axis, _frozen(args[1:]), _frozen(tuple(kwargs.items())))
+            if key not in self._probes:
+                strides = [int(dim == axis) for dim in range(source.ndim)]
+                probe = torch.empty_strided(source.shape, strides, device="meta")
+                self._probes[key] = [
+                    _stride_one(r, source.shape[axis]) for r in tensors_in((func(probe, *args[1:], **kwargs),))
+                ]
+            found = self._probes[key]
+            return int(found[position]) if len(found) == count else UNKNOWN
+        except (RuntimeError, TypeError, IndexError):
+            return UNKNOWN
+
+    def multiple(self, size: int) -> bool:
+        """Whether a dim of this size can count the examples."""
+        return size > 0 and size % self.examples == 0
+
+
+def _keeps(index: Any, axis: Axis) -> bool:
+    """Whether writing to these places leaves every entry of the dim of examples with its example."""
+    places = index if isinstance(index, tuple) else (index,)
+    plain = not any(isinstance(i, Tensor | list) or i is None or i is Ellipsis for i in places[: axis + 1])
+    return plain and len(places) > axis and _is_full(places[axis]) and not any(isinstance(i, Tensor) for i in places)
+
+
+def _is_full(index: Any) -> bool:
+    return isinstance(index, slice) and index.start in (None, 0) and index.stop is None and index.step in (None, 1)
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    return value
+
+
+def _stride_one(result: Tensor, size: int) -> Axis:
+    found = [dim for dim in range(result.ndim) if result.stride(dim) == 1 and result.shape[dim] == size]
+    return found[0] if len(found) == 1 and (size > 1 or result.ndim == 1) else UNKNOWN
+
+
+def _elementwise(self: Provenance, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Broadcasting aligns dims from the right; a tensor of size 1 along the dim of examples decides nothing."""
+    found: set[int] = set()
+    unknown = False
+    for tensor in relevant:
+        axis = self.axis(tensor)
+        if axis >= 0:
+            found.add(axis - tensor.ndim)
+        else:
+            unknown = True
+    if len(found) != 1:
+        return UNKNOWN
+    place = found.pop()
+    if unknown and any(self.axis(t) == UNKNOWN and t.ndim >= -place and t.shape[place] > 1 for t in relevant):
+        return UNKNOWN
+    whole = -place <= result.ndim and self.multiple(result.shape[place])
+    sizes = {t.shape[place] for t in relevant if self.axis(t) >= 0}
+    return result.ndim + place if whole and sizes == {result.shape[place]} else UNKNOWN
+
+
+def _same_dim(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Functions that work along other dims and keep that of the examples."""
+    axes = {self.axis(t) for t in relevant}
+    if len(axes) != 1:
+        return UNKNOWN
+    axis = axes.pop()
+    same = axis < result.ndim and all(t.shape[axis] == result.shape[axis] for t in relevant)
+    return axis if same and self.multiple(result.shape[axis]) else UNKNOWN
+
+
+def _first_dim(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Convolutions, pooling, attention, channel norms: dim 0 or nothing."""
+    axis = _same_dim(self, name, args, kwargs, relevant, result)
+    return axis if axis == 0 else UNKNOWN
+
+
+def _before_last(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    axis = _same_dim(self, name, args, kwargs, relevant, result)
+    return axis if 0 <= axis < result.ndim - 1 else UNKNOWN
+
+
+def _normalised(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+    inner = len(shape) if isinstance(shape, tuple | list | torch.Size) else 1
+    axis = _same_dim(self, name, args, kwargs, relevant, result)
+    return axis if 0 <= axis < result.ndim - inner else UNKNOWN
+
+
+def _along(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Functions along one named dim that keep the shape: softmax, cumsum, sort, roll, flip."""
+    axis = _same_dim(self, name, args, kwargs, relevant, result)
+    dims = _dims(name, args, kwargs, result.ndim)
+    return axis if dims is not None and axis not in dims else UNKNOWN
+
+
+# Where functions take their dim by position, if they do.
+_DIM_POSITION = {
+    **dict.fromkeys(
+        _words("""softmax log_softmax softmin cumsum cumprod sort argsort cat concat concatenate stack gather"""), 1
+    ),
+    **dict.fromkeys(_words("sum mean amax amin max min argmax argmin prod var std logsumexp any all nansum median"), 1),
+    **dict.fromkeys(_words("topk roll take_along_dim"), 2),
+}
+_DIM_DEFAULT = {"sort": -1, "argsort": -1, "topk": -1, "cat": 0, "concat": 0, "concatenate": 0, "stack": 0}
+
+
+def _dims(name: str, args: Any, kwargs: Any, ndim: int) -> list[int] | None:
+    """Return the dims that a call names, counted from the left, or None where it names none."""
+    value = next((kwargs[n] for n in ("dim", "dims", "axis") if kwargs.get(n) is not None), None)
+    position = _DIM_POSITION.get(name, len(args))
+    if value is None:
+        value = args[position] if position < len(args) else _DIM_DEFAULT.get(name)
+    values: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
+    whole = ndim > 0 and len(values) > 0 and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    return [int(v) % ndim for v in values] if whole else None
+
+
+def _reduced(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Sums, means and the like over named dims."""
+    source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
+    if not isinstance(source, Tensor):
+        return UNKNOWN
+    axis = self.axis(source)
+    dims = _dims(name, args, kwargs, source.ndim)
+    if axis < 0 or dims is None or axis in dims:
+        return UNKNOWN
+    moved = axis if result.ndim == source.ndim else axis - sum(d < axis for d in dims)
+    return moved if moved < result.ndim and result.shape[moved] == source.shape[axis] else UNKNOWN
+
+
+def _reshaped(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Row-major order is kept: look for the dim that starts where that of the examples started."""
+    source = args[0]
+    axis = self.axis(source)
+    if axis < 0 or source.numel() == 0:
+        return UNKNOWN
+    outer, seen = math.prod(source.shape[:axis]), 1
+    for dim, size in enumerate(result.shape):
+        if seen == outer and size > 1:
+            inner = result.numel() // (outer * size)
+            # Whole rows of one example: the entries after this dim must divide what one example has.
+            exact = self.multiple(size) and (source.numel() // outer // self.examples) % inner == 0
+            return dim if exact else UNKNOWN
+        seen *= size
+    return UNKNOWN
+
+
+def _joined(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Concatenation along another dim."""
+    axis = _same_dim(self, name, args, kwargs, relevant, result)
+    dims = _dims(name, args, kwargs, result.ndim) or [0]
+    return axis if axis not in dims else UNKNOWN
+
+
+def _stacked(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    axes = {self.axis(t) for t in relevant}
+    if len(axes) != 1 or min(axes) < 0:
+        return UNKNOWN
+    axis, dim = axes.pop(), (_dims(name, args, kwargs, result.ndim) or [0])[0]
+    return axis + (dim <= axis)
+
+
+def _repeated(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    source = args[0]
+    axis = self.axis(source)
+    moved = axis + result.ndim - source.ndim
+    return moved if axis >= 0 and result.shape[moved] == source.shape[axis] else UNKNOWN
+
+
+def _repeat_interleaved(
+    self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor
+) -> Axis:
+    source = args[0]
+    axis = self.axis(source)
+    even = result.ndim == source.ndim and axis >= 0 and result.shape[axis] % source.shape[axis] == 0
+    numbers = not any(isinstance(a, Tensor) for a in (*args[1:], *kwargs.values()))
+    return axis if even and numbers else UNKNOWN
+
+
+def _product(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Matrix products: a leading dim of all factors that hold examples, or the rows of the first alone."""
+    factors = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim > 1]
+    if len(factors) < 2 or result.ndim < 2:
+        return UNKNOWN
+    places = {self.axis(t) - t.ndim for t in relevant}
+    if len(places) != 1 or any(self.axis(t) < 0 for t in relevant):
+        return UNKNOWN
+    place = places.pop()
+    rows = place == -2 and len(relevant) == 1 and relevant[0] is factors[-2]
+    if not (place <= -3 or rows) or -place > result.ndim:
+        return UNKNOWN
+    return result.ndim + place if result.shape[place] == relevant[0].shape[place] else UNKNOWN
+
+
+def _einsum(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """The letter of the examples, in every operand that holds some and in the result."""
+    if not isinstance(args[0], str) or "..." in args[0] or "->" not in args[0]:
+        return UNKNOWN
+    left, right = args[0].replace(" ", "").split("->")
+    operands = list(tensors_in(args[1:]))
+    letters = {
+        letter[self.axis(t)]
+        for letter, t in zip(left.split(","), operands, strict=True)
+        if any(t is r for r in relevant) and self.axis(t) >= 0
+    }
+    if len(letters) != 1 or any(self.axis(t) < 0 for t in relevant):
+        return UNKNOWN
+    letter = letters.pop()
+    return right.index(letter) if letter in right else UNKNOWN
+
+
+def _gathered(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Entries chosen along another dim, by an index whose examples stand in the same dim."""
+    given = [t for t in tensors_in((*args, *kwargs.values())) if self.axis(t) != SHARED]
+    dims = _dims(name, args, kwargs, result.ndim)
+    axis = _same_dim(self, name, args, kwargs, given, result)
+    return axis if dims is not None and axis not in dims else UNKNOWN
+
+
+def _selected(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Rows of a table that all share: the index has the examples."""
+    index = [t for t in tensors_in((*args[:1], *kwargs.values())) if not t.is_floating_point()]
+    if len(index) != 1:
+        return UNKNOWN
+    axis = self.axis(index[0])
+    return axis if 0 <= axis < result.ndim and result.shape[axis] == index[0].shape[axis] else UNKNOWN
+
+
+_OPERATORS = frozenset(_words("add sub mul div truediv floordiv mod pow and or xor matmul eq ne lt le gt ge"))
+
+_ELEMENTWISE = frozenset(
+    _words("""
+    add sub mul div truediv floordiv true_divide floor_divide mod remainder fmod pow float_power neg pos abs exp
+    exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan sinh cosh tanh asinh erf erfc sigmoid
+    logit relu relu6 gelu silu elu selu celu leaky_relu softplus softsign hardtanh hardswish hardsigmoid mish
+    logsigmoid tanhshrink softshrink hardshrink threshold prelu rrelu clamp clip clamp_min clamp_max maximum
+    minimum fmax fmin where masked_fill lerp addcmul addcdiv dropout alpha_dropout feature_dropout clone
+    contiguous to float double half bfloat16 type type_as long int bool detach requires_grad eq ne lt le gt ge
+    equal isnan isinf isfinite logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not
+    and or xor invert sign round floor ceil trunc frac nan_to_num rsub subtract multiply divide negative data real
+    cpu cuda alias copy positive heaviside xlogy erfinv angle sinc log_sigmoid fill zero""")
+)
+
+# Their values are constants, whatever they are shaped after.
+_CONSTANT = frozenset(
+    _words(
+        "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty arange"
+    )
+)
+
+_VIEWS = frozenset(
+    _words("""transpose swapaxes swapdims permute movedim moveaxis t T mT H mH adjoint select narrow getitem unsqueeze
+    squeeze expand expand_as broadcast_to unbind chunk split tensor_split unfold diagonal""")
+)
+
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "unsafe_view")
+
+_HANDLERS: dict[str, Callable[..., Axis]] = {
+    **dict.fromkeys(_RESHAPES, _reshaped),
+    **dict.fromkeys(("linear", "glu", "bilinear", "pairwise_distance"), _before_last),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
+    **dict.fromkeys(
+        (
+            "softmax",
+            "log_softmax",
+            "softmin",
+            "cumsum",
+            "cumprod",
+            "sort",
+            "argsort",
+            "topk",
+            "roll",
+            "normalize",
+            "flip",
+        ),
+        _along,
+    ),
+    **dict.fromkeys(
+        _words("""sum mean amax amin max min argmax argmin prod var std norm logsumexp any all vector_norm nansum median
+    count_nonzero"""),
+        _reduced,
+    ),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _joined),
+    "stack": _stacked,
+    **dict.fromkeys(("repeat", "tile"), _repeated),
+    "repeat_interleave": _repeat_interleaved,
+    **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), _product),
+    "einsum": _einsum,
+    **dict.fromkeys(("gather", "take_along_dim"), _gathered),
+    "embedding": _selected,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _same_dim),  # padding along the dim would change its size
+    **dict.fromkeys(
+        _words("""scaled_dot_product_attention conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    batch_norm group_norm instance_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle local_response_norm grid_sample"""),
+        _first_dim,
+    ),
+}
+
+_FOLLOWED = _ELEMENTWISE | _VIEWS | _CONSTANT | frozenset(_HANDLERS)

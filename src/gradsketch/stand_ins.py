@@ -1,0 +1,224 @@
+"""Other tensors in the place of a model's parameters and buffers, without a word written to the model's own.
+
+Two reaches, one for a block of ours and one for code of the user's:
+
+* ``stand_ins``: everybody sees the others. They stand where the model's own stood, so that modules read them,
+  ``parameters()`` yields them and ``load_state_dict`` writes to them, until the block ends.
+* ``Readings``: only a module that reads its parameter gets something else. Optimisers, ``state_dict`` and ``to`` keep
+  seeing the model's own, for as long as the user likes.
+
+They compose: a stand-in put over a reading is obeyed, and ``read_instead`` says what a module would read otherwise.
+``torch.func.functional_call`` is neither, because it is over before the backward pass: layers with activation
+checkpointing then run again at the model's own weights, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradsketch.errors import InputError
+
+__all__ = ["Reading", "Readings", "Source", "check_held", "held", "read_instead", "stand_ins"]
+
+_KEY = "_gradsketch_readings"
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers that stand in the model now, by every name that they have."""
+    return dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+
+
+def check_held(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not the model's own.
+
+    Raises:
+        InputError: one is not; the message names it.
+    """
+    own = {id(tensor) for tensor in held(model).values()}
+    strangers = [name for name, tensor in tensors.items() if id(tensor) not in own]
+    if strangers:
+        raise InputError(
+            f"{len(strangers)} of {len(tensors)} parameters that {type(model).__name__} does not hold,"
+            f" {strangers[0]!r} first",
+            "Parameters made from this very model",
+            "Type Parameters(model); loading or moving a model may replace its tensors, so make them afterwards",
+        )
+
+
+@contextmanager
+def stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let tensors take the place of the parameters and buffers of these names until the block ends.
+
+    A tensor stands under every name of what it replaces, so ties stay ties. Blocks may be nested. Keep the block open
+    until the backward pass is over. Whatever else their modules registered or removed meanwhile is undone at the end.
+
+    Raises:
+        InputError: the model has no parameter or buffer of that name.
+    """
+    others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
+    found = [_Found.of(module) for module in model.modules() if _holds(module, others)]
+    try:
+        for was in found:
+            was.replace(others)
+        yield
+    finally:
+        for was in found:
+            was.put_back()
+
+
+def _holds(module: nn.Module, tensors: Mapping[int, Tensor]) -> bool:
+    return any(id(tensor) in tensors for tensor in (*module._parameters.values(), *module._buffers.values()))
+
+
+def _own(model: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        own: Any = module._parameters.get(attribute, module._buffers.get(attribute))
+    except AttributeError:
+        own = None
+    if own is None:
+        raise InputError(
+            f"a tensor to stand for {name!r}, which {type(model).__name__} does not have",
+            "names of its parameters and buffers",
+            "List them with [name for name, _ in model.named_parameters()]",
+        )
+    return own  # type: ignore[no-any-return]
+
+
+class _Found(NamedTuple):
+    """What stood in a module before others took its place."""
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
+    flat: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Found:
+        # A recurrent layer keeps a list of its weights, and makes it anew in the forward pass that finds others.
+        kept = ("_flat_weights", "_flat_weight_refs") if isinstance(module, nn.RNNBase) else ()
+        flat = {name: vars(module)[name] for name in kept if name in vars(module)}
+        return cls(module, dict(module._parameters), dict(module._buffers), flat)
+
+    def replace(self, others: Mapping[int, Tensor]) -> None:
+        both: tuple[dict[str, Any], ...] = (self.module._parameters, self.module._buffers)
+        for places in both:
+            places.update({name: others[id(tensor)] for name, tensor in places.items() if id(tensor) in others})
+
+    def put_back(self) -> None:
+        for places, originals in ((self.module._parameters, self.parameters), (self.module._buffers, self.buffers)):
+            places.clear()
+            places.update(originals)  # type: ignore[arg-type]
+        vars(self.module).update(self.flat)
+
+
+class Source(NamedTuple):
+    """Who answers when a module reads: a module whose own parameters the answers are computed from.
+
+    ``refresh`` is called before ``read_instead`` asks for values, so that these are the present ones.
+    """
+
+    owner: nn.Module
+    value: Callable[[str], Tensor]
+    refresh: Callable[[], None]
+
+
+class Reading(NamedTuple):
+    """What one module reads in the place of one parameter."""
+
+    name: str
+    parameter: Tensor | None
+    source: Source
+
+    def now(self) -> Tensor:
+        """Return the present value, as a constant."""
+        with torch.no_grad():
+            return self.source.value(self.name).detach()
+
+
+class Readings:
+    """While they last, a module that reads a chosen parameter gets ``source.value(name)`` instead.
+
+    Each module that owns a chosen parameter gets a subclass of its own class whose property answers the reading; the
+    Parameter object stays where it was, so ``named_parameters``, ``state_dict`` and ``to`` keep seeing it. This also
+    holds for code that runs later, such as the recomputation of activation checkpointing. The answer is asked for at
+    each reading, because a gradient can be taken from there as soon as it is complete.
+
+    Raises:
+        InputError: a tensor is not a parameter of the model, or the model has readings already.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], source: Source) -> None:
+        _check_at_rest(model)
+        check_held(model, tensors)
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        self._owners: list[nn.Module] = []
+        for module in model.modules():
+            own = {a: Reading(names[id(p)], p, source) for a, p in module._parameters.items() if id(p) in names}
+            if own:
+                vars(module)[_KEY] = own
+                cls: Any = type(module)
+                module.__class__ = _answering(cls, tuple(own))
+                self._owners.append(module)
+
+    def undo(self) -> None:
+        """Give every module its own class back."""
+        for module in self._owners:
+            if vars(module).pop(_KEY, None) is not None:
+                module.__class__ = type(module).__bases__[0]
+
+
+def read_instead(model: nn.Module) -> dict[str, Reading]:
+    """Return what the model's modules now read in the place of its parameters, by name; nothing for a model at rest.
+
+    A tensor that ``stand_ins`` has put there is in the model's own place and does not count.
+    """
+    readings = {
+        f"{path}.{attribute}" if path else attribute: reading
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, reading in vars(module).get(_KEY, {}).items()
+        if module._parameters.get(attribute) is reading.parameter
+    }
+    for refresh in {id(r.source.owner): r.source.refresh for r in readings.values()}.values():
+        refresh()
+    return readings
+
+
+def _check_at_rest(model: nn.Module) -> None:
+    if any(_KEY in vars(module) for module in model.modules()):
+        raise InputError(
+            f"a {type(model).__name__} that is open in another Subspace",
+            "a model at rest",
+            "Call close() or merge() on the first Subspace, or use it as a context manager",
+        )
+
+
+@cache
+def _answering(cls: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {attribute: property(partial(_read, attribute=attribute)) for attribute in attributes}
+    if issubclass(cls, nn.RNNBase):  # hands its kernels a list of Parameters made beforehand
+        body["_flat_weights"] = property(_flat_weights, lambda self, value: vars(self).update(_flat_weights=value))
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), body | names)
+
+
+def _read(module: nn.Module, attribute: str) -> Tensor | None:
+    parameter = module._parameters[attribute]
+    reading: Reading = vars(module)[_KEY][attribute]
+    if parameter is not reading.parameter:
+        return parameter
+    try:
+        return reading.source.value(reading.name)
+    except AttributeError as error:  # would send Python to Module.__getattr__, which answers with the parameter
+        raise RuntimeError(f"no value for the parameter {reading.name!r}") from error
+
+
+def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in vars(module)["_flat_weights_names"]]
