@@ -236,14 +236,22 @@ class Build:
         return replace(self.shape, columns=self.shape.columns if first else {}, facts=facts)
 
     def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
-        places = self.survey.places[start : start + count]
+        places, lengths = self._places(slice(start, start + count))
         examples = [self.examples[place] for place in places]
-        sketched = source(examples, bar.update)
+        sketched = source(self._encoded(places, examples), lengths, bar.update)
         described = [fields(example) for example in examples]
         ids = [id_ if id_ is not None else str(place) for place, (id_, _) in zip(places, described, strict=True)]
         names = self.shape.columns if with_metadata else {}
         columns = {name: [columns.get(name) for _, columns in described] for name in names}
         return Rows(ids, sketched.sketches, sketched.losses, columns)
+
+    def _places(self, rows: slice) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the places of rows in the data, and their lengths."""
+        return self.survey.places[rows], self.survey.lengths[rows]
+
+    def _encoded(self, places: Sequence[int], examples: Sequence[Any]) -> list[Any]:
+        """Return the rows that the survey encoded, and the examples themselves where it kept none."""
+        return [self.survey.encoded.get(place, example) for place, example in zip(places, examples, strict=True)]
 
     def _missing(self, folder: str) -> list[tuple[int, int]]:
         """Return the ranges still to be written, of a store whose shape is that of this run."""
@@ -263,15 +271,15 @@ class Build:
     def _seconds_a_row(self) -> float:
         """Time the gradients of a few examples spread over the data, more of them while that takes next to no time."""
         source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
-        count, seconds, rows = 2, 0.0, len(self.survey.places)
+        count, rows = 2, self.shape.rows
         while True:
-            chosen = [self.examples[place] for place in self.survey.places[:: max(1, rows // count)][:count]]
+            places, lengths = self._places(slice(0, rows, max(1, -(-rows // count))))
+            rows_read = self._encoded(places, [self.examples[place] for place in places])
             began = time.perf_counter()
-            source(chosen)
+            source(rows_read, lengths)
             seconds = time.perf_counter() - began
             if (seconds > _TIMED_SECONDS and count > 2) or count >= min(rows, _TIMED_ROWS):
-                tokens = sum(self.task.length(example) for example in chosen)
-                return seconds * self._tokens_a_row / max(1, tokens)
+                return seconds * self._tokens_a_row / max(1, sum(lengths))
             count *= 4
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.files import read_examples
-from gradsketch.gradients.tasks import Task
+from gradsketch.gradients.tasks import Encoded, Task
 from gradsketch.store.manifest import RESERVED
 
 __all__ = ["BadRow", "Survey", "as_examples", "display", "fields", "rebuild", "survey"]
@@ -26,6 +26,10 @@ __all__ = ["BadRow", "Survey", "as_examples", "display", "fields", "rebuild", "s
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels", "pixel_values", "decoder_input_ids")
 _KINDS = {str: "string", bool: "bool", int: "int", float: "float"}
 _RENAMED = "data_"
+# Encoded rows that a survey keeps, so that a build tokenises nothing twice. Beyond that much, rows are encoded again
+# when their turn comes: by then the gradients of those before have taken hours.
+_KEPT_BYTES = 1 << 30
+_BYTES_A_ROW = 700  # of Python's objects around a row's numbers
 _BAD_ROWS_SHOWN = 5
 
 
@@ -40,13 +44,22 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Survey:
-    """One pass over the data: places of usable rows, their tokens, column types, a hash of everything, bad rows."""
+    """One pass over the data: places and lengths of usable rows, column types, a hash of everything, bad rows.
+
+    ``encoded`` holds rows by place, as many as memory is kept for.
+    """
 
     places: tuple[int, ...]
-    tokens: int
+    lengths: tuple[int, ...]
+    encoded: Mapping[int, Encoded]
     columns: dict[str, str]
     digest: str
     bad: tuple[BadRow, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all usable rows."""
+        return sum(self.lengths)
 
 
 class _Slices(Sequence[Any]):
@@ -94,27 +107,41 @@ def _is_batch(data: Any) -> bool:
 
 
 def survey(examples: Any, task: Task) -> Survey:
-    """Read every example once: check that the task takes it, and collect what the index's manifest needs."""
+    """Read every example once: encode it, and collect what the index's manifest needs."""
     digest = hashlib.sha256()
-    places: list[int] = []
+    places, lengths, kept = [], [], _Kept()
     bad: list[BadRow] = []
     kinds: dict[str, set[str]] = {}
-    tokens = 0
     for place in range(len(examples)):
         try:
             example = examples[place]
-            tokens += task.length(example)
+            row = task.read(example)
+            lengths.append(task.length(row))
         except InputError as error:
             stands = where(examples, place)
             bad.append(BadRow(stands, error.came.removeprefix(f"{stands}: "), error.wanted))
             continue
         places.append(place)
+        kept.add(place, row)
         for part in _canonical(example):
             digest.update(part)
         for name, value in fields(example)[1].items():
             kinds.setdefault(name, set()).add(_kind(value))
     columns = {name: _common(found) for name, found in kinds.items()}
-    return Survey(tuple(places), tokens, columns, digest.hexdigest()[:16], tuple(bad))
+    return Survey(tuple(places), tuple(lengths), kept.rows, columns, digest.hexdigest()[:16], tuple(bad))
+
+
+class _Kept:
+    """Encoded rows by place, up to a bound of memory."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Encoded] = {}
+        self._bytes = 0
+
+    def add(self, place: int, row: Any) -> None:
+        if isinstance(row, Encoded) and self._bytes < _KEPT_BYTES:
+            self.rows[place] = row
+            self._bytes += row.bytes + _BYTES_A_ROW
 
 
 def where(examples: Any, place: int) -> str:

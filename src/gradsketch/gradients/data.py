@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Batcher", "Batches", "batch_length", "batch_slice", "each_tensor", "to_device"]
+__all__ = ["Batcher", "Batches", "batch_length", "batch_slice", "each_tensor", "read_all", "to_device"]
 
 Result = TypeVar("Result")
 
@@ -88,9 +88,15 @@ class Batcher:
                 raise InputError(f"{name}={value!r}", "a positive integer", f"Type {name}=64")
         self.task, self.tokens, self.examples, self.device = task, tokens, examples, device
 
-    def map(self, work: Callable[[Batch], Result], examples: Sequence[Any]) -> Iterator[tuple[list[int], Result]]:
-        """Yield, for every batch, the places of its examples in ``examples`` and the work's result."""
-        lengths = [self._length(examples, place) for place in range(len(examples))]
+    def map(
+        self, work: Callable[[Batch], Result], examples: Sequence[Any], lengths: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Yield, for every batch, the places of its examples in ``examples`` and the work's result.
+
+        Examples may be encoded. Where their lengths are given, those that are not are encoded a batch at a time.
+        """
+        if lengths is None:
+            examples, lengths = read_all(self.task, examples)
         order = sorted(range(len(examples)), key=lambda place: -lengths[place])
         start = 0
         while start < len(order):
@@ -109,12 +115,6 @@ class Batcher:
                     "Lower the task's max_length, or switch on gradient checkpointing",
                 )
 
-    def _length(self, examples: Sequence[Any], place: int) -> int:
-        try:
-            return self.task.length(examples[place])
-        except InputError as error:
-            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
-
     def _attempt(self, work: Callable[[Batch], Result], examples: list[Any]) -> tuple[bool, Any]:
         """Return (True, result), or (False, None) where memory ran out; nothing of the attempt is kept then."""
         try:
@@ -127,6 +127,22 @@ class Batcher:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return False, None
+
+
+def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """Return the examples as the task's ``collate`` takes them, and their lengths.
+
+    Raises:
+        InputError: an example that the task cannot read, with its place.
+    """
+    rows, lengths = [], []
+    for place in range(len(examples)):
+        try:
+            rows.append(task.read(examples[place]))
+            lengths.append(task.length(rows[-1]))
+        except InputError as error:
+            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
+    return rows, lengths
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

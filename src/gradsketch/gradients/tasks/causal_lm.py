@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
-from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.gradients.tasks.tokens import Reduction
 
 __all__ = ["CausalLM"]
 
@@ -64,23 +65,10 @@ class CausalLM(Task):
         following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         return tokens.sequence_losses(logits, following, self.reduction)
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        return tokens.stacked(tokens.encoded(self._encode, examples), self.tokenizer)
-
-    def length(self, example: Any) -> int:
-        return len(self._encode(example)["input_ids"])
-
-    def options(self) -> dict[str, str | int | float | bool]:
-        return {
-            "reduction": self.reduction,
-            "max_length": self.max_length or 0,
-            "vocabulary": tokens.vocabulary(self.tokenizer),
-        }
-
-    def _encode(self, example: Any) -> Encoded:
+    def encode(self, example: Any) -> Encoded:
         if isinstance(example, Mapping) and "input_ids" in example:
             row = tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
-            return {"labels": row["input_ids"], **row}
+            return Encoded(len(row["input_ids"]), {"labels": row["input_ids"], **row})
         prompt, answer = _prompt_and_answer(example)
         if not answer:
             raise InputError("an empty text" if not prompt else "an empty answer", "some text to predict", "Drop it")
@@ -92,7 +80,18 @@ class CausalLM(Task):
                 "at least one predicted token" + (f" within max_length={self.max_length}" if self.max_length else ""),
                 "Shorten the prompt, raise max_length, or drop the example",
             )
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * first + ids[first:]}
+        labels = [IGNORED] * first + ids[first:]
+        return Encoded(len(ids), {"input_ids": integers(ids), "labels": integers(labels)})
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return stack(encode_all(self.encode, examples), self.tokenizer)
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {
+            "reduction": self.reduction,
+            "max_length": self.max_length or 0,
+            "vocabulary": tokens.vocabulary(self.tokenizer),
+        }
 
     def _boundary(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Return the token ids of the joined text and the position of the answer's first token."""

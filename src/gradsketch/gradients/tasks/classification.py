@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import check_ids, check_token_ids, logits_of
 from gradsketch.linear_map import widened
 
@@ -65,17 +66,15 @@ class Classification(Task):
         check_ids(labels, logits.shape[-1], "label")
         return functional.cross_entropy(logits.to(widened(logits.dtype)), labels.long(), reduction="none")
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        rows = tokens.encoded(self._encode, examples)
-        labels = torch.tensor([row.pop("labels") for row in rows])
-        if "input_ids" in rows[0]:
-            return {**tokens.stacked(rows, self.processor), "labels": labels}
-        inputs: dict[str, Tensor] = default_collate(rows)
-        return (inputs["x"], labels) if set(inputs) == {"x"} else {**inputs, "labels": labels}
+    def encode(self, example: Any) -> Encoded:
+        x, label = _input_and_label(example)
+        sequences, values = self._inputs(x)
+        length = len(sequences["input_ids"]) if sequences else 1
+        return Encoded(length, sequences, {**values, "labels": self._class(label)})
 
-    def length(self, example: Any) -> int:
-        row = self._encode(example)
-        return len(row["input_ids"]) if "input_ids" in row else 1
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        batch = stack(encode_all(self.encode, examples), self.processor)
+        return (batch["x"], batch["labels"]) if set(batch) == {"x", "labels"} else batch
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -84,28 +83,25 @@ class Classification(Task):
             "vocabulary": tokens.vocabulary(self.processor),
         }
 
-    def _encode(self, example: Any) -> dict[str, Any]:
-        """Return an example's model inputs (a lone tensor as ``x``) and its ``labels``, an integer."""
-        x, label = _input_and_label(example)
+    def _inputs(self, x: Any) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+        """Return the model's inputs: sequences of a text, or else whole values (a lone tensor as ``x``)."""
         if isinstance(x, Mapping) and "input_ids" in x:
-            row: dict[str, Any] = dict(tokens.tokenised(x, self.max_length))
-        elif isinstance(x, Mapping):
-            row = {name: torch.as_tensor(value) for name, value in x.items()}
-        elif isinstance(x, str):
-            row = self._text(x)
-        elif isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(part, str) for part in x):
-            row = self._text(*x)
-        elif hasattr(self.processor, "image_processor_type"):
-            row = {name: values[0] for name, values in self.processor(x, return_tensors="pt").items()}
-        else:
-            row = {"x": torch.as_tensor(x)}
-        return {**row, "labels": self._class(label)}
+            return tokens.tokenised(x, self.max_length), {}
+        if isinstance(x, Mapping):
+            return {}, {name: torch.as_tensor(value) for name, value in x.items()}
+        if isinstance(x, str):
+            return self._text(x), {}
+        if isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(part, str) for part in x):
+            return self._text(*x), {}
+        if hasattr(self.processor, "image_processor_type"):
+            return {}, {name: values[0] for name, values in self.processor(x, return_tensors="pt").items()}
+        return {}, {"x": torch.as_tensor(x)}
 
-    def _text(self, text: str, pair: str | None = None) -> dict[str, Any]:
+    def _text(self, text: str, pair: str | None = None) -> dict[str, np.ndarray]:
         if not text:
             raise InputError("an empty text", "some text to classify", "Drop it")
         encoded = tokens.encode(self.processor, text, pair, limit=self.max_length)
-        return {name: list(values) for name, values in encoded.items()}
+        return {name: integers(values) for name, values in encoded.items()}
 
     def _class(self, label: Any) -> int:
         if isinstance(label, str) and self.classes is not None and label in self.classes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
-from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.gradients.tasks.tokens import Reduction
 from gradsketch.random import Stream
 
 __all__ = ["MaskedLM"]
@@ -68,11 +70,12 @@ class MaskedLM(Task):
         logits = logits_of(model, inputs, batch["labels"].shape)
         return tokens.sequence_losses(logits, batch["labels"], self.reduction)
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        return tokens.stacked(tokens.encoded(self._encode, examples), self.tokenizer)
+    def encode(self, example: Any) -> Encoded:
+        row = self._tokens(example)
+        return Encoded(len(row["input_ids"]), row if "labels" in row else self._hidden(row))
 
-    def length(self, example: Any) -> int:
-        return len(self._tokens(example)["input_ids"])
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return stack(encode_all(self.encode, examples), self.tokenizer)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -83,11 +86,7 @@ class MaskedLM(Task):
             "vocabulary": tokens.vocabulary(self.tokenizer),
         }
 
-    def _encode(self, example: Any) -> Encoded:
-        row = self._tokens(example)
-        return row if "labels" in row else self._hidden(row)
-
-    def _tokens(self, example: Any) -> Encoded:
+    def _tokens(self, example: Any) -> dict[str, np.ndarray]:
         if isinstance(example, Mapping) and "input_ids" in example:
             return tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
         text = example.get("text") if isinstance(example, Mapping) else example
@@ -96,11 +95,10 @@ class MaskedLM(Task):
         if not text:
             raise InputError("an empty text", "some text to hide tokens of", "Drop it")
         encoded = tokens.encode(self.tokenizer, text, limit=self.max_length)
-        return {
-            name: list(encoded[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded
-        }
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return {name: integers(encoded[name]) for name in names if name in encoded}
 
-    def _hidden(self, row: Encoded) -> Encoded:
+    def _hidden(self, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Hide tokens of one example; its own content decides which."""
         mask_id = getattr(self.tokenizer, "mask_token_id", None)
         if mask_id is None:
@@ -109,15 +107,16 @@ class MaskedLM(Task):
                 "labels (−100 where nothing is hidden), or a tokenizer with mask_token_id",
                 "Pass the model's tokenizer: MaskedLM(tokenizer)",
             )
-        ids = torch.tensor(row["input_ids"])
+        ids = torch.from_numpy(row["input_ids"]).long()
         ordinary = ~torch.isin(ids, torch.tensor(list(self.tokenizer.all_special_ids)))
         if not ordinary.any():
             raise InputError("a text of special tokens only", "at least one ordinary token to hide", "Drop it")
-        stream = Stream(self.seed, "MaskedLM", repr(row["input_ids"]))
+        stream = Stream(self.seed, "MaskedLM", repr(ids.tolist()))
         draw = stream.child("which").uniforms(0, len(ids)).masked_fill(~ordinary, 2.0)
         chosen = draw <= max(self.probability, float(draw.min()))
         fate = stream.child("how").uniforms(0, len(ids))
         random = stream.child("token").integers(0, len(ids), len(self.tokenizer))
         shown = torch.where(chosen & (fate < _MASKED), mask_id, ids)
         shown = torch.where(chosen & (fate >= 1 - _RANDOM), random, shown)
-        return {**row, "input_ids": shown.tolist(), "labels": torch.where(chosen, ids, IGNORED).tolist()}
+        labels = torch.where(chosen, ids, IGNORED)
+        return {**row, "input_ids": shown.int().numpy(), "labels": labels.int().numpy()}

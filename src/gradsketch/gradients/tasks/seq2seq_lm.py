@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
-from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.gradients.tasks.tokens import Reduction
 
 __all__ = ["Seq2SeqLM"]
 
@@ -65,13 +67,12 @@ class Seq2SeqLM(Task):
         check_token_ids(model, inputs["decoder_input_ids"])
         return tokens.sequence_losses(logits_of(model, inputs, labels.shape), labels, self.reduction)
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        sources, targets = zip(*tokens.encoded(self._encode, examples), strict=True)
-        return {**tokens.stacked(sources, self.tokenizer), **tokens.stacked(targets, self.tokenizer)}
+    def encode(self, example: Any) -> Encoded:
+        source, labels = self._tokens(example)
+        return Encoded(len(source["input_ids"]) + len(labels), {**source, "labels": labels})
 
-    def length(self, example: Any) -> int:
-        source, target = self._encode(example)
-        return len(source["input_ids"]) + len(target["labels"])
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return stack(encode_all(self.encode, examples), self.tokenizer)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -81,18 +82,19 @@ class Seq2SeqLM(Task):
             "vocabulary": tokens.vocabulary(self.tokenizer),
         }
 
-    def _encode(self, example: Any) -> tuple[Encoded, Encoded]:
+    def _tokens(self, example: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return the source's sequences and the target's labels."""
         if isinstance(example, Mapping) and {"input_ids", "labels"} <= set(example):
             labels = tokens.tokenised({"input_ids": example["labels"]}, self.max_target_length)["input_ids"]
-            return tokens.tokenised(example, self.max_length), {"labels": labels}
+            return tokens.tokenised(example, self.max_length), labels
         source, target = _source_and_target(example)
         for text, name in ((source, "source"), (target, "target")):
             if not text:
                 raise InputError(f"an empty {name}", "a source and a target of at least one character", "Drop it")
-        ids = list(tokens.encode(self.tokenizer, source, limit=self.max_length)["input_ids"])
+        ids = tokens.encode(self.tokenizer, source, limit=self.max_length)["input_ids"]
         cut = {} if self.max_target_length is None else {"truncation": True, "max_length": self.max_target_length}
-        labels = list(self.tokenizer(text_target=target, **cut)["input_ids"])
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)}, {"labels": labels}
+        labels = self.tokenizer(text_target=target, **cut)["input_ids"]
+        return {"input_ids": integers(ids)}, integers(labels)
 
 
 def _source_and_target(example: Any) -> tuple[str, str]:
