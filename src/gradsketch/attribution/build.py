@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import shutil
+import inspect
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from torch import nn
 from tqdm import tqdm
 
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, weights_of
 from gradsketch.attribution.description import Description, StoredCheckpoint, comparable_facts
-from gradsketch.attribution.examples import BadRow, as_examples, fields, refuse_bad_rows, survey
+from gradsketch.attribution.examples import as_examples, fields, refuse_bad_rows, survey
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import Index
+from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.errors import InputError, StoreError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task, as_task
@@ -28,108 +28,20 @@ from gradsketch.store.encoding import bytes_per_entry
 from gradsketch.store.folder import LocalFolder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME
 
-__all__ = ["Build", "Plan", "build_index"]
+__all__ = ["Build", "build_index"]
+
+Arguments = ParamSpec("Arguments")
 
 # The estimate of a run's time comes from so many rows, or from fewer that take so long.
 _TIMED_ROWS, _TIMED_SECONDS = 32, 0.5
 _BYTES_BESIDE_SKETCH = 64  # id, scale, norm, loss and Arrow's bookkeeping
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do: rows, disk space and, where a few examples were timed, time."""
-
-    path: str
-    rows: int
-    missing: int
-    bad: tuple[BadRow, ...]
-    tokens: int
-    d: int
-    n: int
-    tensors: int
-    dtype: str
-    checkpoints: int
-    shard_rows: int
-    bytes: int
-    bytes_free: int | None
-    seconds: float | None
-
-    def __str__(self) -> str:
-        selection = f"{self.n:,} parameters in {self.tensors} tensors → d = {self.d:,} ({self.dtype})"
-        lines = [
-            f"index       {self.path}",
-            f"data        {self.rows:,} examples, {self.tokens:,} tokens" + (f", {len(self.bad)} bad" * bool(self.bad)),
-            f"sketch      {selection}" + f", {self.checkpoints} checkpoints" * (self.checkpoints > 1),
-            f"to do       {self.missing:,} rows, {self.shard_rows} a shard",
-            f"disk        {_size(self.bytes)}" + (f" of {_size(self.bytes_free)} free" if self.bytes_free else ""),
-        ]
-        if self.seconds is not None:
-            lines.append(f"time        about {_duration(self.seconds)}")
-        return "\n".join(lines)
-
-
-def build_index(
-    path: str | Path,
-    model: nn.Module,
-    task: Task | Any,
-    data: Any,
-    *,
-    d: int = 4096,
-    parameters: Parameters | str | Sequence[str] | None = None,
-    seed: int = 0,
-    dtype: str = "float16",
-    checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
-    shard_rows: int | None = None,
-    batch_tokens: int = 4096,
-    skip_bad: bool = False,
-    worker: tuple[int, int] = (0, 1),
-    progress: bool | None = None,
-) -> Index:
-    """Sketch the gradient of every training example and store it; run again to go on after an interruption.
-
-    The model is used in evaluation mode and left as it was. Rows are written in shards that are whole and flushed to
-    disk or not there, so that the run may be killed at any moment; several processes may work at one index.
-
-    Args:
-        path: folder of the index, or a URI such as ``s3://bucket/facts``.
-        model: any module, with the weights the training ended with.
-        task: what the loss is; a Task, or a function (model, batch) → losses [b].
-        data: a path (JSON lines, JSON, CSV, Parquet, text, a folder of texts), a list or dataset of examples, or a dict
-            of tensors.
-        d: numbers kept of every gradient.
-        parameters: the selection, or globs of names; by default everything that is trainable.
-        seed: of the sketch.
-        dtype: of stored numbers: float16, bfloat16, float32 or int8.
-        checkpoints: state dicts, or paths of them, whose scores are added up (TracIn); by default the model as it is.
-        weights: one a checkpoint, such as its learning rate; by default equal, adding up to one.
-        shard_rows: rows a shard; by default 16 MB, or a twentieth of the run.
-        batch_tokens: tokens a batch, padding included; halved where memory runs out.
-        skip_bad: leave out rows that cannot be used, instead of stopping.
-        worker: (i, n): of n processes that run this at once, this is the i-th and takes every n-th shard.
-        progress: whether to say what is planned and show a bar; by default in a terminal.
-
-    Example:
-        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
-        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
-        >>> index = gs.build_index("runs/toy", model, task, data, d=32, progress=False)
-        >>> hits = index.query(model, data[:2], k=3)
-        >>> hits.to_html("why.html")
-        PosixPath('why.html')
-
-    Raises:
-        InputError: data that cannot be used, with the place of each bad row.
-        FingerprintError: there is an index made of something else; it is left alone.
-        NonFiniteError: a loss or gradient is not finite.
-        StoreError: no room, no permission.
-    """
-    build = Build(path, model, task, data, d=d, parameters=parameters, seed=seed, dtype=dtype, checkpoints=checkpoints,
-                  weights=weights, shard_rows=shard_rows, batch_tokens=batch_tokens, skip_bad=skip_bad)  # fmt: skip
-    return build.run(worker=worker, progress=progress)
-
-
 class Build:
-    """A run of :func:`build_index` whose data has been surveyed: ``plan()`` says what it will do, ``run()`` does it."""
+    """A run of :func:`build_index` whose data has been surveyed: ``plan()`` says what it will do, ``run()`` does it.
+
+    Its signature is that of ``build_index``, which explains the arguments.
+    """
 
     def __init__(
         self,
@@ -147,7 +59,12 @@ class Build:
         shard_rows: int | None = None,
         batch_tokens: int = 4096,
         skip_bad: bool = False,
+        worker: tuple[int, int] = (0, 1),
+        progress: bool | None = None,
     ) -> None:
+        if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
+            raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
+        self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
         if parameters is None or not isinstance(parameters, Parameters):
             parameters = Parameters(model, parameters or "*")
@@ -187,42 +104,39 @@ class Build:
             checkpoints=len(self.checkpoints),
             shard_rows=self.shape.shard_rows,
             bytes=round(missing * row_bytes),
-            bytes_free=_bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None,
+            bytes_free=bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None,
             seconds=self._seconds_a_row() * missing if timed and missing else None,
         )
 
-    def run(self, *, worker: tuple[int, int] = (0, 1), progress: bool | None = None) -> Index:
+    def run(self) -> Index:
         """Write every missing shard and return the index."""
-        if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
-            raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
-        progress = sys.stderr.isatty() if progress is None else progress
         self._create()
-        plan = self.plan(timed=progress)
+        plan = self.plan(timed=self.progress)
         if plan.bytes_free is not None and plan.bytes > plan.bytes_free:
             raise StoreError(
-                f"{_size(plan.bytes_free)} free where {self.folder.uri} lies",
-                f"{_size(plan.bytes)} for {plan.missing:,} rows of d = {plan.d} in {plan.dtype}",
+                f"{size_text(plan.bytes_free)} free where {self.folder.uri} lies",
+                f"{size_text(plan.bytes)} for {plan.missing:,} rows of d = {plan.d} in {plan.dtype}",
                 "Free some space, or pass a smaller d or dtype",
             )
-        if progress:
+        if self.progress:
             print(plan, file=sys.stderr)
-        with tqdm(total=plan.missing, unit="ex", disable=not progress, desc=f"d={plan.d}", smoothing=0.1) as bar:
+        with tqdm(total=plan.missing, unit="ex", disable=not self.progress, desc=f"d={plan.d}", smoothing=0.1) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
-                self._index(checkpoint, self.description.checkpoints[number].folder, number == 0, worker, bar)
+                self._index(checkpoint, self.description.checkpoints[number].folder, number == 0, bar)
         return Index(self.folder, self.description, self.task, self.checkpoints)
 
     def _create(self) -> None:
         if not self.folder.write(MANIFEST_NAME, self.description.to_json().encode(), replace=False):
             self.description.require_same(Description.read(self.folder), self.folder.uri)
 
-    def _index(self, checkpoint: Checkpoint, folder: str, first: bool, worker: tuple[int, int], bar: Any) -> None:
+    def _index(self, checkpoint: Checkpoint, folder: str, first: bool, bar: Any) -> None:
         with weights_of(self.model, checkpoint):
             store = Store.create(self.folder.child(folder), self._manifest(first))
             source = GradientSource(
                 self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
             )
             for start, count in store.missing():
-                if start // self.shape.shard_rows % worker[1] != worker[0]:
+                if start // self.shape.shard_rows % self.worker[1] != self.worker[0]:
                     continue
                 if (start, count) in store.ranges():  # another process was faster
                     bar.update(count)
@@ -283,21 +197,55 @@ class Build:
             count *= 4
 
 
-def _bytes_free(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+def _with_signature_of(
+    build: Callable[Arguments, Build],
+) -> Callable[[Callable[..., Index]], Callable[Arguments, Index]]:
+    """Give a function the signature of another, for the type checker and for ``help``."""
+
+    def signed(function: Callable[..., Index]) -> Callable[Arguments, Index]:
+        function.__signature__ = inspect.signature(build).replace(return_annotation="Index")  # type: ignore[attr-defined]
+        return function
+
+    return signed
 
 
-def _size(count: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+@_with_signature_of(Build)
+def build_index(*arguments: Any, **options: Any) -> Index:
+    """Sketch the gradient of every training example and store it; run again to go on after an interruption.
 
+    The model is used in evaluation mode and left as it was. Rows are written in shards that are whole and flushed to
+    disk or not there, so that the run may be killed at any moment; several processes may work at one index.
 
-def _duration(seconds: int | float) -> str:
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    Args:
+        path: folder of the index, or a URI such as ``s3://bucket/facts``.
+        model: any module, with the weights the training ended with.
+        task: what the loss is; a Task, or a function (model, batch) → losses [b].
+        data: a path (JSON lines, JSON, CSV, Parquet, text, a folder of texts), a list or dataset of examples, or a dict
+            of tensors.
+        d: numbers kept of every gradient.
+        parameters: the selection, or globs of names; by default everything that is trainable.
+        seed: of the sketch.
+        dtype: of stored numbers: float16, bfloat16, float32 or int8.
+        checkpoints: state dicts, or paths of them, whose scores are added up (TracIn); by default the model as it is.
+        weights: one a checkpoint, such as its learning rate; by default equal, adding up to one.
+        shard_rows: rows a shard; by default 16 MB, or a twentieth of the run.
+        batch_tokens: tokens a batch, padding included; halved where memory runs out.
+        skip_bad: leave out rows that cannot be used, instead of stopping.
+        worker: (i, n): of n processes that run this at once, this is the i-th and takes every n-th shard.
+        progress: whether to say what is planned and show a bar; by default in a terminal.
+
+    Example:
+        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+        >>> index = gs.build_index("runs/toy", model, task, data, d=32, progress=False)
+        >>> hits = index.query(model, data[:2], k=3)
+        >>> hits.to_html("why.html")
+        PosixPath('why.html')
+
+    Raises:
+        InputError: data that cannot be used, with the place of each bad row.
+        FingerprintError: there is an index made of something else; it is left alone.
+        NonFiniteError: a loss or gradient is not finite.
+        StoreError: no room, no permission.
+    """
+    return Build(*arguments, **options).run()
