@@ -72,7 +72,7 @@ class Build:
         self.checkpoints = as_checkpoints(checkpoints, weights)
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
-        self.survey = survey(self.examples, self.task)
+        self.survey = survey(self.examples, self.task, model)
         if not skip_bad:
             refuse_bad_rows(self.survey.bad, len(self.examples))
         rows = len(self.survey.places)

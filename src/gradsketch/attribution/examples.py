@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.files import read_examples
 from gradsketch.gradients.tasks import Encoded, Task
+from gradsketch.gradients.tasks.rows import is_input
 from gradsketch.store.manifest import RESERVED
 
 __all__ = ["BadRow", "Survey", "as_examples", "display", "fields", "rebuild", "survey"]
 
-# Inputs of a model rather than facts about an example: never stored.
-_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels", "pixel_values", "decoder_input_ids")
 _KINDS = {str: "string", bool: "bool", int: "int", float: "float"}
 _RENAMED = "data_"
 # Encoded rows that a survey keeps, so that a build tokenises nothing twice. Beyond that much, rows are encoded again
@@ -106,8 +105,8 @@ def _is_batch(data: Any) -> bool:
     return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
-def survey(examples: Any, task: Task) -> Survey:
-    """Read every example once: encode it, and collect what the index's manifest needs."""
+def survey(examples: Any, task: Task, model: nn.Module) -> Survey:
+    """Read every example once: encode it, see that the model takes it, and collect what the manifest needs."""
     digest = hashlib.sha256()
     places, lengths, kept = [], [], _Kept()
     bad: list[BadRow] = []
@@ -116,6 +115,8 @@ def survey(examples: Any, task: Task) -> Survey:
         try:
             example = examples[place]
             row = task.read(example)
+            if isinstance(row, Encoded):
+                task.check(model, row)
             lengths.append(task.length(row))
         except InputError as error:
             stands = where(examples, place)
@@ -170,11 +171,12 @@ def fields(example: Any) -> tuple[str | None, dict[str, Any]]:
     if isinstance(example, str):
         return None, {"text": example}
     if isinstance(example, Mapping):
-        id_ = example.get("id")
+        id_, ids = example.get("id"), example.get("input_ids")
+        tokens = None if ids is None else len(ids)
         columns = {
             (_RENAMED + str(name) if name in RESERVED else str(name)): _plain(value)
             for name, value in example.items()
-            if name != "id" and name not in _MODEL_INPUTS and _is_plain(value)
+            if name != "id" and not is_input(name, value, tokens) and _is_plain(value)
         }
         return (None if id_ is None else str(id_)), columns
     if isinstance(example, tuple | list) and len(example) == 2:

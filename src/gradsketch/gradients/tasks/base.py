@@ -55,6 +55,13 @@ class Task(ABC):
         """Return the cost of an example in tokens (1 where all cost the same), for batching by length."""
         return (example if isinstance(example, Encoded) else self.encode(example)).length
 
+    def check(self, model: nn.Module, row: Encoded) -> None:  # noqa: B027 (most tasks can use any row)
+        """Refuse an encoded row that the model cannot use; a build asks for every row before it starts.
+
+        Raises:
+            InputError: it cannot.
+        """
+
     def options(self) -> dict[str, str | int | float | bool]:
         """Return what decides the losses, for fingerprints."""
         return {}

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
-from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
+from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.logits import logits_of
+from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.rows import counted_labels, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
 
 __all__ = ["CausalLM"]
@@ -55,20 +58,23 @@ class CausalLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch.get("labels", batch["input_ids"])
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        check_token_ids(model, batch["input_ids"])
-        logits = logits_of(model, inputs, labels.shape)
+        batch = right_padded(batch)
+        labels, mask, positions = _labels(batch), batch.get("attention_mask"), batch.get("position_ids")
+        # A token counts where it and the token before it are shown, and stand in one document.
+        if mask is not None and mask.ndim == 2:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+            labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(mask[:, :-1] == 0, IGNORED)], dim=1)
+        if positions is not None and positions.shape == labels.shape:
+            labels = labels.masked_fill(positions == 0, IGNORED)
+        logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, labels.shape, causal=True)
         # Moving the labels, not the logits, saves a copy of [b, t, vocabulary].
         following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         return tokens.sequence_losses(logits, following, self.reduction)
 
     def encode(self, example: Any) -> Encoded:
         if isinstance(example, Mapping) and "input_ids" in example:
-            row = tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
-            return Encoded(len(row["input_ids"]), {"labels": row["input_ids"], **row})
+            row = tokenised(example, self.max_length)
+            return Encoded(len(row.sequences["input_ids"]), counted_labels(row.sequences), row.values)
         prompt, answer = _prompt_and_answer(example)
         if not answer:
             raise InputError("an empty text" if not prompt else "an empty answer", "some text to predict", "Drop it")
@@ -84,7 +90,16 @@ class CausalLM(Task):
         return Encoded(len(ids), {"input_ids": integers(ids), "labels": integers(labels)})
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        return stack(encode_all(self.encode, examples), self.tokenizer)
+        rows = encode_all(self.encode, examples)
+        batch = stack(rows, self.tokenizer)
+        # Models tell the documents of packed rows apart by positions that start again, but only where no mask is given;
+        # the padding is one more document then.
+        if any((np.diff(row.sequences.get("position_ids", ())) != 1).any() for row in rows):
+            del batch["attention_mask"]
+        return batch
+
+    def check(self, model: nn.Module, row: Encoded) -> None:
+        check_row(model, row)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -107,6 +122,23 @@ class CausalLM(Task):
         alone = list(tokens.encode(self.tokenizer, prompt, limit=None)["input_ids"])
         differ = (t for t, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b)
         return ids, next(differ, min(len(ids), len(alone)))
+
+
+def _labels(batch: Batch) -> Int[Tensor, "b t"]:
+    """Return the batch's labels, by default its tokens."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None and (mask := batch.get("attention_mask")) is not None and mask.ndim != 2:
+        raise InputError(
+            f"an attention_mask of shape {list(mask.shape)} without labels",
+            "a mask [b, t], or labels that say which tokens count",
+            "Put labels in the batch, -100 where nothing counts",
+        )
+    labels = batch.get("input_ids") if labels is None else labels
+    if labels is None:
+        raise InputError(
+            f"a batch with neither labels nor input_ids (but {', '.join(batch)})", "one of the two", "Put labels in it"
+        )
+    return labels
 
 
 def _prompt_and_answer(example: Any) -> tuple[str, str]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks.logits import IGNORED
 
-__all__ = ["Encoded", "encode_all", "integers", "stack"]
+__all__ = ["IGNORED", "Encoded", "encode_all", "integers", "stack"]
 
+# The label of a position that does not count, as in torch and Hugging Face.
+IGNORED = -100
 # What a sequence is padded with; anything else with zeros.
 _FILLS = {"labels": IGNORED}
 _TOKENS = ("input_ids", "decoder_input_ids")
@@ -23,6 +24,7 @@ _TOKENS = ("input_ids", "decoder_input_ids")
 _DEFAULTS: Mapping[str, Callable[[int], np.ndarray]] = {
     "attention_mask": lambda count: np.ones(count, np.int32),
     "token_type_ids": lambda count: np.zeros(count, np.int32),
+    "position_ids": lambda count: np.arange(count, dtype=np.int32),
 }
 
 Field = TypeVar("Field")
@@ -81,6 +83,10 @@ def stack(rows: Sequence[Encoded], tokenizer: Any = None) -> dict[str, Tensor]:
     if "input_ids" in names:
         names = dict.fromkeys(("input_ids", "attention_mask", *names))
     batch = {n: _padded([_sequence(r, n) for r in rows], pad_id if n in _TOKENS else _FILLS.get(n, 0)) for n in names}
+    if "position_ids" in names:  # they start again in the padding, which makes it a document of its own
+        lengths = torch.tensor([len(row.sequences["input_ids"]) for row in rows])[:, None]
+        places = torch.arange(batch["position_ids"].shape[1])
+        batch["position_ids"] = torch.where(places < lengths, batch["position_ids"], places - lengths)
     for name in dict.fromkeys(name for row in rows for name in row.values):
         batch[name] = default_collate([_present(row.values, name) for row in rows])
     return batch

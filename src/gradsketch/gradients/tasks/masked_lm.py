@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
-from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
+from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.logits import logits_of
+from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.rows import Row, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
 from gradsketch.random import Stream
 
@@ -65,17 +67,20 @@ class MaskedLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        check_token_ids(model, batch["input_ids"])
-        logits = logits_of(model, inputs, batch["labels"].shape)
+        batch = right_padded(batch)
+        logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, batch["labels"].shape)
         return tokens.sequence_losses(logits, batch["labels"], self.reduction)
 
     def encode(self, example: Any) -> Encoded:
         row = self._tokens(example)
-        return Encoded(len(row["input_ids"]), row if "labels" in row else self._hidden(row))
+        sequences = row.sequences if "labels" in row.sequences else self._hidden(row.sequences)
+        return Encoded(len(sequences["input_ids"]), sequences, row.values)
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         return stack(encode_all(self.encode, examples), self.tokenizer)
+
+    def check(self, model: nn.Module, row: Encoded) -> None:
+        check_row(model, row)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -86,9 +91,9 @@ class MaskedLM(Task):
             "vocabulary": tokens.vocabulary(self.tokenizer),
         }
 
-    def _tokens(self, example: Any) -> dict[str, np.ndarray]:
+    def _tokens(self, example: Any) -> Row:
         if isinstance(example, Mapping) and "input_ids" in example:
-            return tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
+            return tokenised(example, self.max_length)
         text = example.get("text") if isinstance(example, Mapping) else example
         if not isinstance(text, str):
             raise tokens.unknown_example(example, "a text, a dict with text, or a tokenised dict")
@@ -96,7 +101,7 @@ class MaskedLM(Task):
             raise InputError("an empty text", "some text to hide tokens of", "Drop it")
         encoded = tokens.encode(self.tokenizer, text, limit=self.max_length)
         names = ("input_ids", "attention_mask", "token_type_ids")
-        return {name: integers(encoded[name]) for name in names if name in encoded}
+        return Row({name: integers(encoded[name]) for name in names if name in encoded}, {})
 
     def _hidden(self, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Hide tokens of one example; its own content decides which."""

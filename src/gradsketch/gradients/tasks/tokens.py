@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks.encoded import integers
-from gradsketch.gradients.tasks.logits import IGNORED, check_ids
+from gradsketch.gradients.tasks.encoded import IGNORED
+from gradsketch.gradients.tasks.logits import check_ids
 from gradsketch.linear_map import widened
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "encode",
     "limit_of",
     "sequence_losses",
-    "tokenised",
     "unknown_example",
     "vocabulary",
 ]
@@ -48,8 +46,10 @@ def sequence_losses(
 def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | None, **options: Any) -> Any:
     """Tokenise one text (or pair of texts), cut on the right to ``limit`` tokens where one is given.
 
+    A first token that stands in the text already is not doubled.
+
     Raises:
-        InputError: there is no tokenizer.
+        InputError: there is no tokenizer, or it rejects the text.
     """
     if tokenizer is None:
         raise InputError(
@@ -59,41 +59,19 @@ def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | N
         )
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
     texts = (text,) if pair is None else (text, pair)
-    return tokenizer(*texts, **cut, **options)
-
-
-def tokenised(
-    example: Mapping[str, Any], limit: int | None, names: Sequence[str] = ("token_type_ids",)
-) -> dict[str, np.ndarray]:
-    """Return a tokenised example's sequences: its padding at either end removed, then cut on the right to ``limit``.
-
-    Raises:
-        InputError: no token is left, lengths differ, or there are several sequences.
-    """
-    ids = _flat(example["input_ids"])
-    mask = _flat(example.get("attention_mask", [1] * len(ids)))
-    if 1 not in mask:
-        raise InputError("an example without a token", "at least one token that attention_mask shows", "Drop it")
-    first, last = mask.index(1), len(mask) - mask[::-1].index(1)
-    keep = slice(first, last if limit is None else min(last, first + limit))
-    row = {"input_ids": ids, "attention_mask": mask} | {n: _flat(example[n]) for n in names if n in example}
-    for name, values in row.items():
-        if len(values) != len(ids):
-            raise InputError(
-                f"{name} of {len(values)} entries beside input_ids of {len(ids)}",
-                "one entry a token in each",
-                "Tokenise the example again, or leave the field out",
-            )
-    return {name: integers(values[keep]) for name, values in row.items()}
-
-
-def _flat(values: Any) -> list[int]:
-    """Return the integers of a tensor, array or list that holds one sequence."""
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    values = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    if any(isinstance(value, list) for value in values):
-        raise InputError("an example of several sequences", "one sequence an example", "Pass its rows one by one")
-    return [int(value) for value in values]
+    try:
+        encoded = tokenizer(*texts, **cut, **options)
+    except Exception as error:  # a text that a tokenizer rejects is a bad row, whatever it raises
+        raise InputError(
+            f"a text that the tokenizer rejects ({type(error).__name__}: {str(error)[:200]})",
+            "text that can be tokenised",
+            "Repair or drop the row",
+        ) from error
+    # A chat template has written the first token already, and the tokenizer writes it again.
+    first, bos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if first and text.startswith(first) and list(encoded["input_ids"][:2]) == [bos, bos]:
+        return {name: values[1:] for name, values in encoded.items()}
+    return encoded
 
 
 def limit_of(tokenizer: Any, max_length: int | None) -> int | None:
