@@ -249,6 +249,8 @@ def _mapped(batch: Batch, change: Callable[[Any, str], Any], name: str = "") -> 
     parts = {key: _mapped(value, change, str(key)) for key, value in _parts(batch)}
     if isinstance(batch, list | tuple):
         return type(batch)(*parts.values()) if hasattr(batch, "_fields") else type(batch)(parts.values())
+    if isinstance(batch, Mapping) and not isinstance(batch, MutableMapping):
+        return parts
     changed = copy.copy(batch)
     for key, value in parts.items():
         if isinstance(changed, MutableMapping):

@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import IGNORED
-from gradsketch.gradients.tasks.model_inputs import by_name, check_mask, check_positions
+from gradsketch.gradients.tasks.model_inputs import arguments, check_mask, check_positions
 
 __all__ = ["IGNORED", "check_ids", "check_token_ids", "logits_of"]
 
@@ -46,12 +46,10 @@ def _call(model: nn.Module, inputs: Mapping[str, Any] | Tensor, causal: bool) ->
         check_token_ids(model, inputs["input_ids"])
         check_positions(model, inputs["input_ids"].shape[1])
     check_mask(model, inputs.get("attention_mask"), causal=causal)
-    keywords = by_name(model, inputs)
-    if not keywords:
-        return model(next(iter(inputs.values())))
-    if hasattr(getattr(model, "config", None), "use_cache"):
+    positional, keywords = arguments(model, inputs)
+    if keywords and hasattr(getattr(model, "config", None), "use_cache"):
         keywords["use_cache"] = False
-    return model(**keywords)
+    return model(*positional, **keywords)
 
 
 def _logits(model: nn.Module, output: Any) -> Tensor:

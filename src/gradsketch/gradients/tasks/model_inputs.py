@@ -15,7 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import Encoded
 
-__all__ = ["by_name", "check_mask", "check_positions", "check_row", "position_limit", "right_padded", "taken_names"]
+__all__ = ["arguments", "check_mask", "check_positions", "check_row", "position_limit", "right_padded", "taken_names"]
 
 Answer = TypeVar("Answer")
 
@@ -57,20 +57,25 @@ def _declared(module: nn.Module) -> tuple[frozenset[str], bool]:
     return frozenset(named), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def by_name(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that the model takes by name; empty where its one input has another name.
+def arguments(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the inputs as arguments of the model: by name, but a single one by position where it is named otherwise.
 
     Raises:
         InputError: an input that the model does not take.
     """
     names, given = taken_names(model), {name: value for name, value in inputs.items() if value is not None}
     if names is None:
-        return given
+        return (), given
     unused = [name for name in given if name not in names and name not in _OPTIONAL]
     if len(unused) == 1 and not names & given.keys():
-        return {}
-    _refuse(model, unused)
-    return {name: value for name, value in given.items() if name in names}
+        return (given[unused[0]],), {}
+    if unused:
+        raise InputError(
+            f"the field {unused[0]!r}, which {type(model).__name__} does not take",
+            "fields that the model's forward names",
+            "Drop or rename the field, or write the loss as a function (model, batch) → losses [b]",
+        )
+    return (), {name: value for name, value in given.items() if name in names}
 
 
 def check_row(model: nn.Module, row: Encoded) -> None:
@@ -79,18 +84,9 @@ def check_row(model: nn.Module, row: Encoded) -> None:
     Raises:
         InputError: a field that the model does not take, or more tokens than it has positions.
     """
-    by_name(model, {name: True for name in (*row.sequences, *row.values) if name != "labels"})
+    arguments(model, {name: True for name in (*row.sequences, *row.values) if name != "labels"})
     if "input_ids" in row.sequences:
         check_positions(model, len(row.sequences["input_ids"]))
-
-
-def _refuse(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        raise InputError(
-            f"the field {name!r}, which {type(model).__name__} does not take",
-            "fields that the model's forward names",
-            "Drop or rename the field, or write the loss as a function (model, batch) → losses [b]",
-        )
 
 
 def check_mask(model: nn.Module, mask: Tensor | None, *, causal: bool) -> None:

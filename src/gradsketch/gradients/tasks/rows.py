@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks.encoded import IGNORED, integers
+from gradsketch.gradients.tasks.encoded import IGNORED
 
 __all__ = ["Row", "counted_labels", "is_input", "refuse_weights", "sequence_of", "tensor_inputs", "tokenised"]
 
@@ -116,7 +116,7 @@ def sequence_of(values: Any, name: str) -> np.ndarray:
         raise InputError(what, "one sequence an example, and one entry a token", "Pass its rows one by one")
     if array.size and (array.dtype.kind not in "iubf" or not (abs(array) < 2**31).all() or (array % 1).any()):
         raise InputError(f"{name} with entries of another kind", "whole numbers", "Tokenise the example again")
-    return integers(array.tolist())
+    return array.astype(np.int32)
 
 
 def _numbers(value: Any, of_one: bool) -> Tensor | np.ndarray | None:
