@@ -441,6 +441,11 @@ class TestDecoders:
             features, labels = torch.from_numpy(row["input_features"])[None], torch.tensor([row["labels"]])
             torch.testing.assert_close(one, model(input_features=features, labels=labels).loss, rtol=1e-5, atol=0)
 
+    def test_too_many_labels(self):
+        model = MBartForConditionalGeneration(MBartConfig(**self.SMALL))
+        with pytest.raises(InputError, match=r"40 tokens for MBart.* has 32 positions"):
+            loss(Seq2SeqLM(), model, {"input_ids": [5, 2], "labels": [7] * 40})
+
     def test_neither_source_nor_tokens(self):
         with pytest.raises(InputError, match="input_ids or another input"):
             Seq2SeqLM().collate([{"labels": [1, 2], "name": "a"}])
@@ -487,7 +492,7 @@ def test_a_text_that_the_tokenizer_rejects_is_a_bad_row(gpt2, tmp_path):
             return super().__call__(text, **options)
 
     rows = ["fine words here", "a lone \ud800 surrogate"]
-    with pytest.raises(InputError, match=r"example 1 .*rejects \(UnicodeEncodeError"):
+    with pytest.raises(InputError, match=r"example 1 .*cannot be read \(UnicodeEncodeError"):
         Build(tmp_path, gpt2, CausalLM(Strict()), rows, d=16)
 
 

@@ -113,7 +113,7 @@ def survey(examples: Any, task: Task, model: nn.Module) -> Survey:
     kinds: dict[str, set[str]] = {}
     for place in range(len(examples)):
         try:
-            example = examples[place]
+            example = _example(examples, place)
             row = task.read(example)
             if isinstance(row, Encoded):
                 task.check(model, row)
@@ -130,6 +130,16 @@ def survey(examples: Any, task: Task, model: nn.Module) -> Survey:
             kinds.setdefault(name, set()).add(_kind(value))
     columns = {name: _common(found) for name, found in kinds.items()}
     return Survey(tuple(places), tuple(lengths), kept.rows, columns, digest.hexdigest()[:16], tuple(bad))
+
+
+def _example(examples: Any, place: int) -> Any:
+    try:
+        return examples[place]
+    except InputError:
+        raise
+    except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
+        came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        raise InputError(came, "data whose examples can be read", "Repair or drop it") from error
 
 
 class _Kept:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks.encoded import Encoded
+from gradsketch.gradients.tasks.encoded import Encoded, encode_one
 
 __all__ = ["Batch", "Function", "Task", "as_task"]
 
@@ -45,7 +45,9 @@ class Task(ABC):
 
     def read(self, example: Any) -> Any:
         """Return the example as ``collate`` and ``length`` of this class take it: encoded once, or as it is."""
-        return self.encode(example) if self._encodes and not isinstance(example, Encoded) else example
+        if not self._encodes or isinstance(example, Encoded):
+            return example
+        return encode_one(self.encode, example)
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Make one batch of examples, encoded or not; by default as a DataLoader does of tensors, tuples and dicts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ class Classification(Task):
     def _class(self, label: Any) -> int:
         if isinstance(label, str) and self.classes is not None and label in self.classes:
             return self.classes.index(label)
-        number = label.item() if hasattr(label, "item") else label
+        number = label.item() if hasattr(label, "item") and math.prod(label.shape) == 1 else label
         if isinstance(number, int) and (self.classes is None or 0 <= number < len(self.classes)) and number >= 0:
             return int(number)
         raise InputError(

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
 
-__all__ = ["IGNORED", "Encoded", "encode_all", "integers", "stack"]
+__all__ = ["IGNORED", "Encoded", "encode_all", "encode_one", "integers", "stack"]
 
 # The label of a position that does not count, as in torch and Hugging Face.
 IGNORED = -100
@@ -51,6 +51,24 @@ class Encoded:
         return tensors + sum(sequence.nbytes for sequence in self.sequences.values())
 
 
+def encode_one(encode: Callable[[Any], Encoded], example: Any) -> Encoded:
+    """Encode an example; what cannot be read is a bad row, whatever a tokenizer or processor raises.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return encode(example)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})",
+            "an example that the tokenizer or processor takes",
+            "Repair or drop it",
+        ) from error
+
+
 def encode_all(encode: Callable[[Any], Encoded], examples: Sequence[Any]) -> list[Encoded]:
     """Encode the examples of a batch, but for those that are encoded already.
 
@@ -60,7 +78,7 @@ def encode_all(encode: Callable[[Any], Encoded], examples: Sequence[Any]) -> lis
     rows = []
     for position, example in enumerate(examples):
         try:
-            rows.append(example if isinstance(example, Encoded) else encode(example))
+            rows.append(example if isinstance(example, Encoded) else encode_one(encode, example))
         except InputError as error:
             raise InputError(f"example {position} of the batch: {error.came}", error.wanted, error.fix) from error
     return rows

@@ -23,6 +23,9 @@ Answer = TypeVar("Answer")
 # dropped after ``check_mask``.
 _OPTIONAL = ("token_type_ids", "attention_mask")
 _IMAGES = ("pixel_values", "image")
+# Names of tables of learned positions, and of towers whose positions are not those of tokens.
+_POSITIONS = re.compile(r"(^|\.)(wpe|position_embeddings?|pos_embeddings?|positional_embeddings?|embed_positions)$")
+_OF_IMAGES = re.compile(r"vision|visual|image")
 
 
 def _once_per_model(ask: Callable[[nn.Module], Answer]) -> Callable[[nn.Module], Answer]:
@@ -85,8 +88,8 @@ def check_row(model: nn.Module, row: Encoded) -> None:
         InputError: a field that the model does not take, or more tokens than it has positions.
     """
     arguments(model, {name: True for name in (*row.sequences, *row.values) if name != "labels"})
-    if "input_ids" in row.sequences:
-        check_positions(model, len(row.sequences["input_ids"]))
+    for name in ("input_ids", "labels"):
+        check_positions(model, len(row.sequences.get(name, ())))
 
 
 def check_mask(model: nn.Module, mask: Tensor | None, *, causal: bool) -> None:
@@ -115,13 +118,14 @@ def check_mask(model: nn.Module, mask: Tensor | None, *, causal: bool) -> None:
 @_once_per_model
 def position_limit(model: nn.Module) -> int | None:
     """Return how many tokens a model's table of learned positions holds; None where there is no such table."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     if not isinstance(most, int):
         return None
     tables = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and re.search(r"(wpe|position\w*|pos_emb\w*)$", name)
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and not _OF_IMAGES.search(name)
     ]
     # Some tables keep rows for an offset: OPT and BART two beyond the limit, RoBERTa up to its padding's within it.
     offsets = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]

@@ -15,7 +15,7 @@ from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import check_token_ids, logits_of
-from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.model_inputs import check_positions, check_row, right_padded
 from gradsketch.gradients.tasks.rows import Row, refuse_weights, sequence_of, tensor_inputs, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
 
@@ -71,6 +71,7 @@ class Seq2SeqLM(Task):
         if inputs.get("decoder_input_ids") is None:
             inputs["decoder_input_ids"] = _shifted_right(model, labels)
         check_token_ids(model, inputs["decoder_input_ids"])
+        check_positions(model, labels.shape[1])
         return tokens.sequence_losses(logits_of(model, inputs, labels.shape), labels, self.reduction)
 
     def encode(self, example: Any) -> Encoded:
