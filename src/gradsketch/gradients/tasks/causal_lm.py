@@ -26,13 +26,18 @@ class CausalLM(Task):
     """Next-token cross-entropy of each example, in nats.
 
     Raw examples are texts (every token but the first counts), ``(prompt, answer)`` pairs or dicts with ``prompt`` and
-    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, or tokenised dicts
-    (``input_ids`` and optionally ``attention_mask`` and ``labels``; labels of −100 do not count). Prompt and answer
-    are joined as they are, so the answer brings its own leading space, and tokenised together; a token that spans
-    the boundary belongs to the answer.
+    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, or tokenised dicts.
+    Prompt and answer are joined as they are, so the answer brings its own leading space, and tokenised together; a
+    token that spans the boundary belongs to the answer. A first token that the text brings along, as chat templates
+    write it, is not added again.
+
+    A tokenised dict has ``input_ids`` and optionally ``attention_mask``, ``labels`` (−100: does not count), a mask of
+    the tokens that count (``completion_mask``, ``assistant_masks`` or ``loss_mask``) and ``position_ids``. Positions
+    that start again at 0 say that the row packs several documents: none of them sees the others. Every other list as
+    long as ``input_ids``, and every array, goes to the model, and is refused by name if the model does not take it.
 
     ``losses`` takes a batch of ``input_ids``, optional ``attention_mask`` and ``labels`` ``[b, t]`` and shifts the
-    labels itself; padding never counts.
+    labels itself. Padding never counts, on whichever side it stands.
 
     Args:
         tokenizer: any callable like a Hugging Face tokenizer; not needed for tokenised examples.
@@ -48,8 +53,8 @@ class CausalLM(Task):
         tensor([[-100, -100, -100, -100, -100,    5]])
 
     Raises:
-        InputError: an empty text, an answer without a token (left), a token or label the model does not have, logits
-            of another shape.
+        InputError: an empty text, an answer without a token (left), weights of rows or tokens, a token, label, field
+            or position the model does not have, logits of another shape.
     """
 
     def __init__(self, tokenizer: Any = None, *, max_length: int | None = None, reduction: Reduction = "mean") -> None:

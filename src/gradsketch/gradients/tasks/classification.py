@@ -29,8 +29,9 @@ class Classification(Task):
 
     Raw examples are ``(x, label)`` pairs or dicts with ``label`` (or ``labels``). ``x`` is a text, a pair of texts, an
     image that the processor takes, or a tensor; in a dict it stands under ``text`` (and ``text_pair``), ``image``,
-    ``input_ids`` (tokenised), or any names of tensors the model takes, such as ``pixel_values``. ``losses`` takes a
-    dict of the model's inputs with ``labels [b]``, or a tuple ``(x, labels)``.
+    ``input_ids`` (tokenised), or any names of tensors the model takes, such as ``pixel_values``. Arrays beside them go
+    to the model too, and are refused by name if it does not take them. ``losses`` takes a dict of the model's inputs
+    with ``labels [b]``, or a tuple ``(x, labels)``.
 
     Args:
         processor: like a Hugging Face tokenizer or image processor; not needed for tensors and tokenised examples.

@@ -29,8 +29,8 @@ _MASKED, _RANDOM = 0.8, 0.1
 class MaskedLM(Task):
     """Cross-entropy of each example's hidden tokens, in nats.
 
-    Raw examples are texts, dicts with ``text``, or tokenised dicts; where these have ``labels`` (−100: not hidden)
-    they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019, section 3.1), drawn from
+    Raw examples are texts, dicts with ``text``, or tokenised dicts, whose fields all go to the model. Where these have
+    ``labels`` (−100: not hidden) they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019, section 3.1), drawn from
     (seed, the example's own tokens): an example is masked alike in every batch, pass and process. At least one token
     is hidden.
 

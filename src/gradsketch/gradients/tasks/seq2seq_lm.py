@@ -29,10 +29,10 @@ _DECODER = ("decoder_input_ids", "decoder_attention_mask")
 class Seq2SeqLM(Task):
     """Cross-entropy of each target given its source, in nats, for encoder-decoders such as T5 and BART.
 
-    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target``, or tokenised dicts
-    (``input_ids``, ``labels`` and optionally ``attention_mask``; labels of −100 do not count). ``losses`` takes
-    ``input_ids [b, s]``, ``labels [b, t]`` and optionally ``attention_mask`` and ``decoder_input_ids``, which are by
-    default the labels moved one to the right behind the model's ``decoder_start_token_id``.
+    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target``, or tokenised dicts: ``labels``
+    (−100: does not count), ``input_ids`` or another input of the encoder, such as ``input_features``, and optionally
+    ``attention_mask``, ``decoder_input_ids`` and whatever else the model takes. ``losses`` takes a batch of these. The
+    decoder's inputs are by default the labels moved to the right as the model itself does it for its own loss.
 
     Args:
         tokenizer: like a Hugging Face tokenizer, called with ``text_target=`` for targets; not needed for tokenised
