@@ -4,7 +4,8 @@
     python benchmarks/gradient_profile.py --build after
 
 An index of 2,000 short rows with a GPT-2 of one layer of width 16. A stack of clocks counts every second once, as that
-of the innermost part that runs: seconds of this process, so that other work on the machine counts for nothing. Writes results/build_overhead.json, which keeps the other label's figures.
+of the innermost part that runs. Seconds are those of the process, so that other work on the machine counts for nothing.
+Writes results/build_overhead.json, which keeps the other label's figures.
 """
 
 from __future__ import annotations

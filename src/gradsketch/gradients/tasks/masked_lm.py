@@ -30,9 +30,9 @@ class MaskedLM(Task):
     """Cross-entropy of each example's hidden tokens, in nats.
 
     Raw examples are texts, dicts with ``text``, or tokenised dicts, whose fields all go to the model. Where these have
-    ``labels`` (−100: not hidden) they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019, section 3.1), drawn from
-    (seed, the example's own tokens): an example is masked alike in every batch, pass and process. At least one token
-    is hidden.
+    ``labels`` (−100: not hidden) they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019,
+    section 3.1), drawn from (seed, the example's own tokens): an example is masked alike in every batch, pass and
+    process. At least one token is hidden.
 
     Args:
         tokenizer: like a Hugging Face tokenizer with a mask token; not needed for examples with labels.
