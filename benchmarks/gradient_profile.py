@@ -1,18 +1,21 @@
 """Where the time of per-example sketches goes: by kind of parameter, next to a pass without any of it.
 
     python benchmarks/gradient_profile.py
+    python benchmarks/gradient_profile.py --build LABEL      (the parts of a whole build: build_overhead.py)
 
 W1 in batches of 8. Writes results/gradient_profile.json: seconds a part, medians.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from build_overhead import profile_build
 from gradient_cost import floor
 from gradient_workloads import Workload, w1
 from record import interleaved_seconds, write
@@ -24,6 +27,17 @@ REPEATS = 5
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", metavar="LABEL", help="profile a build, and keep its figures under this label")
+    arguments = parser.parse_args()
+    if arguments.build:
+        profile_build(arguments.build)
+    else:
+        profile_kinds()
+
+
+def profile_kinds() -> None:
+    """Measure the sketch of each kind of parameter."""
     work = w1()
     batches = work.batches(8)
     jobs = {"plain": lambda: work.plain(batches), "without weight gradients": lambda: floor(work, batches)}

@@ -1,5 +1,6 @@
 """Building: the right rows in the right order, whatever happens on the way."""
 
+import inspect
 import json
 import os
 import shutil
@@ -406,3 +407,23 @@ def test_data_that_cannot_be_used(tmp_path, data, fix):
 def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         build(tmp_path / "i", tmp_path / "nothing.jsonl")
+
+
+def test_an_example_that_a_data_set_cannot_read_is_a_bad_row(tmp_path):
+    class Damaged(list):
+        def __getitem__(self, place):
+            if place == 2:
+                raise OSError("no such image")
+            return super().__getitem__(place)
+
+    data = Damaged(toys.texts(4))
+    with pytest.raises(InputError, match=r"1 of 4 rows .*example 2 .*OSError: no such image"):
+        build(tmp_path / "a", data)
+    assert build(tmp_path / "b", data, skip_bad=True).rows == 3
+
+
+def test_one_signature():
+    """What a build takes is written once."""
+    assert inspect.signature(build_index).parameters == inspect.signature(Build).parameters
+    with pytest.raises(TypeError, match="shard_row"):
+        build_index("x", toys.TinyLM(), toys.language_task(), [], shard_row=3)

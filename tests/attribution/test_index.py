@@ -202,6 +202,24 @@ def test_tokens_add_up_to_the_score(index, kind):
             assert new.beyond_tokens == pytest.approx(0, abs=2e-4 * max(1.0, abs(new.score)))
 
 
+@pytest.mark.parametrize("kind", ["cosine", "dot"])
+def test_a_hit_without_a_gradient_can_be_explained(tmp_path, kind):
+    """Nothing of the row is counted, so that its gradient and all its contributions are zero."""
+    model, task = toys.TinyLM(), toys.language_task()
+    rows = [{"input_ids": [i, i + 1, 5]} for i in (3, 4, 5)]
+    rows.append({"input_ids": [7, 8, 9], "labels": [-100] * 3})
+    index = build_index(tmp_path, model, task, rows, d=D, progress=False)
+    hits = index.explain(model, index.query(model, rows[:1], k=4, score=kind), top=4, data=rows)
+    (silent,) = (hit for hit in hits[0] if hit.row == 3)
+    assert (silent.gradient_norm, silent.score, silent.beyond_tokens) == (0, 0, 0)
+    assert [t.value for t in silent.tokens] == [0, 0, 0]
+
+
+def test_a_question_that_cannot_be_read_is_named(index):
+    with pytest.raises(InputError, match="example 1: an empty text"):
+        index.query(toys.TinyLM(), ["fine", ""])
+
+
 def test_only_the_answers_tokens_have_errors(tmp_path):
     """With a prompt, the head's contribution is zero where nothing is predicted."""
     rows = [{"prompt": f"square {i}:", "answer": f" {i * i}"} for i in range(10)]

@@ -60,3 +60,17 @@ def vectors(count):
 
 def vector_task():
     return Classification()
+
+
+class Counting(Characters):
+    """Remembers every text it was given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, text, **options):
+        self.seen.append(text)
+        return super().__call__(text, **options)
+
+
+Counting.__name__ = "Characters"  # its facts in an index are those of the ordinary one

@@ -365,6 +365,8 @@ class TestClassification:
             (("text", "ham"), "the label 'ham'.*classes="),
             (("text", -1), "the label -1"),
             (("text", 0.5), "the label 0.5"),
+            (("text", torch.tensor([1, 2])), "the label tensor"),
+            ((None, 1), "cannot be read"),
             ({"text": "a"}, "keys text"),
             ({"label": 1, "id": 3}, "keys label, id"),
             (7, "type int"),

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import shutil
+import inspect
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from torch import nn
 from tqdm import tqdm
 
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, weights_of
 from gradsketch.attribution.description import Description, StoredCheckpoint, comparable_facts
-from gradsketch.attribution.examples import BadRow, as_examples, fields, refuse_bad_rows, survey
+from gradsketch.attribution.examples import as_examples, fields, refuse_bad_rows, survey
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import Index
+from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.errors import InputError, StoreError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task, as_task
@@ -28,64 +28,189 @@ from gradsketch.store.encoding import bytes_per_entry
 from gradsketch.store.folder import LocalFolder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME
 
-__all__ = ["Build", "Plan", "build_index"]
+__all__ = ["Build", "build_index"]
+
+Arguments = ParamSpec("Arguments")
 
 # The estimate of a run's time comes from so many rows, or from fewer that take so long.
 _TIMED_ROWS, _TIMED_SECONDS = 32, 0.5
 _BYTES_BESIDE_SKETCH = 64  # id, scale, norm, loss and Arrow's bookkeeping
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do: rows, disk space and, where a few examples were timed, time."""
+class Build:
+    """A run of :func:`build_index` whose data has been surveyed: ``plan()`` says what it will do, ``run()`` does it.
 
-    path: str
-    rows: int
-    missing: int
-    bad: tuple[BadRow, ...]
-    tokens: int
-    d: int
-    n: int
-    tensors: int
-    dtype: str
-    checkpoints: int
-    shard_rows: int
-    bytes: int
-    bytes_free: int | None
-    seconds: float | None
+    Its signature is that of ``build_index``, which explains the arguments.
+    """
 
-    def __str__(self) -> str:
-        selection = f"{self.n:,} parameters in {self.tensors} tensors → d = {self.d:,} ({self.dtype})"
-        lines = [
-            f"index       {self.path}",
-            f"data        {self.rows:,} examples, {self.tokens:,} tokens" + (f", {len(self.bad)} bad" * bool(self.bad)),
-            f"sketch      {selection}" + f", {self.checkpoints} checkpoints" * (self.checkpoints > 1),
-            f"to do       {self.missing:,} rows, {self.shard_rows} a shard",
-            f"disk        {_size(self.bytes)}" + (f" of {_size(self.bytes_free)} free" if self.bytes_free else ""),
-        ]
-        if self.seconds is not None:
-            lines.append(f"time        about {_duration(self.seconds)}")
-        return "\n".join(lines)
+    def __init__(
+        self,
+        path: str | Path,
+        model: nn.Module,
+        task: Task | Any,
+        data: Any,
+        *,
+        d: int = 4096,
+        parameters: Parameters | str | Sequence[str] | None = None,
+        seed: int = 0,
+        dtype: str = "float16",
+        checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
+        weights: Sequence[float] | None = None,
+        shard_rows: int | None = None,
+        batch_tokens: int = 4096,
+        skip_bad: bool = False,
+        worker: tuple[int, int] = (0, 1),
+        progress: bool | None = None,
+    ) -> None:
+        if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
+            raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
+        self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
+        self.folder, self.model, self.task = open_folder(path), model, as_task(task)
+        if parameters is None or not isinstance(parameters, Parameters):
+            parameters = Parameters(model, parameters or "*")
+        self.sketch = BlockSum(parameters, d, seed=seed)
+        self.checkpoints = as_checkpoints(checkpoints, weights)
+        self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
+        self.examples = as_examples(data)
+        self.survey = survey(self.examples, self.task, model)
+        if not skip_bad:
+            refuse_bad_rows(self.survey.bad, len(self.examples))
+        rows = len(self.survey.places)
+        self.shape = Manifest(
+            d=d,
+            rows=rows,
+            shard_rows=default_shard_rows(rows, d, dtype) if shard_rows is None else shard_rows,
+            dtype=dtype,
+            columns=self.survey.columns,
+        )
+        source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
+        stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
+        self.description = Description(d, seed, self.sketch.names, stored, source)
+
+    def plan(self, *, timed: bool = True) -> Plan:
+        """Return what the run will do; with ``timed``, the gradients of a few examples are timed to estimate it."""
+        missing = sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))
+        row_bytes = self.shape.d * bytes_per_entry(self.shape.dtype) + _BYTES_BESIDE_SKETCH + 5 * self._tokens_a_row
+        return Plan(
+            path=self.folder.uri,
+            rows=self.shape.rows,
+            missing=missing,
+            bad=self.survey.bad,
+            tokens=self.survey.tokens,
+            d=self.shape.d,
+            n=self.sketch.n,
+            tensors=len(self.sketch.names),
+            dtype=self.shape.dtype,
+            checkpoints=len(self.checkpoints),
+            shard_rows=self.shape.shard_rows,
+            bytes=round(missing * row_bytes),
+            bytes_free=bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None,
+            seconds=self._seconds_a_row() * missing if timed and missing else None,
+        )
+
+    def run(self) -> Index:
+        """Write every missing shard and return the index."""
+        self._create()
+        plan = self.plan(timed=self.progress)
+        if plan.bytes_free is not None and plan.bytes > plan.bytes_free:
+            raise StoreError(
+                f"{size_text(plan.bytes_free)} free where {self.folder.uri} lies",
+                f"{size_text(plan.bytes)} for {plan.missing:,} rows of d = {plan.d} in {plan.dtype}",
+                "Free some space, or pass a smaller d or dtype",
+            )
+        if self.progress:
+            print(plan, file=sys.stderr)
+        with tqdm(total=plan.missing, unit="ex", disable=not self.progress, desc=f"d={plan.d}", smoothing=0.1) as bar:
+            for number, checkpoint in enumerate(self.checkpoints):
+                self._index(checkpoint, self.description.checkpoints[number].folder, number == 0, bar)
+        return Index(self.folder, self.description, self.task, self.checkpoints)
+
+    def _create(self) -> None:
+        if not self.folder.write(MANIFEST_NAME, self.description.to_json().encode(), replace=False):
+            self.description.require_same(Description.read(self.folder), self.folder.uri)
+
+    def _index(self, checkpoint: Checkpoint, folder: str, first: bool, bar: Any) -> None:
+        with weights_of(self.model, checkpoint):
+            store = Store.create(self.folder.child(folder), self._manifest(first))
+            source = GradientSource(
+                self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
+            )
+            for start, count in store.missing():
+                if start // self.shape.shard_rows % self.worker[1] != self.worker[0]:
+                    continue
+                if (start, count) in store.ranges():  # another process was faster
+                    bar.update(count)
+                    continue
+                store.write(start, self._rows(source, start, count, first, bar))
+
+    def _manifest(self, first: bool) -> Manifest:
+        """Return a checkpoint's manifest; metadata stands in the first checkpoint's store only."""
+        data = {"rows": self.shape.rows, "hash": self.survey.digest}
+        facts = {**comparable_facts(self.model, self.task, self.sketch), "data": data}
+        return replace(self.shape, columns=self.shape.columns if first else {}, facts=facts)
+
+    def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
+        places, lengths = self._places(slice(start, start + count))
+        examples = [self.examples[place] for place in places]
+        sketched = source(self._encoded(places, examples), lengths, bar.update)
+        described = [fields(example) for example in examples]
+        ids = [id_ if id_ is not None else str(place) for place, (id_, _) in zip(places, described, strict=True)]
+        names = self.shape.columns if with_metadata else {}
+        columns = {name: [columns.get(name) for _, columns in described] for name in names}
+        return Rows(ids, sketched.sketches, sketched.losses, columns)
+
+    def _places(self, rows: slice) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the places of rows in the data, and their lengths."""
+        return self.survey.places[rows], self.survey.lengths[rows]
+
+    def _encoded(self, places: Sequence[int], examples: Sequence[Any]) -> list[Any]:
+        """Return the rows that the survey encoded, and the examples themselves where it kept none."""
+        return [self.survey.encoded.get(place, example) for place, example in zip(places, examples, strict=True)]
+
+    def _missing(self, folder: str) -> list[tuple[int, int]]:
+        """Return the ranges still to be written, of a store whose shape is that of this run."""
+        child = self.folder.child(folder)
+        if MANIFEST_NAME not in child.names():
+            return list(self.shape.shard_ranges())
+        store = Store.open(child)
+        replace(self.shape, columns=store.manifest.columns, facts=store.manifest.facts).require_same(
+            store.manifest, child.uri
+        )
+        return store.missing()
+
+    @property
+    def _tokens_a_row(self) -> float:
+        return self.survey.tokens / max(1, self.shape.rows)
+
+    def _seconds_a_row(self) -> float:
+        """Time the gradients of a few examples spread over the data, more of them while that takes next to no time."""
+        source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
+        count, rows = 2, self.shape.rows
+        while True:
+            places, lengths = self._places(slice(0, rows, max(1, -(-rows // count))))
+            rows_read = self._encoded(places, [self.examples[place] for place in places])
+            began = time.perf_counter()
+            source(rows_read, lengths)
+            seconds = time.perf_counter() - began
+            if (seconds > _TIMED_SECONDS and count > 2) or count >= min(rows, _TIMED_ROWS):
+                return seconds * self._tokens_a_row / max(1, sum(lengths))
+            count *= 4
 
 
-def build_index(
-    path: str | Path,
-    model: nn.Module,
-    task: Task | Any,
-    data: Any,
-    *,
-    d: int = 4096,
-    parameters: Parameters | str | Sequence[str] | None = None,
-    seed: int = 0,
-    dtype: str = "float16",
-    checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
-    shard_rows: int | None = None,
-    batch_tokens: int = 4096,
-    skip_bad: bool = False,
-    worker: tuple[int, int] = (0, 1),
-    progress: bool | None = None,
-) -> Index:
+def _with_signature_of(
+    build: Callable[Arguments, Build],
+) -> Callable[[Callable[..., Index]], Callable[Arguments, Index]]:
+    """Give a function the signature of another, for the type checker and for ``help``."""
+
+    def signed(function: Callable[..., Index]) -> Callable[Arguments, Index]:
+        function.__signature__ = inspect.signature(build).replace(return_annotation="Index")  # type: ignore[attr-defined]
+        return function
+
+    return signed
+
+
+@_with_signature_of(Build)
+def build_index(*arguments: Any, **options: Any) -> Index:
     """Sketch the gradient of every training example and store it; run again to go on after an interruption.
 
     The model is used in evaluation mode and left as it was. Rows are written in shards that are whole and flushed to
@@ -123,173 +248,4 @@ def build_index(
         NonFiniteError: a loss or gradient is not finite.
         StoreError: no room, no permission.
     """
-    build = Build(path, model, task, data, d=d, parameters=parameters, seed=seed, dtype=dtype, checkpoints=checkpoints,
-                  weights=weights, shard_rows=shard_rows, batch_tokens=batch_tokens, skip_bad=skip_bad)  # fmt: skip
-    return build.run(worker=worker, progress=progress)
-
-
-class Build:
-    """A run of :func:`build_index` whose data has been surveyed: ``plan()`` says what it will do, ``run()`` does it."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        model: nn.Module,
-        task: Task | Any,
-        data: Any,
-        *,
-        d: int = 4096,
-        parameters: Parameters | str | Sequence[str] | None = None,
-        seed: int = 0,
-        dtype: str = "float16",
-        checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
-        weights: Sequence[float] | None = None,
-        shard_rows: int | None = None,
-        batch_tokens: int = 4096,
-        skip_bad: bool = False,
-    ) -> None:
-        self.folder, self.model, self.task = open_folder(path), model, as_task(task)
-        if parameters is None or not isinstance(parameters, Parameters):
-            parameters = Parameters(model, parameters or "*")
-        self.sketch = BlockSum(parameters, d, seed=seed)
-        self.checkpoints = as_checkpoints(checkpoints, weights)
-        self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
-        self.examples = as_examples(data)
-        self.survey = survey(self.examples, self.task)
-        if not skip_bad:
-            refuse_bad_rows(self.survey.bad, len(self.examples))
-        rows = len(self.survey.places)
-        self.shape = Manifest(
-            d=d,
-            rows=rows,
-            shard_rows=default_shard_rows(rows, d, dtype) if shard_rows is None else shard_rows,
-            dtype=dtype,
-            columns=self.survey.columns,
-        )
-        source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
-        stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
-        self.description = Description(d, seed, self.sketch.names, stored, source)
-
-    def plan(self, *, timed: bool = True) -> Plan:
-        """Return what the run will do; with ``timed``, the gradients of a few examples are timed to estimate it."""
-        missing = sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))
-        row_bytes = self.shape.d * bytes_per_entry(self.shape.dtype) + _BYTES_BESIDE_SKETCH + 5 * self._tokens_a_row
-        return Plan(
-            path=self.folder.uri,
-            rows=self.shape.rows,
-            missing=missing,
-            bad=self.survey.bad,
-            tokens=self.survey.tokens,
-            d=self.shape.d,
-            n=self.sketch.n,
-            tensors=len(self.sketch.names),
-            dtype=self.shape.dtype,
-            checkpoints=len(self.checkpoints),
-            shard_rows=self.shape.shard_rows,
-            bytes=round(missing * row_bytes),
-            bytes_free=_bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None,
-            seconds=self._seconds_a_row() * missing if timed and missing else None,
-        )
-
-    def run(self, *, worker: tuple[int, int] = (0, 1), progress: bool | None = None) -> Index:
-        """Write every missing shard and return the index."""
-        if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
-            raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
-        progress = sys.stderr.isatty() if progress is None else progress
-        self._create()
-        plan = self.plan(timed=progress)
-        if plan.bytes_free is not None and plan.bytes > plan.bytes_free:
-            raise StoreError(
-                f"{_size(plan.bytes_free)} free where {self.folder.uri} lies",
-                f"{_size(plan.bytes)} for {plan.missing:,} rows of d = {plan.d} in {plan.dtype}",
-                "Free some space, or pass a smaller d or dtype",
-            )
-        if progress:
-            print(plan, file=sys.stderr)
-        with tqdm(total=plan.missing, unit="ex", disable=not progress, desc=f"d={plan.d}", smoothing=0.1) as bar:
-            for number, checkpoint in enumerate(self.checkpoints):
-                self._index(checkpoint, self.description.checkpoints[number].folder, number == 0, worker, bar)
-        return Index(self.folder, self.description, self.task, self.checkpoints)
-
-    def _create(self) -> None:
-        if not self.folder.write(MANIFEST_NAME, self.description.to_json().encode(), replace=False):
-            self.description.require_same(Description.read(self.folder), self.folder.uri)
-
-    def _index(self, checkpoint: Checkpoint, folder: str, first: bool, worker: tuple[int, int], bar: Any) -> None:
-        with weights_of(self.model, checkpoint):
-            store = Store.create(self.folder.child(folder), self._manifest(first))
-            source = GradientSource(
-                self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
-            )
-            for start, count in store.missing():
-                if start // self.shape.shard_rows % worker[1] != worker[0]:
-                    continue
-                if (start, count) in store.ranges():  # another process was faster
-                    bar.update(count)
-                    continue
-                store.write(start, self._rows(source, start, count, first, bar))
-
-    def _manifest(self, first: bool) -> Manifest:
-        """Return a checkpoint's manifest; metadata stands in the first checkpoint's store only."""
-        data = {"rows": self.shape.rows, "hash": self.survey.digest}
-        facts = {**comparable_facts(self.model, self.task, self.sketch), "data": data}
-        return replace(self.shape, columns=self.shape.columns if first else {}, facts=facts)
-
-    def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
-        places = self.survey.places[start : start + count]
-        examples = [self.examples[place] for place in places]
-        sketched = source(examples, bar.update)
-        described = [fields(example) for example in examples]
-        ids = [id_ if id_ is not None else str(place) for place, (id_, _) in zip(places, described, strict=True)]
-        names = self.shape.columns if with_metadata else {}
-        columns = {name: [columns.get(name) for _, columns in described] for name in names}
-        return Rows(ids, sketched.sketches, sketched.losses, columns)
-
-    def _missing(self, folder: str) -> list[tuple[int, int]]:
-        """Return the ranges still to be written, of a store whose shape is that of this run."""
-        child = self.folder.child(folder)
-        if MANIFEST_NAME not in child.names():
-            return list(self.shape.shard_ranges())
-        store = Store.open(child)
-        replace(self.shape, columns=store.manifest.columns, facts=store.manifest.facts).require_same(
-            store.manifest, child.uri
-        )
-        return store.missing()
-
-    @property
-    def _tokens_a_row(self) -> float:
-        return self.survey.tokens / max(1, self.shape.rows)
-
-    def _seconds_a_row(self) -> float:
-        """Time the gradients of a few examples spread over the data, more of them while that takes next to no time."""
-        source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
-        count, seconds, rows = 2, 0.0, len(self.survey.places)
-        while True:
-            chosen = [self.examples[place] for place in self.survey.places[:: max(1, rows // count)][:count]]
-            began = time.perf_counter()
-            source(chosen)
-            seconds = time.perf_counter() - began
-            if (seconds > _TIMED_SECONDS and count > 2) or count >= min(rows, _TIMED_ROWS):
-                tokens = sum(self.task.length(example) for example in chosen)
-                return seconds * self._tokens_a_row / max(1, tokens)
-            count *= 4
-
-
-def _bytes_free(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def _size(count: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _duration(seconds: int | float) -> str:
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return Build(*arguments, **options).run()

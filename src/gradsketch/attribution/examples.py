@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.files import read_examples
 from gradsketch.gradients.fingerprints import canonical
-from gradsketch.gradients.tasks import Task
+from gradsketch.gradients.tasks import Encoded, Task
+from gradsketch.gradients.tasks.rows import is_input
 from gradsketch.store.manifest import RESERVED
 
 __all__ = ["BadRow", "Survey", "as_examples", "display", "fields", "rebuild", "survey"]
 
-# Inputs of a model rather than facts about an example: never stored.
-_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels", "pixel_values", "decoder_input_ids")
 _KINDS = {str: "string", bool: "bool", int: "int", float: "float"}
 _RENAMED = "data_"
+# Encoded rows that a survey keeps, so that a build tokenises nothing twice. Beyond that much, rows are encoded again
+# when their turn comes: by then the gradients of those before have taken hours.
+_KEPT_BYTES = 1 << 30
+_BYTES_A_ROW = 700  # of Python's objects around a row's numbers
 _BAD_ROWS_SHOWN = 5
 
 
@@ -39,13 +42,22 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Survey:
-    """One pass over the data: places of usable rows, their tokens, column types, a hash of everything, bad rows."""
+    """One pass over the data: places and lengths of usable rows, column types, a hash of everything, bad rows.
+
+    ``encoded`` holds rows by place, as many as memory is kept for.
+    """
 
     places: tuple[int, ...]
-    tokens: int
+    lengths: tuple[int, ...]
+    encoded: Mapping[int, Encoded]
     columns: dict[str, str]
     digest: str
     bad: tuple[BadRow, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all usable rows."""
+        return sum(self.lengths)
 
 
 class _Slices(Sequence[Any]):
@@ -92,28 +104,54 @@ def _is_batch(data: Any) -> bool:
     return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
-def survey(examples: Any, task: Task) -> Survey:
-    """Read every example once: check that the task takes it, and collect what the index's manifest needs."""
+def survey(examples: Any, task: Task, model: nn.Module) -> Survey:
+    """Read every example once: encode it, see that the model takes it, and collect what the manifest needs."""
     digest = hashlib.sha256()
-    places: list[int] = []
+    places, lengths, kept = [], [], _Kept()
     bad: list[BadRow] = []
     kinds: dict[str, set[str]] = {}
-    tokens = 0
     for place in range(len(examples)):
         try:
-            example = examples[place]
-            tokens += task.length(example)
+            example = _example(examples, place)
+            row = task.read(example)
+            if isinstance(row, Encoded):
+                task.check(model, row)
+            lengths.append(task.length(row))
         except InputError as error:
             stands = where(examples, place)
             bad.append(BadRow(stands, error.came.removeprefix(f"{stands}: "), error.wanted))
             continue
         places.append(place)
+        kept.add(place, row)
         for part in canonical(example):
             digest.update(part)
         for name, value in fields(example)[1].items():
             kinds.setdefault(name, set()).add(_kind(value))
     columns = {name: _common(found) for name, found in kinds.items()}
-    return Survey(tuple(places), tokens, columns, digest.hexdigest()[:16], tuple(bad))
+    return Survey(tuple(places), tuple(lengths), kept.rows, columns, digest.hexdigest()[:16], tuple(bad))
+
+
+def _example(examples: Any, place: int) -> Any:
+    try:
+        return examples[place]
+    except InputError:
+        raise
+    except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
+        came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        raise InputError(came, "data whose examples can be read", "Repair or drop it") from error
+
+
+class _Kept:
+    """Encoded rows by place, up to a bound of memory."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Encoded] = {}
+        self._bytes = 0
+
+    def add(self, place: int, row: Any) -> None:
+        if isinstance(row, Encoded) and self._bytes < _KEPT_BYTES:
+            self.rows[place] = row
+            self._bytes += row.bytes + _BYTES_A_ROW
 
 
 def where(examples: Any, place: int) -> str:
@@ -142,11 +180,12 @@ def fields(example: Any) -> tuple[str | None, dict[str, Any]]:
     if isinstance(example, str):
         return None, {"text": example}
     if isinstance(example, Mapping):
-        id_ = example.get("id")
+        id_, ids = example.get("id"), example.get("input_ids")
+        tokens = None if ids is None else len(ids)
         columns = {
             (_RENAMED + str(name) if name in RESERVED else str(name)): _plain(value)
             for name, value in example.items()
-            if name != "id" and name not in _MODEL_INPUTS and _is_plain(value)
+            if name != "id" and not is_input(name, value, tokens) and _is_plain(value)
         }
         return (None if id_ is None else str(id_)), columns
     if isinstance(example, tuple | list) and len(example) == 2:

@@ -39,8 +39,13 @@ class GradientSource:
         self.batcher = Batcher(task, tokens=batch_tokens, device=device)
         self.sketcher = GradientSketcher(model, task, sketch, on_non_finite="skip" if skip_bad else "raise")
 
-    def __call__(self, examples: Sequence[Any], advance: Callable[[int], Any] = lambda count: None) -> Sketched:
-        """Sketch examples in evaluation mode (no dropout); ``advance`` hears of every batch that is done.
+    def __call__(
+        self,
+        examples: Sequence[Any],
+        lengths: Sequence[int] | None = None,
+        advance: Callable[[int], Any] = lambda count: None,
+    ) -> Sketched:
+        """Sketch examples, encoded or not, in evaluation mode (no dropout); ``advance`` hears of every batch done.
 
         Raises:
             InputError: an example the task cannot read, or one too large for memory.
@@ -49,7 +54,7 @@ class GradientSource:
         sketches, losses = torch.empty(len(examples), self.d), torch.empty(len(examples))
         skipped: dict[int, str] = {}
         with evaluating(self.model):
-            for places, result in self.batcher.map(self.sketcher, examples):
+            for places, result in self.batcher.map(self.sketcher, examples, lengths):
                 sketches[places] = result.values.float().cpu()
                 losses[places] = result.losses.float().cpu()
                 skipped |= {places[position]: reason for position, reason in result.skipped.items()}

@@ -86,6 +86,7 @@ def run(options: IndexOptions) -> int:
         shard_rows=options.shard_rows,
         batch_tokens=options.batch_tokens,
         skip_bad=options.skip_bad,
+        worker=options.worker,
     )
     if options.dry_run:
         plan = build.plan()
@@ -95,7 +96,7 @@ def run(options: IndexOptions) -> int:
     if saved is not None and not saved.exists():  # also beside a run that is interrupted
         run_file.write(options, "index", saved)
     try:
-        index = build.run(worker=options.worker)
+        index = build.run()
     except KeyboardInterrupt:
         print("\nFinished rows are kept: type the same command to go on.", file=sys.stderr)
         raise

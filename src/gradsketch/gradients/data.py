@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
@@ -21,6 +24,7 @@ __all__ = [
     "differentiable",
     "each_tensor",
     "is_out_of_memory",
+    "read_all",
     "to_device",
 ]
 
@@ -97,9 +101,15 @@ class Batcher:
                 raise InputError(f"{name}={value!r}", "a positive integer", f"Type {name}=64")
         self.task, self.tokens, self.examples, self.device = task, tokens, examples, device
 
-    def map(self, work: Callable[[Batch], Result], examples: Sequence[Any]) -> Iterator[tuple[list[int], Result]]:
-        """Yield, for every batch, the places of its examples in ``examples`` and the work's result."""
-        lengths = [self._length(examples, place) for place in range(len(examples))]
+    def map(
+        self, work: Callable[[Batch], Result], examples: Sequence[Any], lengths: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Yield, for every batch, the places of its examples in ``examples`` and the work's result.
+
+        Examples may be encoded. Where their lengths are given, those that are not are encoded a batch at a time.
+        """
+        if lengths is None:
+            examples, lengths = read_all(self.task, examples)
         order = sorted(range(len(examples)), key=lambda place: -lengths[place])
         start = 0
         while start < len(order):
@@ -118,12 +128,6 @@ class Batcher:
                     "Lower the task's max_length, or switch on gradient checkpointing",
                 )
 
-    def _length(self, examples: Sequence[Any], place: int) -> int:
-        try:
-            return self.task.length(examples[place])
-        except InputError as error:
-            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
-
     def _attempt(self, work: Callable[[Batch], Result], examples: list[Any]) -> tuple[bool, Any]:
         """Return (True, result), or (False, None) where memory ran out; nothing of the attempt is kept then."""
         try:
@@ -136,6 +140,22 @@ class Batcher:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return False, None
+
+
+def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """Return the examples as the task's ``collate`` takes them, and their lengths.
+
+    Raises:
+        InputError: an example that the task cannot read, with its place.
+    """
+    rows, lengths = [], []
+    for place in range(len(examples)):
+        try:
+            rows.append(task.read(examples[place]))
+            lengths.append(task.length(rows[-1]))
+        except InputError as error:
+            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
+    return rows, lengths
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -157,10 +177,10 @@ def batch_length(batch: Batch) -> int:
     """Return the number of examples: the first dim of the tensors in the batch, which must agree.
 
     Raises:
-        InputError: no tensor, or tensors whose first dims differ.
+        InputError: no example, no tensor, or tensors whose first dims differ.
     """
     sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in _tensors(batch)}
-    if len(sizes) == 1:
+    if len(sizes) == 1 and 0 not in sizes:
         return sizes.pop()
     raise InputError(
         f"a batch of tensors whose first dims are {sorted(sizes)}" if sizes else "a batch without a tensor",
@@ -172,14 +192,36 @@ def batch_length(batch: Batch) -> int:
 def _tensors(batch: Batch) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
+    for _, value in _parts(batch):
+        yield from _tensors(value)
 
 
 def batch_slice(batch: Batch, start: int, stop: int) -> Batch:
-    """Return examples ``start … stop-1`` of a batch."""
-    return each_tensor(batch, lambda tensor: tensor[start:stop])
+    """Return examples ``start … stop-1`` of a batch, of the batch's own type.
+
+    Lists and arrays with an entry per example are cut as tensors are.
+
+    Raises:
+        InputError: a list of numbers, or an array, of another length.
+    """
+    length = batch_length(batch)
+
+    def cut(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            return value[start:stop]
+        if not _counts(value):
+            return value
+        if len(value) == length:
+            return value[start:stop]
+        if isinstance(value, list | tuple) and not _has_numbers(value):
+            return value
+        raise InputError(
+            f"{name or 'a field'} of length {len(value)} in a batch of {length} examples",
+            "one entry per example, in a tensor, array or list",
+            "Keep what all examples share in the loss function itself",
+        )
+
+    return _mapped(batch, cut)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
@@ -193,12 +235,42 @@ def differentiable(batch: Batch) -> Batch:
 
 
 def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """Return the batch with every tensor in it changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
+    """Return the batch with every tensor in it changed; its type stays."""
+    return _mapped(batch, lambda value, _: change(value) if isinstance(value, Tensor) else value)
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value that is no structure of tensors has entries: a list, a tuple or an array."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _has_numbers(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, int | float | np.number) or (_counts(v) and _has_numbers(v)) for v in values)
+
+
+def _parts(batch: Batch) -> Iterator[tuple[Any, Any]]:
+    """Yield the parts of a structure with their names; nothing where it is none, or holds no tensor."""
     if isinstance(batch, Mapping):
-        return {key: each_tensor(value, change) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        parts = [each_tensor(value, change) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+        yield from batch.items()
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        yield from ((part.name, getattr(batch, part.name)) for part in fields(batch))
+    elif isinstance(batch, list | tuple):
+        yield from enumerate(batch)
+
+
+def _mapped(batch: Batch, change: Callable[[Any, str], Any], name: str = "") -> Batch:
+    """Return a batch of the same type with ``change(value, name)`` for every tensor, and whatever holds none."""
+    if next(_tensors(batch), None) is None or isinstance(batch, Tensor):
+        return change(batch, name)
+    parts = {key: _mapped(value, change, str(key)) for key, value in _parts(batch)}
+    if isinstance(batch, list | tuple):
+        return type(batch)(*parts.values()) if hasattr(batch, "_fields") else type(batch)(parts.values())
+    if isinstance(batch, Mapping) and not isinstance(batch, MutableMapping):
+        return parts
+    changed = copy.copy(batch)
+    for key, value in parts.items():
+        if isinstance(changed, MutableMapping):
+            changed[key] = value
+        else:
+            object.__setattr__(changed, key, value)  # also where a dataclass is frozen
+    return changed

@@ -3,7 +3,8 @@
 from gradsketch.gradients.tasks.base import Batch, Function, Task, as_task
 from gradsketch.gradients.tasks.causal_lm import CausalLM
 from gradsketch.gradients.tasks.classification import Classification
+from gradsketch.gradients.tasks.encoded import Encoded
 from gradsketch.gradients.tasks.masked_lm import MaskedLM
 from gradsketch.gradients.tasks.seq2seq_lm import Seq2SeqLM
 
-__all__ = ["Batch", "CausalLM", "Classification", "Function", "MaskedLM", "Seq2SeqLM", "Task", "as_task"]
+__all__ = ["Batch", "CausalLM", "Classification", "Encoded", "Function", "MaskedLM", "Seq2SeqLM", "Task", "as_task"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
+from gradsketch.gradients.tasks.encoded import Encoded, encode_one
 
 __all__ = ["Batch", "Function", "Task", "as_task"]
 
@@ -20,19 +21,48 @@ Batch = Any
 
 
 class Task(ABC):
-    """Maps (model, batch) to per-example losses, and raw examples to batches."""
+    """Maps (model, batch) to per-example losses, and examples to batches.
+
+    A task of your own needs ``losses`` only. Where examples are costly to read, write ``encode`` as well: every pass
+    then reads each example once and hands the ``Encoded`` row to ``collate`` and ``length``.
+    """
+
+    _encodes: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A class that writes ``collate`` or ``length`` and inherits ``encode`` expects raw examples in them.
+        if {"encode", "collate", "length"} & vars(cls).keys():
+            cls._encodes = "encode" in vars(cls)
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        """Return one loss an example, in float32 or wider; an example's loss depends on no other example."""
+        """Return one loss per example, in float32 or wider; an example's loss depends on no other example."""
+
+    def encode(self, example: Any) -> Encoded:
+        """Read one example into a row that ``collate`` can stack; by default only its cost of one is known."""
+        return Encoded(length=1)
+
+    def read(self, example: Any) -> Any:
+        """Return the example as ``collate`` and ``length`` of this class take it: encoded once, or as it is."""
+        if not self._encodes or isinstance(example, Encoded):
+            return example
+        return encode_one(self.encode, example)
 
     def collate(self, examples: Sequence[Any]) -> Batch:
-        """Make one batch of raw examples; by default what a DataLoader does with tensors, tuples and dicts of them."""
+        """Make one batch of examples, encoded or not; by default as a DataLoader does of tensors, tuples and dicts."""
         return default_collate(list(examples))
 
     def length(self, example: Any) -> int:
         """Return the cost of an example in tokens (1 where all cost the same), for batching by length."""
-        return 1
+        return (example if isinstance(example, Encoded) else self.encode(example)).length
+
+    def check(self, model: nn.Module, row: Encoded) -> None:  # noqa: B027 (most tasks can use any row)
+        """Refuse an encoded row that the model cannot use; a build asks for every row before it starts.
+
+        Raises:
+            InputError: it cannot.
+        """
 
     def options(self) -> dict[str, str | int | float | bool]:
         """Return what decides the losses, for fingerprints."""

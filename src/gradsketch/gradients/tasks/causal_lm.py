@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
-from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.logits import logits_of
+from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.rows import counted_labels, tokenised
+from gradsketch.gradients.tasks.tokens import Reduction
 
 __all__ = ["CausalLM"]
 
@@ -22,13 +26,18 @@ class CausalLM(Task):
     """Next-token cross-entropy of each example, in nats.
 
     Raw examples are texts (every token but the first counts), ``(prompt, answer)`` pairs or dicts with ``prompt`` and
-    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, or tokenised dicts
-    (``input_ids`` and optionally ``attention_mask`` and ``labels``; labels of −100 do not count). Prompt and answer
-    are joined as they are, so the answer brings its own leading space, and tokenised together; a token that spans
-    the boundary belongs to the answer.
+    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, or tokenised dicts.
+    Prompt and answer are joined as they are, so the answer brings its own leading space, and tokenised together; a
+    token that spans the boundary belongs to the answer. A first token that the text brings along, as chat templates
+    write it, is not added again.
+
+    A tokenised dict has ``input_ids`` and optionally ``attention_mask``, ``labels`` (−100: does not count), a mask of
+    the tokens that count (``completion_mask``, ``assistant_masks`` or ``loss_mask``) and ``position_ids``. Positions
+    that start again at 0 say that the row packs several documents: none of them sees the others. Every other list as
+    long as ``input_ids``, and every array, goes to the model, and is refused by name if the model does not take it.
 
     ``losses`` takes a batch of ``input_ids``, optional ``attention_mask`` and ``labels`` ``[b, t]`` and shifts the
-    labels itself; padding never counts.
+    labels itself. Padding never counts, on whichever side it stands.
 
     Args:
         tokenizer: any callable like a Hugging Face tokenizer; not needed for tokenised examples.
@@ -44,8 +53,8 @@ class CausalLM(Task):
         tensor([[-100, -100, -100, -100, -100,    5]])
 
     Raises:
-        InputError: an empty text, an answer without a token (left), a token or label the model does not have, logits
-            of another shape.
+        InputError: an empty text, an answer without a token (left), weights of rows or tokens, a token, label, field
+            or position the model does not have, logits of another shape.
     """
 
     def __init__(self, tokenizer: Any = None, *, max_length: int | None = None, reduction: Reduction = "mean") -> None:
@@ -54,33 +63,23 @@ class CausalLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch.get("labels", batch["input_ids"])
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        check_token_ids(model, batch["input_ids"])
-        logits = logits_of(model, inputs, labels.shape)
+        batch = right_padded(batch)
+        labels, mask, positions = _labels(batch), batch.get("attention_mask"), batch.get("position_ids")
+        # A token counts where it and the token before it are shown, and stand in one document.
+        if mask is not None and mask.ndim == 2:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+            labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(mask[:, :-1] == 0, IGNORED)], dim=1)
+        if positions is not None and positions.shape == labels.shape:
+            labels = labels.masked_fill(positions == 0, IGNORED)
+        logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, labels.shape, causal=True)
         # Moving the labels, not the logits, saves a copy of [b, t, vocabulary].
         following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         return tokens.sequence_losses(logits, following, self.reduction)
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        return tokens.stacked(tokens.encoded(self._encode, examples), self.tokenizer)
-
-    def length(self, example: Any) -> int:
-        return len(self._encode(example)["input_ids"])
-
-    def options(self) -> dict[str, str | int | float | bool]:
-        return {
-            "reduction": self.reduction,
-            "max_length": self.max_length or 0,
-            "vocabulary": tokens.vocabulary(self.tokenizer),
-        }
-
-    def _encode(self, example: Any) -> Encoded:
+    def encode(self, example: Any) -> Encoded:
         if isinstance(example, Mapping) and "input_ids" in example:
-            row = tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
-            return {"labels": row["input_ids"], **row}
+            row = tokenised(example, self.max_length)
+            return Encoded(len(row.sequences["input_ids"]), counted_labels(row.sequences), row.values)
         prompt, answer = _prompt_and_answer(example)
         if not answer:
             raise InputError("an empty text" if not prompt else "an empty answer", "some text to predict", "Drop it")
@@ -92,7 +91,27 @@ class CausalLM(Task):
                 "at least one predicted token" + (f" within max_length={self.max_length}" if self.max_length else ""),
                 "Shorten the prompt, raise max_length, or drop the example",
             )
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * first + ids[first:]}
+        labels = [IGNORED] * first + ids[first:]
+        return Encoded(len(ids), {"input_ids": integers(ids), "labels": integers(labels)})
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        rows = encode_all(self.encode, examples)
+        batch = stack(rows, self.tokenizer)
+        # Models tell the documents of packed rows apart by positions that start again, but only where no mask is given;
+        # the padding is one more document then.
+        if any((np.diff(row.sequences.get("position_ids", ())) != 1).any() for row in rows):
+            del batch["attention_mask"]
+        return batch
+
+    def check(self, model: nn.Module, row: Encoded) -> None:
+        check_row(model, row)
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {
+            "reduction": self.reduction,
+            "max_length": self.max_length or 0,
+            "vocabulary": tokens.vocabulary(self.tokenizer),
+        }
 
     def _boundary(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """Return the token ids of the joined text and the position of the answer's first token."""
@@ -108,6 +127,23 @@ class CausalLM(Task):
         alone = list(tokens.encode(self.tokenizer, prompt, limit=None)["input_ids"])
         differ = (t for t, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b)
         return ids, next(differ, min(len(ids), len(alone)))
+
+
+def _labels(batch: Batch) -> Int[Tensor, "b t"]:
+    """Return the batch's labels, by default its tokens."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None and (mask := batch.get("attention_mask")) is not None and mask.ndim != 2:
+        raise InputError(
+            f"an attention_mask of shape {list(mask.shape)} without labels",
+            "a mask [b, t], or labels that say which tokens count",
+            "Put labels in the batch, -100 where nothing counts",
+        )
+    labels = batch.get("input_ids") if labels is None else labels
+    if labels is None:
+        raise InputError(
+            f"a batch with neither labels nor input_ids (but {', '.join(batch)})", "one of the two", "Put labels in it"
+        )
+    return labels
 
 
 def _prompt_and_answer(example: Any) -> tuple[str, str]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.logits import check_ids, check_token_ids, logits_of
+from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.logits import check_ids, logits_of
+from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.rows import Row, tensor_inputs, tokenised
 from gradsketch.linear_map import widened
 
 __all__ = ["Classification"]
@@ -25,8 +29,9 @@ class Classification(Task):
 
     Raw examples are ``(x, label)`` pairs or dicts with ``label`` (or ``labels``). ``x`` is a text, a pair of texts, an
     image that the processor takes, or a tensor; in a dict it stands under ``text`` (and ``text_pair``), ``image``,
-    ``input_ids`` (tokenised), or any names of tensors the model takes, such as ``pixel_values``. ``losses`` takes a
-    dict of the model's inputs with ``labels [b]``, or a tuple ``(x, labels)``.
+    ``input_ids`` (tokenised), or any names of tensors the model takes, such as ``pixel_values``. Arrays beside them go
+    to the model too, and are refused by name if it does not take them. ``losses`` takes a dict of the model's inputs
+    with ``labels [b]``, or a tuple ``(x, labels)``.
 
     Args:
         processor: like a Hugging Face tokenizer or image processor; not needed for tensors and tokenised examples.
@@ -53,8 +58,12 @@ class Classification(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
         inputs, labels = _inputs_and_labels(batch)
-        if isinstance(inputs, Mapping) and "input_ids" in inputs:
-            check_token_ids(model, inputs["input_ids"])
+        if labels.is_floating_point() or labels.is_complex():
+            raise InputError(
+                f"labels of dtype {labels.dtype}",
+                "classes, whole numbers from 0",
+                "For a regression or soft labels write the loss as a function (model, batch) → losses [b]",
+            )
         logits = logits_of(model, inputs, labels.shape)
         if logits.shape[-1] < 2:
             raise InputError(
@@ -65,17 +74,19 @@ class Classification(Task):
         check_ids(labels, logits.shape[-1], "label")
         return functional.cross_entropy(logits.to(widened(logits.dtype)), labels.long(), reduction="none")
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        rows = tokens.encoded(self._encode, examples)
-        labels = torch.tensor([row.pop("labels") for row in rows])
-        if "input_ids" in rows[0]:
-            return {**tokens.stacked(rows, self.processor), "labels": labels}
-        inputs: dict[str, Tensor] = default_collate(rows)
-        return (inputs["x"], labels) if set(inputs) == {"x"} else {**inputs, "labels": labels}
+    def encode(self, example: Any) -> Encoded:
+        x, others, label = _parts(example)
+        row = self._inputs(x)
+        values: dict[str, Any] = {**row.values, **tensor_inputs(others), "labels": self._class(label)}
+        return Encoded(len(row.sequences.get("input_ids", (1,))), row.sequences, values)
 
-    def length(self, example: Any) -> int:
-        row = self._encode(example)
-        return len(row["input_ids"]) if "input_ids" in row else 1
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        batch = stack(encode_all(self.encode, examples), self.processor)
+        return (batch["x"], batch["labels"]) if set(batch) == {"x", "labels"} else batch
+
+    def check(self, model: nn.Module, row: Encoded) -> None:
+        if row.values.keys() != {"x", "labels"}:
+            check_row(model, row)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -84,33 +95,30 @@ class Classification(Task):
             "vocabulary": tokens.vocabulary(self.processor),
         }
 
-    def _encode(self, example: Any) -> dict[str, Any]:
-        """Return an example's model inputs (a lone tensor as ``x``) and its ``labels``, an integer."""
-        x, label = _input_and_label(example)
+    def _inputs(self, x: Any) -> Row:
+        """Return the model's inputs: sequences of a text, or else whole values (a lone tensor as ``x``)."""
         if isinstance(x, Mapping) and "input_ids" in x:
-            row: dict[str, Any] = dict(tokens.tokenised(x, self.max_length))
-        elif isinstance(x, Mapping):
-            row = {name: torch.as_tensor(value) for name, value in x.items()}
-        elif isinstance(x, str):
-            row = self._text(x)
-        elif isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(part, str) for part in x):
-            row = self._text(*x)
-        elif hasattr(self.processor, "image_processor_type"):
-            row = {name: values[0] for name, values in self.processor(x, return_tensors="pt").items()}
-        else:
-            row = {"x": torch.as_tensor(x)}
-        return {**row, "labels": self._class(label)}
+            return tokenised(x, self.max_length, own=("label", "labels"))
+        if isinstance(x, Mapping):
+            return Row({}, tensor_inputs(x))
+        if isinstance(x, str):
+            return Row(self._text(x), {})
+        if isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(part, str) for part in x):
+            return Row(self._text(*x), {})
+        if hasattr(self.processor, "image_processor_type"):
+            return Row({}, {name: values[0] for name, values in self.processor(x, return_tensors="pt").items()})
+        return Row({}, {"x": torch.as_tensor(x)})
 
-    def _text(self, text: str, pair: str | None = None) -> dict[str, Any]:
+    def _text(self, text: str, pair: str | None = None) -> dict[str, np.ndarray]:
         if not text:
             raise InputError("an empty text", "some text to classify", "Drop it")
         encoded = tokens.encode(self.processor, text, pair, limit=self.max_length)
-        return {name: list(values) for name, values in encoded.items()}
+        return {name: integers(values) for name, values in encoded.items()}
 
     def _class(self, label: Any) -> int:
         if isinstance(label, str) and self.classes is not None and label in self.classes:
             return self.classes.index(label)
-        number = label.item() if hasattr(label, "item") else label
+        number = label.item() if hasattr(label, "item") and math.prod(label.shape) == 1 else label
         if isinstance(number, int) and (self.classes is None or 0 <= number < len(self.classes)) and number >= 0:
             return int(number)
         raise InputError(
@@ -122,30 +130,31 @@ class Classification(Task):
         )
 
 
-def _input_and_label(example: Any) -> tuple[Any, Any]:
-    """Split an example; of a dict, only tensors and arrays are kept where it holds neither text nor image."""
+def _parts(example: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Split an example into what is classified, other fields that may be inputs of the model, and the label."""
     if isinstance(example, tuple | list) and len(example) == 2:
-        return example[0], example[1]
+        return example[0], {}, example[1]
     label = None
     if isinstance(example, Mapping):
-        label = example.get("label", example.get("labels"))
+        label = example["label"] if example.get("label") is not None else example.get("labels")
     if label is None:
         raise tokens.unknown_example(example, "(x, label), or a dict with label and text, image, input_ids or tensors")
     if "input_ids" in example:
-        return example, label
-    if "text" in example:
-        return (example["text"], example["text_pair"]) if "text_pair" in example else example["text"], label
-    if "image" in example:
-        return example["image"], label
-    tensors = {n: v for n, v in example.items() if n not in ("label", "labels") and hasattr(v, "shape")}
-    if not tensors:
+        return example, {}, label
+    rest = {name: value for name, value in example.items() if name not in ("label", "labels")}
+    for name in ("text", "image"):
+        if name in rest:
+            x, pair = rest.pop(name), rest.pop("text_pair", None)
+            arrays = {other: value for other, value in rest.items() if hasattr(value, "shape")}
+            return x if pair is None else (x, pair), arrays, label
+    if not tensor_inputs(rest):
         raise tokens.unknown_example(example, "a dict with text, image, input_ids or tensors beside its label")
-    return tensors, label
+    return rest, {}, label
 
 
 def _inputs_and_labels(batch: Batch) -> tuple[Mapping[str, Tensor] | Tensor, Tensor]:
     if isinstance(batch, Mapping) and "labels" in batch:
-        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+        return {name: value for name, value in right_padded(batch).items() if name != "labels"}, batch["labels"]
     if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         return batch[0], batch[1]
     raise tokens.unknown_example(batch, "a batch that is a dict of tensors with labels, or a tuple (x, labels)")

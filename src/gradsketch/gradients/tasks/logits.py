@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,24 +10,26 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsketch.errors import InputError
+from gradsketch.gradients.tasks.encoded import IGNORED
+from gradsketch.gradients.tasks.model_inputs import arguments, check_mask, check_positions
 
 __all__ = ["IGNORED", "check_ids", "check_token_ids", "logits_of"]
 
-# The label of a position that does not count, as in torch and Hugging Face.
-IGNORED = -100
 
+def logits_of(
+    model: nn.Module, inputs: Mapping[str, Any] | Tensor, leading: Sequence[int], *, causal: bool = False
+) -> Tensor:
+    """Call the model with its inputs and return its logits ``[*leading, classes]``.
 
-def logits_of(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, leading: Sequence[int]) -> Tensor:
-    """Call the model with those inputs that it takes and return its logits ``[*leading, classes]``.
-
-    One tensor is passed by position, a dict by name (by position where the model takes none of the names).
-    The logits are the output's ``.logits``, its first entry where it is a tuple, or the output itself. Hugging Face
-    models are called without their key-value cache.
+    One tensor is passed by position, a dict by name (its one tensor by position where the model names it otherwise).
+    The logits are the output's ``.logits`` or ``["logits"]``, the first entry of a tuple that is no scalar, or the
+    output itself. Hugging Face models are called without their key-value cache. With ``causal`` padding on the right
+    needs no mask.
 
     Raises:
-        InputError: the model returns no logits, or logits of another shape.
+        InputError: an input that the model does not take or is too long for it, no logits, or some of another shape.
     """
-    logits = _first_tensor(model, _call(model, inputs))
+    logits = _logits(model, _call(model, inputs, causal))
     if list(logits.shape[:-1]) != list(leading):
         raise InputError(
             f"{type(model).__name__} returned logits of shape {list(logits.shape)} for labels of shape {list(leading)}",
@@ -38,28 +39,30 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, leading: 
     return logits
 
 
-def _call(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> Any:
+def _call(model: nn.Module, inputs: Mapping[str, Any] | Tensor, causal: bool) -> Any:
     if isinstance(inputs, Tensor):
         return model(inputs)
-    keywords: dict[str, Any] = dict(inputs)
-    if hasattr(getattr(model, "config", None), "use_cache"):
+    if "input_ids" in inputs:
+        check_token_ids(model, inputs["input_ids"])
+        check_positions(model, inputs["input_ids"].shape[1])
+    check_mask(model, inputs.get("attention_mask"), causal=causal)
+    positional, keywords = arguments(model, inputs)
+    if keywords and hasattr(getattr(model, "config", None), "use_cache"):
         keywords["use_cache"] = False
-    names = inspect.signature(model.forward).parameters
-    if all(p.kind is not p.VAR_KEYWORD for p in names.values()):
-        keywords = {key: value for key, value in keywords.items() if key in names}
-    return model(**keywords) if keywords else model(next(iter(inputs.values())))
+    return model(*positional, **keywords)
 
 
-def _first_tensor(model: nn.Module, output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
+def _logits(model: nn.Module, output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, tuple | list) and output:
-        logits = output[0]
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list):
+        logits = next((part for part in output if isinstance(part, Tensor) and part.ndim > 1), None)
+    logits = output if isinstance(output, Tensor) else logits
     if not isinstance(logits, Tensor):
         raise InputError(
             f"{type(model).__name__} returned a {type(output).__name__} without logits",
-            "a tensor, a tuple that starts with one, or an output with .logits",
+            "a tensor, a tuple or dict with logits, or an output with .logits",
             "Use a model with the task's head, or write the loss as a function (model, batch) → losses [b]",
         )
     return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
-from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.logits import logits_of
+from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.rows import Row, tokenised
+from gradsketch.gradients.tasks.tokens import Reduction
 from gradsketch.random import Stream
 
 __all__ = ["MaskedLM"]
@@ -25,10 +29,10 @@ _MASKED, _RANDOM = 0.8, 0.1
 class MaskedLM(Task):
     """Cross-entropy of each example's hidden tokens, in nats.
 
-    Raw examples are texts, dicts with ``text``, or tokenised dicts; where these have ``labels`` (−100: not hidden)
-    they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019, section 3.1), drawn from
-    (seed, the example's own tokens): an example is masked alike in every batch, pass and process. At least one token
-    is hidden.
+    Raw examples are texts, dicts with ``text``, or tokenised dicts, whose fields all go to the model. Where these have
+    ``labels`` (−100: not hidden) they are used as they are. Otherwise tokens are hidden as in BERT (Devlin et al. 2019,
+    section 3.1), drawn from (seed, the example's own tokens): an example is masked alike in every batch, pass and
+    process. At least one token is hidden.
 
     Args:
         tokenizer: like a Hugging Face tokenizer with a mask token; not needed for examples with labels.
@@ -63,16 +67,20 @@ class MaskedLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        check_token_ids(model, batch["input_ids"])
-        logits = logits_of(model, inputs, batch["labels"].shape)
+        batch = right_padded(batch)
+        logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, batch["labels"].shape)
         return tokens.sequence_losses(logits, batch["labels"], self.reduction)
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        return tokens.stacked(tokens.encoded(self._encode, examples), self.tokenizer)
+    def encode(self, example: Any) -> Encoded:
+        row = self._tokens(example)
+        sequences = row.sequences if "labels" in row.sequences else self._hidden(row.sequences)
+        return Encoded(len(sequences["input_ids"]), sequences, row.values)
 
-    def length(self, example: Any) -> int:
-        return len(self._tokens(example)["input_ids"])
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return stack(encode_all(self.encode, examples), self.tokenizer)
+
+    def check(self, model: nn.Module, row: Encoded) -> None:
+        check_row(model, row)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -83,24 +91,19 @@ class MaskedLM(Task):
             "vocabulary": tokens.vocabulary(self.tokenizer),
         }
 
-    def _encode(self, example: Any) -> Encoded:
-        row = self._tokens(example)
-        return row if "labels" in row else self._hidden(row)
-
-    def _tokens(self, example: Any) -> Encoded:
+    def _tokens(self, example: Any) -> Row:
         if isinstance(example, Mapping) and "input_ids" in example:
-            return tokens.tokenised(example, self.max_length, ("labels", "token_type_ids"))
+            return tokenised(example, self.max_length)
         text = example.get("text") if isinstance(example, Mapping) else example
         if not isinstance(text, str):
             raise tokens.unknown_example(example, "a text, a dict with text, or a tokenised dict")
         if not text:
             raise InputError("an empty text", "some text to hide tokens of", "Drop it")
         encoded = tokens.encode(self.tokenizer, text, limit=self.max_length)
-        return {
-            name: list(encoded[name]) for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded
-        }
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return Row({name: integers(encoded[name]) for name in names if name in encoded}, {})
 
-    def _hidden(self, row: Encoded) -> Encoded:
+    def _hidden(self, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Hide tokens of one example; its own content decides which."""
         mask_id = getattr(self.tokenizer, "mask_token_id", None)
         if mask_id is None:
@@ -109,15 +112,16 @@ class MaskedLM(Task):
                 "labels (−100 where nothing is hidden), or a tokenizer with mask_token_id",
                 "Pass the model's tokenizer: MaskedLM(tokenizer)",
             )
-        ids = torch.tensor(row["input_ids"])
+        ids = torch.from_numpy(row["input_ids"]).long()
         ordinary = ~torch.isin(ids, torch.tensor(list(self.tokenizer.all_special_ids)))
         if not ordinary.any():
             raise InputError("a text of special tokens only", "at least one ordinary token to hide", "Drop it")
-        stream = Stream(self.seed, "MaskedLM", repr(row["input_ids"]))
+        stream = Stream(self.seed, "MaskedLM", repr(ids.tolist()))
         draw = stream.child("which").uniforms(0, len(ids)).masked_fill(~ordinary, 2.0)
         chosen = draw <= max(self.probability, float(draw.min()))
         fate = stream.child("how").uniforms(0, len(ids))
         random = stream.child("token").integers(0, len(ids), len(self.tokenizer))
         shown = torch.where(chosen & (fate < _MASKED), mask_id, ids)
         shown = torch.where(chosen & (fate >= 1 - _RANDOM), random, shown)
-        return {**row, "input_ids": shown.tolist(), "labels": torch.where(chosen, ids, IGNORED).tolist()}
+        labels = torch.where(chosen, ids, IGNORED)
+        return {**row, "input_ids": shown.int().numpy(), "labels": labels.int().numpy()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -12,19 +13,26 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import tokens
 from gradsketch.gradients.tasks.base import Batch, Task
-from gradsketch.gradients.tasks.logits import IGNORED, check_token_ids, logits_of
-from gradsketch.gradients.tasks.tokens import Encoded, Reduction
+from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.logits import check_token_ids, logits_of
+from gradsketch.gradients.tasks.model_inputs import check_positions, check_row, right_padded
+from gradsketch.gradients.tasks.rows import Row, refuse_weights, sequence_of, tensor_inputs, tokenised
+from gradsketch.gradients.tasks.tokens import Reduction
 
 __all__ = ["Seq2SeqLM"]
+
+
+# What goes to the decoder beside the labels, as long as they are.
+_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 
 class Seq2SeqLM(Task):
     """Cross-entropy of each target given its source, in nats, for encoder-decoders such as T5 and BART.
 
-    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target``, or tokenised dicts
-    (``input_ids``, ``labels`` and optionally ``attention_mask``; labels of −100 do not count). ``losses`` takes
-    ``input_ids [b, s]``, ``labels [b, t]`` and optionally ``attention_mask`` and ``decoder_input_ids``, which are by
-    default the labels moved one to the right behind the model's ``decoder_start_token_id``.
+    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target``, or tokenised dicts: ``labels``
+    (−100: does not count), ``input_ids`` or another input of the encoder, such as ``input_features``, and optionally
+    ``attention_mask``, ``decoder_input_ids`` and whatever else the model takes. ``losses`` takes a batch of these. The
+    decoder's inputs are by default the labels moved to the right as the model itself does it for its own loss.
 
     Args:
         tokenizer: like a Hugging Face tokenizer, called with ``text_target=`` for targets; not needed for tokenised
@@ -57,21 +65,28 @@ class Seq2SeqLM(Task):
         self.max_target_length = tokens.limit_of(tokenizer, max_target_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        batch = right_padded(batch, fixed=("labels", *_DECODER))
         labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if "decoder_input_ids" not in inputs:
+        if inputs.get("decoder_input_ids") is None:
             inputs["decoder_input_ids"] = _shifted_right(model, labels)
-        check_token_ids(model, inputs["input_ids"])
         check_token_ids(model, inputs["decoder_input_ids"])
+        check_positions(model, labels.shape[1])
         return tokens.sequence_losses(logits_of(model, inputs, labels.shape), labels, self.reduction)
 
-    def collate(self, examples: Sequence[Any]) -> Batch:
-        sources, targets = zip(*tokens.encoded(self._encode, examples), strict=True)
-        return {**tokens.stacked(sources, self.tokenizer), **tokens.stacked(targets, self.tokenizer)}
+    def encode(self, example: Any) -> Encoded:
+        if isinstance(example, Mapping) and example.get("labels") is not None:
+            row, targets = self._source(example), self._targets(example)
+        else:
+            row, targets = self._texts(example)
+        length = len(row.sequences.get("input_ids", ())) + len(targets["labels"])
+        return Encoded(length, {**row.sequences, **targets}, row.values)
 
-    def length(self, example: Any) -> int:
-        source, target = self._encode(example)
-        return len(source["input_ids"]) + len(target["labels"])
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        return stack(encode_all(self.encode, examples), self.tokenizer)
+
+    def check(self, model: nn.Module, row: Encoded) -> None:
+        check_row(model, row)
 
     def options(self) -> dict[str, str | int | float | bool]:
         return {
@@ -81,18 +96,36 @@ class Seq2SeqLM(Task):
             "vocabulary": tokens.vocabulary(self.tokenizer),
         }
 
-    def _encode(self, example: Any) -> tuple[Encoded, Encoded]:
-        if isinstance(example, Mapping) and {"input_ids", "labels"} <= set(example):
-            labels = tokens.tokenised({"input_ids": example["labels"]}, self.max_target_length)["input_ids"]
-            return tokens.tokenised(example, self.max_length), {"labels": labels}
+    def _source(self, example: Mapping[str, Any]) -> Row:
+        """Return a tokenised row's inputs of the encoder, which need not be tokens."""
+        if example.get("input_ids") is not None:
+            return tokenised(example, self.max_length, own=("labels", *_DECODER))
+        refuse_weights(example)
+        row = Row({}, tensor_inputs({n: value for n, value in example.items() if n not in ("labels", *_DECODER)}))
+        if not row.values:
+            raise tokens.unknown_example(example, "a tokenised dict with input_ids or another input of the encoder")
+        return row
+
+    def _targets(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        given = {n: sequence_of(example[n], n) for n in ("labels", *_DECODER) if example.get(n) is not None}
+        for name, values in given.items():
+            if len(values) != len(given["labels"]):
+                raise InputError(
+                    f"{name} of {len(values)} entries beside labels of {len(given['labels'])}",
+                    "one entry a label",
+                    "Tokenise the example again, or leave the field out",
+                )
+        return {name: values[: self.max_target_length] for name, values in given.items()}
+
+    def _texts(self, example: Any) -> tuple[Row, dict[str, np.ndarray]]:
         source, target = _source_and_target(example)
         for text, name in ((source, "source"), (target, "target")):
             if not text:
                 raise InputError(f"an empty {name}", "a source and a target of at least one character", "Drop it")
-        ids = list(tokens.encode(self.tokenizer, source, limit=self.max_length)["input_ids"])
+        ids = tokens.encode(self.tokenizer, source, limit=self.max_length)["input_ids"]
         cut = {} if self.max_target_length is None else {"truncation": True, "max_length": self.max_target_length}
-        labels = list(self.tokenizer(text_target=target, **cut)["input_ids"])
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)}, {"labels": labels}
+        labels = self.tokenizer(text_target=target, **cut)["input_ids"]
+        return Row({"input_ids": integers(ids)}, {}), {"labels": integers(labels)}
 
 
 def _source_and_target(example: Any) -> tuple[str, str]:
@@ -103,16 +136,31 @@ def _source_and_target(example: Any) -> tuple[str, str]:
 
 
 def _shifted_right(model: nn.Module, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """Return the decoder's input: the start token, then the labels but the last."""
+    """Return the decoder's input: as the model itself makes it, or else the start token and the labels but the last.
+
+    Models differ (mBART puts the language, its last token, first), so that only the model's own way is that of its
+    training.
+    """
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        try:
+            shifted: Tensor = shift(labels=labels)
+        except (ValueError, AssertionError, TypeError) as error:
+            raise _no_start(model, str(error)) from error
+        return shifted
     start, padding = (_configured(model, name) for name in ("decoder_start_token_id", "pad_token_id"))
     if start is None:
-        raise InputError(
-            f"{type(model).__name__} names no decoder_start_token_id and the batch has no decoder_input_ids",
-            "one of the two",
-            "Set model.config.decoder_start_token_id, or put decoder_input_ids in the batch",
-        )
+        raise _no_start(model, "it names no decoder_start_token_id")
     moved = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
     return moved.masked_fill(moved == IGNORED, start if padding is None else padding)
+
+
+def _no_start(model: nn.Module, why: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__}, which cannot move labels to the right ({why}), and no decoder_input_ids in the batch",
+        "one of the two",
+        "Set model.config.decoder_start_token_id and pad_token_id, or put decoder_input_ids in the rows",
+    )
 
 
 def _configured(model: nn.Module, name: str) -> int | None:

@@ -1,42 +1,31 @@
-"""What every task over tokens shares: encoding, padding, and cross-entropy an example."""
+"""What every task over tokens shares: tokenising, and cross-entropy per example."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks.logits import IGNORED, check_ids
+from gradsketch.gradients.tasks.encoded import IGNORED
+from gradsketch.gradients.tasks.logits import check_ids
 from gradsketch.linear_map import widened
 
 __all__ = [
-    "Encoded",
     "Reduction",
     "check_reduction",
     "encode",
-    "encoded",
     "limit_of",
     "sequence_losses",
-    "stacked",
-    "tokenised",
     "unknown_example",
     "vocabulary",
 ]
 
 Reduction = Literal["sum", "mean"]
-
-# A tokenised example: equally long lists of integers by name.
-Encoded = dict[str, list[int]]
-
-Row = TypeVar("Row")
-
-_FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 
 
 def sequence_losses(
@@ -57,6 +46,8 @@ def sequence_losses(
 def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | None, **options: Any) -> Any:
     """Tokenise one text (or pair of texts), cut on the right to ``limit`` tokens where one is given.
 
+    A first token that stands in the text already is not doubled.
+
     Raises:
         InputError: there is no tokenizer.
     """
@@ -68,67 +59,12 @@ def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | N
         )
     cut = {} if limit is None else {"truncation": True, "max_length": limit}
     texts = (text,) if pair is None else (text, pair)
-    return tokenizer(*texts, **cut, **options)
-
-
-def tokenised(example: Mapping[str, Any], limit: int | None, names: Sequence[str] = ("token_type_ids",)) -> Encoded:
-    """Return a tokenised example as lists: its padding at either end removed, then cut on the right to ``limit``.
-
-    Raises:
-        InputError: no token is left, lengths differ, or there are several sequences.
-    """
-    ids = _flat(example["input_ids"])
-    mask = _flat(example.get("attention_mask", [1] * len(ids)))
-    if 1 not in mask:
-        raise InputError("an example without a token", "at least one token that attention_mask shows", "Drop it")
-    first, last = mask.index(1), len(mask) - mask[::-1].index(1)
-    keep = slice(first, last if limit is None else min(last, first + limit))
-    row = {"input_ids": ids, "attention_mask": mask} | {n: _flat(example[n]) for n in names if n in example}
-    for name, values in row.items():
-        if len(values) != len(ids):
-            raise InputError(
-                f"{name} of {len(values)} entries beside input_ids of {len(ids)}",
-                "one entry a token in each",
-                "Tokenise the example again, or leave the field out",
-            )
-    return {name: values[keep] for name, values in row.items()}
-
-
-def _flat(values: Any) -> list[int]:
-    """Return the integers of a tensor, array or list that holds one sequence."""
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    values = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    if any(isinstance(value, list) for value in values):
-        raise InputError("an example of several sequences", "one sequence an example", "Pass its rows one by one")
-    return [int(value) for value in values]
-
-
-def encoded(encode_one: Callable[[Any], Row], examples: Sequence[Any]) -> list[Row]:
-    """Encode every example.
-
-    Raises:
-        InputError: what ``encode_one`` raises, with the example's position in the batch.
-    """
-    rows = []
-    for position, example in enumerate(examples):
-        try:
-            rows.append(encode_one(example))
-        except InputError as error:
-            raise InputError(f"example {position} of the batch: {error.came}", error.wanted, error.fix) from error
-    return rows
-
-
-def stacked(rows: Sequence[Mapping[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
-    """Stack encoded examples, padded on the right, as int64 tensors ``[b, t]``."""
-    # Padding is masked, so that any token does where the tokenizer has none for it.
-    pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {name: _stack([row[name] for row in rows], _FILLS.get(name, pad_id)) for name in names}
-
-
-def _stack(rows: Sequence[list[int]], fill: int) -> Int[Tensor, "b t"]:
-    length = max(len(row) for row in rows)
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.int64)
+    encoded = tokenizer(*texts, **cut, **options)
+    # A chat template has written the first token already, and the tokenizer writes it again.
+    first, bos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if first and text.startswith(first) and list(encoded["input_ids"][:2]) == [bos, bos]:
+        return {name: values[1:] for name, values in encoded.items()}
+    return encoded
 
 
 def limit_of(tokenizer: Any, max_length: int | None) -> int | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsketch.attribution.explain import token_products
+from gradsketch.attribution.gates import token_products
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import CausalLM, Classification, Seq2SeqLM, Task
 

@@ -1,0 +1,68 @@
+"""What a build is about to do, for a person to read before it starts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradsketch.attribution.examples import BadRow
+
+__all__ = ["Plan", "bytes_free", "size_text"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do: rows, disk space and, where a few examples were timed, time."""
+
+    path: str
+    rows: int
+    missing: int
+    bad: tuple[BadRow, ...]
+    tokens: int
+    d: int
+    n: int
+    tensors: int
+    dtype: str
+    checkpoints: int
+    shard_rows: int
+    bytes: int
+    bytes_free: int | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        selection = f"{self.n:,} parameters in {self.tensors} tensors → d = {self.d:,} ({self.dtype})"
+        lines = [
+            f"index       {self.path}",
+            f"data        {self.rows:,} examples, {self.tokens:,} tokens" + (f", {len(self.bad)} bad" * bool(self.bad)),
+            f"sketch      {selection}" + f", {self.checkpoints} checkpoints" * (self.checkpoints > 1),
+            f"to do       {self.missing:,} rows, {self.shard_rows} a shard",
+            f"disk        {size_text(self.bytes)}"
+            + (f" of {size_text(self.bytes_free)} free" if self.bytes_free else ""),
+        ]
+        if self.seconds is not None:
+            lines.append(f"time        about {_duration(self.seconds)}")
+        return "\n".join(lines)
+
+
+def bytes_free(path: Path) -> int:
+    """Return the bytes free where a folder is, or where it would be made."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def size_text(count: int | float) -> str:
+    """Return a number of bytes as people write it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: int | float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

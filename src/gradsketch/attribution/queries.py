@@ -1,0 +1,99 @@
+"""From questions to sketches: the first step of a query."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsketch.attribution.checkpoints import Checkpoint, weights_of
+from gradsketch.attribution.description import Description, comparable_facts, sketch_for
+from gradsketch.attribution.examples import as_examples
+from gradsketch.attribution.gradients import GradientSource, Sketched
+from gradsketch.durable import require_same
+from gradsketch.errors import InputError
+from gradsketch.gradients.data import read_all
+from gradsketch.gradients.tasks import Task
+from gradsketch.store import Store
+
+__all__ = ["Queries", "as_queries", "checked_groups", "sketch_queries"]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Questions with their gradients: one ``Sketched`` per checkpoint, in the order of the examples.
+
+    Each group of positions asks as one: what counts is the mean over its members.
+    """
+
+    examples: Sequence[Any]
+    groups: Sequence[Sequence[int]]
+    sketched: Sequence[Sketched]
+    seconds: float
+
+    def means(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "groups ..."]:
+        """Return the mean over each group's members."""
+        return torch.stack([values[list(group)].mean(dim=0) for group in self.groups])
+
+
+def as_queries(examples: Any) -> list[Any]:
+    """Return a list of questions; one text or dict counts as a list of one.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(examples, str) or (
+        isinstance(examples, Mapping) and not any(isinstance(v, Tensor) for v in examples.values())
+    ):
+        return [examples]
+    listed = as_examples(examples)
+    if len(listed) == 0:
+        raise InputError("no query", "at least one example", "Pass a list of texts")
+    return [listed[i] for i in range(len(listed))]
+
+
+def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequence[Sequence[int]]:
+    """Return the groups, by default one per question.
+
+    Raises:
+        InputError: no group, an empty one, or a position out of range.
+    """
+    if groups is None:
+        return [[i] for i in range(count)]
+    if not groups or not all(group and all(0 <= i < count for i in group) for group in groups):
+        raise InputError(f"groups={groups}", f"lists of positions from 0 to {count - 1}", "Check the positions")
+    return groups
+
+
+def sketch_queries(
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Any],
+    groups: Sequence[Sequence[int]],
+    *,
+    description: Description,
+    stores: Sequence[Store],
+    checkpoints: Sequence[Checkpoint],
+    batch_tokens: int,
+) -> Queries:
+    """Sketch the gradients of questions at every checkpoint; each is read and tokenised once.
+
+    Raises:
+        FingerprintError: model, task or parameters are not those the index was made with.
+        InputError: an example that the task cannot read.
+    """
+    began, sketched = time.perf_counter(), []
+    rows, lengths = read_all(task, examples)
+    for store, checkpoint in zip(stores, checkpoints, strict=True):
+        with weights_of(model, checkpoint):
+            sketch = sketch_for(model, description)
+            facts = {name: value for name, value in store.manifest.facts.items() if name != "data"}
+            fix = "Query with the model, task and parameters of the index, or build an index for these"
+            require_same(comparable_facts(model, task, sketch), facts, store.folder.uri, fix=fix)
+            sketched.append(GradientSource(model, task, sketch, batch_tokens=batch_tokens)(rows, lengths))
+    return Queries(examples, groups, sketched, time.perf_counter() - began)

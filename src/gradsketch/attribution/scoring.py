@@ -1,0 +1,100 @@
+"""From sketches of questions to scores of rows: what the stores are multiplied with, and the best of the products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
+from gradsketch.attribution.queries import Queries
+from gradsketch.attribution.results import SelfInfluence
+from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top
+from gradsketch.attribution.scores import Kind
+from gradsketch.errors import InputError
+from gradsketch.store import Store
+from gradsketch.store.encoding import bytes_per_entry
+
+__all__ = ["DAMPING", "Scorer", "best", "bytes_read"]
+
+DAMPING = 0.1
+# Rows scored exactly for every hit wanted, where a coarse scan goes first.
+_CANDIDATES_A_HIT = 20
+_CANDIDATES_AT_LEAST = 200
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Scorer:
+    """Scores of an index's rows, summed over checkpoints with their weights; what was fitted once is kept."""
+
+    def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
+        self.stores, self.weights, self.rows = stores, weights, stores[0].rows
+        self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
+
+    def probes(self, queries: Queries, kind: Kind, damping: float | str) -> list[Probe]:
+        """Return what each checkpoint's store is multiplied with, one direction per group of questions."""
+        probes = []
+        for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
+            q = queries.sketched[number].sketches
+            q = queries.means(torch.nn.functional.normalize(q, dim=-1, eps=_TINY) if kind.unit_length else q)
+            probes.append(Probe(store, self._solved(number, q, kind, damping), weight, kind.unit_length))
+        return probes
+
+    def damping(self, kind: Kind, damping: float | str) -> float | None:
+        """Return the number that a damping, perhaps "auto", stands for; None where nothing is preconditioned."""
+        if not (kind.preconditioned and self.rows):
+            return None
+        return self._preconditioner(len(self.stores) - 1, kind, damping).damping
+
+    def self_influence(self, kind: Kind, damping: float | str) -> SelfInfluence:
+        """Return every row's score for itself."""
+        began, values = time.perf_counter(), torch.zeros(self.rows)
+        ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan)
+        for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
+            for shard in store:
+                x, at = shard.decoded(), slice(shard.start, shard.start + shard.count)
+                x = x / shard.numbers("gradient_norm").clamp_min(_TINY)[:, None] if kind.unit_length else x
+                values[at] += weight * (x * self._solved(number, x, kind, damping)).sum(dim=-1)
+                if number == 0:
+                    ids[at], losses[at] = shard.column("id"), shard.numbers("loss")
+        values = values.where(torch.isfinite(losses), torch.nan)
+        score = kind.described(self.damping(kind, damping))
+        return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
+
+    def _solved(self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str) -> Float[Tensor, "m d"]:
+        """Return (F + λI)⁻¹ q / N, or q itself for kinds without it."""
+        if not (kind.preconditioned and self.rows):
+            return q
+        preconditioner = self._preconditioner(number, kind, damping)
+        return preconditioner.solve(q) / preconditioner.rows
+
+    def _preconditioner(self, number: int, kind: Kind, damping: float | str) -> Preconditioner:
+        if isinstance(damping, str) and damping != "auto":
+            raise InputError(f"damping={damping!r}", 'a positive number or "auto"', "Pass damping=0.1")
+        key = (number, kind.unit_length, damping)
+        if key not in self._fitted:
+            store = self.stores[number]
+            value = held_out_damping(store, unit_length=kind.unit_length) if isinstance(damping, str) else damping
+            self._fitted[key] = fit_preconditioner(store, unit_length=kind.unit_length, damping=value)
+        return self._fitted[key]
+
+
+def best(probes: Sequence[Probe], k: int, *, sign: int, keep: RowFilter | None, coarse: int | None) -> Top:
+    """Return the k rows of largest ``sign * score``; with ``coarse``, candidates are found with so many numbers."""
+    rows = probes[0].store.rows
+    k = min(k, max(1, rows))
+    if coarse is None:
+        return top(probes, k, sign=sign, keep=keep)
+    candidates = min(rows, max(_CANDIDATES_AT_LEAST, _CANDIDATES_A_HIT * k))
+    found = top(probes, candidates, sign=sign, keep=keep, width=coarse)
+    exact = sign * rescore(probes, found.rows)
+    values, places = exact.where(found.rows >= 0, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return Top(sign * values[:, :k], found.rows.gather(1, places[:, :k]))
+
+
+def bytes_read(stores: Sequence[Store], width: int) -> int:
+    """Return the bytes of a scan over so many numbers of each sketch."""
+    return sum(store.rows * width * bytes_per_entry(store.manifest.dtype) for store in stores)
