@@ -125,10 +125,30 @@ class BlockSum(Sketch):
 
     def _block(self, name: str, shape: tuple[int, ...]) -> Block:
         rows, columns = _matrix(shape)
+        if rows * columns == 0:
+            return _Empty(rows, columns)
         stream = self.stream.child(name)
         if self.kind == "auto" or rows * columns <= self.of:
             return Tiling(rows, columns, self.d, stream, self.of)
         return _Vector(vector_kind(self.kind), rows, columns, self.d, stream)
+
+
+class _Empty(Block):
+    """A tensor without entries, as models keep for parts that a size switches off."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+
+    def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
+        """Add nothing."""
+
+    def add_rows(
+        self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
+    ) -> None:
+        """Add nothing."""
+
+    def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
+        return w.new_zeros(len(w), self.rows, self.columns)
 
 
 class _Vector(Block):

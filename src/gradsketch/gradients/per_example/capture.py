@@ -24,7 +24,7 @@ from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
     Interception,
     coarser,
-    leaves_outside_rules,
+    leaves_of,
 )
 from gradsketch.gradients.per_example.owners import spread_weights
 from gradsketch.gradients.per_example.provenance import Provenance
@@ -54,6 +54,7 @@ class _Known:
     seen: set[tuple[str, bool]] = field(default_factory=set)  # kinds of calls that an audit has covered
     independent: bool = False  # a row was the same alone as in company
     audits: Audits = field(default_factory=Audits)
+    may_differ: bool = False  # torch's encoder layers choose a faster kernel where nothing is intercepted
     draws: random.Random = field(default_factory=lambda: random.Random(0))
 
 
@@ -85,6 +86,10 @@ class Capture:
         self._known = _known(model, task, self._names, method)
         hooked = {name: "a hook on the parameter" for name, t in tensors.items() if t._backward_hooks}
         self._known.slow.update(hooked)
+        self._known.may_differ = any(
+            isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) and not m.training
+            for m in model.modules()
+        )
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._chance = False
         self._dtype = reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
@@ -117,14 +122,20 @@ class Capture:
                     return self._captured(batch, begin())
                 except _TryAgainError:
                     continue
-        consume = begin()
+        return self._formed(batch, begin())
+
+    def _formed(self, batch: Batch, consume: Consumer) -> Tensor:
+        """Hand over the gradients of every parameter, formed one example after another."""
         losses = self.losses(batch)
         _refuse_without_graph(losses, self.task)
+        leaves, opaque = leaves_of(losses)
+        used = {self._names[id(t)] for t in leaves if id(t) in self._names}
+        self._refuse_leaves(leaves, used, opaque=opaque)
         losses = losses.detach()
         if not self._known.independent and len(losses) > 1 and not self._chance:
             last = len(losses) - 1
             alone = self.losses(batch_slice(batch, last, last + 1)).detach()
-            if not _close(alone[0], losses[last], torch.float32):
+            if not _close(alone[0], losses[last], self._dtype):
                 _refuse_coupling(last, losses[last], alone[0])
             self._known.independent = True
         self._explicit(batch, self.tensors, consume)
@@ -176,9 +187,12 @@ class Capture:
         losses = self._forward(tap, batch)
         self._learn_slow(tap, losses)
         tap.slow = known.slow
+        due = self._is_due(tap, losses)
+        if due or self._known.may_differ:
+            self._compare_with_plain(tap, batch, losses.detach())
         alone = self._alone(tap, batch, losses.detach(), auditing)
         with self._exact_where_it_fails(tap):
-            audit = self._audit(tap, losses, auditing)
+            audit = self._audit(tap, losses, auditing) if due else None
             if tap.must_measure:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
             tap.backward(losses, torch.ones_like(losses))
@@ -238,24 +252,26 @@ class Capture:
 
     def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
         """Find the parameters that were used outside the rules, and leaves that should not be there."""
-        leaves = [t for t in leaves_outside_rules(losses) if t is not tap.slot]
-        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
+        leaves = [t for t in leaves_of(losses)[0] if t is not tap.slot]
         outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
         hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
-        used |= set(hidden)
-        _refuse_foreign(
-            [t for t in leaves if id(t) not in own], {n: t for n, t in self.tensors.items() if n not in used}
-        )
-        if not used and self.tensors:
+        self._refuse_leaves(leaves, used | set(hidden))
+        new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
+        self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
+
+    def _refuse_leaves(self, leaves: list[Tensor], used: set[str], *, opaque: bool = False) -> None:
+        """Refuse losses that depend on other parameters than the chosen ones, or on none of them."""
+        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
+        unused = {name: t for name, t in self.tensors.items() if name not in used}
+        _refuse_foreign([t for t in leaves if id(t) not in own], unused)
+        if not used and not opaque:
             raise InputError(
                 f"losses that use none of the {len(self.tensors)} chosen parameters",
                 "a loss computed by the model whose parameters were chosen",
                 "Build the task, the parameters and the sketch from the same model, or choose other parameters",
             )
-        new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
-        self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
 
     def _learn(self, slow: Mapping[str, str]) -> None:
         """Send parameters to the exact path, and say so."""
@@ -303,13 +319,24 @@ class Capture:
 
     # Proofs.
 
-    def _audit(self, tap: Interception, losses: Tensor, auditing: list[Consumer]) -> Audit | None:
-        """Return the audit of this batch, if it is due: its exact gradients come from the same graph."""
+    def _is_due(self, tap: Interception, losses: Tensor) -> bool:
+        """Whether this batch is audited: the first, one with new kinds of calls, or by chance."""
         known = self._known
         known.audits = replace(known.audits, batches=known.audits.batches + 1)
         new = not known.audits.audited or not tap.seen <= known.seen
-        if not (new or known.draws.random() < SCHEDULE.share) or not bool(torch.isfinite(losses).all()):
-            return None
+        return (new or known.draws.random() < SCHEDULE.share) and bool(torch.isfinite(losses).all())
+
+    def _compare_with_plain(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
+        """Hold the losses against those where nothing is intercepted, for a model may choose other kernels there."""
+        if self._chance:
+            return
+        plain = self.losses(batch).detach()
+        if not all(_close(one, other, tap.dtype) for one, other in zip(losses, plain, strict=True)):
+            self._go_exact("the model computes something else while its functions are intercepted")
+
+    def _audit(self, tap: Interception, losses: Tensor, auditing: list[Consumer]) -> Audit:
+        """Return the audit of this batch; its exact gradients come from the same graph."""
+        known = self._known
         generator = torch.Generator().manual_seed(known.audits.batches)
         weights = torch.randn(len(losses), generator=generator, dtype=torch.float64)
         with tap.inside_modules():
@@ -347,8 +374,6 @@ class Capture:
         last, dtype = len(losses) - 1, tap.dtype
         alone = self.losses(batch_slice(batch, last, last + 1))
         if not _close(alone[0], losses[last], dtype):
-            if not _close(self.losses(batch)[last], losses[last], dtype):
-                self._go_exact("the model computes something else while its functions are intercepted")
             _refuse_coupling(last, losses[last], alone[0])
         weights = torch.zeros(len(losses), dtype=torch.float64)
         weights[last] = 1
@@ -370,7 +395,7 @@ class Capture:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
         if not tensors:
             return
-        whole = any(self._known.slow.get(name) == _UNRECORDED for name in tensors)
+        whole = tensors is self.tensors or any(self._known.slow.get(name) == _UNRECORDED for name in tensors)
         by_loop = partial(gradients_by_loop, whole=whole)
         form = gradients_by_vmap if self.method == "vmap" else by_loop
         try:

@@ -20,7 +20,7 @@ from gradsketch.gradients.per_example.owners import Grouping, InOrder, Measured,
 from gradsketch.gradients.per_example.provenance import SHARED, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "leaves_outside_rules"]
+__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "leaves_of"]
 
 # A parameter, or a tensor made of parameters alone; what it gets; and which examples that is for (None: all).
 Report = tuple[Tensor, Contribution] | tuple[Tensor, Contribution, slice]
@@ -65,7 +65,7 @@ class Interception(TorchFunctionMode):
 
     A rule calls the function with the parameter behind a *gate*, which changes nothing, and has the result *watched* by
     a node of the graph. When the backward pass that ``backward`` started reaches that node, the rule's contributions go
-    to ``consume``. A use that no rule knows has no gate, so ``leaves_outside_rules`` finds its parameters. Everything
+    to ``consume``. A use that no rule knows has no gate, so ``leaves_of`` finds its parameters. Everything
     stays in autograd's own graph, hence in-place operations, backward passes inside the loss, checkpoints and offloaded
     activations are autograd's business, and the parameters' ordinary gradients can still be asked of the same graph.
 
@@ -124,7 +124,7 @@ class Interception(TorchFunctionMode):
             self.provenance.place(result, SHARED)
         elif result is self._placed:
             self._placed = None
-        elif self.examples > 1 and func not in self.transparent:
+        elif func not in self.transparent:
             self.provenance.follow(func, args, kwargs, result)
         return result
 
@@ -179,7 +179,8 @@ class Interception(TorchFunctionMode):
         """Return the dim of a tensor that counts the examples, ``SHARED`` or ``UNKNOWN``."""
         if self.chosen(tensor):
             return SHARED
-        return 0 if self.examples == 1 else self.provenance.axis(tensor)
+        axis = self.provenance.axis(tensor)
+        return 0 if self.examples == 1 and axis != SHARED else axis
 
     def place(self, result: Tensor, axis: Axis) -> None:
         """Say where the examples stand in the result of a rule, where the function alone does not tell."""
@@ -336,7 +337,7 @@ class Interception(TorchFunctionMode):
         return any(id(a) not in self._derived or id(a) in self._gates for a in changed)
 
     def _constant(self, tensor: Tensor) -> bool:
-        return self.examples == 1 or tensor.ndim == 0 or self.provenance.axis(tensor) == SHARED
+        return self.provenance.axis(tensor) == SHARED or (tensor.ndim == 0 and self.examples > 1)
 
     def _chained(self, source: Tensor, passing: Passing | None) -> Passing | None:
         """Return the passing from a tensor made of ``source`` to the parameter behind it."""
@@ -437,18 +438,23 @@ def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return max(both, key=lambda dtype: torch.finfo(dtype).eps, default=one)
 
 
-def leaves_outside_rules(losses: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of the losses' graph that are reached on a way without a gate."""
-    gate = _Gate._backward_cls
-    todo, seen = [losses.grad_fn], set()
+def leaves_of(losses: Tensor) -> tuple[list[Tensor], bool]:
+    """Return the leaves of a graph reached on a way without a gate, and whether it has nodes of the user's own.
+
+    Such a node may run a backward pass inside its own, and leave gradients that no edge of this graph shows.
+    """
+    gate, ours = _Gate._backward_cls, (_Watch._backward_cls, _Root._backward_cls)
+    todo, seen, leaves, opaque = [losses.grad_fn], set(), [], False
     while todo:
         node = todo.pop()
         if node is None or node in seen or isinstance(node, gate):
             continue
         seen.add(node)
+        opaque |= isinstance(node, torch.autograd.function.BackwardCFunction) and not isinstance(node, ours)
         if hasattr(node, "variable"):
-            yield node.variable
+            leaves.append(node.variable)
         todo.extend(parent for parent, _ in node.next_functions)
+    return leaves, opaque
 
 
 def _as_is(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:

@@ -88,8 +88,7 @@ def _grouped_mm(
                 yield weight, Inside(outer, expert, weight.shape[1])
             start = end
 
-    axis = 0 if tap.examples == 1 else UNKNOWN
-    return tap.watch(result, axis, 1, (input, offs), contributions)
+    return tap.watch(result, 0 if tap.examples == 1 else UNKNOWN, 1, (input, offs), contributions)
 
 
 def _bmm(tap: Interception, func: Any, input: Tensor, mat2: Tensor) -> Any:
@@ -525,10 +524,8 @@ def _whole(part: Tensor, parameter: Tensor, axis: Axis, example: int, examples: 
 
 
 def _axis_of(tap: Interception, func: Any, args: Any, kwargs: Any, result: Tensor) -> Axis:
-    if tap.examples == 1:
-        return 0
     tap.provenance.follow(func, args, kwargs, result)
-    return tap.provenance.axis(result)
+    return 0 if tap.examples == 1 else tap.provenance.axis(result)
 
 
 def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result: Tensor, axis: Axis) -> Axis:
