@@ -251,6 +251,8 @@ class TestRefusals:
     def test_another_model_task_or_parameters(self, index, folder):
         with pytest.raises(FingerprintError, match=r"model is now .*what .* was made with: model"):
             index.query(changed(toys.TinyLM()), QUERIES)
+        with pytest.raises(FingerprintError, match=rf"{folder} was made with"):
+            index.query(changed(toys.TinyLM()), QUERIES)
         with pytest.raises(FingerprintError, match="task is now"):
             Index.open(folder, task=toys.language_task(reduction="sum")).query(toys.TinyLM(), QUERIES)
         with pytest.raises(FingerprintError, match="no parameter"):

@@ -246,6 +246,23 @@ class TestFieldsOfRows:
                 CausalLM().collate([{"input_ids": ids}])
 
 
+def test_a_model_without_a_table_of_tokens():
+    """Canine hashes characters; transformers raises where it is asked for its embedding."""
+
+    class Hashing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 3)
+
+        def forward(self, input_ids):
+            return self.layer(input_ids.float().mean(1, keepdim=True))
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    assert loss(Classification(), Hashing(), {"input_ids": IDS, "label": 1}).shape == (1,)
+
+
 class TestMasksOfBatches:
     def test_of_four_dims_needs_labels(self, llama):
         ids = torch.tensor([IDS, IDS[::-1]])

@@ -194,6 +194,7 @@ class Index:
             self._known_task(),
             examples,
             groups,
+            index=self.folder.uri,
             description=self.description,
             stores=self.stores,
             checkpoints=self._checkpoints,

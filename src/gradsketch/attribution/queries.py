@@ -76,6 +76,7 @@ def sketch_queries(
     examples: Sequence[Any],
     groups: Sequence[Sequence[int]],
     *,
+    index: str,
     description: Description,
     stores: Sequence[Store],
     checkpoints: Sequence[Checkpoint],
@@ -94,6 +95,6 @@ def sketch_queries(
             sketch = sketch_for(model, description)
             facts = {name: value for name, value in store.manifest.facts.items() if name != "data"}
             fix = "Query with the model, task and parameters of the index, or build an index for these"
-            require_same(comparable_facts(model, task, sketch), facts, store.folder.uri, fix=fix)
+            require_same(comparable_facts(model, task, sketch), facts, index, fix=fix)
             sketched.append(GradientSource(model, task, sketch, batch_tokens=batch_tokens)(rows, lengths))
     return Queries(examples, groups, sketched, time.perf_counter() - began)

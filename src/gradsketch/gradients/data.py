@@ -25,6 +25,7 @@ __all__ = [
     "each_tensor",
     "is_out_of_memory",
     "read_all",
+    "tensors_of",
     "to_device",
 ]
 
@@ -179,7 +180,7 @@ def batch_length(batch: Batch) -> int:
     Raises:
         InputError: no example, no tensor, or tensors whose first dims differ.
     """
-    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in _tensors(batch)}
+    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(batch)}
     if len(sizes) == 1 and 0 not in sizes:
         return sizes.pop()
     raise InputError(
@@ -189,11 +190,12 @@ def batch_length(batch: Batch) -> int:
     )
 
 
-def _tensors(batch: Batch) -> Iterator[Tensor]:
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """Yield every tensor of a batch, whatever its type."""
     if isinstance(batch, Tensor):
         yield batch
     for _, value in _parts(batch):
-        yield from _tensors(value)
+        yield from tensors_of(value)
 
 
 def batch_slice(batch: Batch, start: int, stop: int) -> Batch:
@@ -260,7 +262,7 @@ def _parts(batch: Batch) -> Iterator[tuple[Any, Any]]:
 
 def _mapped(batch: Batch, change: Callable[[Any, str], Any], name: str = "") -> Batch:
     """Return a batch of the same type with ``change(value, name)`` for every tensor, and whatever holds none."""
-    if next(_tensors(batch), None) is None or isinstance(batch, Tensor):
+    if next(tensors_of(batch), None) is None or isinstance(batch, Tensor):
         return change(batch, name)
     parts = {key: _mapped(value, change, str(key)) for key, value in _parts(batch)}
     if isinstance(batch, list | tuple):

@@ -14,6 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gradsketch.gradients.data import tensors_of
+
 __all__ = ["SHARED", "UNKNOWN", "Axis", "Provenance", "function_name", "tensors_in"]
 
 # The dim that counts examples, or one of the two states below.
@@ -51,7 +53,7 @@ class Provenance:
 
     def __init__(self, examples: int, batch: Any, constants: Mapping[int, Tensor]) -> None:
         self.examples, self._constants = examples, constants
-        self._batch = {id(t): t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)}
+        self._batch = {id(tensor): tensor for tensor in tensors_of(batch)}
         self._pass = object()  # tags stay on tensors, so they must not hold anything
         self._written: set[int] = set()
         self._probes: dict[Any, Any] = {}
