@@ -42,6 +42,8 @@ class Schedule:
 
 
 SCHEDULE = Schedule()
+# Rows of the first batch whose losses are held against those alone.
+_ROWS_ALONE = 8
 _UNRECORDED = "a use where no gradient is recorded"
 
 
@@ -133,10 +135,7 @@ class Capture:
         self._refuse_leaves(leaves, used, opaque=opaque)
         losses = losses.detach()
         if not self._known.independent and len(losses) > 1 and not self._chance:
-            last = len(losses) - 1
-            alone = self.losses(batch_slice(batch, last, last + 1)).detach()
-            if not _close(alone[0], losses[last], self._dtype):
-                _refuse_coupling(last, losses[last], alone[0])
+            self._compare_alone(batch, losses, self._dtype)
             self._known.independent = True
         self._explicit(batch, self.tensors, consume)
         return losses
@@ -371,15 +370,22 @@ class Capture:
         """
         if self._known.independent or len(losses) == 1 or self._chance or not bool(torch.isfinite(losses).all()):
             return None
-        last, dtype = len(losses) - 1, tap.dtype
+        last = len(losses) - 1
+        self._compare_alone(batch, losses, tap.dtype)
         alone = self.losses(batch_slice(batch, last, last + 1))
-        if not _close(alone[0], losses[last], dtype):
-            _refuse_coupling(last, losses[last], alone[0])
         weights = torch.zeros(len(losses), dtype=torch.float64)
         weights[last] = 1
-        audit = Audit(weights, self._gradients(alone, torch.ones(1)), torch.finfo(dtype).eps ** 0.4)
+        audit = Audit(weights, self._gradients(alone, torch.ones(1)), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit
+
+    def _compare_alone(self, batch: Batch, losses: Tensor, dtype: torch.dtype) -> None:
+        """Hold the losses of some rows, spread over the batch, against their losses alone."""
+        count = len(losses)
+        for place in range(0, count, max(1, count // _ROWS_ALONE)):
+            alone = self.losses(batch_slice(batch, place, place + 1)).detach()
+            if not _close(alone[0], losses[place], dtype):
+                _refuse_coupling(place, losses[place], alone[0])
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
