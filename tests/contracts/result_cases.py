@@ -13,6 +13,7 @@ from gradsketch.evaluation.lds import LinearDatamodelingScore
 from gradsketch.evaluation.mislabelled import AreaUnderCurve, Mislabelled
 from gradsketch.evaluation.quality import Quality
 from gradsketch.evaluation.retraining import Retrainings
+from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.spectra import Density, Diagonal, Eigenvalue, Estimate, Evolution, Recommendation, Spectrum
 
 
@@ -77,6 +78,7 @@ SETTINGS = {"metric": "Accuracy", "lr": 5e-3, "batch_size": 32, "sketch": "AFFD"
 QUALITIES = tuple(Quality(d, 1.0, (0.9, 1.1), 0.9, (math.nan, 0.95)) for d in (256, 512))
 POINTS = tuple(CurvePoint(d, seed, 0.1 * seed + d / 64, math.nan, 30, 1.5) for d in (16, 32) for seed in (0, 1))
 
+AUDITS = Audits(9, 2, 1e-7)
 RESULTS: list[gs.Result] = [
     spectrum(),
     Estimate(8.0, math.inf, 10, 10, 0.1),
@@ -98,8 +100,25 @@ RESULTS: list[gs.Result] = [
         Score("influence", "xᵀx", "nats"),
         0.1,
     ),
-    Distortion(1000, 40, QUALITIES, 3, 1e-6, 1e-3, 8, 0.2, 0.1, None, 1 << 20, 0.95, 700.5),
-    Distortion(1000, 40, QUALITIES, 3, 1e-1, 1e-3, 8, 0.2, 0.1, 1 << 20, 1 << 20, 0.95, math.inf),
+    Distortion(1000, 40, QUALITIES, 3, 1e-6, 1e-3, 8, 0.2, 0.1, None, 1 << 20, 0.95, 700.5, AUDITS, {}, 0.0),
+    Distortion(
+        1000,
+        40,
+        QUALITIES,
+        3,
+        1e-1,
+        1e-3,
+        8,
+        0.2,
+        0.1,
+        1 << 20,
+        1 << 20,
+        0.95,
+        math.inf,
+        AUDITS,
+        {"r.weight": "lstm in LSTM"},
+        0.25,
+    ),
     QUALITIES[0],
     LinearDatamodelingScore(0.4, 0.05, (0.3, 0.5), 50, 12.0),
     Mislabelled(AreaUnderCurve(0.9, 0.01, 0.8), AreaUnderCurve(0.8, 0.02, 0.7), 0.1, 0.01, 20, 200),

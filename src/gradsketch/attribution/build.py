@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -21,6 +22,7 @@ from gradsketch.attribution.index import Index
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.errors import InputError, StoreError
 from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows
@@ -90,6 +92,9 @@ class Build:
     def plan(self, *, timed: bool = True) -> Plan:
         """Return what the run will do; with ``timed``, the gradients of a few examples are timed to estimate it."""
         missing = sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))
+        timed = timed and missing > 0
+        source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
+        seconds = self._seconds_a_row(source) * missing if timed else None
         row_bytes = self.shape.d * bytes_per_entry(self.shape.dtype) + _BYTES_BESIDE_SKETCH + 5 * self._tokens_a_row
         return Plan(
             path=self.folder.uri,
@@ -105,7 +110,9 @@ class Build:
             shard_rows=self.shape.shard_rows,
             bytes=round(missing * row_bytes),
             bytes_free=bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None,
-            seconds=self._seconds_a_row() * missing if timed and missing else None,
+            seconds=seconds,
+            slow=source.sketcher.slow,
+            audits=source.sketcher.audits if timed else None,
         )
 
     def run(self) -> Index:
@@ -142,6 +149,12 @@ class Build:
                     bar.update(count)
                     continue
                 store.write(start, self._rows(source, start, count, first, bar))
+                self._note(source.sketcher.audits, folder)
+
+    def _note(self, audits: Audits, checkpoint: str) -> None:
+        """Keep beside the rows how often their gradients were held against autograd's."""
+        name = f"audits-{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
+        self.folder.write(name, json.dumps(asdict(audits)).encode())
 
     def _manifest(self, first: bool) -> Manifest:
         """Return a checkpoint's manifest; metadata stands in the first checkpoint's store only."""
@@ -182,9 +195,8 @@ class Build:
     def _tokens_a_row(self) -> float:
         return self.survey.tokens / max(1, self.shape.rows)
 
-    def _seconds_a_row(self) -> float:
+    def _seconds_a_row(self, source: GradientSource) -> float:
         """Time the gradients of a few examples spread over the data, more of them while that takes next to no time."""
-        source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
         count, rows = 2, self.shape.rows
         while True:
             places, lengths = self._places(slice(0, rows, max(1, -(-rows // count))))

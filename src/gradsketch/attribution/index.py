@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
 from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, as_task
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
@@ -76,6 +78,20 @@ class Index:
     def d(self) -> int:
         """Length of a sketch."""
         return self.description.d
+
+    @property
+    def audits(self) -> Audits:
+        """How often the gradients in it were held against autograd's own while it was built, and the largest error."""
+        found = [
+            Audits(**json.loads(self.folder.read(name).to_pybytes()))
+            for name in self.folder.names()
+            if name.startswith("audits-")
+        ]
+        return Audits(
+            sum(a.batches for a in found),
+            sum(a.audited for a in found),
+            max((a.largest_error for a in found), default=0.0),
+        )
 
     def __len__(self) -> int:
         return self.rows

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradsketch.attribution.examples import BadRow
+from gradsketch.gradients.per_example.audit import Audits
 
 __all__ = ["Plan", "bytes_free", "size_text"]
 
@@ -30,6 +32,8 @@ class Plan:
     bytes: int
     bytes_free: int | None
     seconds: float | None
+    slow: Mapping[str, str] = field(default_factory=dict)  # parameters whose gradients are formed one by one, and why
+    audits: Audits | None = None  # of the batches that were timed
 
     def __str__(self) -> str:
         selection = f"{self.n:,} parameters in {self.tensors} tensors → d = {self.d:,} ({self.dtype})"
@@ -43,6 +47,11 @@ class Plan:
         ]
         if self.seconds is not None:
             lines.append(f"time        about {_duration(self.seconds)}")
+        if self.audits is not None and self.audits.audited:
+            lines.append(f"gradients   {self.audits}")
+        if self.slow:
+            name, reason = next(iter(self.slow.items()))
+            lines.append(f"slow        {len(self.slow)} tensors, one example at a time: {name} ({reason}), …")
         return "\n".join(lines)
 
 

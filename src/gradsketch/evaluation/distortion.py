@@ -17,6 +17,7 @@ from gradsketch.gradients.data import Batcher, to_device
 from gradsketch.gradients.gram import gradient_gram
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example import GradientSketcher
+from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, Task, as_task
 from gradsketch.report.distortion import distortion_figure
@@ -43,7 +44,9 @@ class Distortion(Result):
     ``gradient_error`` is the largest relative error of ``verified`` examples' sketched gradients against autograd, each
     run alone; ``tolerance`` is what rounding explains. ``seconds`` and ``reference_seconds`` are medians for one batch,
     of the sketches and of a plain forward + backward, interleaved; ``peak_bytes`` likewise (None where memory cannot be
-    measured). ``needed`` is the d, unrounded, at which r would be ``wanted``.
+    measured). ``needed`` is the d, unrounded, at which r would be ``wanted``. ``audits`` says how many batches were
+    held against autograd's gradients; ``slow`` maps each parameter whose gradients are formed one example after another
+    to the operation and the module's class, and ``slow_share`` is their share of all entries.
     """
 
     derived = ("right", "cost_ratio", "sufficient", "recommended")
@@ -61,6 +64,9 @@ class Distortion(Result):
     reference_peak_bytes: int | None
     wanted: float
     needed: float
+    audits: Audits
+    slow: dict[str, str]
+    slow_share: float
 
     @property
     def right(self) -> bool:
@@ -160,6 +166,9 @@ def distortion(
         reference_peak_bytes=memory[1],
         wanted=wanted,
         needed=needed_size(exact, noise, wanted),
+        audits=check.sketcher.audits,
+        slow=dict(check.sketcher.slow),
+        slow_share=sum(check.tensors[name].numel() for name in check.sketcher.slow) / sketch.n,
     )
 
 
@@ -248,6 +257,10 @@ def _table(result: Distortion) -> Iterator[str]:
     )
     if not result.right:
         yield "            if the model is in training mode, its dropout does this: call model.eval()"
+    yield f"audits      {result.audits}"
+    if result.slow:
+        shown = ", ".join(f"{name} ({reason})" for name, reason in list(result.slow.items())[:3])
+        yield f"slow        {len(result.slow)} tensors, {result.slow_share:.1%} of n, one example at a time: {shown}"
     yield (
         f"cost        {result.cost_ratio:.2f} × a plain forward + backward "
         f"({result.seconds:.3g} s and {result.reference_seconds:.3g} s for a batch of {result.batch})"

@@ -24,6 +24,12 @@ class Audits:
     audited: int = 0
     largest_error: float = 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.audited} of {self.batches} batches held against autograd's own gradients, "
+            f"largest error {self.largest_error:.1e}"
+        )
+
 
 class Audit:
     """Subtracts every contribution, weighted, from the exact gradients of the weighted losses.

@@ -189,8 +189,8 @@ class Capture:
         due = self._is_due(tap, losses)
         if due or self._known.may_differ:
             self._compare_with_plain(tap, batch, losses.detach())
-        alone = self._alone(tap, batch, losses.detach(), auditing)
         with self._exact_where_it_fails(tap):
+            alone = self._alone(tap, batch, losses.detach(), auditing)
             audit = self._audit(tap, losses, auditing) if due else None
             if tap.must_measure:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
@@ -276,6 +276,7 @@ class Capture:
         """Send parameters to the exact path, and say so."""
         if not slow:
             return
+        slow = {name: f"{reason} in {self._owner(name)}" for name, reason in slow.items()}
         listed = _listed(slow)
         if self.method == "outer":
             raise InputError(
@@ -285,6 +286,13 @@ class Capture:
             )
         self._known.slow.update(slow)
         self._warn_of_slow(slow)
+
+    def _owner(self, name: str) -> str:
+        """Return the class of the module that holds a parameter."""
+        try:
+            return type(self.model.get_submodule(name.rpartition(".")[0])).__name__
+        except AttributeError:
+            return type(self.model).__name__
 
     def _warn_of_slow(self, slow: Mapping[str, str]) -> None:
         new = {name: reason for name, reason in slow.items() if name not in self._told}
@@ -389,7 +397,7 @@ class Capture:
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
-        hidden = {name for name, reason in self._known.slow.items() if reason == _UNRECORDED}
+        hidden = {name for name, reason in self._known.slow.items() if reason.startswith(_UNRECORDED)}
         tensors = {n: t for n, t in self.tensors.items() if t.numel() and n not in hidden}
         parts = torch.autograd.grad(
             losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
@@ -401,7 +409,9 @@ class Capture:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
         if not tensors:
             return
-        whole = tensors is self.tensors or any(self._known.slow.get(name) == _UNRECORDED for name in tensors)
+        whole = tensors is self.tensors or any(
+            self._known.slow.get(name, "").startswith(_UNRECORDED) for name in tensors
+        )
         by_loop = partial(gradients_by_loop, whole=whole)
         form = gradients_by_vmap if self.method == "vmap" else by_loop
         try:

@@ -337,7 +337,7 @@ class Interception(TorchFunctionMode):
         return any(id(a) not in self._derived or id(a) in self._gates for a in changed)
 
     def _constant(self, tensor: Tensor) -> bool:
-        return self.provenance.axis(tensor) == SHARED or (tensor.ndim == 0 and self.examples > 1)
+        return tensor.ndim == 0 or self.provenance.axis(tensor) == SHARED
 
     def _chained(self, source: Tensor, passing: Passing | None) -> Passing | None:
         """Return the passing from a tensor made of ``source`` to the parameter behind it."""

@@ -86,10 +86,6 @@ class Provenance:
         name = function_name(func)
         return name in _ELEMENTWISE or (name in _HANDLERS and name not in _RESHAPES)
 
-    def is_elementwise(self, func: Any) -> bool:
-        """Whether a function works entry by entry."""
-        return function_name(func) in _ELEMENTWISE
-
     def cuts_alike(self, func: Any) -> bool:
         """Whether operands that count examples do so in the dim in which the result does, counted from the right."""
         name = function_name(func)

@@ -475,8 +475,7 @@ def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     result = func(*_map(args, tap.gate), **_map(kwargs, tap.gate))
     if not isinstance(result, Tensor) or not result.requires_grad or any(result is a for a in args):
         return NotImplemented
-    if tap.provenance.is_elementwise(func):
-        result = result.clone()  # some keep their result for backward, where a watch would be a change of it
+    result = result.clone()  # some functions keep their result for backward, where a watch would be a change of it
     axis = _axis_of(tap, func, args, kwargs, result)
     if axis < 0:
         return NotImplemented
