@@ -1,0 +1,91 @@
+"""Every situation is exact or refused: sketches, formed gradients and inner products, against autograd row by row."""
+
+from __future__ import annotations
+
+import warnings
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from situations import SITUATIONS, Situation
+from torch import Tensor
+
+import gradsketch as gs
+from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.data import each_tensor
+
+EXACT = [s for s in SITUATIONS.values() if s.outcome != "refused"]
+REFUSED = [s for s in SITUATIONS.values() if s.outcome == "refused"]
+
+
+def rows_of(batch: Any, rows: list[int]) -> Any:
+    return each_tensor(batch, lambda tensor: tensor.detach()[rows])
+
+
+@cache
+def gradients(name: str) -> Tensor:
+    """Gradients [b, n] by ``loss.backward()`` on a model of its own, each row alone."""
+    setting = SITUATIONS[name].setting()
+    parameters = [tensor for _, tensor in gs.Parameters(setting.model)]
+    found = []
+    for row in range(length(setting.batch)):
+        loss = setting.losses(setting.model, rows_of(setting.batch, [row])).sum()
+        for tensor in parameters:
+            tensor.grad = None  # a loss may have run a backward pass of its own
+        loss.backward()
+        parts = [torch.zeros_like(t) if t.grad is None else t.grad.to_dense() for t in parameters]
+        found.append(torch.cat([part.flatten() for part in parts]).double())
+    return torch.stack(found)
+
+
+def length(batch: Any) -> int:
+    return int(len(next(iter(torch.utils._pytree.tree_leaves(batch)))))
+
+
+def check(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = (got.double() - want).norm(dim=1)
+    assert got.shape == want.shape
+    assert not got.requires_grad
+    assert bool((error <= tolerance * want.norm(dim=1) + tolerance * 1e-3).all()), f"errors {error / want.norm(dim=1)}"
+
+
+@pytest.fixture
+def _said(situation: Situation):
+    """What is slow says so, and nothing else does."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    ours = [str(w.message) for w in said if issubclass(w.category, GradsketchWarning)]
+    assert bool(ours) == (situation.outcome == "slow"), ours
+
+
+def sketcher_of(situation: Situation, sketch: Any, method: str = "auto") -> tuple[Any, Any]:
+    setting = situation.setting()
+    parameters = gs.Parameters(setting.model)
+    phi = sketch(parameters)
+    return setting, gs.GradientSketcher(setting.model, setting.losses, phi, parameters=parameters, method=method)
+
+
+def blocks(parameters: gs.Parameters) -> gs.BlockSum:
+    return gs.BlockSum(parameters, min(24, parameters.n))
+
+
+def flat(parameters: gs.Parameters) -> gs.AFFD:
+    return gs.AFFD(parameters.n, min(24, parameters.n))
+
+
+situations = pytest.mark.parametrize("situation", EXACT, ids=lambda s: s.name)
+
+
+@situations
+def test_batches_of_any_size_and_order_are_exact(situation, _said):
+    setting, sketcher = sketcher_of(situation, blocks)
+    want = sketcher.sketch(gradients(situation.name))
+    with setting.around():
+        for rows in (list(range(len(want))), [3, 1, 0], [4, 2, 1, 3, 0, 2, 1], [2]):
+            check(sketcher(rows_of(setting.batch, rows)).values, want[rows], situation.tolerance)
+    globs = situation.slow
+    slow = {name for name in gs.Parameters(setting.model).names if any(fnmatchcase(name, glob) for glob in globs)}
+    assert set(sketcher.slow) == slow, dict(sketcher.slow)
