@@ -86,7 +86,8 @@ class BlockSum(Sketch):
         # Small tensors are placed for a prefix, so kinds that fold do not nest here.
         self.nesting = "prefix" if kind == "auto" else _KINDS[kind].nesting
         self.nesting = self.nesting if self.nesting == "prefix" else None
-        self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items()}
+        # Tensors without entries are part of the vector all the same.
+        self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items() if math.prod(shape)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +128,8 @@ class BlockSum(Sketch):
             # One vector at a time, so that the bits do not depend on how many there are.
             for vector, sketch in zip(x.split(1), out.split(1), strict=True):
                 for name, part in zip(self.shapes, vector.split(sizes, dim=1), strict=True):
-                    self.add_gradient(sketch, name, part)
+                    if name in self.blocks:
+                        self.add_gradient(sketch, name, part)
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:

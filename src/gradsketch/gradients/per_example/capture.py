@@ -72,9 +72,10 @@ class Capture:
         tensors: Mapping[str, Tensor],
         method: Literal["auto", "outer", "vmap", "loop"] = "auto",
     ) -> None:
-        self.model, self.task, self.tensors, self.method = model, task, dict(tensors), method
+        self.model, self.task, self.method = model, task, method
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         _refuse_unsupported(self.tensors)
-        self._names = {id(tensor): name for name, tensor in tensors.items() if tensor.numel()}
+        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._known = _known(model, task, self._names, method)
         hooked = {name: "a hook on the parameter" for name, t in tensors.items() if t._backward_hooks}
         self._known.slow.update(hooked)
@@ -346,7 +347,7 @@ class Capture:
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
         hidden = {name for name, reason in self._known.slow.items() if reason == _UNRECORDED}
-        tensors = {n: t for n, t in self.tensors.items() if t.numel() and n not in hidden}
+        tensors = {n: t for n, t in self.tensors.items() if n not in hidden}
         parts = torch.autograd.grad(
             losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
         )

@@ -29,7 +29,7 @@ Reports = Iterator[Report]
 def _linear(tap: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if weight.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return NotImplemented
-    flat = func(input.reshape(-1, input.shape[-1]), tap.gate(weight), tap.gate(bias))
+    flat = func(input.flatten(0, -2), tap.gate(weight), tap.gate(bias))
     return _product(tap, flat, input, weight, bias, transposed=False)
 
 
@@ -45,7 +45,7 @@ def _matmul(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
         return _bmm(tap, func, input, other)
     if not tap.chosen(other) or other.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return _replay(tap, func, input, other)
-    flat = torch.mm(input.reshape(-1, input.shape[-1]), tap.gate(other))
+    flat = torch.mm(input.flatten(0, -2), tap.gate(other))
     return _product(tap, flat, input, other, None, transposed=True)
 
 
