@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
 from gradsketch.gradients.data import batch_length, differentiable
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.parameters import Parameters, bare
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Outer, Rows, wide
 from gradsketch.gradients.per_example.differentiating import differentiating
@@ -61,7 +61,7 @@ def gradient_gram(
         NonFiniteError: the gradient of an example is not finite.
     """
     tensors = dict(parameters or Parameters(model))
-    capture = Capture(getattr(model, "_orig_mod", model), as_task(task), tensors, method)
+    capture = Capture(bare(model), as_task(task), tensors, method)
     with differentiating(capture.model, tensors):
         losses_x, x = _collected(capture, differentiable(batch_x))
         losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, differentiable(batch_y))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "bare"]
 
 
 class Parameters:
@@ -41,8 +41,7 @@ class Parameters:
         frozen: bool = False,
     ) -> None:
         include, exclude = _as_tuple(include), _as_tuple(exclude)
-        # torch.compile wraps the model; the names, and with them the random streams, stay those of the model itself.
-        model = getattr(model, "_orig_mod", model)
+        model = bare(model)
         aliases: dict[Tensor, list[str]] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
             aliases.setdefault(tensor, []).append(name)
@@ -117,6 +116,20 @@ class Parameters:
             for _, t in self:
                 digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers for compilation or for several devices.
+
+    The names of its parameters, and with them the random streams of sketches, are those of the model itself.
+    """
+    while True:
+        if isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
+            model = inside
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _as_tuple(globs: str | Iterable[str]) -> tuple[str, ...]:

@@ -50,8 +50,8 @@ class Audit:
 
     def errors(self) -> dict[str, float]:
         """Return each parameter's residual, relative to the terms it is made of."""
-        # An exact zero that all of the terms make together is noise of the largest gradient.
-        floor = max(self._magnitudes.values(), default=0.0) * self.tolerance * 1e-3
+        # What is zero by symmetry, as the gradients of keys' biases are, is rounding of the largest gradient.
+        floor = max(self._magnitudes.values(), default=0.0) * _ROUNDINGS * self.tolerance
         return {
             name: _ratio(float(residual.double().norm()), self._magnitudes[name] + floor)
             for name, residual in self._residuals.items()
@@ -69,6 +69,10 @@ class Audit:
     def conclusive(self) -> bool:
         """Whether all gradients are finite; what is not finite proves nothing and is reported by whoever sums up."""
         return all(bool(torch.isfinite(residual).all()) for residual in self._residuals.values())
+
+
+# Of the largest gradient, in units of eps = tolerance².
+_ROUNDINGS = 16
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -31,10 +31,17 @@ from gradsketch.gradients.per_example.provenance import Provenance
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["Capture"]
+__all__ = ["SCHEDULE", "Capture", "Schedule"]
 
-# Of the batches that show nothing new, the share that is audited all the same.
-_AUDITED_SHARE = 0.01
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which batches are audited: the first, those with a new kind of call, and of the rest a random ``share``."""
+
+    share: float = 0.01
+
+
+SCHEDULE = Schedule()
 _UNRECORDED = "a use where no gradient is recorded"
 
 
@@ -150,7 +157,6 @@ class Capture:
     # One attempt to capture a batch.
 
     def _captured(self, batch: Batch, consume: Consumer) -> Tensor:
-        known, examples = self._known, batch_length(batch)
         auditing: list[Consumer] = []
 
         def everybody(name: str, contribution: Any, which: slice) -> None:
@@ -159,8 +165,15 @@ class Capture:
 
         constants = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         tap = Interception(
-            RULES, self._names, Provenance(examples, batch, constants), self._dtype, everybody, TRANSPARENT
+            RULES, self._names, Provenance(batch_length(batch), batch, constants), self._dtype, everybody, TRANSPARENT
         )
+        try:
+            return self._attempt(tap, batch, everybody, auditing)
+        finally:
+            tap.close()
+
+    def _attempt(self, tap: Interception, batch: Batch, consume: Consumer, auditing: list[Consumer]) -> Tensor:
+        known = self._known
         losses = self._forward(tap, batch)
         self._learn_slow(tap, losses)
         tap.slow = known.slow
@@ -173,13 +186,13 @@ class Capture:
         if tap.mixed:
             self._go_slow(tap.mixed)
         slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}
-        self._explicit(batch, slow, everybody)
+        self._explicit(batch, slow, consume)
         if audit is not None:
             self._judge(audit, tap)
         if alone is not None and alone.conclusive:
             for name, wrong in alone.failed().items():
                 _refuse_coupling(
-                    examples - 1, losses[-1], losses[-1], f"; the gradients of {name} differ by {wrong:.1e}"
+                    len(losses) - 1, losses[-1], losses[-1], f"; the gradients of {name} differ by {wrong:.1e}"
                 )
             known.independent = True
         return losses.detach()
@@ -296,7 +309,7 @@ class Capture:
         known = self._known
         known.audits = replace(known.audits, batches=known.audits.batches + 1)
         new = not known.audits.audited or not tap.seen <= known.seen
-        if not (new or known.draws.random() < _AUDITED_SHARE) or not bool(torch.isfinite(losses).all()):
+        if not (new or known.draws.random() < SCHEDULE.share) or not bool(torch.isfinite(losses).all()):
             return None
         generator = torch.Generator().manual_seed(known.audits.batches)
         weights = torch.randn(len(losses), generator=generator, dtype=torch.float64)

@@ -33,7 +33,7 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
         buffers_aside(model),
         uncompiled(model),
         torch.enable_grad(),
-        _reentrant_checkpoints_named(),
+        _faults_named(),
     ):
         trainability.only(tensors.values())
         yield
@@ -57,10 +57,16 @@ def _refuse_stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _reentrant_checkpoints_named() -> Iterator[None]:
+def _faults_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise InputError(
+                "a model that keeps a part of its graph from one forward pass to the next",
+                "a graph that each forward pass makes anew",
+                "Call model.train() and switch dropout off if it caches in eval mode, or drop the cache between calls",
+            ) from error
         if "use_reentrant=True" not in str(error):
             raise
         raise InputError(

@@ -101,6 +101,7 @@ class Interception(TorchFunctionMode):
         self.unrecorded: set[str] = set()  # parameters used where no gradient is recorded
         self.uses: dict[str, str] = {}  # of each parameter that a function outside the rules used: that function
         self._call = ""
+        self._placed: Tensor | None = None
         self._derived: dict[int, _Derived] = {}
         self._gates: dict[int, Tensor] = {}
         self.slot = torch.zeros((), requires_grad=True)
@@ -121,6 +122,8 @@ class Interception(TorchFunctionMode):
             self.dtype = coarser(self.dtype, result.dtype)
         if id(result) in self._derived:
             self.provenance.place(result, SHARED)
+        elif result is self._placed:
+            self._placed = None
         elif self.examples > 1 and func not in self.transparent:
             self.provenance.follow(func, args, kwargs, result)
         return result
@@ -178,6 +181,11 @@ class Interception(TorchFunctionMode):
             return SHARED
         return 0 if self.examples == 1 else self.provenance.axis(tensor)
 
+    def place(self, result: Tensor, axis: Axis) -> None:
+        """Say where the examples stand in the result of a rule, where the function alone does not tell."""
+        self.provenance.place(result, axis)
+        self._placed = result
+
     def watch(
         self,
         result: Tensor,
@@ -200,6 +208,12 @@ class Interception(TorchFunctionMode):
         return watched
 
     # Backward.
+
+    def close(self) -> None:
+        """Let go of everything: calls and rules refer to each other, and a graph would wait for the collector."""
+        self.calls.clear()
+        self._derived.clear()
+        self._gates.clear()
 
     @property
     def must_measure(self) -> bool:
@@ -303,9 +317,9 @@ class Interception(TorchFunctionMode):
         results = list(tensors_in((result,)))
         if not results:
             return True
-        others = [t for t in tensors_in((*args, *kwargs.values())) if not self.chosen(t)]
+        others = [t for t in tensors_in((*args, *kwargs.values())) if all(t is not u for u in used)]
         others = [] if function_name(func) in _SHAPE_ONLY else others
-        if any(t.requires_grad or not self._constant(t) for t in others) or any(result is a for a in args):
+        if any(t.requires_grad or not self._constant(t) for t in others) or self._rewrites(result, args):
             return False
         passing = _PASSING.get(function_name(func))
         for tensor in results:
@@ -315,6 +329,11 @@ class Interception(TorchFunctionMode):
                     tensor, tensor._version, tensor.grad_fn, parameters, self._chained(used[0], keeps)
                 )
         return True
+
+    def _rewrites(self, result: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a function changed a tensor in place whose earlier numbers are in use."""
+        changed = [a for a in args if a is result]
+        return any(id(a) not in self._derived or id(a) in self._gates for a in changed)
 
     def _constant(self, tensor: Tensor) -> bool:
         return self.examples == 1 or tensor.ndim == 0 or self.provenance.axis(tensor) == SHARED

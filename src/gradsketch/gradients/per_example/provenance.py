@@ -52,6 +52,7 @@ class Provenance:
     def __init__(self, examples: int, batch: Any, constants: Mapping[int, Tensor]) -> None:
         self.examples, self._constants = examples, constants
         self._batch = {id(t): t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)}
+        self._pass = object()  # tags stay on tensors, so they must not hold anything
         self._written: set[int] = set()
         self._probes: dict[Any, Any] = {}
 
@@ -60,11 +61,12 @@ class Provenance:
         if self._written and self._memory(tensor) in self._written:
             return UNKNOWN
         tag = getattr(tensor, _TAG, None)
-        if tag is not None and tag[0] is self:
+        if tag is not None and tag[0] is self._pass:
             return int(tag[1])
         if id(tensor) in self._batch:
             return 0 if tensor.ndim and tensor.shape[0] == self.examples else UNKNOWN
-        return SHARED if id(tensor) in self._constants else UNKNOWN
+        # What was made before this pass, or outside torch, is a constant of it unless gradients pass through.
+        return UNKNOWN if tensor.requires_grad and id(tensor) not in self._constants else SHARED
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note where the examples stand in a function's result."""
@@ -86,12 +88,17 @@ class Provenance:
         """Whether a function works entry by entry."""
         return function_name(func) in _ELEMENTWISE
 
+    def cuts_alike(self, func: Any) -> bool:
+        """Whether operands that count examples do so in the dim in which the result does, counted from the right."""
+        name = function_name(func)
+        return name in _ELEMENTWISE or _HANDLERS.get(name) in (_product, _first_dim)
+
     def place(self, tensor: Tensor, axis: Axis) -> None:
         """Note which dim of a tensor counts the examples."""
         self._tag(tensor, axis)
 
     def _tag(self, tensor: Tensor, axis: Axis) -> None:
-        setattr(tensor, _TAG, (self, axis))
+        setattr(tensor, _TAG, (self._pass, axis))
 
     def _memory(self, tensor: Tensor) -> int:
         try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,10 +54,10 @@ def _product(
     tap: Interception, flat: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
 ) -> Tensor:
     """Watch [r, o], the product of the flattened input with a matrix, which is no view."""
-    leading = input.shape[:-1]
+    leading, width = input.shape[:-1], flat.shape[-1]
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
-        errors = rows(gradient.reshape(*leading, flat.shape[-1]))
+        errors = rows(gradient.reshape(*leading, width))
         for inputs in kept:
             factors = errors, rows(inputs)
             yield weight, Outer(*factors[::-1]) if transposed else Outer(*factors)
@@ -66,7 +67,7 @@ def _product(
 
     keep = (input,) if tap.chosen(weight) else ()
     watched = tap.watch(flat, tap.axis(input), len(leading), keep, contributions, leading)
-    return watched.view(*leading, flat.shape[-1])
+    return watched.view(*leading, width)
 
 
 def _grouped_mm(
@@ -135,10 +136,12 @@ def _cat(tap: Interception, func: Any, tensors: Sequence[Tensor], dim: int = 0) 
     if _axis_of(tap, func, (tensors, dim), {}, result) != 0 or dim % result.ndim == 0:
         return NotImplemented
     dim = dim % result.ndim
+    sizes = [t.shape[dim] for t in tensors]
+    parameters = [t if tap.chosen(t) else None for t in tensors]
 
     def contributions(rows: Grouping, gradient: Tensor) -> Reports:
-        for tensor, part in zip(tensors, gradient.split([t.shape[dim] for t in tensors], dim), strict=True):
-            if tap.chosen(tensor):
+        for tensor, part in zip(parameters, gradient.split(sizes, dim), strict=True):
+            if tensor is not None:
                 yield tensor, Placed(part.reshape(tap.examples, -1, *part.shape[1:]))
 
     return tap.watch(result, 0, 1, (), contributions)
@@ -460,13 +463,15 @@ def _expand(tap: Interception, func: Any, input: Tensor, *sizes: Any, **named: A
         yield input, Sum(terms.reshape(*terms.shape[:2], *input.shape))
 
     watched = tap.watch(result.clone(), 0, 1, (), contributions)
-    tap.provenance.place(watched, 0)
+    tap.place(watched, 0)
     return watched
 
 
 def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other function whose dim of examples is known: run again on each example alone."""
-    if not tap.provenance.follows(func):
+    given = list(tensors_in((*args, *kwargs.values())))
+    others = [t for t in given if not tap.chosen(t)]
+    if not tap.provenance.follows(func) or all(tap.axis(t) == SHARED for t in others):
         return NotImplemented
     result = func(*_map(args, tap.gate), **_map(kwargs, tap.gate))
     if not isinstance(result, Tensor) or not result.requires_grad or any(result is a for a in args):
@@ -474,30 +479,49 @@ def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     if tap.provenance.is_elementwise(func):
         result = result.clone()  # some keep their result for backward, where a watch would be a change of it
     axis = _axis_of(tap, func, args, kwargs, result)
-    given = list(tensors_in((*args, *kwargs.values())))
-    others = [t for t in given if not tap.chosen(t)]
-    if axis < 0 or not others:
+    if axis < 0:
         return NotImplemented
     axes = [_axis_beside(tap, func, args, t, result, axis) for t in others]
-    if any(_axis_beside(tap, func, args, t, result, axis) >= 0 for t in given if tap.chosen(t)):
-        return NotImplemented  # made of parameters, and with entries of its own for each example
     parameters = list({id(t): t for t in given if tap.chosen(t)}.values())
+    own = [_axis_beside(tap, func, args, p, result, axis) for p in parameters]  # with entries of each example's own
+    examples, places = tap.examples, {id(t): i for i, t in enumerate((*others, *parameters))}
+    forms = _map((args, kwargs), lambda v: _Place(places[id(v)]) if isinstance(v, Tensor) else v)
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
-        for i in range(tap.examples):
+        for i in range(examples):
             with torch.enable_grad():
-                parts_of = (_part(t, a, i, tap.examples) for t, a in zip(kept, axes, strict=True))
-                alone = dict(zip(map(id, others), parts_of, strict=True))
-                fresh = {id(p): p.detach().requires_grad_() for p in parameters}
-                out = func(*_put(args, alone | fresh), **_put(kwargs, alone | fresh))
-            parts = torch.autograd.grad(
-                out, list(fresh.values()), _part(gradient, axis, i, tap.examples), allow_unused=True
-            )
-            for parameter, part in zip(parameters, parts, strict=True):
+                cut = [_part(t, a, i, examples) for t, a in zip(kept, axes, strict=True)]
+                leaves = [
+                    _part(p.detach(), a, i, examples).requires_grad_() for p, a in zip(parameters, own, strict=True)
+                ]
+                positional, named = _map(forms, partial(_filled, operands=(*cut, *leaves)))
+                out = func(*positional, **named)
+            parts = torch.autograd.grad(out, leaves, _part(gradient, axis, i, examples), allow_unused=True)
+            for parameter, part, place in zip(parameters, parts, own, strict=True):
                 if part is not None:
-                    yield parameter, Direct(part[None]), slice(i, i + 1)
+                    whole = _whole(part, parameter, place, i, examples)
+                    yield parameter, Direct(whole[None]), slice(i, i + 1)
 
     return tap.watch(result, axis, axis + 1, tuple(others), contributions)
+
+
+class _Place(NamedTuple):
+    """Stands for an operand, because what a rule holds until backward must not hold the graph."""
+
+    number: int
+
+
+def _filled(value: Any, operands: tuple[Tensor, ...]) -> Any:
+    return operands[value.number] if isinstance(value, _Place) else value
+
+
+def _whole(part: Tensor, parameter: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
+    """Return the gradient of the parameter, given that of the entries of one example."""
+    if axis < 0:
+        return part
+    whole = torch.zeros_like(parameter)
+    _part(whole, axis, example, examples).copy_(part)
+    return whole
 
 
 def _axis_of(tap: Interception, func: Any, args: Any, kwargs: Any, result: Tensor) -> Axis:
@@ -517,8 +541,8 @@ def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result
         letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
         return letters.find(right[axis])
     place = axis - result.ndim
-    whole = tap.provenance.is_elementwise(func) and tensor.ndim >= -place and result.shape[axis] > 1
-    return tensor.ndim + place if whole and tensor.shape[place] == result.shape[axis] else SHARED
+    alike = tap.provenance.cuts_alike(func) and tensor.ndim >= -place and result.shape[axis] > 1
+    return tensor.ndim + place if alike and tensor.shape[place] == result.shape[axis] else SHARED
 
 
 def _part(tensor: Tensor, axis: Axis, example: int, examples: int) -> Tensor:
@@ -535,10 +559,6 @@ def _map(values: Any, change: Callable[[Any], Any]) -> Any:
     if type(values) in (tuple, list):
         return type(values)(_map(v, change) for v in values)
     return change(values)
-
-
-def _put(values: Any, instead: dict[int, Tensor]) -> Any:
-    return _map(values, lambda value: instead.get(id(value), value))
 
 
 def _has_examples(tap: Interception, tensor: Any, leading: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.parameters import Parameters, bare
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution
@@ -88,7 +88,7 @@ class GradientSketcher:
         method: Method = "auto",
         on_non_finite: Literal["raise", "skip"] = "raise",
     ) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model = bare(model)
         self.task, self.sketch = as_task(task), sketch
         self.method, self.on_non_finite = method, on_non_finite
         self._tensors = _tensors_of(self.model, sketch, parameters)
