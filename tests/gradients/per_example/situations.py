@@ -285,6 +285,8 @@ _ORDERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a diagonal": lambda m, h: m.l(torch.diag_embed(h).sum(-1)),
     "masked and scattered back": lambda m, h: _masked(m, h),
     "index_select": lambda m, h: m.l(h.index_select(0, torch.arange(len(h)).flip(0))).flip(0),
+    "swapped in place": lambda m, h: _swap(m.l(_swap(h))),
+    "swapped in place, by copy_": lambda m, h: _copied_back(m.l(_copied_back(h))),
     "gather": lambda m, h: m.l(h.gather(1, torch.zeros_like(h[:, :2], dtype=torch.long))).repeat(1, 2, 1),
     "meshed": lambda m, h: m.l(h.view(len(h), 2, 2, 6).transpose(1, 2).reshape(-1, 6)).view(h.shape),
     "cumulated along the tokens": lambda m, h: m.l(h.cumsum(1)).cumsum(1),
@@ -312,6 +314,17 @@ def _swapped_halves(m: Any, h: Tensor) -> Tensor:
     first, second = h[: len(h) // 2], h[len(h) // 2 :]
     out = m.l(torch.cat([second, first]))
     return torch.cat([out[len(second) :], out[: len(second)]])
+
+
+def _swap(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[torch.arange(len(h))] = h.flip(0)
+    return h
+
+
+def _copied_back(h: Tensor) -> Tensor:
+    out = torch.empty_like(h)
+    return out.copy_(h.flip(0))
 
 
 def _masked(m: Any, h: Tensor) -> Tensor:

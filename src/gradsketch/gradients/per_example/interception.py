@@ -122,7 +122,7 @@ class Interception(TorchFunctionMode):
             self.dtype = coarser(self.dtype, result.dtype)
         if id(result) in self._derived:
             self.provenance.place(result, SHARED)
-        elif result is self._placed:
+        elif result is not None and result is self._placed:
             self._placed = None
         elif self.examples > 1 and func not in self.transparent:
             self.provenance.follow(func, args, kwargs, result)
