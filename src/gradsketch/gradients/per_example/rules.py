@@ -541,7 +541,7 @@ def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result
         letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
         return letters.find(right[axis])
     place = axis - result.ndim
-    alike = tap.provenance.cuts_alike(func) and tensor.ndim >= -place and result.shape[axis] > 1
+    alike = tap.provenance.cuts_alike(func, place) and tensor.ndim >= -place and result.shape[axis] > 1
     return tensor.ndim + place if alike and tensor.shape[place] == result.shape[axis] else SHARED
 
 
