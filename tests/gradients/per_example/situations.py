@@ -1478,6 +1478,16 @@ def reversible_layers() -> Setting:
     return setting(forward, torch.randn(5, 3), **parts)
 
 
+@slow("f.*", "g.*")
+def reversible_layers_that_are_used_beside_as_well() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.i(x)
+        return m.o(Reversible.apply(h, m.f, m.g)) + m.g(torch.tanh(m.f(h[..., :2])))
+
+    parts = {"i": nn.Linear(3, 4), "f": nn.Linear(2, 2), "g": nn.Linear(2, 2), "o": nn.Linear(4, 2)}
+    return setting(forward, torch.randn(5, 3), **parts)
+
+
 # What is kept for backward.
 
 _HALF: dict[str, Callable[[Any, Tensor], Tensor]] = {

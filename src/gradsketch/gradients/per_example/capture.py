@@ -43,6 +43,7 @@ class Schedule:
 
 SCHEDULE = Schedule()
 _UNRECORDED = "a use where no gradient is recorded"
+_HOOKED = "a hook on the parameter"
 
 
 @dataclass
@@ -77,15 +78,13 @@ class Capture:
         model: nn.Module,
         task: Task,
         tensors: Mapping[str, Tensor],
-        method: Literal["auto", "outer", "vmap", "loop"] = "auto",
+        method: Literal["auto", "outer", "vmap", "loop", "implicit"] = "auto",
     ) -> None:
         self.model, self.task, self.method = model, task, method
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         _refuse_unsupported(self.tensors)
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._known = _known(model, task, self._names, method)
-        hooked = {name: "a hook on the parameter" for name, t in tensors.items() if t._backward_hooks}
-        self._known.slow.update(hooked)
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._chance = False
         self._dtype = reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
@@ -108,6 +107,7 @@ class Capture:
         Raises:
             InputError: an example depends on its batch mates, or gradients that cannot be had.
         """
+        self.heed_hooks()
         if self._known.slow:
             self._warn_of_slow(self._known.slow)
         if self.method in ("auto", "outer"):
@@ -130,6 +130,13 @@ class Capture:
             self._known.independent = True
         self._explicit(batch, self.tensors, consume)
         return losses
+
+    def heed_hooks(self) -> None:
+        """Send parameters with hooks to the exact path, the only one on which autograd calls these."""
+        _refuse_unsupported(self.tensors)
+        hooked = {name: _HOOKED for name, t in self.tensors.items() if t._backward_hooks}
+        if self.method != "loop":
+            self._learn({name: reason for name, reason in hooked.items() if name not in self._known.slow})
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Return the task's losses, one per example."""
@@ -263,9 +270,9 @@ class Capture:
         if not slow:
             return
         listed = _listed(slow)
-        if self.method == "outer":
+        if self.method != "auto":
             raise InputError(
-                f"{listed}, used in a way that method='outer' does not know",
+                f"{listed}, used in a way that method={self.method!r} does not know",
                 "parameters of layers it knows",
                 "Type method='auto', or exclude them",
             )
@@ -359,7 +366,8 @@ class Capture:
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
-        hidden = {name for name, reason in self._known.slow.items() if reason == _UNRECORDED}
+        # Of these, autograd gives no gradients of weighted losses: none, or what a hook makes of those.
+        hidden = {name for name, reason in self._known.slow.items() if reason in (_UNRECORDED, _HOOKED)}
         tensors = {n: t for n, t in self.tensors.items() if n not in hidden}
         parts = torch.autograd.grad(
             losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
