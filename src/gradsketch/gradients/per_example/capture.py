@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,13 @@ from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.data import batch_length, batch_slice, is_out_of_memory
 from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
-from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap, strided
+from gradsketch.gradients.per_example.differentiating import reentrant
+from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
     Interception,
     coarser,
-    leaves_outside_rules,
+    nodes_outside_rules,
 )
 from gradsketch.gradients.per_example.owners import spread_weights
 from gradsketch.gradients.per_example.provenance import Provenance
@@ -246,7 +247,10 @@ class Capture:
 
     def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
         """Find the parameters that were used outside the rules, and leaves that should not be there."""
-        leaves = [t for t in leaves_outside_rules(losses) if t is not tap.slot]
+        nodes = list(nodes_outside_rules(losses))
+        if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+            raise reentrant()
+        leaves = [node.variable for node in nodes if hasattr(node, "variable") and node.variable is not tap.slot]
         own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
         outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
@@ -366,22 +370,15 @@ class Capture:
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
-        # Of these, autograd gives no gradients of weighted losses: none, or what a hook makes of those.
-        hidden = {name for name, reason in self._known.slow.items() if reason in (_UNRECORDED, _HOOKED)}
-        tensors = {n: t for n, t in self.tensors.items() if n not in hidden}
-        parts = torch.autograd.grad(
-            losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
-        )
-        pairs = zip(tensors.items(), parts, strict=True)
-        return {name: torch.zeros_like(t) if part is None else strided(part) for (name, t), part in pairs}
+        # A hook is called with each example's own gradient only where that is formed.
+        tensors = {n: t for n, t in self.tensors.items() if self._known.slow.get(n) != _HOOKED}
+        return accumulated(losses, weights.to(losses), tensors, keep=keep)
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
         if not tensors:
             return
-        whole = any(self._known.slow.get(name) == _UNRECORDED for name in tensors)
-        by_loop = partial(gradients_by_loop, whole=whole)
-        form = gradients_by_vmap if self.method == "vmap" else by_loop
+        form = gradients_by_vmap if self.method == "vmap" else gradients_by_loop
         try:
             for position, gradients in form(self.model, self.task, batch, tensors):
                 for name, gradient in gradients.items():

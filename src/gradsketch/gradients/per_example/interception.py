@@ -20,7 +20,7 @@ from gradsketch.gradients.per_example.owners import Grouping, InOrder, Measured,
 from gradsketch.gradients.per_example.provenance import SHARED, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "leaves_outside_rules"]
+__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "nodes_outside_rules"]
 
 # A parameter, or a tensor made of parameters alone; what it gets; and which examples that is for (None: all).
 Report = tuple[Tensor, Contribution] | tuple[Tensor, Contribution, slice]
@@ -65,7 +65,7 @@ class Interception(TorchFunctionMode):
 
     A rule calls the function with the parameter behind a *gate*, which changes nothing, and has the result *watched* by
     a node of the graph. When the backward pass that ``backward`` started reaches that node, the rule's contributions go
-    to ``consume``. A use that no rule knows has no gate, so ``leaves_outside_rules`` finds its parameters. Everything
+    to ``consume``. A use that no rule knows has no gate, so ``nodes_outside_rules`` finds its parameters. Everything
     stays in autograd's own graph, hence in-place operations, backward passes inside the loss, checkpoints and offloaded
     activations are autograd's business, and the parameters' ordinary gradients can still be asked of the same graph.
 
@@ -437,8 +437,8 @@ def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return max(both, key=lambda dtype: torch.finfo(dtype).eps, default=one)
 
 
-def leaves_outside_rules(losses: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of the losses' graph that are reached on a way without a gate."""
+def nodes_outside_rules(losses: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the losses' graph that are reached on a way without a gate."""
     gate = _Gate._backward_cls
     todo, seen = [losses.grad_fn], set()
     while todo:
@@ -446,8 +446,7 @@ def leaves_outside_rules(losses: Tensor) -> Iterator[Tensor]:
         if node is None or node in seen or isinstance(node, gate):
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        yield node
         todo.extend(parent for parent, _ in node.next_functions)
 
 
