@@ -45,6 +45,10 @@ class Schedule:
 SCHEDULE = Schedule()
 _UNRECORDED = "a use where no gradient is recorded"
 _HOOKED = "a hook on the parameter"
+_INDEPENDENT = (
+    "a loss in which no example depends on its batch mates",
+    "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+)
 
 
 @dataclass
@@ -123,11 +127,10 @@ class Capture:
         losses = self.losses(batch)
         _refuse_without_graph(losses, self.task)
         losses = losses.detach()
-        if not self._known.independent and len(losses) > 1 and not self._chance:
-            last = len(losses) - 1
-            alone = self.losses(batch_slice(batch, last, last + 1)).detach()
-            if not _close(alone[0], losses[last], torch.float32):
-                _refuse_coupling(last, losses[last], alone[0])
+        if self._unproved(losses):
+            for place, alone in zip(*self._apart(batch, losses), strict=True):
+                if not _close(alone.detach(), losses[place], torch.float32):
+                    _refuse_coupling(place, losses[place], alone)
             self._known.independent = True
         self._explicit(batch, self.tensors, consume)
         return losses
@@ -199,8 +202,10 @@ class Capture:
             self._judge(audit, tap)
         if alone is not None and alone.conclusive:
             for name, wrong in alone.failed().items():
-                _refuse_coupling(
-                    len(losses) - 1, losses[-1], losses[-1], f"; the gradients of {name} differ by {wrong:.1e}"
+                raise InputError(
+                    f"gradients of {name} that differ by {wrong:.1e} between two examples together and one example at "
+                    "a time",
+                    *_INDEPENDENT,
                 )
             known.independent = True
         return losses.detach()
@@ -350,23 +355,34 @@ class Capture:
         )
 
     def _alone(self, tap: Interception, batch: Batch, losses: Tensor, auditing: list[Consumer]) -> Audit | None:
-        """Run the last row alone and without interception; return the audit of its gradient in company.
-
-        Rows are sorted longest first where batches are made here, so the last has the most padding.
-        """
-        if self._known.independent or len(losses) == 1 or self._chance or not bool(torch.isfinite(losses).all()):
+        """Run two rows alone and without interception; return the audit of their gradients in company."""
+        if not self._unproved(losses):
             return None
-        last, dtype = len(losses) - 1, tap.dtype
-        alone = self.losses(batch_slice(batch, last, last + 1))
-        if not _close(alone[0], losses[last], dtype):
-            if not _close(self.losses(batch)[last], losses[last], dtype):
-                self._go_exact("the model computes something else while its functions are intercepted")
-            _refuse_coupling(last, losses[last], alone[0])
+        places, alone = self._apart(batch, losses)
+        for place, loss in zip(places, alone, strict=True):
+            if not _close(loss, losses[place], tap.dtype):
+                if not _close(self.losses(batch)[place], losses[place], tap.dtype):
+                    self._go_exact("the model computes something else while its functions are intercepted")
+                _refuse_coupling(place, losses[place], loss)
         weights = torch.zeros(len(losses), dtype=torch.float64)
-        weights[last] = 1
-        audit = Audit(weights, self._gradients(alone, torch.ones(1)), torch.finfo(dtype).eps ** 0.4)
+        weights[places] = torch.tensor([1.0, -0.7], dtype=torch.float64)
+        audit = Audit(weights, self._gradients(alone, weights[places]), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit
+
+    def _unproved(self, losses: Tensor) -> bool:
+        """Whether it is still to be shown that no example depends on its batch mates, and this batch can show it."""
+        known = self._known.independent or self._chance
+        return not known and len(losses) > 1 and bool(torch.isfinite(losses).all())
+
+    def _apart(self, batch: Batch, losses: Tensor) -> tuple[list[int], Tensor]:
+        """Return the first and the last place of a batch, and the losses there of examples that are alone.
+
+        Where batches are made here, rows are sorted longest first, so the last has the most padding. One would not do:
+        an extreme of the whole batch, as some models divide by, may be its own.
+        """
+        places = [0, len(losses) - 1]
+        return places, torch.cat([self.losses(batch_slice(batch, place, place + 1)) for place in places])
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
@@ -416,12 +432,11 @@ def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool((one - other).abs() <= torch.finfo(dtype).eps ** 0.5 * (1 + other.abs()))
 
 
-def _refuse_coupling(example: int, together: Tensor, alone: Tensor, more: str = "") -> None:
+def _refuse_coupling(example: int, together: Tensor, alone: Tensor) -> None:
     raise InputError(
         f"the loss of example {example} of the batch is {together.item():.6g} together and {alone.item():.6g} one "
-        f"example at a time{more}",
-        "a loss in which no example depends on its batch mates",
-        "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+        "example at a time",
+        *_INDEPENDENT,
     )
 
 
