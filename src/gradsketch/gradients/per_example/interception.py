@@ -131,6 +131,8 @@ class Interception(TorchFunctionMode):
     def _rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply the function's own rule, or the one for all functions, where the arguments are those it takes."""
         rule = self.rules.get(func, self.rules[None])
+        if any(tensor.is_complex() for tensor in tensors_in((*args, *kwargs.values()))):
+            return NotImplemented  # rules multiply real numbers
         try:
             return rule(self, func, *args, **kwargs)
         except TypeError:
