@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -126,6 +126,8 @@ class Capture:
         consume = begin()
         losses = self.losses(batch)
         _refuse_without_graph(losses, self.task)
+        leaves = _leaves(nodes_outside_rules(losses))
+        self._refuse_strangers(leaves, {self._names[id(t)] for t in leaves if id(t) in self._names})
         losses = losses.detach()
         if self._unproved(losses):
             for place, alone in zip(*self._apart(batch, losses), strict=True):
@@ -255,16 +257,13 @@ class Capture:
         nodes = list(nodes_outside_rules(losses))
         if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
             raise reentrant()
-        leaves = [node.variable for node in nodes if hasattr(node, "variable") and node.variable is not tap.slot]
-        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
+        leaves = [t for t in _leaves(nodes) if t is not tap.slot]
         outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
         hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
         used |= set(hidden)
-        _refuse_foreign(
-            [t for t in leaves if id(t) not in own], {n: t for n, t in self.tensors.items() if n not in used}
-        )
+        self._refuse_strangers(leaves, used)
         if not used and self.tensors:
             raise InputError(
                 f"losses that use none of the {len(self.tensors)} chosen parameters",
@@ -273,6 +272,11 @@ class Capture:
             )
         new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
         self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
+
+    def _refuse_strangers(self, leaves: Iterable[Tensor], used: Collection[str]) -> None:
+        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
+        foreign = [t for t in leaves if id(t) not in own]
+        _refuse_foreign(foreign, {name: t for name, t in self.tensors.items() if name not in used})
 
     def _learn(self, slow: Mapping[str, str]) -> None:
         """Send parameters to the exact path, and say so."""
@@ -447,6 +451,10 @@ def _refuse_without_graph(losses: Tensor, task: Task) -> None:
             "losses that depend on the chosen parameters",
             "Leave out .detach(), .item() and torch.no_grad() in the loss, or choose parameters that it uses",
         )
+
+
+def _leaves(nodes: Iterable[Any]) -> list[Tensor]:
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _refuse_foreign(foreign: list[Tensor], unused: Mapping[str, Tensor]) -> None:
