@@ -360,7 +360,7 @@ def time_first_with_weights_of_zero() -> Setting:
     return Setting(Tokens(_ORDERS["time first, merged"]), losses, {"x": ids(5, 4), "y": ids(5, 4), "w": w})
 
 
-@slow("l.*")
+@refused("together and")
 def rows_that_belong_to_two_examples() -> Setting:
     hidden = lambda m, h: m.l(h.roll(3)).roll(-3)  # noqa: E731
     return Setting(Tokens(hidden), tokens, {"x": ids(5, 4), "y": ids(5, 4)})
@@ -1708,13 +1708,13 @@ def losses_without_a_graph(losses: Losses) -> Setting:
     return Setting(mlp(), losses, {"x": torch.randn(5, 3)})
 
 
-@refused("use none of the|not the model's own|carry no gradient")
+@refused("not the model's own")
 def losses_of_another_model() -> Setting:
     other = mlp()
     return Setting(mlp(), lambda m, b: waves(other, b), {"x": torch.randn(5, 3)})
 
 
-@refused("use none of the|carry no gradient")
+@refused("use none of the", methods=("auto", "outer"))
 def losses_of_the_inputs_alone() -> Setting:
     def losses(m: Any, batch: Any) -> Tensor:
         return batch["x"].detach().requires_grad_(True).square().sum(1)
@@ -1854,7 +1854,7 @@ def compared_with_the_mean_of_the_batch() -> Setting:
     return Setting(mlp(), losses, {"x": torch.randn(5, 3)})
 
 
-@refused("together and|seen by several|one example at a time")
+@refused("together and", methods=("auto", "outer"))
 def statistics_of_the_batch_under_a_head_of_zeros() -> Setting:
     """The losses do not show it, the head's gradients do."""
 
@@ -1877,7 +1877,7 @@ def statistics_of_the_batch_that_carry_no_gradient() -> Setting:
     return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), o=nn.Linear(4, 3))
 
 
-@refused("BatchNorm")
+@refused("batch_norm|BatchNorm")
 def batch_norm_without_running_statistics() -> Setting:
     layers = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten()).eval()
     return Setting(layers, waves, {"x": torch.randn(5, 2, 4, 4)})

@@ -72,8 +72,8 @@ def blocks(parameters: gs.Parameters) -> gs.BlockSum:
     return gs.BlockSum(parameters, min(24, parameters.n))
 
 
-def flat(parameters: gs.Parameters) -> gs.AFFD:
-    return gs.AFFD(parameters.n, min(24, parameters.n))
+def flat(parameters: gs.Parameters) -> gs.AFFD | gs.BlockSum:
+    return gs.AFFD(parameters.n, min(24, parameters.n)) if parameters.n > 1 else blocks(parameters)
 
 
 situations = pytest.mark.parametrize("situation", EXACT, ids=lambda s: s.name)
@@ -89,3 +89,43 @@ def test_batches_of_any_size_and_order_are_exact(situation, _said):
     globs = situation.slow
     slow = {name for name in gs.Parameters(setting.model).names if any(fnmatchcase(name, glob) for glob in globs)}
     assert set(sketcher.slow) == slow, dict(sketcher.slow)
+
+
+@situations
+def test_formed_gradients_and_inner_products_are_exact(situation, _said):
+    setting, sketcher = sketcher_of(situation, flat)
+    want = gradients(situation.name)
+    with setting.around():
+        check(sketcher(setting.batch).values, sketcher.sketch(want), situation.tolerance)
+        others = rows_of(setting.batch, [2, 0])
+        gram = gs.gradient_gram(setting.model, setting.losses, setting.batch, others)
+    scale = want.norm(dim=1)[:, None] * want[[2, 0]].norm(dim=1)[None]
+    assert bool(((gram.double() - want @ want[[2, 0]].T).abs() <= 2 * situation.tolerance * (scale + 1e-3)).all())
+
+
+@situations
+def test_every_method_is_exact_or_refuses(situation):
+    want = gradients(situation.name)
+    for method in set(situation.methods) - {"auto"}:
+        setting, sketcher = sketcher_of(situation, blocks, method)
+        with setting.around():
+            try:
+                got = sketcher(setting.batch).values
+            except InputError as error:
+                assert method == "outer" and situation.outcome == "slow" and "method='outer'" in str(error), error
+            else:
+                check(got, sketcher.sketch(want), situation.tolerance)
+
+
+@pytest.mark.parametrize("situation", REFUSED, ids=lambda s: s.name)
+@pytest.mark.filterwarnings("ignore::gradsketch.errors.GradsketchWarning")
+def test_what_has_no_gradients_of_its_own_is_refused(situation):
+    for method in situation.methods:
+        for sketch in (blocks, flat):
+            with pytest.raises(InputError, match=situation.words):
+                setting, sketcher = sketcher_of(situation, sketch, method)
+                sketcher(setting.batch)
+        if method != "implicit":
+            setting = situation.setting()
+            with pytest.raises(InputError, match=situation.words):
+                gs.gradient_gram(setting.model, setting.losses, setting.batch, method=method)
