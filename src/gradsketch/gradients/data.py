@@ -232,8 +232,14 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def differentiable(batch: Batch) -> Batch:
-    """Return the batch with tensors that were made in inference mode copied, which autograd could not save."""
-    return each_tensor(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+    """Return the batch with tensors that autograd can save, and whose own gradients and graphs are left alone."""
+    return each_tensor(batch, _differentiable)
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    if tensor.is_inference():
+        return tensor.clone()
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
 
 
 def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -72,7 +72,8 @@ class BlockSum(Sketch):
         # Small tensors are placed for a prefix, so kinds that fold do not nest here.
         self.nesting = "prefix" if kind == "auto" else vector_kind(kind).nesting
         self.nesting = self.nesting if self.nesting == "prefix" else None
-        self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items()}
+        # Tensors without entries are part of the vector all the same.
+        self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items() if math.prod(shape)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +111,8 @@ class BlockSum(Sketch):
             # One vector at a time, so that the bits do not depend on how many there are.
             for vector, sketch in zip(x.split(1), out.split(1), strict=True):
                 for name, part in zip(self.shapes, vector.split(sizes, dim=1), strict=True):
-                    self.add_gradient(sketch, name, part)
+                    if name in self.blocks:
+                        self.add_gradient(sketch, name, part)
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
@@ -125,30 +127,10 @@ class BlockSum(Sketch):
 
     def _block(self, name: str, shape: tuple[int, ...]) -> Block:
         rows, columns = _matrix(shape)
-        if rows * columns == 0:
-            return _Empty(rows, columns)
         stream = self.stream.child(name)
         if self.kind == "auto" or rows * columns <= self.of:
             return Tiling(rows, columns, self.d, stream, self.of)
         return _Vector(vector_kind(self.kind), rows, columns, self.d, stream)
-
-
-class _Empty(Block):
-    """A tensor without entries, as models keep for parts that a size switches off."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-
-    def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
-        """Add nothing."""
-
-    def add_rows(
-        self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
-    ) -> None:
-        """Add nothing."""
-
-    def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
-        return w.new_zeros(len(w), self.rows, self.columns)
 
 
 class _Vector(Block):

@@ -1,119 +1,142 @@
-"""Every situation is exact in float64, for every kind of sketch, or refused in one clear message."""
+"""Every situation is exact or refused: sketches, formed gradients and inner products, against autograd row by row."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from situations import SITUATIONS, Situation
 from torch import Tensor
 
 import gradsketch as gs
-from gradients.per_example.situations import SITUATIONS, Entry, Situation
+from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.data import each_tensor
 
-TOLERANCE = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def doubles() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+EXACT = [s for s in SITUATIONS.values() if s.outcome != "refused"]
+REFUSED = [s for s in SITUATIONS.values() if s.outcome == "refused"]
 
 
-def cut(batch: Any, places: list[int]) -> Any:
-    return {name: value[places] for name, value in batch.items()}
+def rows_of(batch: Any, rows: list[int]) -> Any:
+    return each_tensor(batch, lambda tensor: tensor.detach()[rows])
 
 
-def exact(made: Situation, batch: Any, parameters: gs.Parameters) -> Tensor:
-    """Return flat gradients by a whole backward pass of one row alone at a time."""
-    rows = []
-    for i in range(len(batch["x"])):
-        made.model.zero_grad(set_to_none=True)
-        loss = made.losses(made.model, cut(batch, [i]))
-        made.model.zero_grad(set_to_none=True)  # what the loss's own backward passes left is no part of it
-        loss.sum().backward()
-        rows.append(
-            torch.cat(
-                [torch.zeros(p.numel()) if p.grad is None else p.grad.to_dense().flatten() for _, p in parameters]
-            )
-        )
-    made.model.zero_grad(set_to_none=True)
-    return torch.stack(rows)
+@cache
+def gradients(name: str) -> Tensor:
+    """Gradients [b, n] by ``loss.backward()`` on a model of its own, each row alone."""
+    setting = SITUATIONS[name].setting()
+    parameters = [tensor for _, tensor in gs.Parameters(setting.model)]
+    found = []
+    for row in range(length(setting.batch)):
+        loss = setting.losses(setting.model, rows_of(setting.batch, [row])).sum()
+        for tensor in parameters:
+            tensor.grad = None  # a loss may have run a backward pass of its own
+        loss.backward()
+        parts = [torch.zeros_like(t) if t.grad is None else t.grad.to_dense() for t in parameters]
+        found.append(torch.cat([part.flatten() for part in parts]).double())
+    return torch.stack(found)
 
 
-def sketched(sketcher: gs.GradientSketcher, made: Situation, batch: Any) -> Tensor:
-    with (made.around or contextlib.nullcontext)(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return sketcher(batch).values
+def length(batch: Any) -> int:
+    return len(next(iter(torch.utils._pytree.tree_leaves(batch))))
 
 
-EXACT = [name for name, entry in SITUATIONS.items() if entry.outcome != "refused"]
-REFUSED = [name for name, entry in SITUATIONS.items() if entry.outcome == "refused"]
-# What an example's gradient is alone is well defined here, and that is what the loop returns.
-DEFINED_ALONE = {"batch_statistics_behind_a_head_of_zeros"}
-BY_METHOD = [(n, method) for n in REFUSED for method in ("auto", "loop") if method == "auto" or n not in DEFINED_ALONE]
+def check(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = (got.double() - want).norm(dim=1)
+    assert got.shape == want.shape
+    assert not got.requires_grad
+    assert bool((error <= tolerance * want.norm(dim=1) + tolerance * 1e-3).all()), f"errors {error / want.norm(dim=1)}"
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_exact(name):
-    entry: Entry = SITUATIONS[name]
-    made = entry.make()
-    parameters = gs.Parameters(made.model)
-    phi = gs.BlockSum(parameters, min(24, parameters.n))
-    sketcher = gs.GradientSketcher(made.model, made.losses, phi)
-    whole = exact(made, made.batch, parameters)
-    scale = whole.norm(dim=1).max()
-    # Other sizes and orders through one sketcher: what the first batch taught must hold for them.
-    for places in ([0, 1, 2, 3, 4], [3, 1], [4, 2, 0], [2], [1, 0, 4, 3, 2]):
-        got = sketched(sketcher, made, cut(made.batch, places))
-        expected = phi(exact(made, cut(made.batch, places), parameters))
-        assert (got - expected).norm(dim=1).max() <= TOLERANCE * scale, places
-    assert set(sketcher.slow) == entry.slow
-    assert sketcher.audits.audited >= (entry.outcome == "fast")
-    assert sketcher.audits.largest_error < 1e-8
+@pytest.fixture
+def _said(situation: Situation):
+    """What is slow says so, and nothing else does."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    ours = [str(w.message) for w in said if issubclass(w.category, GradsketchWarning)]
+    assert bool(ours) == (situation.outcome == "slow"), ours
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_flat_gradients_and_inner_products(name):
-    made = SITUATIONS[name].make()
-    parameters = gs.Parameters(made.model)
-    whole = exact(made, made.batch, parameters)
-    phi = gs.AFFD(parameters.n, min(8, parameters.n))
-    sketcher = gs.GradientSketcher(made.model, made.losses, phi, parameters=parameters)
-    got, size = sketched(sketcher, made, made.batch), float(whole.norm())
-    torch.testing.assert_close(got, phi(whole), rtol=1e-8, atol=1e-9 * size)
-    with (made.around or contextlib.nullcontext)(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gram = gs.gradient_gram(made.model, made.losses, made.batch)
-    torch.testing.assert_close(gram, whole @ whole.T, rtol=1e-8, atol=1e-9 * size**2)
+def sketcher_of(situation: Situation, sketch: Any, method: str = "auto") -> tuple[Any, Any]:
+    setting = situation.setting()
+    parameters = gs.Parameters(setting.model)
+    phi = sketch(parameters)
+    return setting, gs.GradientSketcher(setting.model, setting.losses, phi, parameters=parameters, method=method)
 
 
-@pytest.mark.parametrize(("name", "method"), BY_METHOD)
-def test_refused(name, method):
-    entry = SITUATIONS[name]
-    made = entry.make()
-    phi = gs.BlockSum(gs.Parameters(made.model), 8)
-    with pytest.raises(gs.InputError) as caught:
-        gs.sketch_gradients(made.model, made.losses, made.batch, phi, method=method)
-    assert entry.words in str(caught.value)
+def sketched(situation: Situation, sketch: Any, method: str) -> Tensor:
+    setting, sketcher = sketcher_of(situation, sketch, method)
+    values: Tensor = sketcher(setting.batch).values
+    return values
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_the_model_and_the_batch_are_left_as_found(name):
-    made = SITUATIONS[name].make()
-    before = copy.deepcopy(dict(made.model.state_dict()))
-    flags = {n: (p.requires_grad, p.grad) for n, p in made.model.named_parameters()}
-    state = torch.get_rng_state()
-    phi = gs.BlockSum(gs.Parameters(made.model), 8)
-    sketched(gs.GradientSketcher(made.model, made.losses, phi), made, made.batch)
-    assert torch.equal(state, torch.get_rng_state())
-    assert {n: (p.requires_grad, p.grad) for n, p in made.model.named_parameters()} == flags
-    for n, value in made.model.state_dict().items():
-        assert torch.equal(value, before[n]), n
-    assert not any(vars(value) for value in made.batch.values() if isinstance(value, Tensor))
+def blocks(parameters: gs.Parameters) -> gs.BlockSum:
+    return gs.BlockSum(parameters, min(24, parameters.n))
+
+
+def flat(parameters: gs.Parameters) -> gs.AFFD | gs.BlockSum:
+    return gs.AFFD(parameters.n, min(24, parameters.n)) if parameters.n > 1 else blocks(parameters)
+
+
+situations = pytest.mark.parametrize("situation", EXACT, ids=lambda s: s.name)
+
+
+@situations
+@pytest.mark.usefixtures("_said")
+def test_batches_of_any_size_and_order_are_exact(situation):
+    setting, sketcher = sketcher_of(situation, blocks)
+    want = sketcher.sketch(gradients(situation.name))
+    with setting.around():
+        for rows in (list(range(len(want))), [3, 1, 0], [4, 2, 1, 3, 0, 2, 1], [2]):
+            check(sketcher(rows_of(setting.batch, rows)).values, want[rows], situation.tolerance)
+    globs = situation.slow
+    slow = {name for name in gs.Parameters(setting.model).names if any(fnmatchcase(name, glob) for glob in globs)}
+    assert set(sketcher.slow) == slow, dict(sketcher.slow)
+
+
+@situations
+@pytest.mark.usefixtures("_said")
+def test_formed_gradients_and_inner_products_are_exact(situation):
+    setting, sketcher = sketcher_of(situation, flat)
+    want = gradients(situation.name)
+    with setting.around():
+        check(sketcher(setting.batch).values, sketcher.sketch(want), situation.tolerance)
+        others = rows_of(setting.batch, [2, 0])
+        gram = gs.gradient_gram(setting.model, setting.losses, setting.batch, others)
+    scale = want.norm(dim=1)[:, None] * want[[2, 0]].norm(dim=1)[None]
+    assert bool(((gram.double() - want @ want[[2, 0]].T).abs() <= 2 * situation.tolerance * (scale + 1e-3)).all())
+
+
+@situations
+def test_every_method_is_exact_or_refuses(situation):
+    want = gradients(situation.name)
+    for method in set(situation.methods) - {"auto"}:
+        setting, sketcher = sketcher_of(situation, blocks, method)
+        with setting.around():
+            got = refusal = None
+            try:
+                got = sketcher(setting.batch).values
+            except InputError as error:
+                refusal = str(error)
+        if refusal is None:
+            check(got, sketcher.sketch(want), situation.tolerance)
+        else:
+            assert (method, situation.outcome) == ("outer", "slow")
+            assert "method='outer'" in refusal
+
+
+@pytest.mark.parametrize("situation", REFUSED, ids=lambda s: s.name)
+@pytest.mark.filterwarnings("ignore::gradsketch.errors.GradsketchWarning")
+def test_what_has_no_gradients_of_its_own_is_refused(situation):
+    for method in situation.methods:
+        for sketch in (blocks, flat):
+            with pytest.raises(InputError, match=situation.words):
+                sketched(situation, sketch, method)
+        if method != "implicit":
+            setting = situation.setting()
+            with pytest.raises(InputError, match=situation.words):
+                gs.gradient_gram(setting.model, setting.losses, setting.batch, method=method)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,13 @@ from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.data import batch_length, batch_slice, is_out_of_memory
 from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
-from gradsketch.gradients.per_example.explicit import gradients_by_loop, gradients_by_vmap, strided
+from gradsketch.gradients.per_example.differentiating import reentrant
+from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
     Interception,
     coarser,
-    leaves_of,
+    nodes_outside_rules,
 )
 from gradsketch.gradients.per_example.owners import spread_weights
 from gradsketch.gradients.per_example.provenance import Provenance
@@ -42,9 +43,12 @@ class Schedule:
 
 
 SCHEDULE = Schedule()
-# Rows of the first batch whose losses are held against those alone.
-_ROWS_ALONE = 8
 _UNRECORDED = "a use where no gradient is recorded"
+_HOOKED = "a hook on the parameter"
+_INDEPENDENT = (
+    "a loss in which no example depends on its batch mates",
+    "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+)
 
 
 @dataclass
@@ -80,14 +84,13 @@ class Capture:
         model: nn.Module,
         task: Task,
         tensors: Mapping[str, Tensor],
-        method: Literal["auto", "outer", "vmap", "loop"] = "auto",
+        method: Literal["auto", "outer", "vmap", "loop", "implicit"] = "auto",
     ) -> None:
-        self.model, self.task, self.tensors, self.method = model, task, dict(tensors), method
+        self.model, self.task, self.method = model, task, method
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         _refuse_unsupported(self.tensors)
-        self._names = {id(tensor): name for name, tensor in tensors.items() if tensor.numel()}
+        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         self._known = _known(model, task, self._names, method)
-        hooked = {name: "a hook on the parameter" for name, t in tensors.items() if t._backward_hooks}
-        self._known.slow.update(hooked)
         self._known.may_differ = any(
             isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) and not m.training
             for m in model.modules()
@@ -114,6 +117,7 @@ class Capture:
         Raises:
             InputError: an example depends on its batch mates, or gradients that cannot be had.
         """
+        self.heed_hooks()
         if self._known.slow:
             self._warn_of_slow(self._known.slow)
         if self.method in ("auto", "outer"):
@@ -124,21 +128,31 @@ class Capture:
                     return self._captured(batch, begin())
                 except _TryAgainError:
                     continue
-        return self._formed(batch, begin())
-
-    def _formed(self, batch: Batch, consume: Consumer) -> Tensor:
-        """Hand over the gradients of every parameter, formed one example after another."""
+        consume = begin()
         losses = self.losses(batch)
         _refuse_without_graph(losses, self.task)
-        leaves, opaque = leaves_of(losses)
+        nodes = list(nodes_outside_rules(losses))
+        leaves = _leaves(nodes)
         used = {self._names[id(t)] for t in leaves if id(t) in self._names}
-        self._refuse_leaves(leaves, used, opaque=opaque)
+        self._refuse_strangers(leaves, used)
+        # A function of the user's own may run a backward pass that fills .grad, which no edge of the graph shows.
+        if not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
+            self._refuse_none(used)
         losses = losses.detach()
-        if not self._known.independent and len(losses) > 1 and not self._chance:
-            self._compare_alone(batch, losses, self._dtype)
+        if self._unproved(losses):
+            for place, alone in zip(*self._apart(batch, losses), strict=True):
+                if not _close(alone.detach(), losses[place], torch.float32):
+                    _refuse_coupling(place, losses[place], alone)
             self._known.independent = True
         self._explicit(batch, self.tensors, consume)
         return losses
+
+    def heed_hooks(self) -> None:
+        """Send parameters with hooks to the exact path, the only one on which autograd calls these."""
+        _refuse_unsupported(self.tensors)
+        hooked = {name: _HOOKED for name, t in self.tensors.items() if t._backward_hooks}
+        if self.method != "loop":
+            self._learn({name: reason for name, reason in hooked.items() if name not in self._known.slow})
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
         """Return the task's losses, one per example."""
@@ -187,10 +201,10 @@ class Capture:
         self._learn_slow(tap, losses)
         tap.slow = known.slow
         due = self._is_due(tap, losses)
-        if due or self._known.may_differ:
+        if due or known.may_differ:
             self._compare_with_plain(tap, batch, losses.detach())
+        alone = self._alone(tap, batch, losses.detach(), auditing)
         with self._exact_where_it_fails(tap):
-            alone = self._alone(tap, batch, losses.detach(), auditing)
             audit = self._audit(tap, losses, auditing) if due else None
             if tap.must_measure:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
@@ -203,8 +217,10 @@ class Capture:
             self._judge(audit, tap)
         if alone is not None and alone.conclusive:
             for name, wrong in alone.failed().items():
-                _refuse_coupling(
-                    len(losses) - 1, losses[-1], losses[-1], f"; the gradients of {name} differ by {wrong:.1e}"
+                raise InputError(
+                    f"gradients of {name} that differ by {wrong:.1e} between two examples together and one example at "
+                    "a time",
+                    *_INDEPENDENT,
                 )
             known.independent = True
         return losses.detach()
@@ -251,26 +267,32 @@ class Capture:
 
     def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
         """Find the parameters that were used outside the rules, and leaves that should not be there."""
-        leaves = [t for t in leaves_of(losses)[0] if t is not tap.slot]
+        nodes = list(nodes_outside_rules(losses))
+        if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+            raise reentrant()
+        leaves = [t for t in _leaves(nodes) if t is not tap.slot]
         outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
         hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
-        self._refuse_leaves(leaves, used | set(hidden))
+        used |= set(hidden)
+        self._refuse_strangers(leaves, used)
+        self._refuse_none(used)
         new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
         self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
 
-    def _refuse_leaves(self, leaves: list[Tensor], used: set[str], *, opaque: bool = False) -> None:
-        """Refuse losses that depend on other parameters than the chosen ones, or on none of them."""
-        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
-        unused = {name: t for name, t in self.tensors.items() if name not in used}
-        _refuse_foreign([t for t in leaves if id(t) not in own], unused)
-        if not used and not opaque:
+    def _refuse_none(self, used: Collection[str]) -> None:
+        if not used and self.tensors:
             raise InputError(
                 f"losses that use none of the {len(self.tensors)} chosen parameters",
                 "a loss computed by the model whose parameters were chosen",
                 "Build the task, the parameters and the sketch from the same model, or choose other parameters",
             )
+
+    def _refuse_strangers(self, leaves: Iterable[Tensor], used: Collection[str]) -> None:
+        own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
+        foreign = [t for t in leaves if id(t) not in own]
+        _refuse_foreign(foreign, {name: t for name, t in self.tensors.items() if name not in used})
 
     def _learn(self, slow: Mapping[str, str]) -> None:
         """Send parameters to the exact path, and say so."""
@@ -278,9 +300,9 @@ class Capture:
             return
         slow = {name: f"{reason} in {self._owner(name)}" for name, reason in slow.items()}
         listed = _listed(slow)
-        if self.method == "outer":
+        if self.method != "auto":
             raise InputError(
-                f"{listed}, used in a way that method='outer' does not know",
+                f"{listed}, used in a way that method={self.method!r} does not know",
                 "parameters of layers it knows",
                 "Type method='auto', or exclude them",
             )
@@ -372,48 +394,44 @@ class Capture:
         )
 
     def _alone(self, tap: Interception, batch: Batch, losses: Tensor, auditing: list[Consumer]) -> Audit | None:
-        """Run the last row alone and without interception; return the audit of its gradient in company.
-
-        Rows are sorted longest first where batches are made here, so the last has the most padding.
-        """
-        if self._known.independent or len(losses) == 1 or self._chance or not bool(torch.isfinite(losses).all()):
+        """Run two rows alone and without interception; return the audit of their gradients in company."""
+        if not self._unproved(losses):
             return None
-        last = len(losses) - 1
-        self._compare_alone(batch, losses, tap.dtype)
-        alone = self.losses(batch_slice(batch, last, last + 1))
+        places, alone = self._apart(batch, losses)
+        for place, loss in zip(places, alone, strict=True):
+            if not _close(loss, losses[place], tap.dtype):
+                _refuse_coupling(place, losses[place], loss)
         weights = torch.zeros(len(losses), dtype=torch.float64)
-        weights[last] = 1
-        audit = Audit(weights, self._gradients(alone, torch.ones(1)), torch.finfo(tap.dtype).eps ** 0.4)
+        weights[places] = torch.tensor([1.0, -0.7], dtype=torch.float64)
+        audit = Audit(weights, self._gradients(alone, weights[places]), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit
 
-    def _compare_alone(self, batch: Batch, losses: Tensor, dtype: torch.dtype) -> None:
-        """Hold the losses of some rows, spread over the batch, against their losses alone."""
-        count = len(losses)
-        for place in range(0, count, max(1, count // _ROWS_ALONE)):
-            alone = self.losses(batch_slice(batch, place, place + 1)).detach()
-            if not _close(alone[0], losses[place], dtype):
-                _refuse_coupling(place, losses[place], alone[0])
+    def _unproved(self, losses: Tensor) -> bool:
+        """Whether it is still to be shown that no example depends on its batch mates, and this batch can show it."""
+        known = self._known.independent or self._chance
+        return not known and len(losses) > 1 and bool(torch.isfinite(losses).all())
+
+    def _apart(self, batch: Batch, losses: Tensor) -> tuple[list[int], Tensor]:
+        """Return the first and the last place of a batch, and the losses there of examples that are alone.
+
+        Where batches are made here, rows are sorted longest first, so the last has the most padding. One would not do:
+        an extreme of the whole batch, as some models divide by, may be its own.
+        """
+        places = [0, len(losses) - 1]
+        return places, torch.cat([self.losses(batch_slice(batch, place, place + 1)) for place in places])
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
-        hidden = {name for name, reason in self._known.slow.items() if reason.startswith(_UNRECORDED)}
-        tensors = {n: t for n, t in self.tensors.items() if t.numel() and n not in hidden}
-        parts = torch.autograd.grad(
-            losses, list(tensors.values()), weights.to(losses), retain_graph=keep, allow_unused=True
-        )
-        pairs = zip(tensors.items(), parts, strict=True)
-        return {name: torch.zeros_like(t) if part is None else strided(part) for (name, t), part in pairs}
+        # A hook is called with each example's own gradient only where that is formed.
+        tensors = {n: t for n, t in self.tensors.items() if not self._known.slow.get(n, "").startswith(_HOOKED)}
+        return accumulated(losses, weights.to(losses), tensors, keep=keep)
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
         if not tensors:
             return
-        whole = tensors is self.tensors or any(
-            self._known.slow.get(name, "").startswith(_UNRECORDED) for name in tensors
-        )
-        by_loop = partial(gradients_by_loop, whole=whole)
-        form = gradients_by_vmap if self.method == "vmap" else by_loop
+        form = gradients_by_vmap if self.method == "vmap" else gradients_by_loop
         try:
             for position, gradients in form(self.model, self.task, batch, tensors):
                 for name, gradient in gradients.items():
@@ -451,12 +469,11 @@ def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool((one - other).abs() <= torch.finfo(dtype).eps ** 0.5 * (1 + other.abs()))
 
 
-def _refuse_coupling(example: int, together: Tensor, alone: Tensor, more: str = "") -> None:
+def _refuse_coupling(example: int, together: Tensor, alone: Tensor) -> None:
     raise InputError(
         f"the loss of example {example} of the batch is {together.item():.6g} together and {alone.item():.6g} one "
-        f"example at a time{more}",
-        "a loss in which no example depends on its batch mates",
-        "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+        "example at a time",
+        *_INDEPENDENT,
     )
 
 
@@ -467,6 +484,10 @@ def _refuse_without_graph(losses: Tensor, task: Task) -> None:
             "losses that depend on the chosen parameters",
             "Leave out .detach(), .item() and torch.no_grad() in the loss, or choose parameters that it uses",
         )
+
+
+def _leaves(nodes: Iterable[Any]) -> list[Tensor]:
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _refuse_foreign(foreign: list[Tensor], unused: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from gradsketch.errors import InputError
 from gradsketch.gradients.per_example.rules import coupled
 from gradsketch.stand_ins import read_instead
 
-__all__ = ["differentiating"]
+__all__ = ["differentiating", "reentrant"]
 
 
 @contextmanager
@@ -69,8 +69,13 @@ def _faults_named() -> Iterator[None]:
             ) from error
         if "use_reentrant=True" not in str(error):
             raise
-        raise InputError(
-            "a model that checkpoints activations with use_reentrant=True",
-            "checkpoints that know torch.autograd.grad",
-            'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
-        ) from error
+        raise reentrant() from error
+
+
+def reentrant() -> InputError:
+    """Return the error for checkpoints of the old kind, whose parameters no graph shows."""
+    return InputError(
+        "a model that checkpoints activations with use_reentrant=True",
+        "checkpoints that know torch.autograd.grad",
+        'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
+    )

@@ -14,24 +14,23 @@ from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["gradients_by_loop", "gradients_by_vmap", "implicit_sketches", "strided"]
+__all__ = ["accumulated", "gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
 
 Gradients = dict[str, Tensor]
 _CHUNK_BYTES = 1 << 28
 
 
 def gradients_by_loop(
-    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], *, whole: bool = False
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[int, Gradients]]:
     """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone.
 
-    ``whole`` runs whole backward passes and reads ``.grad``, which reversible layers fill by backward passes of their
-    own; otherwise only what the chosen tensors need is run. Call it where ``.grad`` is set aside.
+    Call it where ``.grad`` is set aside.
     """
     for position in range(batch_length(batch)):
-        loss = task.losses(model, batch_slice(batch, position, position + 1)).sum()
-        parts = (_accumulated if whole else _gradients)(loss, list(tensors.values()))
-        yield position, {name: part[None] for name, part in zip(tensors, parts, strict=True)}
+        losses = task.losses(model, batch_slice(batch, position, position + 1))
+        parts = accumulated(losses, torch.ones_like(losses), tensors)
+        yield position, {name: part[None] for name, part in parts.items()}
 
 
 def gradients_by_vmap(
@@ -70,7 +69,7 @@ def implicit_sketches(
             for (name, tensor), step in zip(tensors.items(), steps, strict=True)
         }
         losses = torch.func.functional_call(runner, moved, (batch_slice(batch, position, position + 1),))
-        yield position, _gradients(losses.sum(), [w])[0][None]
+        yield position, accumulated(losses, torch.ones_like(losses), {"w": w})["w"][None]
 
 
 class _Runner(nn.Module):
@@ -84,26 +83,22 @@ class _Runner(nn.Module):
         return self.task.losses(self.model, batch)
 
 
-def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    if not loss.requires_grad:
-        return [torch.zeros_like(t) for t in tensors]
-    parts = torch.autograd.grad(loss, tensors, allow_unused=True)
-    return [
-        torch.zeros_like(t) if part is None else strided(part.detach()) for t, part in zip(tensors, parts, strict=True)
-    ]
+def accumulated(losses: Tensor, weights: Tensor, tensors: Mapping[str, Tensor], *, keep: bool = False) -> Gradients:
+    """Return the gradients of Σ weight · loss that a backward pass leaves in ``.grad``, and leave nothing there.
 
-
-def _accumulated(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Return what a backward pass leaves in ``.grad``, and leave nothing there."""
-    for tensor in tensors:
+    Reversible layers fill ``.grad`` by backward passes of their own, of which ``torch.autograd.grad`` returns nothing.
+    Call it where ``.grad`` is set aside; ``keep`` the graph if it is still wanted.
+    """
+    for tensor in tensors.values():
         tensor.grad = None
-    loss.backward()
-    parts = [torch.zeros_like(t) if t.grad is None else strided(t.grad) for t in tensors]
-    for tensor in tensors:
+    if losses.requires_grad:
+        losses.backward(weights, retain_graph=keep)
+    parts = {name: torch.zeros_like(t) if t.grad is None else _strided(t.grad) for name, t in tensors.items()}
+    for tensor in tensors.values():
         tensor.grad = None
     return parts
 
 
-def strided(gradient: Tensor) -> Tensor:
+def _strided(gradient: Tensor) -> Tensor:
     """Return a gradient that may be sparse, as embeddings can have them, as an ordinary tensor."""
     return gradient.to_dense() if gradient.layout is not torch.strided else gradient

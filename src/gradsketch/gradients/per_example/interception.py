@@ -20,7 +20,7 @@ from gradsketch.gradients.per_example.owners import Grouping, InOrder, Measured,
 from gradsketch.gradients.per_example.provenance import SHARED, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "leaves_of"]
+__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "nodes_outside_rules"]
 
 # A parameter, or a tensor made of parameters alone; what it gets; and which examples that is for (None: all).
 Report = tuple[Tensor, Contribution] | tuple[Tensor, Contribution, slice]
@@ -65,7 +65,7 @@ class Interception(TorchFunctionMode):
 
     A rule calls the function with the parameter behind a *gate*, which changes nothing, and has the result *watched* by
     a node of the graph. When the backward pass that ``backward`` started reaches that node, the rule's contributions go
-    to ``consume``. A use that no rule knows has no gate, so ``leaves_of`` finds its parameters. Everything
+    to ``consume``. A use that no rule knows has no gate, so ``nodes_outside_rules`` finds its parameters. Everything
     stays in autograd's own graph, hence in-place operations, backward passes inside the loss, checkpoints and offloaded
     activations are autograd's business, and the parameters' ordinary gradients can still be asked of the same graph.
 
@@ -122,7 +122,7 @@ class Interception(TorchFunctionMode):
             self.dtype = coarser(self.dtype, result.dtype)
         if id(result) in self._derived:
             self.provenance.place(result, SHARED)
-        elif result is self._placed:
+        elif result is not None and result is self._placed:
             self._placed = None
         elif func not in self.transparent:
             self.provenance.follow(func, args, kwargs, result)
@@ -131,6 +131,8 @@ class Interception(TorchFunctionMode):
     def _rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply the function's own rule, or the one for all functions, where the arguments are those it takes."""
         rule = self.rules.get(func, self.rules[None])
+        if any(tensor.is_complex() for tensor in tensors_in((*args, *kwargs.values()))):
+            return NotImplemented  # rules multiply real numbers
         try:
             return rule(self, func, *args, **kwargs)
         except TypeError:
@@ -438,23 +440,17 @@ def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return max(both, key=lambda dtype: torch.finfo(dtype).eps, default=one)
 
 
-def leaves_of(losses: Tensor) -> tuple[list[Tensor], bool]:
-    """Return the leaves of a graph reached on a way without a gate, and whether it has nodes of the user's own.
-
-    Such a node may run a backward pass inside its own, and leave gradients that no edge of this graph shows.
-    """
-    gate, ours = _Gate._backward_cls, (_Watch._backward_cls, _Root._backward_cls)
-    todo, seen, leaves, opaque = [losses.grad_fn], set(), [], False
+def nodes_outside_rules(losses: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the losses' graph that are reached on a way without a gate."""
+    gate = _Gate._backward_cls
+    todo, seen = [losses.grad_fn], set()
     while todo:
         node = todo.pop()
         if node is None or node in seen or isinstance(node, gate):
             continue
         seen.add(node)
-        opaque |= isinstance(node, torch.autograd.function.BackwardCFunction) and not isinstance(node, ours)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        yield node
         todo.extend(parent for parent, _ in node.next_functions)
-    return leaves, opaque
 
 
 def _as_is(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:

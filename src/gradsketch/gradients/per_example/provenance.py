@@ -86,10 +86,11 @@ class Provenance:
         name = function_name(func)
         return name in _ELEMENTWISE or (name in _HANDLERS and name not in _RESHAPES)
 
-    def cuts_alike(self, func: Any) -> bool:
-        """Whether operands that count examples do so in the dim in which the result does, counted from the right."""
+    def cuts_alike(self, func: Any, place: int) -> bool:
+        """Whether operands that count examples do so where the result does, at ``place``, counted from the right."""
         name = function_name(func)
-        return name in _ELEMENTWISE or _HANDLERS.get(name) in (_product, _first_dim)
+        product = _HANDLERS.get(name) is _product or name == "scaled_dot_product_attention"
+        return name in _ELEMENTWISE or (product and place <= -3)
 
     def place(self, tensor: Tensor, axis: Axis) -> None:
         """Note which dim of a tensor counts the examples."""

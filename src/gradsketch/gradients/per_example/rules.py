@@ -30,7 +30,7 @@ Reports = Iterator[Report]
 def _linear(tap: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if weight.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return NotImplemented
-    flat = func(input.reshape(-1, input.shape[-1]), tap.gate(weight), tap.gate(bias))
+    flat = func(input.flatten(0, -2), tap.gate(weight), tap.gate(bias))
     return _product(tap, flat, input, weight, bias, transposed=False)
 
 
@@ -46,7 +46,7 @@ def _matmul(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
         return _bmm(tap, func, input, other)
     if not tap.chosen(other) or other.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return _replay(tap, func, input, other)
-    flat = torch.mm(input.reshape(-1, input.shape[-1]), tap.gate(other))
+    flat = torch.mm(input.flatten(0, -2), tap.gate(other))
     return _product(tap, flat, input, other, None, transposed=True)
 
 
@@ -399,12 +399,15 @@ def _elementwise(first: Entries, second: Entries, keeps: bool) -> Rule:
         axis = _axis_of(tap, func, (input, other), options, result)
         shape, leading = _aligned(parameter.shape, result.ndim, axis)
         own = axis == 0 and shape[:1] == [result.shape[0]] and tap.examples > 1  # one entry per example, or more
-        if leading < 1 and not own:
+        if leading < 1 and not own and tap.examples > 1:
             return NotImplemented
         whole = result.shape
 
         def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
             given = entries(wide(gradient), wide(kept[0]) if kept else gradient, wide(parameter.detach())) * factor
+            if tap.examples == 1:  # whatever dims there are, all of them are this example's
+                yield parameter, Direct(given.expand(whole).sum_to_size(parameter.shape)[None])
+                return
             if own:
                 alike = [dim for dim, size in enumerate(shape) if size == 1]
                 given = given.expand(whole).sum(alike, keepdim=True) if alike else given.expand(whole)
@@ -537,7 +540,7 @@ def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result
         letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
         return letters.find(right[axis])
     place = axis - result.ndim
-    alike = tap.provenance.cuts_alike(func) and tensor.ndim >= -place and result.shape[axis] > 1
+    alike = tap.provenance.cuts_alike(func, place) and tensor.ndim >= -place and result.shape[axis] > 1
     return tensor.ndim + place if alike and tensor.shape[place] == result.shape[axis] else SHARED
 
 

@@ -92,7 +92,7 @@ class GradientSketcher:
         self.task, self.sketch = as_task(task), sketch
         self.method, self.on_non_finite = method, on_non_finite
         self._tensors = _tensors_of(self.model, sketch, parameters)
-        self._capture = Capture(self.model, self.task, self._tensors, "loop" if method == "implicit" else method)
+        self._capture = Capture(self.model, self.task, self._tensors, method)
 
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
@@ -116,6 +116,7 @@ class GradientSketcher:
     def _sketch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         b = batch_length(batch)
         if self.method == "implicit":
+            self._capture.heed_hooks()
             rows = [s for _, s in implicit_sketches(self.model, self.task, batch, self._tensors, self.sketch)]
             return torch.cat(rows), self._capture.losses(batch).detach()
         if isinstance(self.sketch, BlockSum):
