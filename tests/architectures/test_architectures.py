@@ -31,7 +31,7 @@ vision/segformer-classes vision/swin-classes vision/swinv2-classes vision/vit-cl
 speech/audio-spectrogram-transformer speech/hubert-symbols speech/sew-d-classes speech/wav2vec2-classes
 speech/wav2vec2-conformer-classes speech/wavlm-classes speech/whisper multimodal/clip multimodal/clipseg
 multimodal/llava multimodal/paligemma multimodal/siglip multimodal/qwen2_vl multimodal/git vision/cvt-classes
-vision/dinov3_vit-bare vision/levit-classes vision/pixtral-bare vision/vjepa2-bare
+vision/dinov3_vit-bare vision/levit-classes vision/vjepa2-bare
 """.split()
 
 

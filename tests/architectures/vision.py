@@ -171,7 +171,7 @@ _BARE: dict[str, tuple[Batches, dict[str, Any]]] = {
     **dict.fromkeys(
         (
             "aimv2_vision_model chinese_clip_vision_model clip_vision_model dinov3_vit dpt internvl_vision "
-            "mlcd_vision_model pixio pixtral qianfan_ocr_vision sam3_vit_model sapiens2 siglip_vision_model "
+            "mlcd_vision_model pixio qianfan_ocr_vision sam3_vit_model sapiens2 siglip_vision_model "
             "tipsv2_vision_model vitdet"
         ).split(),
         (_IMAGE, {}),
