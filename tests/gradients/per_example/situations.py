@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ class Situation:
     words: str = ""  # what a refusal says
     tolerance: float = 1e-9
     methods: tuple[str, ...] = ("auto", "outer", "loop")
-    wrong: str = ""  # why the outcome is not yet what it should be
+    first: bool = True  # of the variants of a function
 
     def setting(self) -> Setting:
         """Build it: the same numbers every time."""
@@ -60,10 +60,11 @@ SITUATIONS: dict[str, Situation] = {}
 
 def _register(outcome: str, variants: Mapping[str, Any] | None, **facts: Any) -> Callable[[Any], Any]:
     def register(make: Callable[..., Setting]) -> Callable[..., Setting]:
-        for variant, value in (variants or {"": None}).items():
+        for place, (variant, value) in enumerate((variants or {"": None}).items()):
             name = make.__name__ + (f"[{variant}]" if variant else "")
             assert name not in SITUATIONS
-            SITUATIONS[name] = Situation(name, partial(make, value) if variant else make, outcome, **facts)
+            made = partial(make, value) if variant else make
+            SITUATIONS[name] = Situation(name, made, outcome, first=place == 0, **facts)
         return make
 
     return register
@@ -136,9 +137,6 @@ def mlp() -> nn.Module:
 _IN_PLACE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "mul_": lambda h, x: h.mul_(2),
     "a part of it is zeroed": lambda h, x: h[..., :1].zero_(),
-}
-_MORE_IN_PLACE: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    **_IN_PLACE,
     "relu_": lambda h, x: functional.relu_(h),
     "sigmoid_": lambda h, x: h.sigmoid_(),
     "add_ of the examples' own": lambda h, x: h.add_(x.sum(-1, keepdim=True)),
@@ -179,32 +177,41 @@ _KINDS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 class Written(nn.Module):
-    """A part whose input needs gradients and whose result is written to."""
+    """A part whose input needs gradients and whose results are written to, in one way after another."""
 
-    def __init__(self, part: nn.Module, x: Tensor, write: Callable[[Tensor, Tensor], Any]) -> None:
+    def __init__(self, part: nn.Module, x: Tensor, ways: Iterable[Callable[[Tensor, Tensor], Any]]) -> None:
         super().__init__()
         self.before = numbers(x.shape[-1]) if x.is_floating_point() else numbers(1)
-        self.part, self.write = part, write
+        self.part, self.ways = part, tuple(ways)
         for parameter in part.parameters():
             nn.init.normal_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.part(x * self.before if x.is_floating_point() else x)
-        self.write(h, x)
-        return h * self.before.sum()
+        out = []
+        for write in self.ways:
+            h = self.part(x * self.before if x.is_floating_point() else x)
+            write(h, x)
+            out.append(h)
+        return torch.stack(out, -1) * self.before.sum()
 
 
-@fast(
-    variants={f"{kind}, {way}": (kind, write) for kind in _KINDS for way, write in _IN_PLACE.items()}
-    | {
-        f"{kind}, {way}": (kind, write)
-        for kind in ("linear 2-d", "linear 3-d")
-        for way, write in _MORE_IN_PLACE.items()
-    }
-)
-def written(variant: tuple[str, Callable[[Tensor, Tensor], Any]]) -> Setting:
-    part, x = _KINDS[variant[0]]()
-    return Setting(Written(part, x, variant[1]).eval(), waves, {"x": x})
+@fast(variants=_KINDS)
+def written(kind: Callable[[], tuple[nn.Module, Tensor]]) -> Setting:
+    part, x = kind()
+    ways = _IN_PLACE["mul_"], _IN_PLACE["a part of it is zeroed"]
+    return Setting(Written(part, x, ways).eval(), waves, {"x": x})
+
+
+@fast(variants=_IN_PLACE)
+def written_in_ways(way: Callable[[Tensor, Tensor], Any]) -> Setting:
+    part, x = _KINDS["linear 3-d"]()
+    return Setting(Written(part, x, [way]).eval(), waves, {"x": x})
+
+
+@fast(variants=_IN_PLACE)
+def written_in_ways_where_there_is_one_token(way: Callable[[Tensor, Tensor], Any]) -> Setting:
+    part, x = _KINDS["linear 2-d"]()
+    return Setting(Written(part, x, [way]).eval(), waves, {"x": x})
 
 
 @fast()

@@ -118,7 +118,9 @@ class Capture:
             InputError: an example depends on its batch mates, or gradients that cannot be had.
         """
         self.heed_hooks()
-        if self._known.slow:
+        if self._known.exact and self.method == "auto":
+            self._warn_of_exact()
+        elif self._known.slow:
             self._warn_of_slow(self._known.slow)
         if self.method in ("auto", "outer"):
             for _ in range(len(self.tensors) + 3):
@@ -336,10 +338,13 @@ class Capture:
         if self.method == "outer":
             raise InputError(reason, "a loss that method='outer' can follow", "Type method='auto'")
         self._known.exact = reason
-        self._warn_once(
-            f"{reason}: the gradients of all parameters are formed one example after another (exact, slower)"
-        )
+        self._warn_of_exact()
         raise _TryAgainError
+
+    def _warn_of_exact(self) -> None:
+        self._warn_once(
+            f"{self._known.exact}: the gradients of all parameters are formed one example after another (exact, slower)"
+        )
 
     def _warn_once(self, text: str) -> None:
         if text not in self._told:
