@@ -43,7 +43,8 @@ def _cases() -> list[object]:
 def test_gradients_are_right_or_refused(name):
     [found] = survey([ALL[name]])
     assert found.outcome == expected(name), found
-    assert (found.fast_share >= FAST) == (name not in SLOW or name in REFUSED), found
+    if name not in REFUSED:  # how fast a refusal would be says nothing
+        assert (found.fast_share >= FAST) == (name not in SLOW), found
 
 
 def expected(name: str) -> str:

@@ -111,6 +111,7 @@ def test_batches_of_any_size_and_order_are_exact(situation):
 
 
 @first_variants
+@pytest.mark.usefixtures("_said")
 def test_formed_gradients_and_inner_products_are_exact(situation):
     setting, sketcher = sketcher_of(situation, flat)
     want = gradients(situation.name)

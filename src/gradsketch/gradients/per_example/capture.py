@@ -31,6 +31,7 @@ from gradsketch.gradients.per_example.owners import spread_weights
 from gradsketch.gradients.per_example.provenance import Provenance
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.stand_ins import read_instead
 
 __all__ = ["SCHEDULE", "Capture", "Schedule"]
 
@@ -294,6 +295,10 @@ class Capture:
     def _refuse_strangers(self, leaves: Iterable[Tensor], used: Collection[str]) -> None:
         own = {id(t) for t in (*self.model.parameters(), *self.tensors.values())}
         foreign = [t for t in leaves if id(t) not in own]
+        if foreign:  # an open Subspace makes what the model reads; its own parameters are no strangers
+            makers = [reading.source.owner for reading in read_instead(self.model).values()]
+            known = {id(p) for maker in makers if isinstance(maker, nn.Module) for p in maker.parameters()}
+            foreign = [t for t in foreign if id(t) not in known]
         _refuse_foreign(foreign, {name: t for name, t in self.tensors.items() if name not in used})
 
     def _learn(self, slow: Mapping[str, str]) -> None:
