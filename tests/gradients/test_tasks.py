@@ -427,3 +427,21 @@ def _bound(model, parameters):
             return torch.func.functional_call(model, parameters, (), inputs)
 
     return Bound()
+
+
+def test_labels_are_not_written_to_by_a_model_that_moves_them_in_place():
+    class Moves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(9, 9)
+
+        def prepare_decoder_input_ids_from_labels(self, labels):
+            return labels.masked_fill_(labels == -100, 1).roll(1, -1)
+
+        def forward(self, input_ids, decoder_input_ids):
+            return self.embed(decoder_input_ids) + self.embed(input_ids).mean(1, keepdim=True)
+
+    labels = torch.tensor([[3, 4, -100], [5, 6, 7]])
+    batch = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": labels.clone()}
+    Seq2SeqLM().losses(Moves(), batch)
+    assert torch.equal(batch["labels"], labels)

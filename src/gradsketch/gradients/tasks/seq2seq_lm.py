@@ -144,7 +144,7 @@ def _shifted_right(model: nn.Module, labels: Int[Tensor, "b t"]) -> Int[Tensor, 
     shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         try:
-            shifted: Tensor = shift(labels=labels.clone())  # some models write to what they are given
+            shifted: Tensor = shift(labels=labels.clone())  # some models write to them
         except (ValueError, AssertionError, TypeError) as error:
             raise _no_start(model, str(error)) from error
         return shifted
