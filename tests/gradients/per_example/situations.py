@@ -8,9 +8,8 @@ function with ``variants`` makes one situation for each.
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -258,7 +257,9 @@ class Tokens(nn.Module):
 
 def _windows(m: Any, h: Tensor) -> Tensor:
     b, t, _ = h.shape
-    return m.l(h.view(b, t // 2, 2, 6).transpose(0, 1).flatten(0, 1)).view(t // 2, b, 2, 6).transpose(0, 1).flatten(1, 2)
+    return (
+        m.l(h.view(b, t // 2, 2, 6).transpose(0, 1).flatten(0, 1)).view(t // 2, b, 2, 6).transpose(0, 1).flatten(1, 2)
+    )
 
 
 _ORDERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -296,6 +297,7 @@ _ORDERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a diagonal": lambda m, h: m.l(torch.diag_embed(h).sum(-1)),
     "masked and scattered back": lambda m, h: _masked(m, h),
     "index_select": lambda m, h: m.l(h.index_select(0, torch.arange(len(h)).flip(0))).flip(0),
+    "a part of it swapped in place": lambda m, h: _swap_a_part(m.l(_swap_a_part(h) * m.l.bias)),
     "swapped in place": lambda m, h: _swap(m.l(_swap(h))),
     "swapped in place, by copy_": lambda m, h: _copied_back(m.l(_copied_back(h))),
     "gather": lambda m, h: m.l(h.gather(1, torch.zeros_like(h[:, :2], dtype=torch.long))).repeat(1, 2, 1),
@@ -304,7 +306,9 @@ _ORDERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "sorted within each feature": lambda m, h: m.l(h.sort(1).values),
     "padded and cut": lambda m, h: m.l(functional.pad(h, (0, 0, 1, 2)))[:, 1:-2],
     "unfolded": lambda m, h: m.l(h.unfold(1, 2, 2).mT.flatten(1, 2)),
-    "complex and back": lambda m, h: m.l(torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (3, 2)))).flatten(-2)),
+    "complex and back": lambda m, h: m.l(
+        torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (3, 2)))).flatten(-2)
+    ),
     "Fourier": lambda m, h: m.l(torch.fft.fft(h, dim=1).real),
     "numbers of the batch only": lambda m, h: m.l(h) * (1 + len(h) * 0),
 }
@@ -333,6 +337,12 @@ def _swap(h: Tensor) -> Tensor:
     return h
 
 
+def _swap_a_part(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[:, 0] = h[:, 0].flip(0)
+    return out
+
+
 def _copied_back(h: Tensor) -> Tensor:
     out = torch.empty_like(h)
     return out.copy_(h.flip(0))
@@ -350,7 +360,12 @@ def ordered(hidden: Callable[[Any, Tensor], Tensor]) -> Setting:
     return Setting(Tokens(hidden), tokens, {"x": ids(5, 4), "y": ids(5, 4)})
 
 
-@fast(variants={name: _ORDERS[name] for name in ("merged", "time first", "time first, merged", "windows, first of all examples first")})
+@fast(
+    variants={
+        name: _ORDERS[name]
+        for name in ("merged", "time first", "time first, merged", "windows, first of all examples first")
+    }
+)
 def as_many_tokens_as_examples(hidden: Callable[[Any, Tensor], Tensor]) -> Setting:
     return Setting(Tokens(hidden), tokens, {"x": ids(6, 6), "y": ids(6, 6)})
 
@@ -442,7 +457,14 @@ class Experts(nn.Module):
         return self.o(h + out.view_as(h))
 
 
-@fast(variants={"1 of 4": (4, 1, False), "2 of 2": (2, 2, False), "2 of 4": (4, 2, False), "2 of 4, stacked": (4, 2, True)})
+@fast(
+    variants={
+        "1 of 4": (4, 1, False),
+        "2 of 2": (2, 2, False),
+        "2 of 4": (4, 2, False),
+        "2 of 4, stacked": (4, 2, True),
+    }
+)
 def routes_tokens_to_experts(variant: tuple[int, int, bool]) -> Setting:
     count, each, stacked = variant
     return Setting(Experts(count, each, stacked=stacked), tokens, {"x": ids(6, 4), "y": ids(6, 4)})
@@ -523,7 +545,9 @@ def packed_into_one_row() -> Setting:
 
 @fast()
 def a_batch_in_front_of_the_batch() -> Setting:
-    return setting(lambda m, x: m.b(torch.tanh(m.a(x[None])))[-1], torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    return setting(
+        lambda m, x: m.b(torch.tanh(m.a(x[None])))[-1], torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2)
+    )
 
 
 @fast()
@@ -552,9 +576,7 @@ def heads_beside_the_examples() -> Setting:
 
     def forward(m: Any, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = (
-            p.view(b, t, 2, 3).transpose(1, 2).reshape(b * 2, t, 3) for p in m.qkv(x).chunk(3, -1)
-        )
+        q, k, v = (p.view(b, t, 2, 3).transpose(1, 2).reshape(b * 2, t, 3) for p in m.qkv(x).chunk(3, -1))
         out = torch.bmm(torch.baddbmm(m.shift.expand(b * 2, t, t), q, k.mT).softmax(-1), v)
         return m.o(out.view(b, 2, t, 3).transpose(1, 2).reshape(b, t, 6))
 
@@ -764,7 +786,7 @@ def a_constant_goes_through_a_layer() -> Setting:
     return setting(forward, torch.randn(5, 3, 6), l=nn.Linear(6, 6), o=nn.Linear(6, 2))
 
 
-@slow("table")
+@slow("table", methods=("auto", "loop"))
 def a_table_kept_from_the_first_forward_pass() -> Setting:
     """Once a forward pass has kept a tensor made of parameters, no later pass makes it again."""
 
@@ -901,7 +923,8 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "one on top of the other": (lambda m, x: x @ torch.vstack([m.a, m.b]).T, {"a": (2, 4), "b": (3, 4)}),
     "block diagonal": (lambda m, x: x @ torch.block_diag(m.a, m.b), {"a": (2, 2), "b": (2, 3)}),
     "concatenated with a constant": (
-        lambda m, x: functional.linear(x, torch.cat([m.a, x.new_ones(2, 4)])), {"a": (2, 4)}
+        lambda m, x: functional.linear(x, torch.cat([m.a, x.new_ones(2, 4)])),
+        {"a": (2, 4)},
     ),
     "product of two": (lambda m, x: functional.linear(x, m.a @ m.b), {"a": (3, 2), "b": (2, 4)}),
     "kron of two": (lambda m, x: x @ torch.kron(m.a, m.b), {"a": (2, 2), "b": (2, 3)}),
@@ -911,7 +934,10 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "matrix exponential": (lambda m, x: x @ torch.matrix_exp(m.a), {"a": (4, 4)}),
     "expanded by name": (lambda m, x: x.exp() + m.a.expand(size=(len(x), 4)), {"a": (1, 4)}),
     "repeated": (lambda m, x: x.exp() + m.a.repeat(len(x), 2), {"a": (1, 2)}),
-    "repeated twice as often": (lambda m, x: x.exp().repeat(2, 1).mul(m.a.repeat(2 * len(x), 1)).view(2, -1, 4).sum(0), {"a": (1, 4)}),
+    "repeated twice as often": (
+        lambda m, x: x.exp().repeat(2, 1).mul(m.a.repeat(2 * len(x), 1)).view(2, -1, 4).sum(0),
+        {"a": (1, 4)},
+    ),
     "expand_as": (lambda m, x: x.exp() * m.a.expand_as(x), {"a": (1, 4)}),
     "one entry for each example, averaged": (lambda m, x: x.exp() + m.a.mean(0), {"a": (5, 4)}),
     "rounded": (lambda m, x: functional.linear(x, m.a + (m.a.round() - m.a).detach()), {"a": (3, 4)}),
@@ -926,18 +952,18 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "kernel": (lambda m, x: (x[:, None] - m.a[None]).square().sum(-1).neg().exp(), {"a": (3, 4)}),
     "cosine similarity": (lambda m, x: functional.cosine_similarity(x[:, None], m.a[None], dim=-1), {"a": (3, 4)}),
     "layer norm by hand": (
-        lambda m, x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * m.a + m.b, {"a": (4,), "b": (4,)}
+        lambda m, x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * m.a + m.b,
+        {"a": (4,), "b": (4,)},
     ),
     "a row for each pair": (lambda m, x: (x[:, None, :] * m.a[None, :, :]).sum(-1), {"a": (3, 4)}),
     "in front of the batch": (lambda m, x: (m.a[:, None] * x[None]).sum(0), {"a": (3, 4)}),
     "view_as_complex": (
-        lambda m, x: torch.view_as_real(torch.fft.fft(x, dim=1) * torch.view_as_complex(m.a)), {"a": (4, 2)}
+        lambda m, x: torch.view_as_real(torch.fft.fft(x, dim=1) * torch.view_as_complex(m.a)),
+        {"a": (4, 2)},
     ),
     "cumulated": (lambda m, x: x * m.a.cumsum(0), {"a": (4,)}),
     "sorted": (lambda m, x: x * m.a.sort().values, {"a": (4,)}),
-    "interpolated": (
-        lambda m, x: x + functional.interpolate(m.a[None], size=4, mode="linear")[0, 0], {"a": (1, 3)}
-    ),
+    "interpolated": (lambda m, x: x + functional.interpolate(m.a[None], size=4, mode="linear")[0, 0], {"a": (1, 3)}),
     "flipped": (lambda m, x: functional.linear(x, m.a.flip(0)), {"a": (3, 4)}),
     "set into zeros": (lambda m, x: functional.linear(x, _set_into(m, x)), {"a": (2, 4)}),
 }
@@ -1179,7 +1205,9 @@ def _encoder(**options: Any) -> nn.Module:
 
 
 def _padded(m: Any, batch: Any) -> Tensor:
-    return functional.cross_entropy(m.o(m.e(batch["x"], src_key_padding_mask=batch["m"]).mean(1)), batch["y"], reduction="none")
+    return functional.cross_entropy(
+        m.o(m.e(batch["x"], src_key_padding_mask=batch["m"]).mean(1)), batch["y"], reduction="none"
+    )
 
 
 @fast(variants={"norm first": {"norm_first": True}, "gelu": {"activation": "gelu"}, "plain": {}})
@@ -1210,7 +1238,14 @@ def torch_decoder() -> Setting:
     return setting(lambda m, x: m.o(m.d(x, x[:, :3])), torch.randn(5, 6, 4), d=decoder, o=nn.Linear(4, 3))
 
 
-@fast(variants={"plain": {}, "padding 0": {"padding_idx": 0}, "padding -1": {"padding_idx": -1}, "sparse": {"sparse": True}})
+@fast(
+    variants={
+        "plain": {},
+        "padding 0": {"padding_idx": 0},
+        "padding -1": {"padding_idx": -1},
+        "sparse": {"sparse": True},
+    }
+)
 def embeddings(options: dict[str, Any]) -> Setting:
     x = ids(5, 6)
     x[:, 1] = x[:, 0]
@@ -1321,6 +1356,11 @@ def a_hook_on_a_parameter(hook: Callable[[Tensor], Tensor]) -> Setting:
     model = mlp()
     model[0].weight.register_hook(hook)
     return Setting(model, waves, {"x": torch.randn(5, 3)})
+
+
+@refused("a hook on the parameter", methods=("outer", "vmap", "implicit"))
+def a_hook_on_a_parameter_that_a_method_would_ignore() -> Setting:
+    return a_hook_on_a_parameter(lambda g: g * 3)
 
 
 @fast()
@@ -1442,7 +1482,9 @@ class Product(torch.autograd.Function):
 
 @slow("a")
 def a_function_that_uses_a_parameter() -> Setting:
-    return setting(lambda m, x: m.o(Product.apply(x, m.a).tanh()), torch.randn(5, 4), a=numbers(5, 4), o=nn.Linear(5, 3))
+    return setting(
+        lambda m, x: m.o(Product.apply(x, m.a).tanh()), torch.randn(5, 4), a=numbers(5, 4), o=nn.Linear(5, 3)
+    )
 
 
 class Reversed(torch.autograd.Function):
@@ -1459,7 +1501,9 @@ class Reversed(torch.autograd.Function):
 
 @fast()
 def a_function_that_turns_gradients_round() -> Setting:
-    return setting(lambda m, x: m.b(Reversed.apply(m.a(x)).tanh()), torch.randn(5, 4), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    return setting(
+        lambda m, x: m.b(Reversed.apply(m.a(x)).tanh()), torch.randn(5, 4), a=nn.Linear(4, 5), b=nn.Linear(5, 3)
+    )
 
 
 class Reversible(torch.autograd.Function):
@@ -1561,7 +1605,13 @@ def _selectively(m: Any, x: Tensor) -> Tensor:
 
 @slow("*")
 def checkpointed_selectively() -> Setting:
-    return setting(lambda m, x: m.o(_selectively(m, m.i(x))), torch.randn(5, 4), i=nn.Linear(4, 4), a=nn.Linear(4, 5), o=nn.Linear(5, 3))
+    return setting(
+        lambda m, x: m.o(_selectively(m, m.i(x))),
+        torch.randn(5, 4),
+        i=nn.Linear(4, 4),
+        a=nn.Linear(4, 5),
+        o=nn.Linear(5, 3),
+    )
 
 
 @refused("use_reentrant=True", methods=("auto", "outer"))
@@ -1622,7 +1672,9 @@ def a_compiled_forward_method() -> Setting:
 @fast()
 def a_compiled_function() -> Setting:
     function = torch.compile(lambda x, w, b: torch.tanh(functional.linear(x, w, b)), backend="eager")
-    return setting(lambda m, x: m.b(function(x, m.a.weight, m.a.bias)), torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    return setting(
+        lambda m, x: m.b(function(x, m.a.weight, m.a.bias)), torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2)
+    )
 
 
 # Precision.
@@ -1802,7 +1854,9 @@ def parameters_without_memory() -> Setting:
     return Setting(model, waves, {"x": torch.randn(5, 3)})
 
 
-@refused("on the meta device|not the model's own", variants={"to the cpu": "cpu", "to the disk": "disk", "of a part": "part"})
+@refused(
+    "on the meta device|not the model's own", variants={"to the cpu": "cpu", "to the disk": "disk", "of a part": "part"}
+)
 def parameters_that_are_offloaded(where: str) -> Setting:
     import accelerate
 
@@ -1851,7 +1905,9 @@ def rows_of_a_parameter_by_the_size_of_the_batch() -> Setting:
 def negatives_from_the_batch() -> Setting:
     def losses(m: Any, batch: Any) -> Tensor:
         h = functional.normalize(m(batch["x"]), dim=-1)
-        return functional.cross_entropy(h @ functional.normalize(batch["z"], dim=-1).T, torch.arange(len(h)), reduction="none")
+        return functional.cross_entropy(
+            h @ functional.normalize(batch["z"], dim=-1).T, torch.arange(len(h)), reduction="none"
+        )
 
     return Setting(mlp(), losses, {"x": torch.randn(5, 3), "z": torch.randn(5, 2)})
 
@@ -1938,19 +1994,3 @@ def a_loss_computed_beside_the_model() -> Setting:
         return (batch["x"] @ m[0].weight.T + m[0].bias).sin().sum(1)
 
     return Setting(mlp(), losses, {"x": torch.randn(5, 3)})
-
-
-# Wrappers that spread a model over processes.
-
-
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """A process group of one rank."""
-    import torch.distributed as dist
-
-    store = os.path.join(tempfile.mkdtemp(), "store")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

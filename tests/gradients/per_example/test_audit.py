@@ -112,7 +112,9 @@ BREAKS = {
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__.strip("_"))
 @pytest.mark.parametrize("audited_late", [False, True])
-def test_a_broken_capture_is_found_and_the_numbers_stay_right(model, monkeypatch, never_by_chance, break_it, audited_late):
+def test_a_broken_capture_is_found_and_the_numbers_stay_right(
+    model, monkeypatch, never_by_chance, break_it, audited_late
+):
     sketcher = sketcher_of(model)
     if audited_late:  # sound until a batch with a kind of call that is new
         sketcher(batch())

@@ -72,7 +72,9 @@ def test_a_grouping_keeps_every_row_with_its_example(examples, data):
 def test_in_order_brings_each_examples_rows_together(examples, sizes, data):
     axis = data.draw(st.integers(0, len(sizes) - 1))
     sizes[axis] *= examples
-    owner = (torch.arange(sizes[axis]) // (sizes[axis] // examples)).view([-1 if d == axis else 1 for d in range(len(sizes))])
+    owner = (torch.arange(sizes[axis]) // (sizes[axis] // examples)).view(
+        [-1 if d == axis else 1 for d in range(len(sizes))]
+    )
     rows = owner.expand(sizes)[..., None] * torch.ones(2)
     grouped = InOrder(examples, axis, len(sizes))(rows)
     assert grouped.shape[0] == examples

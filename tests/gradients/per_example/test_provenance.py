@@ -266,7 +266,7 @@ def test_no_chain_of_operations_makes_it_claim_a_dim_that_is_none(chain):
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_no_operation_alone_does(name, data):
     sizes = [EXAMPLES, *data.draw(st.lists(st.sampled_from([1, 2, 3]), max_size=2))]
