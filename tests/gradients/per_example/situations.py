@@ -8,9 +8,8 @@ function with ``variants`` makes one situation for each.
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -298,6 +297,7 @@ _ORDERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a diagonal": lambda m, h: m.l(torch.diag_embed(h).sum(-1)),
     "masked and scattered back": lambda m, h: _masked(m, h),
     "index_select": lambda m, h: m.l(h.index_select(0, torch.arange(len(h)).flip(0))).flip(0),
+    "a part of it swapped in place": lambda m, h: _swap_a_part(m.l(_swap_a_part(h) * m.l.bias)),
     "swapped in place": lambda m, h: _swap(m.l(_swap(h))),
     "swapped in place, by copy_": lambda m, h: _copied_back(m.l(_copied_back(h))),
     "gather": lambda m, h: m.l(h.gather(1, torch.zeros_like(h[:, :2], dtype=torch.long))).repeat(1, 2, 1),
@@ -335,6 +335,12 @@ def _swap(h: Tensor) -> Tensor:
     h = h.clone()
     h[torch.arange(len(h))] = h.flip(0)
     return h
+
+
+def _swap_a_part(h: Tensor) -> Tensor:
+    out = h.clone()
+    out[:, 0] = h[:, 0].flip(0)
+    return out
 
 
 def _copied_back(h: Tensor) -> Tensor:
@@ -780,7 +786,7 @@ def a_constant_goes_through_a_layer() -> Setting:
     return setting(forward, torch.randn(5, 3, 6), l=nn.Linear(6, 6), o=nn.Linear(6, 2))
 
 
-@slow("table")
+@slow("table", methods=("auto", "loop"))
 def a_table_kept_from_the_first_forward_pass() -> Setting:
     """Once a forward pass has kept a tensor made of parameters, no later pass makes it again."""
 
@@ -1350,6 +1356,11 @@ def a_hook_on_a_parameter(hook: Callable[[Tensor], Tensor]) -> Setting:
     model = mlp()
     model[0].weight.register_hook(hook)
     return Setting(model, waves, {"x": torch.randn(5, 3)})
+
+
+@refused("a hook on the parameter", methods=("outer", "vmap", "implicit"))
+def a_hook_on_a_parameter_that_a_method_would_ignore() -> Setting:
+    return a_hook_on_a_parameter(lambda g: g * 3)
 
 
 @fast()
@@ -1983,19 +1994,3 @@ def a_loss_computed_beside_the_model() -> Setting:
         return (batch["x"] @ m[0].weight.T + m[0].bias).sin().sum(1)
 
     return Setting(mlp(), losses, {"x": torch.randn(5, 3)})
-
-
-# Wrappers that spread a model over processes.
-
-
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """A process group of one rank."""
-    import torch.distributed as dist
-
-    store = os.path.join(tempfile.mkdtemp(), "store")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

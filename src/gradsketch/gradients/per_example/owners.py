@@ -79,9 +79,12 @@ class Measured(Grouping):
 def spread_weights(losses: Float[Tensor, " b"], dtype: torch.dtype) -> Float[Tensor, " b"]:
     """Return weights for the losses whose ratios stay apart under the rounding of ``dtype``."""
     step = 1 + 4 * _tolerance(dtype)
-    powers = torch.arange(len(losses), dtype=torch.float64) - len(losses) / 2
+    generator = torch.Generator().manual_seed(0)
+    # Unevenly, so that the mean of two or of all is nobody's.
+    uneven = torch.rand(len(losses), generator=generator, dtype=torch.float64) / 2
+    powers = torch.arange(len(losses), dtype=torch.float64) - len(losses) / 2 + uneven
     weights = torch.tensor(step, dtype=torch.float64) ** powers
-    order = torch.randperm(len(losses), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(losses), generator=generator)
     return weights[order].to(losses)
 
 
@@ -102,7 +105,8 @@ def owners_of(
     Raises:
         MixedError: a row belongs to several examples.
     """
-    tolerance = _tolerance(dtype)
+    # Far less than what sets weights apart, or a small part of another example's gradient would go unseen.
+    tolerance = min(_tolerance(dtype), max(_tolerance(dtype) / 16, 8 * torch.finfo(dtype).eps))
     size = plain.norm(dim=1)
     reached = size > size.max() * torch.finfo(dtype).eps * 4 if len(size) else size > 0
     ratio = (weighted * plain).sum(1) / plain.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)

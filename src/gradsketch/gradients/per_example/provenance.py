@@ -108,8 +108,8 @@ class Provenance:
     def _wrote(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A tensor was written to: through a view, or in a way that is not followed, nobody knows any more."""
         target, before = args[0], self.axis(args[0])
-        others = [t for t in tensors_in((*args[1:], *kwargs.values())) if self.axis(t) != SHARED and t.numel() > 1]
-        if not others or (name == "setitem" and before >= 0 and _keeps(args[1], before)):
+        others = [t for t in tensors_in((*args[1:], *kwargs.values())) if self.axis(t) != SHARED]
+        if not others or (name == "setitem" and before >= 0 and self._keeps(target, args[1], args[2], before)):
             return
         after = UNKNOWN
         if name in _ELEMENTWISE:
@@ -166,13 +166,21 @@ class Provenance:
         except (RuntimeError, TypeError, IndexError):
             return UNKNOWN
 
+    def _keeps(self, target: Tensor, index: Any, value: Any, axis: Axis) -> bool:
+        """Whether writing a value to these places leaves every entry of the dim of examples with its example."""
+        if not _is_whole(index, axis):
+            return False
+        place = self._view(Tensor.__getitem__, (target, index), {}, 0, 1) - target[index].ndim
+        own = self.axis(value) if isinstance(value, Tensor) else SHARED
+        return own == SHARED or (own >= 0 and own - value.ndim == place)
+
     def multiple(self, size: int) -> bool:
         """Whether a dim of this size can count the examples."""
         return size > 0 and size % self.examples == 0
 
 
-def _keeps(index: Any, axis: Axis) -> bool:
-    """Whether writing to these places leaves every entry of the dim of examples with its example."""
+def _is_whole(index: Any, axis: Axis) -> bool:
+    """Whether places are chosen by numbers along other dims than that of the examples."""
     places = index if isinstance(index, tuple) else (index,)
     plain = not any(isinstance(i, Tensor | list) or i is None or i is Ellipsis for i in places[: axis + 1])
     return plain and len(places) > axis and _is_full(places[axis]) and not any(isinstance(i, Tensor) for i in places)
@@ -308,6 +316,13 @@ def _reshaped(self: Provenance, name: str, args: Any, kwargs: Any, relevant: lis
             return dim if exact else UNKNOWN
         seen *= size
     return UNKNOWN
+
+
+def _padded(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Padding of other dims; of this one, what is cut at one side may be added at the other."""
+    axis = _same_dim(self, name, args, kwargs, relevant, result)
+    sides = args[1] if len(args) > 1 else kwargs.get("pad", ())
+    return axis if axis >= 0 and not any(sides[2 * (result.ndim - 1 - axis) :][:2]) else UNKNOWN
 
 
 def _joined(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
@@ -453,7 +468,7 @@ _HANDLERS: dict[str, Callable[..., Axis]] = {
     "einsum": _einsum,
     **dict.fromkeys(("gather", "take_along_dim"), _gathered),
     "embedding": _selected,
-    **dict.fromkeys(("pad", "constant_pad_nd"), _same_dim),  # padding along the dim would change its size
+    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
     **dict.fromkeys(
         _words("""scaled_dot_product_attention conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     batch_norm group_norm instance_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d

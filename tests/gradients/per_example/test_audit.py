@@ -1,0 +1,207 @@
+"""Whatever breaks the capture, the audit finds it: the parameters go to the exact path and the numbers stay right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import gradsketch as gs
+from gradsketch.errors import GradsketchWarning
+from gradsketch.gradients.per_example import capture, provenance, rules
+from gradsketch.gradients.per_example.capture import Capture, Schedule
+from gradsketch.gradients.per_example.interception import Interception
+from gradsketch.gradients.per_example.owners import InOrder, Measured
+
+
+class Turned(nn.Module):
+    """An embedding, a norm, a layer, and a head over the batch in another order; long rows have a layer more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.n, self.l, self.o = nn.Embedding(7, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 7)
+        self.more = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.l(self.n(self.e(x)))
+        if x.shape[1] > 4:
+            h = h + self.more(h)
+        return self.o(h.tanh().flip(0)).flip(0)
+
+
+def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch["x"]).mT, batch["y"], reduction="none").sum(1)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Turned().double()
+
+
+@pytest.fixture
+def never_by_chance(monkeypatch):
+    monkeypatch.setattr(capture, "SCHEDULE", Schedule(share=0.0))
+
+
+def batch(tokens: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randint(0, 7, (5, tokens), generator=generator) for name in "xy"}
+
+
+def sketcher_of(model: nn.Module) -> gs.GradientSketcher:
+    return gs.GradientSketcher(model, losses, gs.BlockSum(gs.Parameters(model), 32))
+
+
+def expected(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """Sketches of gradients by autograd, one row alone at a time."""
+    parameters = gs.Parameters(model)
+    rows = []
+    for i in range(len(given["x"])):
+        alone = losses(model, {name: value[i : i + 1] for name, value in given.items()}).sum()
+        parts = torch.autograd.grad(alone, [t for _, t in parameters], allow_unused=True)
+        flat = [torch.zeros_like(t) if p is None else p for p, (_, t) in zip(parts, parameters, strict=True)]
+        rows.append(torch.cat([p.flatten() for p in flat]))
+    return gs.BlockSum(parameters, 32)(torch.stack(rows))
+
+
+def _swap_rows_in_order(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    right = InOrder.__call__
+    patch.setattr(InOrder, "__call__", lambda self, rows: right(self, rows)[[1, 0, *range(2, self.examples)]])
+
+
+def _swap_rows_measured(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    right = Measured.__call__
+    patch.setattr(Measured, "__call__", lambda self, rows: right(self, rows)[[1, 0, *range(2, self.examples)]])
+
+
+def _drop_a_contribution(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    right = Interception._consume
+
+    def dropping(self, name, contribution, examples):
+        if name != "l.bias":
+            right(self, name, contribution, examples)
+
+    patch.setattr(Interception, "_consume", dropping)
+
+
+def _ignore_a_hook(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    model.l.weight.register_hook(lambda gradient: 3 * gradient)
+    patch.setattr(Capture, "heed_hooks", lambda self: None)
+
+
+def _take_a_factor_of_two(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    right = rules.wide
+    patch.setattr(rules, "wide", lambda x: 2 * right(x))  # norms only, here
+
+
+def _believe_that_nothing_is_turned(patch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    patch.setitem(provenance._HANDLERS, "flip", provenance._same_dim)
+
+
+BREAKS = {
+    _swap_rows_in_order: {"e.weight", "n.weight", "n.bias", "l.weight", "l.bias"},
+    _swap_rows_measured: {"o.weight", "o.bias"},
+    _drop_a_contribution: {"l.bias"},
+    _ignore_a_hook: {"l.weight"},
+    _take_a_factor_of_two: {"n.weight", "n.bias"},
+    _believe_that_nothing_is_turned: {"o.weight", "o.bias"},
+}
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("audited_late", [False, True])
+def test_a_broken_capture_is_found_and_the_numbers_stay_right(
+    model, monkeypatch, never_by_chance, break_it, audited_late
+):
+    sketcher = sketcher_of(model)
+    if audited_late:  # sound until a batch with a kind of call that is new
+        sketcher(batch())
+        assert not sketcher.slow
+    break_it(monkeypatch, model)
+    given = batch(6 if audited_late else 4, seed=1)
+    with pytest.warns(GradsketchWarning, match="the audit found an error"):
+        got = sketcher(given).values
+    torch.testing.assert_close(got, expected(model, given), rtol=1e-9, atol=1e-12)
+    assert set(sketcher.slow) - {"more.weight", "more.bias"} == BREAKS[break_it]
+    again = batch(6 if audited_late else 4, seed=2)
+    torch.testing.assert_close(sketcher(again).values, expected(model, again), rtol=1e-9, atol=1e-12)
+
+
+def test_a_fault_that_comes_later_is_found_by_chance(model, monkeypatch):
+    monkeypatch.setattr(capture, "SCHEDULE", Schedule(share=1.0))
+    sketcher = sketcher_of(model)
+    sketcher(batch())
+    _drop_a_contribution(monkeypatch, model)
+    with pytest.warns(GradsketchWarning, match="l.bias .the audit found"):
+        got = sketcher(batch(seed=1)).values
+    torch.testing.assert_close(got, expected(model, batch(seed=1)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_share_of_the_batches_is_audited(model, monkeypatch):
+    monkeypatch.setattr(capture, "SCHEDULE", Schedule(share=0.3))
+    sketcher = sketcher_of(model)
+    for seed in range(40):
+        sketcher(batch(seed=seed))
+    assert sketcher.audits.batches == 40
+    assert 5 < sketcher.audits.audited < 20
+    assert sketcher.audits.largest_error < 1e-12
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Every backward pass puts an entry into it."""
+    counted: list[int] = []
+    run = torch.autograd._engine_run_backward
+
+    def counting(*args, **kwargs):
+        counted.append(1)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", counting)
+    return counted
+
+
+def count(passes: list[int], work) -> int:
+    passes.clear()
+    work()
+    return len(passes)
+
+
+def test_proofs_are_made_once_for_a_model(model, never_by_chance, passes):
+    first = sketcher_of(model)
+    # The captured pass, the measuring one for the head, and two proofs: against autograd, and of rows that are alone.
+    assert count(passes, lambda: first(batch())) == 4
+    assert count(passes, lambda: first(batch(seed=1))) == 2
+    assert count(passes, lambda: sketcher_of(model)(batch(seed=2))) == 2
+    assert count(passes, lambda: gs.gradient_gram(model, losses, batch(seed=3))) == 2
+    assert first.audits.audited == 1
+
+
+def test_a_new_kind_of_call_is_audited_again(model, never_by_chance, passes):
+    sketcher = sketcher_of(model)
+    sketcher(batch())
+    assert count(passes, lambda: sketcher(batch(tokens=6))) == 3
+    assert sketcher.audits.audited == 2
+    assert count(passes, lambda: sketcher(batch(tokens=6, seed=1))) == 2
+
+
+def test_what_decides_otherwise_is_proved_anew(model, never_by_chance):
+    assert sketcher_of(model)(batch()) is not None
+    head = gs.GradientSketcher(model, losses, gs.BlockSum(gs.Parameters(model, "o.*"), 32))
+    head(batch())
+    assert head.audits.audited == 1
+    other = gs.GradientSketcher(model, lambda m, b: losses(m, b) * 2, gs.BlockSum(gs.Parameters(model), 32))
+    other(batch())
+    assert other.audits.audited == 1
+
+
+def test_a_batch_that_is_not_finite_proves_nothing(model, never_by_chance):
+    sketcher = gs.GradientSketcher(
+        model, lambda m, b: losses(m, b) / b["w"], gs.BlockSum(gs.Parameters(model), 32), on_non_finite="skip"
+    )
+    sketcher({**batch(), "w": torch.tensor([1.0, 0, 1, 1, 1], dtype=torch.float64)})
+    assert sketcher.audits.audited == 0
+    sketcher({**batch(), "w": torch.ones(5, dtype=torch.float64)})
+    assert sketcher.audits.audited == 1
