@@ -142,6 +142,19 @@ def test_models_are_told_apart_by_every_tensor_and_mode():
     assert modes_digest(model) not in modes
 
 
+def test_a_model_open_in_a_subspace_is_known_by_what_its_modules_read():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    at_rest, parameters = model_facts(model), gs.Parameters(model)
+    with gs.Subspace(model, parameters, gs.AFFD(parameters.n, 5)) as subspace:
+        assert model_facts(model) == at_rest
+        with torch.no_grad():
+            subspace.w.fill_(0.5)
+        moved = model_facts(model)
+        assert moved != at_rest
+        subspace.merge()
+    assert model_facts(model) == moved
+
+
 def test_tasks_are_told_apart_by_options_and_code():
     tasks = [gs.Classification(), gs.Classification(max_length=5), gs.CausalLM()]
     tasks += [gs.Function(FUNCTIONS[0]), gs.Function(FUNCTIONS[1])]

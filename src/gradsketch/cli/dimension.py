@@ -146,7 +146,6 @@ def _metric(name: Metric, task: Task, test: Any) -> Any:
 
 
 def _draw(result: IntrinsicDimension, path: Path) -> None:
-
     try:
         result.plot(path)
     except InputError as error:  # no matplotlib: the numbers are there all the same

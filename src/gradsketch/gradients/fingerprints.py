@@ -19,15 +19,19 @@ from torch import Tensor, nn
 
 from gradsketch.gradients.data import Batches
 from gradsketch.gradients.tasks import Function, Task
+from gradsketch.stand_ins import read_instead
 
 __all__ = ["canonical", "code_digest", "data_facts", "digest", "model_facts", "modes_digest", "task_facts"]
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Return the model's class and a hash of all its weights and buffers, ties counted once."""
-    hashed = hashlib.sha256()
+    """Return the model's class and a hash of all its weights and buffers, ties counted once.
+
+    Of a model that is open in a Subspace the weights are those its modules read now, because these decide a number.
+    """
+    hashed, instead = hashlib.sha256(), read_instead(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        value = tensor.detach().cpu().contiguous()
+        value = (instead[name].now() if name in instead else tensor.detach()).cpu().contiguous()
         hashed.update(f"{name}{value.dtype}{list(value.shape)}".encode())
         hashed.update(value.view(-1).view(torch.uint8).numpy().data)
     return {"class": type(model).__name__, "weights": hashed.hexdigest()[:16]}
