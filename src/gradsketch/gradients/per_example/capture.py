@@ -73,6 +73,10 @@ class _TryAgainError(Exception):
     """An attempt taught something that makes the next attempt right."""
 
 
+class _ThisBatchError(Exception):
+    """One batch needs the exact path, which says nothing of others."""
+
+
 class Capture:
     """Hands every contribution to the per-example gradients of chosen parameters to a consumer, batch after batch.
 
@@ -131,6 +135,8 @@ class Capture:
                     return self._captured(batch, begin())
                 except _TryAgainError:
                     continue
+                except _ThisBatchError:
+                    break
         consume = begin()
         losses = self.losses(batch)
         _refuse_without_graph(losses, self.task)
@@ -212,6 +218,8 @@ class Capture:
             if tap.must_measure:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
             tap.backward(losses, torch.ones_like(losses))
+        if tap.unmeasurable:
+            raise _ThisBatchError
         if tap.mixed:
             self._go_slow(tap.mixed)
         slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}

@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Placed, Rows
-from gradsketch.gradients.per_example.owners import Grouping, InOrder, Measured, MixedError, owners_of, projected
+from gradsketch.gradients.per_example.owners import (
+    Grouping,
+    InOrder,
+    Measured,
+    MixedError,
+    UnmeasurableError,
+    owners_of,
+    projected,
+)
 from gradsketch.gradients.per_example.provenance import SHARED, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision
 
@@ -97,6 +105,7 @@ class Interception(TorchFunctionMode):
         self.mixed: dict[str, str] = {}
         self.seen: set[tuple[str, bool]] = set()
         self.differentiated = False
+        self.unmeasurable = False  # whether gradients that are not finite hide whose rows are whose
         self.calls: list[_Call] = []
         self.unrecorded: set[str] = set()  # parameters used where no gradient is recorded
         self.uses: dict[str, str] = {}  # of each parameter that a function outside the rules used: that function
@@ -278,6 +287,8 @@ class Interception(TorchFunctionMode):
                 rows = self._grouping(call, gradient)
                 for tensor, contribution, *which in call.contributions(rows, gradient, *kept):
                     self._report(tensor, contribution, which[0] if which else slice(None))
+            except UnmeasurableError:
+                self.unmeasurable = True
             except MixedError:
                 self.mixed.update(dict.fromkeys(call.parameters, f"{call.name} mixes examples"))
             except RuntimeError as error:

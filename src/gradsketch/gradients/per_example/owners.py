@@ -15,13 +15,28 @@ from torch import Tensor
 
 from gradsketch.linear_map import widened
 
-__all__ = ["Grouping", "InOrder", "Measured", "MixedError", "owners_of", "projected", "spread_weights"]
+__all__ = [
+    "Grouping",
+    "InOrder",
+    "Measured",
+    "MixedError",
+    "UnmeasurableError",
+    "owners_of",
+    "projected",
+    "spread_weights",
+]
 
 _DIRECTIONS = 4
+# Of the largest row, what counts as noise in the coarsest dtypes.
+_NOISE = 0.01
 
 
 class MixedError(Exception):
     """Rows of a call that several examples share."""
+
+
+class UnmeasurableError(Exception):
+    """Rows that are not finite, which tell nothing of their owner and must not be lost."""
 
 
 class Grouping(ABC):
@@ -77,12 +92,13 @@ class Measured(Grouping):
 
 
 def spread_weights(losses: Float[Tensor, " b"], dtype: torch.dtype) -> Float[Tensor, " b"]:
-    """Return weights for the losses whose ratios stay apart under the rounding of ``dtype``."""
-    step = 1 + 4 * _tolerance(dtype)
+    """Return weights for the losses whose ratios stay apart under the rounding of ``dtype``, within its range."""
+    # In float16 many examples must stand closer together, because gradients are to survive the weights at both ends.
+    step = min(1 + 4 * _tolerance(dtype), torch.finfo(dtype).max ** (0.5 / len(losses)))
     generator = torch.Generator().manual_seed(0)
     # Unevenly, so that the mean of two or of all is nobody's.
     uneven = torch.rand(len(losses), generator=generator, dtype=torch.float64) / 2
-    powers = torch.arange(len(losses), dtype=torch.float64) - len(losses) / 2 + uneven
+    powers = torch.arange(len(losses), dtype=torch.float64) + uneven
     weights = torch.tensor(step, dtype=torch.float64) ** powers
     order = torch.randperm(len(losses), generator=generator)
     return weights[order].to(losses)
@@ -104,11 +120,13 @@ def owners_of(
 
     Raises:
         MixedError: a row belongs to several examples.
+        UnmeasurableError: a row is not finite.
     """
-    # Far less than what sets weights apart, or a small part of another example's gradient would go unseen.
-    tolerance = min(_tolerance(dtype), max(_tolerance(dtype) / 16, 8 * torch.finfo(dtype).eps))
+    if not bool(torch.isfinite(plain).all()):
+        raise UnmeasurableError
+    if not bool(torch.isfinite(weighted).all()):
+        raise MixedError
     size = plain.norm(dim=1)
-    reached = size > size.max() * torch.finfo(dtype).eps * 4 if len(size) else size > 0
     ratio = (weighted * plain).sum(1) / plain.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     weights = weights.double()
     order = weights.argsort()
@@ -116,11 +134,16 @@ def owners_of(
     above, below = order[place.clamp_max(len(weights) - 1)], order[place - 1]
     owner = torch.where((ratio - weights[below]).abs() < (ratio - weights[above]).abs(), below, above)
     error = (weighted - weights[owner, None] * plain).norm(dim=1)
-    # Rows that are next to nothing are noise of the others.
-    noise = 64 * torch.finfo(dtype).eps * weights.max() * (size.max() if len(size) else 0)
-    if bool((error > tolerance * weights[owner] * size + noise)[reached].any()):
+    # Far less than what sets weights apart, or a small part of another example's gradient would go unseen.
+    tolerance = min(_tolerance(dtype), max(_tolerance(dtype) / 16, 8 * torch.finfo(dtype).eps))
+    gap = float((weights[order].diff() / weights[order[:-1]]).min()) if len(weights) > 1 else 1.0
+    fits = error <= min(tolerance, gap / 4) * weights[owner] * size
+    # What fits nobody and is next to nothing is noise of other rows. What fits is kept however small it is, because
+    # the example that it belongs to may have nothing larger.
+    noise = size <= min(64 * torch.finfo(dtype).eps, _NOISE) * (size.max() if len(size) else 0)
+    if not bool((fits | noise).all()):
         raise MixedError
-    return torch.where(reached, owner, -1)
+    return torch.where(fits & (size > 0), owner, -1)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
