@@ -73,10 +73,12 @@ class Provenance:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Note where the examples stand in a function's result."""
         name = function_name(func)
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         if args and isinstance(args[0], Tensor) and (result is args[0] or name == "setitem"):
             self._wrote(name, args, kwargs)
             return
-        results = list(tensors_in((result,)))
+        results = [t for t in tensors_in((result,)) if not any(t is a for a in tensors_in(args))]
         given = list(tensors_in((*args, *kwargs.values()))) if results else []
         for position, tensor in enumerate(results):
             self._tag(tensor, self._of_result(name, func, args, kwargs, given, tensor, position, len(results)))
@@ -108,6 +110,9 @@ class Provenance:
     def _wrote(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A tensor was written to: through a view, or in a way that is not followed, nobody knows any more."""
         target, before = args[0], self.axis(args[0])
+        if name in _VIEWS:  # transpose_ and its like turn the tensor itself
+            self._tag(target, before if before == SHARED else UNKNOWN)
+            return
         others = [t for t in tensors_in((*args[1:], *kwargs.values())) if self.axis(t) != SHARED]
         if not others or (name == "setitem" and before >= 0 and self._keeps(target, args[1], args[2], before)):
             return
@@ -149,6 +154,8 @@ class Provenance:
 
     def _view(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, count: int) -> Axis:
         """Where the dim of examples goes in a view: seen on strides that are 1 there and 0 elsewhere."""
+        if not args:
+            return UNKNOWN
         source = args[0]
         axis = self.axis(source)
         if axis < 0 or any(isinstance(a, Tensor) for a in _flat((*args[1:], *kwargs.values()))):
@@ -158,8 +165,10 @@ class Provenance:
             if key not in self._probes:
                 strides = [int(dim == axis) for dim in range(source.ndim)]
                 probe = torch.empty_strided(source.shape, strides, device="meta")
+                # Indexing by a list and im2col make copies, whose strides say nothing.
                 self._probes[key] = [
-                    _stride_one(r, source.shape[axis]) for r in tensors_in((func(probe, *args[1:], **kwargs),))
+                    _stride_one(r, source.shape[axis]) if r._is_view() else UNKNOWN
+                    for r in tensors_in((func(probe, *args[1:], **kwargs),))
                 ]
             found = self._probes[key]
             return int(found[position]) if len(found) == count else UNKNOWN
