@@ -58,7 +58,7 @@ class _Known:
 
     slow: dict[str, str] = field(default_factory=dict)  # parameters on the exact path, and why
     exact: str = ""  # why the whole loss is on the exact path
-    seen: set[tuple[str, bool]] = field(default_factory=set)  # kinds of calls that an audit has covered
+    seen: set[tuple[str, bool, bool]] = field(default_factory=set)  # kinds of calls that an audit has covered
     independent: bool = False  # a row was the same alone as in company
     audits: Audits = field(default_factory=Audits)
     may_differ: bool = False  # torch's encoder layers choose a faster kernel where nothing is intercepted

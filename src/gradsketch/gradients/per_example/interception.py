@@ -103,7 +103,7 @@ class Interception(TorchFunctionMode):
         self.examples, self.transparent = provenance.examples, transparent
         self.slow: Mapping[str, str] = {}
         self.mixed: dict[str, str] = {}
-        self.seen: set[tuple[str, bool]] = set()
+        self.seen: set[tuple[str, bool, bool]] = set()
         self.differentiated = False
         self.unmeasurable = False  # whether gradients that are not finite hide whose rows are whose
         self.calls: list[_Call] = []
@@ -124,7 +124,10 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         used = [t for t in tensors_in((*args, *kwargs.values())) if self.chosen(t)]
         if used and not torch.is_grad_enabled():
-            self.unrecorded.update(name for tensor in used for name in self._origin(tensor))
+            unrecorded = {name for tensor in used for name in self._origin(tensor)}
+            self.unrecorded |= unrecorded
+            # A function that runs a backward pass of its own may hide these uses, which an audit finds.
+            self.seen |= {(f"unrecorded({name})", False, self.examples > 1) for name in unrecorded}
             used = []
         result = self._use(func, args, kwargs, used) if used else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype is not self.dtype and result.requires_grad:
@@ -212,7 +215,7 @@ class Interception(TorchFunctionMode):
         ``rows`` groups the first ``leading`` dims of the result by example; ``axis`` is the one that counts the
         examples, or ``UNKNOWN``. A result that has its leading dims flattened says what ``shape`` they have.
         """
-        self.seen.add((self._call, axis >= 0))
+        self.seen.add((self._call, axis >= 0, self.examples > 1))  # a batch of one proves nothing of more
         names = tuple(self._call.partition("(")[2][:-1].split(","))
         call = _Call(self._call, axis, leading, contributions, names, shape)
         self.calls.append(call)
