@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,8 @@ class Schedule:
 
 
 SCHEDULE = Schedule()
+# Of one model, because tasks that capture something new each time would pile up.
+_REMEMBERED = 64
 _UNRECORDED = "a use where no gradient is recorded"
 _HOOKED = "a hook on the parameter"
 _INDEPENDENT = (
@@ -102,7 +105,7 @@ class Capture:
         )
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._chance = False
-        self._dtype = reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
+        self._dtype = functools.reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
 
     @property
     def slow(self) -> Mapping[str, str]:
@@ -466,14 +469,63 @@ class Capture:
 
 def _known(model: nn.Module, task: Task, names: Mapping[int, str], method: str) -> _Known:
     key = (method, model.training, _identity(task), frozenset(names.items()))
-    return _KNOWN.setdefault(model, {}).setdefault(key, _Known())
+    known = _KNOWN.setdefault(model, {})
+    found = known.setdefault(key, _Known())
+    if len(known) > _REMEMBERED:
+        del known[next(iter(known))]
+    return found
 
 
-def _identity(task: Task) -> Any:
-    """Return what tells tasks apart that are made anew for each call, lambdas included."""
-    values = {name: getattr(value, "__code__", value) for name, value in vars(task).items()}
-    plain = (int, float, str, bool, type(None))
-    return type(task), tuple((name, v if isinstance(v, plain) else id(v)) for name, v in values.items())
+class _Same:
+    """Equal to another of the same object, for as long as that lives; keeps nothing alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._hash, self._get = id(value), _reference(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._get() is not None and self._get() is other._get()
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:  # as lists and dicts, which may change besides
+        return lambda: None
+
+
+def _identity(value: Any, depth: int = 5) -> Any:
+    """Return what tells tasks apart that are made anew for each call: their code, and all that they have captured."""
+    if isinstance(value, int | float | str | torch.dtype | torch.device | types.CodeType | type(None)):
+        return type(value), value
+    parts = _parts(value)
+    return _Same(value) if parts is None or depth == 0 else tuple(_identity(part, depth - 1) for part in parts)
+
+
+def _parts(value: Any) -> tuple[Any, ...] | None:
+    """Return what makes up tasks, functions and tuples."""
+    match value:
+        case Task():
+            return (type(value), *sorted(vars(value).items()))
+        case types.FunctionType():
+            captured = (_content(cell) for cell in value.__closure__ or ())
+            return (value.__code__, value.__defaults__, *captured, *(value.__kwdefaults__ or {}).items())
+        case types.MethodType():
+            return (value.__func__, value.__self__)
+        case functools.partial():
+            return (value.func, value.args, *value.keywords.items())
+        case tuple():
+            return value
+    return None
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return cell
 
 
 def _listed(slow: Mapping[str, str]) -> str:
