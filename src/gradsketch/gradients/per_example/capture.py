@@ -125,6 +125,7 @@ class Capture:
         Raises:
             InputError: an example depends on its batch mates, or gradients that cannot be had.
         """
+        _refuse_replaced(self.model, self.tensors)
         self.heed_hooks()
         if self._known.exact and self.method == "auto":
             self._warn_of_exact()
@@ -572,6 +573,19 @@ def _refuse_foreign(foreign: list[Tensor], unused: Mapping[str, Tensor]) -> None
                 "a forward pass that uses the model's own parameters",
                 "Switch off what swaps them meanwhile (offloading, sharding, functional_call), or move the parameters "
                 "into memory first",
+            )
+
+
+def _refuse_replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a chosen parameter in whose place the model has another now: its gradient would be taken for zero."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(t) for t in own.values()}
+    for name, tensor in tensors.items():
+        if name in own and id(tensor) not in present:
+            raise InputError(
+                f"{name!r}, which was replaced in the model after it was chosen",
+                "parameters that are the model's own",
+                "Build the parameters, the sketch and the sketcher anew, or load weights without assign=True",
             )
 
 
