@@ -278,7 +278,7 @@ class Interception(TorchFunctionMode):
         if torch.is_grad_enabled():
             self.differentiated = True
             raise DifferentiatedError
-        if torch._C._current_graph_task_id() != self._pass:
+        if torch._C._current_graph_task_id() != self._pass or all(name in self.slow for name in call.parameters):
             return
         with full_precision(gradient.device):
             if call.shape is not None:

@@ -1,0 +1,265 @@
+"""Situations that once gave wrong numbers without an error, or left marks, when gradients were captured."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gradsketch as gs
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
+
+
+def losses_of(model, batch):
+    return functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * batch.get("weight", 1)
+
+
+def some(b, *shape, dtype=torch.float64):
+    torch.manual_seed(b)
+    return {"x": torch.randn(b, *shape).to(dtype), "y": torch.randint(0, 3, (b,))}
+
+
+def exact(model, batch):
+    """Return flat gradients of one example alone at a time, by whole backward passes in the model's own dtype."""
+    rows = []
+    for i in range(len(batch["y"])):
+        losses_of(model, {name: value[i : i + 1] for name, value in batch.items()}).sum().backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    return torch.stack(rows)
+
+
+def sketcher_of(model, losses=losses_of, **options):
+    parameters = gs.Parameters(model)
+    return gs.GradientSketcher(model, losses, gs.BlockSum(parameters, parameters.n), **options)
+
+
+def assert_right(sketcher, batch, tolerance=1e-9):
+    """Hold each row against the exact one, relative to its own length; being slow is no fault here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradsketchWarning)
+        got = sketcher(batch).values.double()
+    expected = sketcher.sketch(exact(sketcher.model, batch).double()).double()
+    assert bool(((got - expected).norm(dim=1) <= tolerance * expected.norm(dim=1)).all())
+
+
+class Shuffled(nn.Module):
+    """Puts the examples in another order meanwhile, so that the owners of rows must be measured."""
+
+    def __init__(self, between=torch.tanh):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.between = nn.Linear(5, 6), nn.Linear(6, 3), between
+
+    def forward(self, x):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        return self.last(self.between(self.first(x[order])))[order.argsort()]
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-9])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float64, 1e-9)])
+def test_an_example_of_small_gradient_among_large_ones_is_kept(dtype, tolerance, small):
+    batch = some(6, 5, dtype=dtype)
+    batch["weight"] = torch.ones(6, dtype=dtype).index_fill(0, torch.tensor(2), small)
+    assert_right(sketcher_of(Shuffled().to(dtype)), batch, tolerance)
+
+
+@pytest.mark.parametrize("b", [32, 128, 256, 400])
+def test_many_examples_are_measured_within_the_range_of_float16(b):
+    assert_right(sketcher_of(Shuffled().half()), some(b, 5, dtype=torch.float16), 0.05)
+
+
+def test_a_gradient_that_is_not_finite_does_not_hide_where_rows_are_measured():
+    model = Shuffled(lambda x: x.abs().sqrt()).double()
+    nn.init.zeros_(model.first.bias)
+    batch = some(6, 5)
+    batch["x"][3] = 0
+    with pytest.raises(NonFiniteError, match="example 3"):
+        sketcher_of(model)(batch)
+    sketcher = sketcher_of(model, on_non_finite="skip")
+    sketched = sketcher(batch)
+    assert list(sketched.skipped) == [3]
+    assert not sketcher.slow  # one such batch says nothing of others
+    others = [0, 1, 2, 4, 5]
+    expected = sketcher_of(model).sketch(exact(model, {name: value[others] for name, value in batch.items()}))
+    torch.testing.assert_close(sketched.values[others], expected)
+
+
+def centred(model, batch, coupled=False):
+    logits = model(batch["x"])
+    return functional.cross_entropy(logits - logits.mean(0) * coupled, batch["y"], reduction="none")
+
+
+class Holder:
+    def __init__(self, coupled):
+        self.coupled = coupled
+
+    def losses(self, model, batch):
+        return centred(model, batch, self.coupled)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda coupled: lambda model, batch: centred(model, batch, coupled),
+        lambda coupled: functools.partial(centred, coupled=coupled),
+        lambda coupled: Holder(coupled).losses,
+    ],
+    ids=["closure", "partial", "method"],
+)
+def test_a_task_is_not_trusted_for_what_another_of_the_same_code_proved(make):
+    model = nn.Linear(5, 3).double()
+    first = sketcher_of(model, make(False))
+    first(some(5, 5))
+    with pytest.raises(InputError, match="together"):
+        sketcher_of(model, make(True))(some(5, 5))
+    if make(False).__class__ is not type(Holder(False).losses):
+        assert sketcher_of(model, make(False)).audits.audited == first.audits.audited == 1
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).tanh().clone()
+        hidden.transpose_(0, 1)
+        return self.last(hidden).sum(0)
+
+
+class Listed(nn.Module):
+    """Sorts its examples by a list of places, where as many numbers an example has as there are examples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(1, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        order = sorted(range(len(x)), key=lambda i: float(x[i, 0]))
+        hidden = self.first(x[:, :1][order]).tanh()
+        return self.last(hidden[[order.index(i) for i in range(len(x))]])
+
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.first(functional.unfold(x, 2, stride=2).mT).tanh().sum(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "shape"),
+    [(Turned, (1, 4, 5), (4, 5)), (Listed, (1, 3, 5, 5), (5,)), (Patches, (1, 8, 4), (1, 4, 4))],
+    ids=["transpose_", "list", "unfold"],
+)
+def test_copies_and_turned_tensors_are_not_taken_for_views(model, sizes, shape):
+    """And what a batch of one proved is proved again in company."""
+    sketcher = sketcher_of(model().double())
+    for b in sizes:
+        assert_right(sketcher, some(b, *shape))
+    assert not sketcher.slow
+    assert sketcher.audits.audited >= 2
+
+
+def test_functions_may_be_called_by_name():
+    class Named(nn.Linear):
+        def forward(self, x):
+            hidden = torch.unsqueeze(input=super().forward(torch.flatten(input=x, start_dim=1)), dim=1)
+            return torch.squeeze(input=hidden, dim=1)
+
+    sketcher = sketcher_of(Named(20, 3).double())
+    assert_right(sketcher, some(5, 4, 5))
+    assert not sketcher.slow
+
+
+def test_a_parameter_that_was_replaced_is_refused():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    sketcher = sketcher_of(model)
+    sketcher(some(5, 5))
+    model[2] = nn.Linear(6, 3).double()
+    with pytest.raises(InputError, match=r"2\.weight.*replaced"):
+        sketcher(some(5, 5))
+
+
+def test_no_mark_stays_on_the_user_s_tensors():
+    class Passing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+            self.register_buffer("scale", torch.ones(1, 5))
+
+        def forward(self, x):
+            x = functional.dropout(input=x, training=False)
+            x, scale = torch.atleast_2d((x, self.scale))
+            return self.linear(x * scale)
+
+    model, batch = Passing().double(), some(5, 5)
+    sketcher_of(model)(batch)
+    assert not any(vars(t) for t in (*batch.values(), *model.parameters(), *model.buffers()))
+
+
+class Own(torch.autograd.Function):
+    """Runs a module, and its backward pass by itself, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.module(x).backward(gradient)
+        return x.grad, None
+
+
+def test_a_use_that_a_function_begins_to_hide_beside_an_ordinary_one_counts():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.shared, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.hides = False
+
+        def forward(self, x):
+            hidden = self.first(x)
+            again = Own.apply(hidden, self.shared) if self.hides else self.shared(hidden.tanh())
+            return self.last((again + self.shared(hidden)).tanh())
+
+    model = Both().double()
+    sketcher = sketcher_of(model)
+    assert_right(sketcher, some(5, 5))
+    model.hides = True
+    assert_right(sketcher, some(4, 5))
+    assert "shared.weight" in sketcher.slow
+
+
+def test_rows_that_examples_share_cost_one_more_attempt_and_not_all_of_them():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.runs = nn.Linear(5, 6), nn.Linear(6, 3), 0
+
+        def forward(self, x):
+            self.runs += 1
+            hidden = self.first(torch.cat([x.new_ones(1, 5), x])).tanh()
+            return self.last(hidden[1:] + hidden[:1])
+
+    model = Shared().double()
+    sketcher = sketcher_of(model)
+    assert_right(sketcher, some(5, 5))
+    assert set(sketcher.slow) == {"first.weight", "first.bias"}
+    model.runs = 0
+    sketcher(some(5, 5))
+    assert model.runs == 1 + 5  # one captured, and each example alone
