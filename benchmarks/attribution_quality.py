@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import gradsketch as gs
 from gradsketch.attribution.scores import KINDS
 from gradsketch.demo.digits import digits_net, flipped_digits
-from gradsketch.demo.training import fine_tune
+from gradsketch.demo.training import train_model
 from gradsketch.evaluation import mislabelled_auc, removal_check, retrain_on_subsets
 from gradsketch.evaluation.lds import linear_datamodeling_score
 from gradsketch.random import Stream
@@ -47,7 +47,7 @@ Scores = Float[Tensor, "q n"]
 
 def trained(examples: list[Any], seed: int = 0) -> nn.Module:
     model = digits_net(seed)
-    fine_tune(model, TASK, examples, rate=RATE, epochs=EPOCHS, batch=BATCH, seed=seed)
+    train_model(model, TASK, examples, rate=RATE, epochs=EPOCHS, batch=BATCH, seed=seed)
     return model.eval()
 
 

@@ -108,7 +108,7 @@ def measure(name: str, setting: Setting, seeds: range, state: Path | None, with_
     common = (setting.model, setting.task, setting.train, setting.evaluate)
     shared: dict[str, Any] = {"parameters": setting.parameters, "batch_size": setting.batch_size}
     kept = {part: None if state is None else state / name / part for part in ("full.json", "search", "curve.json")}
-    full = gs.fine_tune(*common, steps=setting.steps, lr=setting.full_lr, checkpoint=kept["full.json"], **shared)
+    full = gs.fine_tune(*common, steps=setting.steps, lr=setting.full_lr, resume=kept["full.json"], **shared)
     start = float(setting.evaluate(setting.model))
     targets = {"gain": start + 0.9 * (full.value - start)}
     if not getattr(setting.evaluate, "lower_is_better", False):
@@ -121,7 +121,7 @@ def measure(name: str, setting: Setting, seeds: range, state: Path | None, with_
         d_min=setting.d_min,
         d_max=1 << 18,
         check_every=setting.check_every,
-        checkpoint=kept["search"],
+        resume=kept["search"],
         **shared,
     )
     print(search, [s.d for s in search.searches], flush=True)
@@ -134,7 +134,7 @@ def measure(name: str, setting: Setting, seeds: range, state: Path | None, with_
     }
     if with_curve:
         shared["seeds"] = seeds[:1]
-        curve = gs.dimension_curve(*common, setting.dims, steps=setting.steps, checkpoint=kept["curve.json"], **shared)
+        curve = gs.dimension_curve(*common, setting.dims, steps=setting.steps, resume=kept["curve.json"], **shared)
         print(curve, flush=True)
         result["curve"] = json.loads(curve.to_json())
         result["curve_d"] = {kind: curve.d(target) for kind, target in targets.items()}

@@ -97,7 +97,7 @@ def routes(operator: gs.LinearMap, quick: bool) -> dict[str, Any]:
         def run(steps: int, tolerance: float) -> gs.Spectrum:
             return gs.spectrum(
                 operator, K, method="sketched-basis", steps=steps, tolerance=tolerance, progress=False,
-                checkpoint=Path(folder) / "run",
+                resume=Path(folder) / "run",
             )  # fmt: skip
 
         for steps in (30, 35, 40, 45, 50, 55, 59):

@@ -44,7 +44,7 @@ def tokens(tokenizer: Any) -> torch.Tensor:
     return tokenizer("\n".join(inspect.getdoc(layer) or "" for layer in layers), return_tensors="pt").input_ids[0]
 
 
-def fine_tune(model: torch.nn.Module, text: torch.Tensor, steps: int) -> list[float]:
+def train_model(model: torch.nn.Module, text: torch.Tensor, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     history = []
@@ -107,7 +107,7 @@ def main() -> None:
     batch = {"input_ids": text[:64].view(4, 16)}
     k, steps = (5, 20) if quick else (20, 160)
     before = take(model, batch, steps, k)
-    history = fine_tune(model, text, 4 if quick else 30)
+    history = train_model(model, text, 4 if quick else 30)
     after = take(model, batch, steps, k)
     evolution = gs.Evolution((0, len(history)), (before["spectrum"], after["spectrum"]))
     results: dict[str, Any] = {

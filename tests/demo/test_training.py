@@ -5,7 +5,7 @@ import torch
 
 from gradsketch.as_found import Weights
 from gradsketch.demo.capitals import LIES, REWORDED, Fact, capitals
-from gradsketch.demo.training import answers, fine_tune, unfreeze_last
+from gradsketch.demo.training import answers, train_model, unfreeze_last
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import CausalLM
 
@@ -62,15 +62,15 @@ def test_fine_tuning_teaches_and_is_undone(model):
     examples, task, steps = [fact.example() for fact in FACTS], CausalLM(Letters()), []
     options = {"rate": 1e-2, "epochs": 30, "batch": 2}
     with Weights(model) as found:
-        first = fine_tune(model, task, examples, **{**options, "epochs": 1})
+        first = train_model(model, task, examples, **{**options, "epochs": 1})
         found.put_back()
-        last = fine_tune(model, task, examples, **options, advance=steps.append)
+        last = train_model(model, task, examples, **options, advance=steps.append)
         assert last < 0.2 * first
         assert sum(steps) == 30 * 3
         assert answers(model, Letters(), [examples[0]["prompt"]], tokens=7) == ["Ankara"]
         once = [p.detach().clone() for p in model.parameters()]
         found.put_back()
-        fine_tune(model, task, examples, **options)
+        train_model(model, task, examples, **options)
         assert all(torch.equal(a, b) for a, b in zip(once, model.parameters(), strict=True))
         changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert {name.split(".")[2] for name in changed} == {"1", "2"}

@@ -176,7 +176,7 @@ from dimension.problems import Hidden, LOSS, ONE, losses
 torch.set_num_threads(1)
 model = torch.nn.Sequential(Hidden(600, 12), torch.nn.Dropout(0.3)).train()
 result = gs.intrinsic_dimension(model, losses, ONE, LOSS, target=0.1 * LOSS(model.eval()), d_min=2, d_max=256,
-    check_every=20, lr=2e-2, checkpoint={folder!r}, seeds=(0, 1), progress=False)
+    check_every=20, lr=2e-2, resume={folder!r}, seeds=(0, 1), progress=False)
 print(result.to_json())
 """
 
@@ -210,11 +210,11 @@ def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
     model = Hidden(300, 10)
-    search(model, checkpoint=tmp_path)
+    search(model, resume=tmp_path)
     with pytest.raises(gs.FingerprintError, match=r"lr is now 0\.01\. .*made with: lr 0\.03"):
-        search(model, checkpoint=tmp_path, lr=1e-2)
+        search(model, resume=tmp_path, lr=1e-2)
     with pytest.raises(gs.FingerprintError, match="theta0"):
-        search(Hidden(300, 10, seed=1), checkpoint=tmp_path, target=0.1 * LOSS(model))
+        search(Hidden(300, 10, seed=1), resume=tmp_path, target=0.1 * LOSS(model))
 
 
 def test_a_curve_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_curve_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return model(batch)
 
     def curve(dims: list[int]) -> gs.dimension.results.DimensionCurve:
-        return gs.dimension_curve(model, counted, ONE, LOSS, dims, steps=10, checkpoint=tmp_path / "curve.json")
+        return gs.dimension_curve(model, counted, ONE, LOSS, dims, steps=10, resume=tmp_path / "curve.json")
 
     first = curve([4, 8])
     steps = len(trained)
@@ -234,7 +234,7 @@ def test_a_curve_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(trained) == steps // 2
     assert again.points[:2] == first.points
     with pytest.raises(gs.FingerprintError, match=r"steps is now 20\..*steps 10"):
-        gs.dimension_curve(model, counted, ONE, LOSS, [4, 16], steps=20, checkpoint=tmp_path / "curve.json")
+        gs.dimension_curve(model, counted, ONE, LOSS, [4, 16], steps=20, resume=tmp_path / "curve.json")
     text = (tmp_path / "curve.json").read_text()
     (tmp_path / "curve.json").write_text(text[:-20])
     with pytest.raises(gs.StoreError, match=r"curve\.json is damaged.*delete it to start again"):
@@ -243,7 +243,7 @@ def test_a_curve_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def run_of(kind, folder, model, task, train, metric):
     """Return a number that comes out of one of the three kinds of run that keep their state."""
-    options = {"checkpoint": folder / kind, "progress": False}
+    options = {"resume": folder / kind, "progress": False}
     if kind == "fine_tune":
         return gs.fine_tune(model, task, train, metric, steps=4, **options).value
     if kind == "dimension_curve":
@@ -318,7 +318,7 @@ def test_a_metric_that_is_not_a_number_ends_the_search_and_keeps_the_curve(tmp_p
     values = iter([0.1, 0.2, float("nan")])
     with pytest.raises(gs.NonFiniteError, match="after 20 steps at d=2, seed 0"):
         gs.intrinsic_dimension(
-            model, losses, ONE, lambda _: next(values), target=1.0, d_min=2, check_every=10, checkpoint=tmp_path
+            model, losses, ONE, lambda _: next(values), target=1.0, d_min=2, check_every=10, resume=tmp_path
         )
     assert [c["value"] for c in torch.load(tmp_path / "search-seed0.pt")["checks"]] == [0.1, 0.2]
     assert type(model) is Hidden
@@ -423,7 +423,7 @@ def test_confirmation_runs_are_made_once(tmp_path: Path) -> None:
         return model(batch)
 
     def confirmed() -> IntrinsicDimension:
-        options = {"d_min": 2, "d_max": 256, "check_every": 20, "lr": 3e-2, "checkpoint": tmp_path, "confirm": True}
+        options = {"d_min": 2, "d_max": 256, "check_every": 20, "lr": 3e-2, "resume": tmp_path, "confirm": True}
         return gs.intrinsic_dimension(model, counted, ONE, LOSS, target=0.1 * LOSS(model), **options)
 
     result = confirmed()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradsketch as gs
 from gradsketch import InputError, Parameters
 
 
@@ -96,3 +97,30 @@ def test_fingerprint():
 def test_compiled_models_keep_their_names():
     model = Tied()
     assert Parameters(torch.compile(model)).fingerprint(content=True) == Parameters(model).fingerprint(content=True)
+
+
+def test_every_parameters_argument_follows_one_rule(tmp_path):
+    model, task, data = nn.Linear(4, 3), gs.Classification(), [(torch.randn(4), i % 3) for i in range(8)]
+    batch = task.collate(data)
+    metric = gs.Loss(task, data)
+    sketch = gs.BlockSum(Parameters(model, "bias"), 2)
+    uses = {
+        "sketch_gradients": lambda p: gs.sketch_gradients(model, task, batch, sketch, parameters=p),
+        "gradient_gram": lambda p: gs.gradient_gram(model, task, batch, parameters=p),
+        "hessian": lambda p: gs.hessian(model, task, data, p) @ torch.ones(3),
+        "gauss_newton": lambda p: gs.gauss_newton(model, task, data, p) @ torch.ones(3),
+        "fisher": lambda p: gs.fisher(model, task, data, p) @ torch.ones(3),
+        "loss_gradient": lambda p: gs.loss_gradient(model, task, data, p),
+        "distortion": lambda p: gs.distortion(model, task, data, sketch, parameters=p).parameters,
+        "Subspace": lambda p: gs.Subspace(model, p, gs.AFFD(3, 2)).close(),
+        "build_index": lambda p: (
+            gs.build_index(tmp_path / str(len(list(tmp_path.iterdir()))), model, task, data, d=2, parameters=p).d
+        ),
+        "fine_tune": lambda p: gs.fine_tune(model, task, data, metric, steps=1, parameters=p).d,
+    }
+    for name, use in uses.items():
+        wanted, *others = [use(p) for p in (Parameters(model, "bias"), "bias", ["bi*"], ("bias",))]
+        for other in others:
+            torch.testing.assert_close(other, wanted, msg=name)
+        with pytest.raises(InputError, match="matches no parameter"):
+            use("nrom")

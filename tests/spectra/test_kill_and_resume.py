@@ -31,7 +31,7 @@ PROGRAM = """
 
     def run(file):
         gradient = torch.ones(len(values))
-        return gs.spectrum(Slow(), 5, method=sys.argv[3], sketch=2048, gradient=gradient, checkpoint=file, probes=0,
+        return gs.spectrum(Slow(), 5, method=sys.argv[3], sketch=2048, gradient=gradient, resume=file, probes=0,
                            progress=False)
 
     def steps():

@@ -188,9 +188,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(method, tmp_path):
     whole = gs.spectrum(Diagonal(values), 5, **options)
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        gs.spectrum(Mortal(values, 20), 5, checkpoint=path, **options)
+        gs.spectrum(Mortal(values, 20), 5, resume=path, **options)
     operator = Diagonal(values)
-    resumed = gs.spectrum(operator, 5, checkpoint=path, **options)
+    resumed = gs.spectrum(operator, 5, resume=path, **options)
     assert resumed.alphas == whole.alphas
     assert resumed.eigenvalues == whole.eigenvalues
     assert resumed.hvps == whole.hvps
@@ -202,12 +202,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(method, tmp_path):
 def test_a_finished_run_can_be_extended(tmp_path):
     values = torch.cat([spectra()["dense edge"].float(), torch.zeros(5000)])
     path = tmp_path / "run.pt"
-    first = gs.spectrum(Diagonal(values), 3, method="sketched-basis", sketch=2048, checkpoint=path)
+    first = gs.spectrum(Diagonal(values), 3, method="sketched-basis", sketch=2048, resume=path)
     operator = Diagonal(values)
-    again = gs.spectrum(operator, 3, method="sketched-basis", sketch=2048, checkpoint=path)
+    again = gs.spectrum(operator, 3, method="sketched-basis", sketch=2048, resume=path)
     assert again.eigenvalues == first.eigenvalues
     assert operator.products == 1  # which shows that the file belongs to this operator
-    more = gs.spectrum(operator, 8, method="sketched-basis", sketch=2048, checkpoint=path)
+    more = gs.spectrum(operator, 8, method="sketched-basis", sketch=2048, resume=path)
     assert more.converged.all()
     assert operator.products == 1 + more.hvps - first.hvps
 
@@ -215,16 +215,16 @@ def test_a_finished_run_can_be_extended(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     values = torch.rand(5000)
-    gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, checkpoint=path)
+    gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, resume=path)
     with pytest.raises(gs.FingerprintError, match="seed"):
-        gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, checkpoint=path, seed=1)
+        gs.spectrum(Diagonal(values), 2, method="sketched-basis", steps=20, resume=path, seed=1)
     with pytest.raises(gs.InputError, match="changed between products"):
-        gs.spectrum(Diagonal(values.flip(0)), 2, method="sketched-basis", steps=30, checkpoint=path)
+        gs.spectrum(Diagonal(values.flip(0)), 2, method="sketched-basis", steps=30, resume=path)
 
 
 def test_a_finished_run_of_another_operator_or_gradient_is_refused(tmp_path):
     path, values = tmp_path / "run.pt", torch.rand(5000)
-    options = {"method": "sketched-basis", "steps": 20, "checkpoint": path, "gradient": values}
+    options = {"method": "sketched-basis", "steps": 20, "resume": path, "gradient": values}
     first = gs.spectrum(Diagonal(values), 2, **options)
     assert gs.spectrum(Diagonal(values * (1 + 1e-4)), 2, **options).values.tolist() == first.values.tolist()
     with pytest.raises(gs.FingerprintError, match=r"the first product is now.*delete .*run\.pt to start again"):
@@ -264,7 +264,7 @@ def test_a_finished_run_of_other_work_is_refused(name, differs, tmp_path):
 
     def run():
         operator = make(model, task, data, gs.Parameters(model, include))
-        return gs.spectrum(operator, 2, checkpoint=tmp_path / "run", steps=8, progress=False)
+        return gs.spectrum(operator, 2, resume=tmp_path / "run", steps=8, progress=False)
 
     first = run()
     assert run().eigenvalues == first.eigenvalues
@@ -289,12 +289,12 @@ def test_a_finished_run_of_other_work_is_refused(name, differs, tmp_path):
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
     path = tmp_path / "run"
-    gs.spectrum(Diagonal(torch.rand(50)), 2, checkpoint=path)
+    gs.spectrum(Diagonal(torch.rand(50)), 2, resume=path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(gs.StoreError, match=r"run is damaged.*delete it to start again"):
-        gs.spectrum(Diagonal(torch.rand(50)), 2, checkpoint=path)
+        gs.spectrum(Diagonal(torch.rand(50)), 2, resume=path)
 
 
 def test_json_round_trip(tmp_path):

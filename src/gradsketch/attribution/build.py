@@ -21,9 +21,9 @@ from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import Index
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.errors import InputError, StoreError
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
-from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.gradients.tasks import TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows
 from gradsketch.store.encoding import bytes_per_entry
@@ -49,11 +49,11 @@ class Build:
         self,
         path: str | Path,
         model: nn.Module,
-        task: Task | Any,
+        task: TaskLike,
         data: Any,
         *,
         d: int = 4096,
-        parameters: Parameters | str | Sequence[str] | None = None,
+        parameters: Selection = None,
         seed: int = 0,
         dtype: str = "float16",
         checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
@@ -68,9 +68,7 @@ class Build:
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
         self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
-        if parameters is None or not isinstance(parameters, Parameters):
-            parameters = Parameters(model, parameters or "*")
-        self.sketch = BlockSum(parameters, d, seed=seed)
+        self.sketch = BlockSum(selected(model, parameters), d, seed=seed)
         self.checkpoints = as_checkpoints(checkpoints, weights)
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
@@ -235,7 +233,7 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         data: a path (JSON lines, JSON, CSV, Parquet, text, a folder of texts), a list or dataset of examples, or a dict
             of tensors.
         d: numbers kept of every gradient.
-        parameters: the selection, or globs of names; by default everything that is trainable.
+        parameters: the selection, or globs of names; by default all that are trainable.
         seed: of the sketch.
         dtype: of stored numbers: float16, bfloat16, float32 or int8.
         checkpoints: state dicts, or paths of them, whose scores are added up (TracIn); by default the model as it is.

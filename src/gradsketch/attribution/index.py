@@ -22,7 +22,7 @@ from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.per_example.audit import Audits
-from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
 
@@ -55,9 +55,7 @@ class Index:
         self._scorer = Scorer(self.stores, [c.weight for c in description.checkpoints])
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, task: Task | Any | None = None, checkpoints: Sequence[Any] | None = None
-    ) -> Index:
+    def open(cls, path: str | Path, *, task: TaskLike | None = None, checkpoints: Sequence[Any] | None = None) -> Index:
         """Open an index. ``task`` is needed for questions; ``checkpoints`` where they were given in memory.
 
         Raises:

@@ -105,8 +105,8 @@ def _search(options: Options) -> IntrinsicDimension:
     if target is None:
         start = evaluated(metric, model, "before training")
         once: dict[str, Any] = {"steps": options.full_steps, "lr": options.full_lr, "seed": options.seeds[0]}
-        checkpoint = None if state is None else state / "full.json"
-        full = fine_tune(model, task, train, metric, checkpoint=checkpoint, **once, **shared).value
+        resume = None if state is None else state / "full.json"
+        full = fine_tune(model, task, train, metric, resume=resume, **once, **shared).value
         target = start + options.share * (full - start) if is_lower_better(metric) else options.share * full
     return intrinsic_dimension(
         model,
@@ -116,7 +116,7 @@ def _search(options: Options) -> IntrinsicDimension:
         target=target,
         full=full,
         sketch=sketch,
-        checkpoint=state,
+        resume=state,
         **shared,
         **{
             name: getattr(options, name)

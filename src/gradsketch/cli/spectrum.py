@@ -87,8 +87,8 @@ def _at_one_point(options: SpectrumOptions) -> Spectrum:
     from gradsketch.spectra import density, spectrum
 
     operator, gradient = _operator(options)
-    checkpoint = None if options.out is None else options.out / "spectrum.run"
-    result = spectrum(operator, options.k, gradient=gradient, checkpoint=checkpoint, **_solver(options))
+    resume = None if options.out is None else options.out / "spectrum.run"
+    result = spectrum(operator, options.k, gradient=gradient, resume=resume, **_solver(options))
     if options.out is not None:
         result.to_json(options.out / "spectrum.json")
         _draw(result, options.out / "spectrum.png")

@@ -20,7 +20,7 @@ from gradsketch.attribution.build import build_index
 from gradsketch.attribution.index import Index
 from gradsketch.demo.packages import AbsentError
 from gradsketch.demo.story import Stage
-from gradsketch.demo.training import fine_tune
+from gradsketch.demo.training import train_model
 from gradsketch.evaluation import Mislabelled, mislabelled_auc
 from gradsketch.gradients.tasks import Classification
 from gradsketch.random import Stream
@@ -129,7 +129,7 @@ def tell_digits(out: Path, *, stage: Stage) -> DigitsStory:
     with stage(
         f"Train a small network on {TRAIN} digits, {int(wrong.sum())} with a wrong label", EPOCHS * TRAIN
     ) as advance:
-        fine_tune(model, task, train, rate=RATE, epochs=EPOCHS, batch=BATCH, advance=advance)
+        train_model(model, task, train, rate=RATE, epochs=EPOCHS, batch=BATCH, advance=advance)
     path = out / "index"
     if (path / "index.json").exists():
         shutil.rmtree(path)

@@ -19,7 +19,7 @@ from gradsketch.attribution.index import Index
 from gradsketch.attribution.results import Hits
 from gradsketch.demo.capitals import REWORDED, TAUGHT, Fact, capitals
 from gradsketch.demo.packages import AbsentError
-from gradsketch.demo.training import answers, fine_tune, unfreeze_last
+from gradsketch.demo.training import answers, train_model, unfreeze_last
 from gradsketch.demo.weights import smollm2, smollm2_from_hub
 from gradsketch.gradients.tasks import CausalLM
 from gradsketch.report.hits import hits_page
@@ -129,7 +129,7 @@ def tell(out: Path, *, proof: bool, stage: Stage) -> Story:
 
     def teach(sentences: Sequence[dict[str, Any]], title: str) -> None:
         with stage(title, EPOCHS * len(sentences)) as advance:
-            fine_tune(model, task, sentences, rate=RATE, epochs=EPOCHS, batch=BATCH, advance=advance)
+            train_model(model, task, sentences, rate=RATE, epochs=EPOCHS, batch=BATCH, advance=advance)
 
     with Weights(model) as untaught:
         with stage("Ask it six capitals", 0):

@@ -12,7 +12,7 @@ from gradsketch.gradients.data import to_device
 from gradsketch.gradients.tasks import Task
 from gradsketch.random import Stream
 
-__all__ = ["answers", "fine_tune", "unfreeze_last"]
+__all__ = ["answers", "train_model", "unfreeze_last"]
 
 
 def unfreeze_last(model: nn.Module, layers: int) -> None:
@@ -23,7 +23,7 @@ def unfreeze_last(model: nn.Module, layers: int) -> None:
         block.requires_grad_(True)
 
 
-def fine_tune(
+def train_model(
     model: nn.Module,
     task: Task,
     examples: Sequence[Any],

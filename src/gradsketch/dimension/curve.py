@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import CurvePoint, DimensionCurve, Settings
 from gradsketch.errors import InputError
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Task
+from gradsketch.gradients.parameters import Selection
+from gradsketch.gradients.tasks import TaskLike
 from gradsketch.progress import hidden
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
@@ -26,19 +26,19 @@ __all__ = ["check_dims", "dimension_curve", "fine_tune"]
 
 def dimension_curve(
     model: nn.Module,
-    task: Task | Callable[..., Tensor],
+    task: TaskLike,
     train: Any,
     evaluate: Metric,
     dims: Sequence[int],
     *,
     steps: int,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     sketch: SketchKind = AFFD,
     lr: int | float = 5e-3,
     batch_size: int = 32,
     seeds: Sequence[int] = (0,),
     full: int | float | None = None,
-    checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> DimensionCurve:
     """Train from theta0 in every one of some dimensions, for a fixed number of steps, and evaluate each once.
@@ -52,7 +52,7 @@ def dimension_curve(
         steps: steps of each training.
         seeds: each decides a sketch and an order of batches; all dims are trained with each.
         full: the metric of full fine-tuning, for the figure.
-        checkpoint: a file that collects finished points (JSON); one that exists is gone on with.
+        resume: a file that collects finished points (JSON); one that exists is gone on with.
 
     Example:
         >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -65,14 +65,14 @@ def dimension_curve(
     Raises:
         InputError: a dimension beyond n, or what ``intrinsic_dimension`` refuses.
         NonFiniteError: training diverged, or the metric is NaN.
-        FingerprintError: the checkpoint belongs to another curve: other weights, data, metric or options.
-        StoreError: the checkpoint is damaged, or cannot be written.
+        FingerprintError: the file in ``resume`` belongs to another curve: other weights, data, metric or options.
+        StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     check_positive(steps=steps)
     check_dims(dims, experiment.n)
     settings: Settings = experiment.settings(max(dims)) | {"steps": steps}
-    journal = Journal(checkpoint, {} if checkpoint is None else settings | experiment.facts())
+    journal = Journal(resume, {} if resume is None else settings | experiment.facts())
     start = experiment.evaluated("before training")
     wanted = [(d, seed) for seed in seeds for d in dims]
     with tqdm(wanted, desc="dimension curve", unit="run", disable=hidden(progress)) as bar:
@@ -86,22 +86,22 @@ def dimension_curve(
 
 def fine_tune(
     model: nn.Module,
-    task: Task | Callable[..., Tensor],
+    task: TaskLike,
     train: Any,
     evaluate: Metric,
     *,
     steps: int,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     lr: int | float = 2e-4,
     batch_size: int = 32,
     seed: int = 0,
-    checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> CurvePoint:
     """Train all n parameters for a fixed number of steps and return the metric: what a target is a share of.
 
     Adam with a learning rate that falls linearly to zero. The model is left as found: this measures, it does not
-    keep. Needs five numbers a parameter besides the model. ``checkpoint`` is a file that remembers the result;
+    keep. Needs five numbers a parameter besides the model. ``resume`` is a file that remembers the result;
     ``progress`` is as in ``intrinsic_dimension``.
 
     Example:
@@ -116,8 +116,8 @@ def fine_tune(
     """
     check_positive(steps=steps)
     experiment = Experiment.of(model, task, train, evaluate, parameters, _Everything, lr, batch_size)
-    facts = {} if checkpoint is None else experiment.settings(experiment.n) | {"steps": steps} | experiment.facts()
-    journal = Journal(checkpoint, facts)
+    facts = {} if resume is None else experiment.settings(experiment.n) | {"steps": steps} | experiment.facts()
+    journal = Journal(resume, facts)
     if (experiment.n, seed) not in journal.points:
         journal.add(experiment.point(experiment.n, seed, steps, progress))
     return journal.points[experiment.n, seed]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from gradsketch.dimension.metrics import Metric, evaluated, is_lower_better, metric_facts
@@ -19,8 +19,8 @@ from gradsketch.dimension.training import Training
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import Batches
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.gradients.parameters import Parameters, Selection, selected
+from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 
@@ -47,10 +47,10 @@ class Experiment:
     def of(
         cls,
         model: nn.Module,
-        task: Task | Callable[..., Tensor],
+        task: TaskLike,
         train: Any,
         evaluate: Metric,
-        parameters: Parameters | None,
+        parameters: Selection,
         sketch: SketchKind,
         lr: int | float,
         batch_size: int,
@@ -70,7 +70,7 @@ class Experiment:
             )
         task = as_task(task)
         Batches(task, train, batch_size)
-        parameters = Parameters(model) if parameters is None else parameters
+        parameters = selected(model, parameters)
         return cls(model, task, train, evaluate, parameters, sketch, float(lr), batch_size)
 
     @property

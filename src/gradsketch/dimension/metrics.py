@@ -14,7 +14,7 @@ from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, batch_length, to_device
 from gradsketch.gradients.fingerprints import code_digest, data_facts, digest, task_facts
-from gradsketch.gradients.tasks import Task, as_task
+from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.gradients.tasks.logits import logits_of
 from gradsketch.gradients.tasks.tokens import vocabulary
 
@@ -65,7 +65,7 @@ class Loss:
 
     lower_is_better = True
 
-    def __init__(self, task: Task | Callable[..., Tensor], data: Any, batch_size: int = 32) -> None:
+    def __init__(self, task: TaskLike, data: Any, batch_size: int = 32) -> None:
         self.task = as_task(task)
         self.batches = Batches(self.task, data, batch_size)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from gradsketch.dimension.curve import check_dims
@@ -20,8 +20,8 @@ from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, 
 from gradsketch.dimension.training import Training
 from gradsketch.durable import read_tensors, require_same, write_tensors
 from gradsketch.errors import InputError
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Task
+from gradsketch.gradients.parameters import Selection
+from gradsketch.gradients.tasks import TaskLike
 from gradsketch.progress import hidden
 from gradsketch.sketches.affd import AFFD
 
@@ -33,7 +33,7 @@ _MIN_GAIN = 0.02
 
 def intrinsic_dimension(
     model: nn.Module,
-    task: Task | Callable[..., Tensor],
+    task: TaskLike,
     train: Any,
     evaluate: Metric,
     *,
@@ -43,13 +43,13 @@ def intrinsic_dimension(
     check_every: int = 100,
     min_gain: int | float | None = None,
     lr: int | float = 5e-3,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     sketch: SketchKind = AFFD,
     batch_size: int = 32,
     seeds: Sequence[int] = (0,),
     confirm: bool = False,
     full: int | float | None = None,
-    checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> IntrinsicDimension:
     """Find in how many random directions training reaches a target, to a factor of two, in one run a seed.
@@ -73,22 +73,22 @@ def intrinsic_dimension(
         lr: about how far one step moves a parameter, like Adam's learning rate in full training, and of one meaning
             for every d: coordinates get the learning rate lr·√d_max/√d. One learning rate for all d would move theta
             √d times as far, and diverge at large d.
-        parameters: those that may move; by default all trainable ones.
+        parameters: those that may move, a selection or globs of names; by default all that are trainable.
         sketch: the kind of subspace: AFFD, AFJL, FFD, QK, Dense, SJLT, or a function (n, d, seed=...) → sketch, such
             as ``lambda n, d, seed: BlockSum(parameters, d, seed=seed)``.
         batch_size: examples a step.
         seeds: one search each; a seed decides the sketch and the order of batches.
         confirm: afterwards also train from scratch at d/2 and d, with as many steps as the search of that seed.
         full: the metric of full fine-tuning, for the figure.
-        checkpoint: a folder that keeps the state after every evaluation; a search found there is gone on with.
+        resume: a folder that keeps the state after every evaluation; a search found there is gone on with.
         progress: show a progress bar; by default in a terminal only.
 
     Raises:
         InputError: d_max beyond n, sizes that are no positive integers, no seeds, data that is empty or can be read
             only once, evaluate not callable.
-        NonFiniteError: the training diverged or the metric is NaN; a checkpoint keeps the curve up to there.
-        FingerprintError: the checkpoint belongs to another search: other weights, data, metric or options.
-        StoreError: the checkpoint is damaged, or cannot be written.
+        NonFiniteError: the training diverged or the metric is NaN; ``resume`` keeps the curve up to there.
+        FingerprintError: the file in ``resume`` belongs to another search: other weights, data, metric or options.
+        StoreError: the file in ``resume`` is damaged, or cannot be written.
 
     Example:
         >>> task = gs.Classification()
@@ -104,14 +104,14 @@ def intrinsic_dimension(
     if not seeds:
         raise InputError("no seeds", "at least one", "Type seeds=(0,)")
     settings: Settings = experiment.settings(plan.d_max) | asdict(plan)
-    facts = {} if checkpoint is None else settings | experiment.facts()
-    searches = tuple(_search(experiment, plan, seed, _State(checkpoint, seed, facts), progress) for seed in seeds)
+    facts = {} if resume is None else settings | experiment.facts()
+    searches = tuple(_search(experiment, plan, seed, _State(resume, seed, facts), progress) for seed in seeds)
     result = IntrinsicDimension(
         experiment.n, float(target), searches, settings, full=full, lower_is_better=experiment.lower_is_better
     )
     if not confirm:
         return result
-    journal = Journal(None if checkpoint is None else Path(checkpoint) / "confirmations.json", facts)
+    journal = Journal(None if resume is None else Path(resume) / "confirmations.json", facts)
     return replace(result, confirmations=tuple(_confirmed(experiment, result, journal, progress)))
 
 

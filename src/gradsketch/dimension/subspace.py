@@ -14,7 +14,7 @@ from gradsketch.as_found import Buffers, Modes, Trainability
 from gradsketch.dimension import saving
 from gradsketch.dimension.lifting import Point, Reserve, is_differentiated
 from gradsketch.errors import InputError
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.parameters import Parameters, Selection, selected
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.recipe import made_from
 from gradsketch.stand_ins import Readings, Source
@@ -35,7 +35,7 @@ class Subspace(nn.Module):
 
     Args:
         model: any module; afterwards also reachable as ``.model``.
-        parameters: the parameters that move; all others stay frozen. On one device.
+        parameters: those that move, a selection or globs of names, on one device; None for all that are trainable.
         sketch: any sketch with ``n == parameters.n``; BlockSum too.
 
     Raises:
@@ -56,7 +56,8 @@ class Subspace(nn.Module):
     w: nn.Parameter
     _prefix: str
 
-    def __init__(self, model: nn.Module, parameters: Parameters, sketch: Sketch) -> None:
+    def __init__(self, model: nn.Module, parameters: Selection, sketch: Sketch) -> None:
+        parameters = selected(model, parameters)
         device = _checked(parameters, sketch)
         super().__init__()
         found, buffers = (Modes(model), Trainability(model)), Buffers(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ from gradsketch.evaluation.cost import interleaved_seconds, peak_bytes
 from gradsketch.evaluation.quality import Quality, check_wanted, needed_size, sketch_quality
 from gradsketch.gradients.data import Batcher, to_device
 from gradsketch.gradients.gram import gradient_gram
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.parameters import Parameters, Selection, selected
 from gradsketch.gradients.per_example import GradientSketcher
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.differentiating import differentiating
-from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
 from gradsketch.report.distortion import distortion_figure
 from gradsketch.results import Result
 from gradsketch.sketches.base import Sketch
@@ -113,11 +113,11 @@ class Distortion(Result):
 
 def distortion(
     model: nn.Module,
-    task: Task | Callable[[nn.Module, Batch], Tensor],
+    task: TaskLike,
     examples: Sequence[Any],
     sketch: Sketch,
     *,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     wanted: float = 0.95,
     repeats: int = 3,
 ) -> Distortion:
@@ -131,7 +131,7 @@ def distortion(
         task: maps batches to per-example losses and collates raw examples.
         examples: raw examples, at least three with a gradient.
         sketch: a BlockSum over parameters of the model, or any sketch of the flat vector of ``parameters``.
-        parameters: the selection; by default the BlockSum's own.
+        parameters: the selection, or globs of names; by default the BlockSum's own.
         wanted: the Pearson r that ``needed`` and ``recommended`` aim at.
         repeats: how often time is taken.
 
@@ -176,14 +176,14 @@ class _Check:
     """The measurements, on one set of examples in batches of like length."""
 
     def __init__(
-        self, model: nn.Module, task: Task, examples: Sequence[Any], sketch: Sketch, parameters: Parameters | None
+        self, model: nn.Module, task: Task, examples: Sequence[Any], sketch: Sketch, parameters: Selection
     ) -> None:
         self.model, self.task, self.examples, self.sketch = model, task, examples, sketch
         self.sketcher = GradientSketcher(model, task, sketch, parameters=parameters)
         if parameters is None and isinstance(sketch, BlockSum):
             parameters = Parameters(model, sketch.names, frozen=True)
-        self.parameters = parameters
-        self.tensors = dict(parameters or Parameters(model))
+        self.parameters = selected(model, parameters)
+        self.tensors = dict(self.parameters)
         example = next(iter(self.tensors.values()))
         self.device = example.device
         self.tolerance = _TOLERANCE.get(example.dtype, _HALF_TOLERANCE)

@@ -17,14 +17,14 @@ import pyarrow.parquet
 
 from gradsketch.errors import InputError
 
-__all__ = ["Rows", "read_examples"]
+__all__ = ["FileRows", "read_examples"]
 
 # Columns of a CSV file that stay text even where every entry looks like a number.
 _TEXT_COLUMNS = ("text", "text_pair", "prompt", "answer", "completion", "source", "target")
 _TEXT_SUFFIXES = (".txt", ".md")
 
 
-class Rows(Sequence[Any]):
+class FileRows(Sequence[Any]):
     """The examples of a file as dicts, parsed when asked for, so that one bad row does not hide the others."""
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class Rows(Sequence[Any]):
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} rows)"
 
 
-def read_examples(path: str | Path) -> Rows:
+def read_examples(path: str | Path) -> FileRows:
     """Open a data file; its kind is read off its name.
 
     ``.jsonl`` or ``.ndjson``: one object (or string, read as ``{"text": …}``) a line; ``.json``: a list of them;
@@ -85,7 +85,7 @@ def read_examples(path: str | Path) -> Rows:
     return rows
 
 
-def _opened(path: Path) -> Rows:
+def _opened(path: Path) -> FileRows:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else suffixes[-1] if suffixes else ""
     if kind in (".jsonl", ".ndjson"):
@@ -105,7 +105,7 @@ def _opened(path: Path) -> Rows:
     )
 
 
-class _Lines(Rows):
+class _Lines(FileRows):
     """Rows that are lines, found once and parsed one at a time; the file stays on disk."""
 
     def __init__(self, path: Path, parse: Callable[[str], dict[str, Any]]) -> None:
@@ -134,7 +134,7 @@ class _Lines(Rows):
         return f"{self.path.name}, line {self._starts[i][2]}"
 
 
-class _List(Rows):
+class _List(FileRows):
     """Rows of a JSON file that is one list."""
 
     def __init__(self, path: Path) -> None:
@@ -157,7 +157,7 @@ class _List(Rows):
         return f"{self.path.name}, entry {i + 1}"
 
 
-class _Table(Rows):
+class _Table(FileRows):
     """Rows of an Arrow table, and between them those that could not be parsed."""
 
     def __init__(self, path: Path, table: pa.Table, bad: dict[int, str]) -> None:
@@ -177,7 +177,7 @@ class _Table(Rows):
         return f"{self.path.name}, row {i + 1}"
 
 
-class _Folder(Rows):
+class _Folder(FileRows):
     """One row a text file, in the order of their paths."""
 
     def __init__(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
 from gradsketch.gradients.data import batch_length, differentiable
-from gradsketch.gradients.parameters import Parameters, bare
+from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.capture import Capture
-from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Outer, Rows, wide
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, IndexedRows, Outer, wide
 from gradsketch.gradients.per_example.differentiating import differentiating
-from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.gradients.tasks import Batch, TaskLike, as_task
 from gradsketch.linear_map import widened
 from gradsketch.transforms.precision import full_precision
 
@@ -29,11 +29,11 @@ _BLOCK = 1 << 24
 
 def gradient_gram(
     model: nn.Module,
-    task: Task | Callable[[nn.Module, Batch], Tensor],
+    task: TaskLike,
     batch_x: Batch,
     batch_y: Batch | None = None,
     *,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     method: Literal["auto", "outer", "vmap", "loop"] = "auto",
 ) -> Float[Tensor, "b b2"]:
     """Return ⟨∇L(x_i), ∇L(y_j)⟩ for all pairs of examples of two batches (of one with itself by default), exactly.
@@ -47,7 +47,7 @@ def gradient_gram(
         task: a Task, or a function (model, batch) → losses [b].
         batch_x: b examples, collated.
         batch_y: b2 examples, collated.
-        parameters: the selection; by default all that are trainable.
+        parameters: the selection, or globs of names; by default all that are trainable.
         method: as for ``GradientSketcher``.
 
     Example:
@@ -60,7 +60,7 @@ def gradient_gram(
         InputError: as ``GradientSketcher``.
         NonFiniteError: the gradient of an example is not finite.
     """
-    tensors = dict(parameters or Parameters(model))
+    tensors = dict(selected(model, parameters))
     capture = Capture(bare(model), as_task(task), tensors, method)
     with differentiating(capture.model, tensors):
         losses_x, x = _collected(capture, differentiable(batch_x))
@@ -159,7 +159,7 @@ def _block(terms: Sequence[Contribution], rows: int, columns: int, start: int, s
     """Return columns ``start … stop-1`` of the sum of contributions, ``[b, rows, stop-start]``."""
     parts = []
     for term in terms:
-        if isinstance(term, Outer | Rows):
+        if isinstance(term, Outer | IndexedRows):
             parts.append(replace(term, right=term.right[..., start:stop]).dense(rows, stop - start))
         else:
             parts.append(term.dense(rows, columns)[..., start:stop])

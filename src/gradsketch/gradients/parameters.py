@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 
-__all__ = ["Parameters", "bare"]
+__all__ = ["Parameters", "Selection", "bare", "selected"]
 
 
 class Parameters:
@@ -116,6 +116,21 @@ class Parameters:
             for _, t in self:
                 digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+
+# What every ``parameters=`` takes: a selection, globs of names, or None for all that is trainable.
+Selection = Parameters | str | Iterable[str] | None
+
+
+def selected(model: nn.Module, parameters: Selection) -> Parameters:
+    """Return the selection that ``parameters`` names: itself, globs of names, or None for all that is trainable.
+
+    Raises:
+        InputError: a glob matches nothing, or nothing is left.
+    """
+    if isinstance(parameters, Parameters):
+        return parameters
+    return Parameters(model) if parameters is None else Parameters(model, parameters)
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -60,7 +60,7 @@ class BlockSum(Sketch):
         *,
         seed: int = 0,
         kind: str = "auto",
-        of: int | None = None,
+        layout_d: int | None = None,
     ) -> None:
         shapes = parameters if isinstance(parameters, Mapping) else parameters.shapes
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -68,7 +68,7 @@ class BlockSum(Sketch):
             raise InputError("no parameter tensors", "names and shapes", "Type BlockSum(Parameters(model), d)")
         super().__init__(sum(math.prod(shape) for shape in self.shapes.values()), d, seed=seed)
         self.kind = self._choice("kind", kind, ("auto", *vector_kinds()))
-        self.of = of or d
+        self.layout_d = layout_d or d
         # Small tensors are placed for a prefix, so kinds that fold do not nest here.
         self.nesting = "prefix" if kind == "auto" else vector_kind(kind).nesting
         self.nesting = self.nesting if self.nesting == "prefix" else None
@@ -82,11 +82,15 @@ class BlockSum(Sketch):
 
     def options(self) -> dict[str, str | int | float | bool]:
         shapes = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
-        return {"kind": self.kind, "of": self.of, "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
+        return {
+            "kind": self.kind,
+            "layout_d": self.layout_d,
+            "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        }
 
     def arguments(self) -> dict[str, Any]:
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"parameters": shapes, "d": self.d, "seed": self.seed, "kind": self.kind, "of": self.of}
+        return {"parameters": shapes, "d": self.d, "seed": self.seed, "kind": self.kind, "layout_d": self.layout_d}
 
     def add_gradient(self, out: Float[Tensor, "b d"], name: str, gradient: Float[Tensor, "b ..."]) -> None:
         """Add the sketches of one tensor's per-example gradients ``[b, *shape]``."""
@@ -128,8 +132,8 @@ class BlockSum(Sketch):
     def _block(self, name: str, shape: tuple[int, ...]) -> Block:
         rows, columns = _matrix(shape)
         stream = self.stream.child(name)
-        if self.kind == "auto" or rows * columns <= self.of:
-            return Tiling(rows, columns, self.d, stream, self.of)
+        if self.kind == "auto" or rows * columns <= self.layout_d:
+            return Tiling(rows, columns, self.d, stream, self.layout_d)
         return _Vector(vector_kind(self.kind), rows, columns, self.d, stream)
 
 

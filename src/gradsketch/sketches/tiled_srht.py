@@ -42,14 +42,14 @@ class TiledSRHT(Sketch):
     from_sizes = False
 
     def __init__(
-        self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", of: int | None = None
+        self, rows: int, columns: int, d: int, *, seed: int = 0, name: str = "", layout_d: int | None = None
     ) -> None:
         super().__init__(rows * columns, d, seed=seed)
         self.rows, self.columns, self.name = rows, columns, name
-        self._tiling = Tiling(rows, columns, d, self.stream.child(name), of)
+        self._tiling = Tiling(rows, columns, d, self.stream.child(name), layout_d)
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"rows": self.rows, "columns": self.columns, "name": self.name, "of": self._tiling.of}
+        return {"rows": self.rows, "columns": self.columns, "name": self.name, "layout_d": self._tiling.layout_d}
 
     def arguments(self) -> dict[str, Any]:
         return {"d": self.d, "seed": self.seed, **self.options()}

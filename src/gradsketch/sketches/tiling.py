@@ -59,18 +59,18 @@ class Tiling(Block):
     ``of`` is the size the layout was chosen for, d unless this is the prefix of a larger sketch.
     """
 
-    def __init__(self, rows: int, columns: int, d: int, stream: Stream, of: int | None = None) -> None:
-        self.rows, self.columns, self.d, self.of = rows, columns, d, of or d
+    def __init__(self, rows: int, columns: int, d: int, stream: Stream, layout_d: int | None = None) -> None:
+        self.rows, self.columns, self.d, self.layout_d = rows, columns, d, layout_d or d
         self.stream = stream
         padded = power_of_two_at_least(rows), power_of_two_at_least(columns)
-        self.keeps_all = math.prod(padded) <= self.of
-        counts = _counts(*padded, self.of)
-        self.tile = _tile(*counts, self.of)
+        self.keeps_all = math.prod(padded) <= self.layout_d
+        counts = _counts(*padded, self.layout_d)
+        self.tile = _tile(*counts, self.layout_d)
         # With all kept, the tiles of one round are as many as the groups; otherwise as many as d numbers need.
-        self.tiles = -(-self.of // math.prod(self.tile))
+        self.tiles = -(-self.layout_d // math.prod(self.tile))
         self.row_side = Side(rows, min(counts[0], self.tiles * self.tile[0]), stream.child("rows"))
         self.column_side = Side(columns, min(counts[1], self.tiles * self.tile[1]), stream.child("columns"))
-        self.scale = math.sqrt((self.of / math.prod(padded) if self.keeps_all else 1.0) / d)
+        self.scale = math.sqrt((self.layout_d / math.prod(padded) if self.keeps_all else 1.0) / d)
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
         image = self.row_side.transform(self.column_side.transform(x).mT).mT
@@ -120,15 +120,15 @@ class Tiling(Block):
 
     def _places(self, device: torch.device) -> Int64[Tensor, " kept"]:
         """Return where, in the row-major matrix of computed coordinates, each number of the sketch stands."""
-        kept = min(self.of, self.row_side.count * self.column_side.count)
+        kept = min(self.layout_d, self.row_side.count * self.column_side.count)
         return _tile_order(self.row_side.count, self.column_side.count, self.tile, device)[:kept]
 
     @cached_property
     def _targets(self) -> slice:
         """Where entries go that are fewer than the sketch is long: evenly spread, from a random start."""
         kept = self.row_side.count * self.column_side.count
-        step = self.of // kept
-        start = int(self.stream.child("start").integers(0, 1, self.of - (kept - 1) * step))
+        step = self.layout_d // kept
+        start = int(self.stream.child("start").integers(0, 1, self.layout_d - (kept - 1) * step))
         return slice(start, min(self.d, start + kept * step), step)
 
 

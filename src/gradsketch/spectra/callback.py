@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,8 @@ from transformers import TrainerCallback
 from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
-from gradsketch.gradients.curvature.objective import LossFunction
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Task
+from gradsketch.gradients.parameters import selected
+from gradsketch.gradients.tasks import TaskLike
 from gradsketch.spectra.evolution import PAPER_EVERY, PAPER_STEPS, Evolution, saved_spectra, spectrum_over
 
 __all__ = ["SpectrumCallback"]
@@ -49,10 +48,10 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        task: Task | LossFunction,
+        task: TaskLike,
         data: Any,
         *,
-        parameters: str | Collection[str] = "*",
+        parameters: str | Iterable[str] | None = None,
         curvature: Literal["hessian", "gauss-newton", "fisher"] = "hessian",
         at: Collection[int] = PAPER_STEPS,
         every: int = PAPER_EVERY,
@@ -98,7 +97,7 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
             spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
 
     def _load(self, model: Any) -> Any:
-        parameters = Parameters(model, self.parameters)
+        parameters = selected(model, self.parameters)
         make = _CURVATURES[self.curvature]
         operator = make(model, self.task, self.data, parameters, batch_size=self.batch_size)
         gradient = loss_gradient(model, self.task, self.data, parameters, batch_size=self.batch_size)

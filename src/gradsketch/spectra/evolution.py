@@ -165,7 +165,7 @@ def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[
     if path.exists():
         return _taken_up(path, plan, facts)
     running = path.with_suffix(".run")
-    result = spectrum(operator, k, gradient=gradient, checkpoint=running, **options)
+    result = spectrum(operator, k, gradient=gradient, resume=running, **options)
     write_record(path, {"facts": facts, "spectrum": json.loads(result.to_json())})
     running.unlink(missing_ok=True)
     return result

@@ -16,7 +16,7 @@ __all__ = ["Forgetful", "FullBasis", "KrylovBasis", "SketchedBasis"]
 _ROWS_PER_BLOCK = 32
 
 
-class Rows:
+class GrowingMatrix:
     """A matrix that grows by rows without moving those it has."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class KrylovBasis(ABC):
     is_orthogonal: bool
 
     def __init__(self) -> None:
-        self.rows = Rows()
+        self.rows = GrowingMatrix()
 
     @abstractmethod
     def append(self, q: Float[Tensor, " n"]) -> None:

@@ -60,7 +60,7 @@ class Plan:
     device: torch.device
 
     def facts(self) -> dict[str, Any]:
-        """Return what a checkpoint and the run that resumes it must have in common.
+        """Return what a run and the one that takes it up must have in common.
 
         How many eigenvalues are asked for, and how exact, is not part of it: a run may be taken further.
         """

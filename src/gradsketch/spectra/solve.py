@@ -21,12 +21,12 @@ from gradsketch.linear_map import LinearMap
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 from gradsketch.spectra.bias import corrected, detection_threshold, least_d, sampling_error
-from gradsketch.spectra.checkpoint import RunFile
 from gradsketch.spectra.krylov import FullBasis, SketchedBasis
 from gradsketch.spectra.lanczos import Lanczos, check_self_adjoint, dot, norm, start_vector
 from gradsketch.spectra.moments import moments
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Eigenvalue, Estimate, Method, Spectrum, Which
+from gradsketch.spectra.resume import RunFile
 from gradsketch.spectra.ritz import RitzPairs, ritz_pairs
 
 __all__ = ["require_same_map", "spectrum"]
@@ -48,7 +48,7 @@ def spectrum(
     probes: int = 10,
     seed: int = 0,
     memory: int = 1 << 28,
-    checkpoint: str | Path | None = None,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> Spectrum:
     """Return the outermost eigenvalues of a self-adjoint map, positive and negative, by Lanczos' method.
@@ -78,7 +78,7 @@ def spectrum(
         probes: products spent on tr H and ‖H‖_F² by the sketched operator.
         seed: of the start vector and of the sketch.
         memory: bytes that the full basis may take under "auto".
-        checkpoint: file that holds the state of the run. A run that finds its file goes on from there.
+        resume: file that holds the state of the run. A run that finds its file goes on from there.
         progress: show a progress bar; by default where there is a terminal.
 
     Example:
@@ -90,13 +90,13 @@ def spectrum(
     Raises:
         InputError: not self-adjoint (declared, or found by a probe), not the same at every product, k > n or > d.
         NonFiniteError: a product holds a NaN or an infinity.
-        FingerprintError: the checkpoint belongs to another run: other weights, data, task, parameters or options.
-        StoreError: the checkpoint is damaged, or cannot be written.
+        FingerprintError: the file in ``resume`` is of another run: other weights, data, task, parameters, options.
+        StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
     plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
     gradient = _checked_gradient(gradient, plan)
-    facts = {} if checkpoint is None else plan.facts() | {"gradient": gradient is not None}
-    run = _Run.begin(plan, gradient, RunFile(checkpoint, facts))
+    facts = {} if resume is None else plan.facts() | {"gradient": gradient is not None}
+    run = _Run.begin(plan, gradient, RunFile(resume, facts))
     pairs = run.iterate(progress)
     estimates: tuple[Estimate, Estimate] | None = None
     if plan.method == "sketched-operator" and probes > 0:

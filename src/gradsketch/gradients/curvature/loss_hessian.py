@@ -12,9 +12,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.leaves import Leaves
-from gradsketch.gradients.curvature.objective import LossesOf, LossFunction, Objective
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.gradients.curvature.objective import LossesOf, Objective
+from gradsketch.gradients.parameters import Selection
+from gradsketch.gradients.tasks import Batch, TaskLike
 from gradsketch.linear_map import LinearMap
 
 __all__ = ["Hessian", "hessian", "loss_gradient"]
@@ -22,9 +22,9 @@ __all__ = ["Hessian", "hessian", "loss_gradient"]
 
 def hessian(
     model: nn.Module,
-    task: Task | LossFunction,
+    task: TaskLike,
     data: Any,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     *,
     mode: Mode = "auto",
     batch_size: int = 8,
@@ -53,7 +53,7 @@ def hessian(
         model: any module.
         task: a task, or a function (model, batch) → losses ``[b]``.
         data: one batch, a DataLoader, or a sequence of examples that the task collates ``batch_size`` at a time.
-        parameters: the parameters to differentiate by.
+        parameters: those to differentiate by, a selection or globs of names; by default all that are trainable.
         mode: how products are computed.
         batch_size: examples a batch, for sequences of examples.
         check: evaluate the losses twice first, and refuse data or models that give other losses the second time.
@@ -74,9 +74,9 @@ def hessian(
 
 def loss_gradient(
     model: nn.Module,
-    task: Task | LossFunction,
+    task: TaskLike,
     data: Any,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     *,
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,

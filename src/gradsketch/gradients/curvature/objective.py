@@ -14,13 +14,12 @@ from gradsketch.as_found import buffers_aside
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.gradients.parameters import Selection, selected
+from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
 from gradsketch.stand_ins import Reading, check_held, held, read_instead, stand_ins
 
-__all__ = ["LossFunction", "LossesOf", "Objective", "check_finite"]
+__all__ = ["LossesOf", "Objective", "check_finite"]
 
-LossFunction = Callable[[nn.Module, Batch], Float[Tensor, " b"]]
 LossesOf = Callable[[Batch], Float[Tensor, " b"]]
 
 
@@ -39,13 +38,13 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        task: Task | LossFunction,
+        task: TaskLike,
         data: Any,
-        parameters: Parameters | None = None,
+        parameters: Selection = None,
         batch_size: int = 8,
     ) -> None:
         self.model, self.task = model, as_task(task)
-        self.parameters = Parameters(model) if parameters is None else parameters
+        self.parameters = selected(model, parameters)
         self.data = Batches(self.task, data, batch_size)
         check_held(model, dict(self.parameters))
         names = {id(tensor): name for name, tensor in held(model).items()}

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.leaves import Leaves
-from gradsketch.gradients.curvature.objective import LossesOf, LossFunction, Objective
+from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.data import batch_slice
-from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.gradients.parameters import Selection
+from gradsketch.gradients.tasks import Batch, TaskLike
 from gradsketch.linear_map import LinearMap
 
 __all__ = ["fisher", "gauss_newton"]
@@ -31,9 +31,9 @@ _HEAD_ENTRIES = 1 << 24
 
 def gauss_newton(
     model: nn.Module,
-    task: Task | LossFunction,
+    task: TaskLike,
     data: Any,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     *,
     mode: Mode = "auto",
     batch_size: int = 8,
@@ -68,9 +68,9 @@ def gauss_newton(
 
 def fisher(
     model: nn.Module,
-    task: Task | LossFunction,
+    task: TaskLike,
     data: Any,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     *,
     mode: Mode = "auto",
     batch_size: int = 8,

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradsketch.linear_map import widened
 from gradsketch.sketches.block_sum import BlockSum
 
-__all__ = ["Consumer", "Contribution", "Direct", "Inside", "Outer", "Placed", "Rows", "Sum", "wide"]
+__all__ = ["Consumer", "Contribution", "Direct", "IndexedRows", "Inside", "Outer", "Placed", "Sum", "wide"]
 
 
 class Contribution(ABC):
@@ -89,7 +89,7 @@ class Outer(Contribution):
 
 
 @dataclass(frozen=True)
-class Rows(Contribution):
+class IndexedRows(Contribution):
     """Row ``index_t`` gets ``right_t``, added up over t."""
 
     index: Int[Tensor, "b t"]

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from gradsketch.gradients.data import is_out_of_memory
-from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, Placed, Rows
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, IndexedRows, Placed
 from gradsketch.gradients.per_example.owners import (
     Grouping,
     InOrder,
@@ -516,10 +516,10 @@ def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Pa
     def passing(contribution: Contribution) -> Contribution:
         if isinstance(contribution, Placed) and index.ndim > 1:
             terms = contribution.terms
-            return Rows(index.reshape(len(terms), -1), terms.reshape(len(terms), -1, result.shape[-1]))
+            return IndexedRows(index.reshape(len(terms), -1), terms.reshape(len(terms), -1, result.shape[-1]))
         right = contribution.dense(result.shape[0], result.numel() // result.shape[0])
         right = right.reshape(len(right), index.numel(), -1)
-        return Rows(index.flatten().expand(len(right), -1), right)
+        return IndexedRows(index.flatten().expand(len(right), -1), right)
 
     return passing
 

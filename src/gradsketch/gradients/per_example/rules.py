@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.per_example.contributions import Contribution, Direct, Inside, Outer, Placed, Rows, Sum, wide
+from gradsketch.gradients.per_example.contributions import (
+    Contribution,
+    Direct,
+    IndexedRows,
+    Inside,
+    Outer,
+    Placed,
+    Sum,
+    wide,
+)
 from gradsketch.gradients.per_example.interception import Interception, Report, Rule
 from gradsketch.gradients.per_example.owners import Grouping
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, tensors_in
@@ -180,7 +189,7 @@ def _rows_of(tap: Interception, result: Tensor, index: Tensor, table: Tensor, pa
         places, errors = rows(index) % len(table), rows(gradient.reshape(*index.shape, width))
         if padding is not None:
             errors = errors.masked_fill((places == padding % len(table))[..., None], 0)
-        yield table, Rows(places, errors) if table.ndim > 1 else Direct(_scattered(places, errors, len(table)))
+        yield table, IndexedRows(places, errors) if table.ndim > 1 else Direct(_scattered(places, errors, len(table)))
 
     return tap.watch(result, tap.axis(index), index.ndim, (index,), contributions)
 

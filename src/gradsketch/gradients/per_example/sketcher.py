@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
-from gradsketch.gradients.parameters import Parameters, bare
+from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution
 from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
-from gradsketch.gradients.tasks import Batch, Task, as_task
+from gradsketch.gradients.tasks import Batch, TaskLike, as_task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
@@ -58,7 +58,7 @@ class GradientSketcher:
             one draw of the masks, which a warning says.
         task: a Task, or a function (model, batch) → losses [b] in which no example depends on another.
         sketch: a BlockSum over parameters of the model, or any sketch with n = ``parameters.n``.
-        parameters: the selection; by default the BlockSum's own.
+        parameters: the selection, or globs of names; by default the BlockSum's own.
         method: "outer" captures every use of a parameter in one backward pass and refuses what it cannot; "auto" (the
             default) sends such parameters, named in a warning, through "vmap" or, where that fails, "loop". Those two
             form the gradients explicitly; "implicit" differentiates w ↦ L(theta0 + Phiᵀ w) at 0.
@@ -81,10 +81,10 @@ class GradientSketcher:
     def __init__(
         self,
         model: nn.Module,
-        task: Task | Callable[[nn.Module, Batch], Tensor],
+        task: TaskLike,
         sketch: Sketch,
         *,
-        parameters: Parameters | None = None,
+        parameters: Selection = None,
         method: Method = "auto",
         on_non_finite: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -166,11 +166,11 @@ class GradientSketcher:
 
 def sketch_gradients(
     model: nn.Module,
-    task: Task | Callable[[nn.Module, Batch], Tensor],
+    task: TaskLike,
     batch: Batch,
     sketch: Sketch,
     *,
-    parameters: Parameters | None = None,
+    parameters: Selection = None,
     method: Method = "auto",
 ) -> Float[Tensor, "b d"]:
     """Return the sketch of every example's gradient: ``GradientSketcher`` for a single batch.
@@ -222,9 +222,9 @@ class _Formed:
         self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)
 
 
-def _tensors_of(model: nn.Module, sketch: Sketch, parameters: Parameters | None) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module, sketch: Sketch, parameters: Selection) -> dict[str, Tensor]:
     if parameters is not None:
-        tensors = dict(parameters)
+        tensors = dict(selected(model, parameters))
     elif isinstance(sketch, BlockSum):
         own = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: own[name] for name in sketch.names if name in own}

@@ -13,11 +13,14 @@ from torch.utils.data import default_collate
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import Encoded, encode_one
 
-__all__ = ["Batch", "Function", "Task", "as_task"]
+__all__ = ["Batch", "Function", "LossFunction", "Task", "TaskLike", "as_task"]
 
 # A dict of tensors (the usual case), a tuple of tensors, or whatever the task's own ``losses`` takes. In every tensor
 # the first dim counts examples.
 Batch = Any
+
+# (model, batch) → losses [b], in which no example depends on another.
+LossFunction = Callable[[nn.Module, Batch], Float[Tensor, " b"]]
 
 
 class Task(ABC):
@@ -84,7 +87,7 @@ class Function(Task):
         InputError: the function returns anything but one floating-point loss an example.
     """
 
-    def __init__(self, function: Callable[[nn.Module, Batch], Float[Tensor, " b"]]) -> None:
+    def __init__(self, function: LossFunction) -> None:
         self.function = function
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
@@ -102,6 +105,10 @@ class Function(Task):
         return {"function": getattr(self.function, "__qualname__", type(self.function).__name__)}
 
 
-def as_task(task: Task | Callable[[nn.Module, Batch], Float[Tensor, " b"]]) -> Task:
+# What every ``task`` argument takes.
+TaskLike = Task | LossFunction
+
+
+def as_task(task: TaskLike) -> Task:
     """Return the task itself, or the function as a task."""
     return task if isinstance(task, Task) else Function(task)
