@@ -67,11 +67,8 @@ class Layout:
 
     def variance(self, x: Float[Tensor, "rows columns"], y: Float[Tensor, "rows columns"]) -> float:
         """Return the variance of the sketched inner product of two matrices that the model predicts."""
-        x, y = x.double(), y.double()
-        rows, columns = x @ y.T, x.T @ y
         dense = float(x.square().sum() * y.square().sum() + (x * y).sum().square())
-        trace = float((rows * rows.T).sum())
-        over_rows, over_columns = float(rows.square().sum()), float(columns.square().sum())
+        over_rows, over_columns, trace = _squared_norms(x, y)
         p, pairs = self.products, math.prod(self.padded)
         sides = zip(self.counts, self.padded, (over_rows, over_columns), strict=True)
         left_out = sum((1 / count - 1 / padded) * (over + trace) for count, padded, over in sides if padded > 1)
@@ -80,6 +77,16 @@ class Layout:
         least, more = divmod(p, self.d)
         sharing = more * (least + 1) * least + (self.d - more) * least * (least - 1)
         return left_out + (1 / p - 1 / pairs) * (dense + over_rows + over_columns) + sharing / p**2 * dense
+
+
+def _squared_norms(x: Float[Tensor, "rows columns"], y: Float[Tensor, "rows columns"]) -> tuple[float, float, float]:
+    """Return ‖XYᵀ‖², ‖XᵀY‖² and tr (XYᵀ)², from products as small as the shorter side allows."""
+    if x.shape[0] < x.shape[1]:
+        over_columns, over_rows, trace = _squared_norms(x.T, y.T)
+        return over_rows, over_columns, trace
+    product = x.T @ y
+    over_rows = float(((x.T @ x) * (y.T @ y)).sum())
+    return over_rows, float(product.square().sum()), float((product * product.T).sum())
 
 
 def _products(d: int) -> int:
