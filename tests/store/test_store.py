@@ -272,7 +272,9 @@ class TestDamage:
         (tmp_path / "part-000000000007-000064.arrow").write_bytes(b"")
         with pytest.raises(StoreError, match="part-000000000007"):
             store.missing()
-        assert verify(store).strangers == ("part-000000000007-000064.arrow",)
+        found = verify(store)
+        assert found.foreign == ("part-000000000007-000064.arrow",)
+        assert not found.sound
 
     @pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[1]"])
     def test_an_unreadable_index_json(self, tmp_path, text):

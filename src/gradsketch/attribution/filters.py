@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,11 +21,21 @@ __all__ = ["Where", "row_filter"]
 Where = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 
 
-def row_filter(where: Where | None, columns: Sequence[str]) -> RowFilter | None:
-    """Return the condition as a function of a shard.
+# What the values of a column can equal. A column of JSON holds anything, and None stands for a missing value.
+_CAN_EQUAL: Mapping[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "int": lambda value: isinstance(value, Integral | float) and not isinstance(value, bool) and value == int(value),
+    "float": lambda value: isinstance(value, Real) and not isinstance(value, bool),
+    "bool": lambda value: isinstance(value, bool),
+    "json": lambda value: True,
+}
+
+
+def row_filter(where: Where | None, columns: Mapping[str, str]) -> RowFilter | None:
+    """Return the condition as a function of a shard; ``columns`` are the index's, each with its type.
 
     Raises:
-        InputError: a column the index does not have.
+        InputError: a column the index does not have, or a value that no row of its column can have.
     """
     if where is None:
         return None
@@ -38,6 +49,8 @@ def row_filter(where: Where | None, columns: Sequence[str]) -> RowFilter | None:
             "Check the name, or pass a function of the row's record",
         )
     wanted = {name: _values(value) for name, value in where.items()}
+    for name, values in wanted.items():
+        _require_possible(name, values, columns.get(name, "string"))
 
     def keep(shard: Shard) -> Bool[Tensor, " rows"]:
         kept = torch.ones(shard.count, dtype=torch.bool)
@@ -46,6 +59,17 @@ def row_filter(where: Where | None, columns: Sequence[str]) -> RowFilter | None:
         return kept
 
     return keep
+
+
+def _require_possible(name: str, values: list[Any], kind: str) -> None:
+    impossible = [value for value in values if not (value is None or _CAN_EQUAL[kind](value))]
+    if impossible or not values:
+        came = f"{impossible[0]!r} of type {type(impossible[0]).__name__}" if impossible else "no value"
+        raise InputError(
+            f"a condition that no row can meet: {came} for the column {name!r} of type {kind}",
+            f"values of type {kind}",
+            "Pass the value as the data has it",
+        )
 
 
 def _values(value: Any) -> list[Any]:
