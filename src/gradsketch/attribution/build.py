@@ -76,7 +76,7 @@ class Build:
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
         self.survey = survey(self.examples, self.task, model)
-        if not skip_bad:
+        if not skip_bad or not self.survey.places:
             refuse_bad_rows(self.survey.bad, len(self.examples))
         rows = len(self.survey.places)
         self.shape = Manifest(

@@ -108,7 +108,7 @@ def _folder(number: int) -> str:
     return f"checkpoint-{number}"
 
 
-def _record(data: bytes, file: str) -> Mapping[str, Any]:
+def _record(data: bytes, file: str) -> dict[str, Any]:
     """Return what stands in an index's ``index.json``; one of another format is told apart from a damaged one."""
     try:
         body = record_of(data, file)
@@ -129,7 +129,7 @@ def _record(data: bytes, file: str) -> Mapping[str, Any]:
     return body
 
 
-def _without_checksum(data: bytes) -> Mapping[str, Any] | None:
+def _without_checksum(data: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):

@@ -90,6 +90,9 @@ def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequen
     return groups
 
 
+_name = "query {}".format
+
+
 def sketch_queries(
     model: nn.Module,
     task: Task,
@@ -110,7 +113,7 @@ def sketch_queries(
         NonFiniteError: the loss or gradient of an example is not finite.
     """
     began, sketched = time.perf_counter(), []
-    rows, lengths = read_all(task, examples)
+    rows, lengths = read_all(task, examples, _name)
     for store, checkpoint in zip(stores, checkpoints, strict=True):
         with weights_of(model, checkpoint):
             sketch = sketch_for(model, description)
@@ -118,5 +121,5 @@ def sketch_queries(
             fix = "Query with the model, task and parameters of the index, or build an index for these"
             require_same(comparable_facts(model, task, sketch), facts, index, fix=fix)
             source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
-            sketched.append(source(rows, lengths, name="query {}".format))
+            sketched.append(source(rows, lengths, name=_name))
     return Queries(examples, groups, sketched, time.perf_counter() - began)

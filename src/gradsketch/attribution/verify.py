@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from gradsketch.attribution.description import Description
@@ -13,9 +13,7 @@ from gradsketch.errors import DamageError
 from gradsketch.store import Store, Verification, verify
 from gradsketch.store.folder import Folder
 
-__all__ = ["RUN_FILE", "IndexVerification", "verify_index"]
-
-RUN_FILE = "run.json"
+__all__ = ["IndexVerification", "verify_index"]
 
 
 @dataclass(frozen=True)
@@ -37,20 +35,20 @@ class IndexVerification:
         return "\n".join([*map(str, self.stores), *self.beside, *(["NOT SOUND"] * bool(self.beside))])
 
 
-def verify_index(folder: Folder) -> IndexVerification:
-    """Check every file of an index against its checksums.
+def verify_index(folder: Folder, *beside: str) -> IndexVerification:
+    """Check every file of an index against its checksums; ``beside`` names records that others keep in its folder.
 
     Raises:
         StoreError: an ``index.json`` is missing or damaged, so that nothing can be said of the rest.
     """
     stores = [Store.open(folder.child(checkpoint.folder)) for checkpoint in Description.read(folder).checkpoints]
     moments = [f"{file} is damaged: delete it" for store in stores for file in damaged_moments(store)]
-    return IndexVerification(tuple(map(verify, stores)), (*_damaged_records(folder), *moments))
+    return IndexVerification(tuple(map(verify, stores)), (*_damaged_records(folder, beside), *moments))
 
 
-def _damaged_records(folder: Folder) -> Iterator[str]:
+def _damaged_records(folder: Folder, beside: Collection[str]) -> Iterator[str]:
     for name in folder.names():
-        if name == RUN_FILE or name.startswith(AUDITS):
+        if name in beside or name.startswith(AUDITS):
             try:
                 record_of(folder.read(name).to_pybytes(), f"{folder.uri}/{name}")
             except DamageError as error:

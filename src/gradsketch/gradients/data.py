@@ -148,8 +148,12 @@ class Batcher:
         return False, None
 
 
-def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
+def read_all(
+    task: Task, examples: Sequence[Any], name: Callable[[int], str] = "example {}".format
+) -> tuple[list[Any], list[int]]:
     """Return the examples as the task's ``collate`` takes them, and their lengths.
+
+    ``name`` says what a person calls the example at a place, for errors.
 
     Raises:
         InputError: an example that the task cannot read, with its place.
@@ -160,7 +164,7 @@ def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]
             rows.append(task.read(examples[place]))
             lengths.append(task.length(rows[-1]))
         except InputError as error:
-            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
+            raise InputError(f"{name(place)}: {error.came}", error.wanted, error.fix) from error
     return rows, lengths
 
 
