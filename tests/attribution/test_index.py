@@ -216,7 +216,7 @@ def test_a_hit_without_a_gradient_can_be_explained(tmp_path, kind):
 
 
 def test_a_question_that_cannot_be_read_is_named(index):
-    with pytest.raises(InputError, match="example 1: an empty text"):
+    with pytest.raises(InputError, match="query 1: an empty text"):
         index.query(toys.TinyLM(), ["fine", ""])
 
 

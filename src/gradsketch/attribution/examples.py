@@ -188,7 +188,7 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
         raise InputError(
             f"{len(bad)} of {total} rows that cannot be used: {shown}{more}",
             "; ".join(dict.fromkeys(row.wanted for row in bad[:_BAD_ROWS_SHOWN])),
-            "Repair them, or leave them out with skip_bad=True",
+            "Repair them, or leave them out with skip_bad=True" if len(bad) < total else "Repair them",
         )
 
 

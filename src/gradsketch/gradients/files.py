@@ -220,7 +220,7 @@ def _buffer(path: Path) -> bytes | mmap.mmap:
 
 
 def _inflated(path: Path) -> bytes:
-    """Return a gzipped file's content, unless that is beyond what data shrinks to: a few kilobytes can hold terabytes."""
+    """Return what a gzipped file holds, unless no data shrinks so much: a few kilobytes can stand for terabytes."""
     most = max(_INFLATED_BYTES, _INFLATED_RATIO * path.stat().st_size)
     with gzip.open(path) as file:
         content = file.read(most + 1)
