@@ -87,9 +87,7 @@ def made(folder):
     """Make every kind of file; return by name the file and how it is read."""
     index = folder / "index"
     data = [{"text": text, "n": i, "tags": ["é", i]} for i, text in enumerate(TEXTS)]
-    gs.build_index(
-        index, MODEL, toys.language_task(), data, d=128, checkpoints=STATES, shard_rows=8, progress=False
-    )
+    gs.build_index(index, MODEL, toys.language_task(), data, d=128, checkpoints=STATES, shard_rows=8, progress=False)
     asked(index)  # keeps moments
     run_file.write(IndexOptions("i", ModelOptions("m"), Path("data")), "index", index / "run.json")
     with pytest.raises(KeyboardInterrupt):

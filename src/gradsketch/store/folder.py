@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs
 
-from gradsketch.durable import cleaned, damaged, failed, is_temporary, write_file
+from gradsketch.durable import cleaned, failed, is_temporary, write_file
 from gradsketch.errors import DamageError, StoreError
 
 __all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder"]
@@ -108,18 +108,17 @@ class LocalFolder(Folder):
         try:
             with path.open("rb") as file:
                 found = os.fstat(file.fileno())
-                if found.st_size == 0:
-                    raise damaged(path, "it is empty")
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # An empty file, which a power cut can leave, cannot be mapped.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if found.st_size else None
         except (OSError, ValueError) as error:
             raise failed("read", str(path), error) from error
         version = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
         unchecked = check is not None and version not in _checked
-        if whole or unchecked:
+        if mapped is not None and (whole or unchecked):
             # One system call in place of a page fault every few pages, and one large read where the disk is asked.
             with contextlib.suppress(OSError, ValueError):  # before Linux 5.14, and elsewhere
                 mapped.madvise(_MADV_POPULATE_READ)
-        data = pa.py_buffer(mapped)
+        data = pa.py_buffer(b"" if mapped is None else mapped)
         if check is not None and unchecked:
             check(data)
             _checked.add(version)

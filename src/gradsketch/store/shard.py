@@ -148,6 +148,8 @@ def require_sound(data: pa.Buffer, name: str) -> None:
     Raises:
         DamageError: they are not.
     """
+    if data.size == 0:
+        raise _broken(name, "it is empty")
     if _file_checksum(data) != _stored_checksum(data):
         raise _broken(name, "its checksum does not match")
     try:
@@ -188,7 +190,7 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
 
 def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> list[str]:
     """Return what is wrong with a shard's bytes, each to within 64 rows where it is a sketch; empty where sound."""
-    if _file_checksum(data) == _stored_checksum(data):
+    if data.size == 0 or _file_checksum(data) == _stored_checksum(data):
         try:
             require_sound(data, name)
             open_shard(data, name, start, count, manifest)
