@@ -86,7 +86,7 @@ def test_a_run_file_replays_the_run(index, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"command": "query", "options": {}}', '{"command": "index", "options": 3}']
+    "text", ["", "{}", "[" * 100_000, "[]", '{"command": "query", "options": {}}', '{"command": "index", "options": 3}']
 )
 def test_unusable_run_files(tmp_path, text, capsys):
     (tmp_path / "run.json").write_text(text)
@@ -118,6 +118,55 @@ def test_verify(model, data, tmp_path, capsys):
     assert not found["stores"][0]["sound"]
 
 
+def test_a_damaged_index_is_repaired(model, data, tmp_path, capsys):
+    path = tmp_path / "i"
+    main(arguments(model, data, path, "--shard-rows", "5"))
+    shards = sorted(path.rglob("*.arrow"))
+    sound = [shard.read_bytes() for shard in shards]
+    shards[0].write_bytes(b"")
+    shards[1].unlink()
+    assert main(["verify", str(path)]) == 1
+    assert main(["verify", str(path), "--repair"]) == 0
+    assert [shard.read_bytes() for shard in shards] == sound
+    shards[1].write_bytes(sound[1][:-9])
+    assert main(arguments(model, data, path, "--shard-rows", "5")) == 0
+    assert [shard.read_bytes() for shard in shards] == sound
+    (path / "run.json").unlink()
+    capsys.readouterr()
+    assert main(["verify", str(path), "--repair"]) == 1
+    assert "without a run.json" in capsys.readouterr().err
+
+
+def test_a_damaged_run_file_is_told(model, data, tmp_path, capsys):
+    main(arguments(model, data, tmp_path / "i"))
+    file = tmp_path / "i/run.json"
+    file.write_text(file.read_text().replace('"max_length": null', '"max_length": 5'))
+    for words in (["verify"], ["query", "--text", "the capital"]):
+        assert main([words[0], str(tmp_path / "i"), *words[1:]]) == 1
+        told = capsys.readouterr()
+        assert "run.json is damaged" in told.out + told.err
+
+
+def test_a_refused_run_leaves_the_run_file_as_it_is(model, data, tmp_path):
+    main(arguments(model, data, tmp_path / "i"))
+    file = tmp_path / "i/run.json"
+    before = file.read_bytes()
+    assert main(arguments(model, data, tmp_path / "i", "--seed", "1")) == 1
+    assert file.read_bytes() == before
+    file.unlink()
+    assert main(arguments(model, data, tmp_path / "i", "--seed", "1")) == 1
+    assert not file.exists()
+
+
+def test_a_row_that_is_refused_names_the_options_of_the_command_line(model, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the capital"}\n{"text": ""}\n')
+    assert main(arguments(model, tmp_path / "rows.jsonl", tmp_path / "i")) == 1
+    told = capsys.readouterr().err
+    assert "rows.jsonl, line 2" in told
+    assert "--skip-bad" in told
+    assert "skip_bad" not in told
+
+
 def test_export(index, tmp_path, capsys):
     pytest.importorskip("pyarrow.parquet")
     assert main(["export", str(index), "--parquet", str(tmp_path / "x.parquet")]) == 0
@@ -137,6 +186,7 @@ def test_export(index, tmp_path, capsys):
         (["query", "INDEX", "--text", "a", "--where", "half"], "column=value"),
         (["query", "INDEX", "--text", "a", "--where", "half=x"], "half=x"),
         (["query", "INDEX", "--text", "a", "--damping", "much"], "--damping"),
+        (["query", "INDEX", "--text", "a", "--k", "0"], "k=0"),
         (["verify", "/nowhere"], "index.json"),
         (["export", "INDEX", "--checkpoint", "7", "--parquet", "x"], "--checkpoint 7"),
         (["export", "INDEX", "--parquet", "INDEX"], "cannot write"),
@@ -187,8 +237,11 @@ def test_a_folder_that_cannot_be_made(model, data, tmp_path, path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):
-    """A real process, a real SIGINT, and the same command again."""
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_an_index_that_goes_on(model, data, tmp_path, sent, code, word):
+    """A real process, a real SIGINT or a scheduler's SIGTERM, and the same command again."""
     rows = tmp_path / "many.jsonl"
     rows.write_text("\n".join(data.read_text().splitlines() * 200))
     command = [sys.executable, "-m", "gradsketch", *arguments(model, rows, tmp_path / "i", "--shard-rows", "50")]
@@ -198,10 +251,10 @@ def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):
     deadline = time.monotonic() + 120
     while not (shards.is_dir() and any(shards.glob("*.arrow"))) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted" in errors
+    assert process.returncode == code, errors
+    assert word in errors
     assert "type the same command to go on" in errors
     assert 1 <= len(list(shards.glob("*.arrow"))) < 40
     assert not list(shards.glob("*.tmp-*"))
