@@ -94,6 +94,18 @@ def test_unusable_run_files(tmp_path, text, capsys):
     assert "run.json" in capsys.readouterr().err
 
 
+def test_aliases_and_malformed_yaml_are_refused(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    for text in ("\n".join(bomb), "a: [1", "a: !!python/object/apply:os.system ['true']", "- ]"):
+        (tmp_path / "run.yaml").write_text(text)
+        assert main(["index", "--config", str(tmp_path / "run.yaml")]) == 1
+        told = capsys.readouterr().err
+        assert "run.yaml cannot be used" in told
+        assert len(told.splitlines()) == 1
+
+
 def test_dry_run(model, data, tmp_path, capsys):
     assert main(arguments(model, data, tmp_path / "i", "--dry-run", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)
