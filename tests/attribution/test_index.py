@@ -133,12 +133,22 @@ class TestFilters:
             index.query(toys.TinyLM(), QUERIES, where={"colour": 1})
 
     @pytest.mark.parametrize(
-        "where", [{"parity": "1"}, {"parity": True}, {"parity": 0.5}, {"kind": 3}, {"id": 3}, {"kind": []}]
+        "where",
+        [
+            {"parity": "1"},
+            {"parity": True},
+            {"parity": 0.5},
+            {"parity": float("inf")},
+            {"parity": float("nan")},
+            {"kind": 3},
+            {"id": 3},
+            {"kind": []},
+        ],
     )
     def test_a_condition_that_no_row_can_meet_is_told(self, index, where):
         with pytest.raises(InputError, match="no row can meet"):
             index.query(toys.TinyLM(), QUERIES, where=where)
-        assert len(index.query(toys.TinyLM(), QUERIES[0], where={"parity": [1.0, None]})[0])
+        assert len(index.query(toys.TinyLM(), QUERIES[0], where={"parity": [1.0, None, torch.tensor(1)]})[0])
 
 
 def test_a_number_of_hits_that_is_none(folder):

@@ -170,6 +170,36 @@ def test_a_refused_run_leaves_the_run_file_as_it_is(model, data, tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.filterwarnings("ignore::gradsketch.errors.GradsketchWarning")
+@pytest.mark.parametrize("command", ["spectrum", "dimension"])
+def test_refused_work_leaves_another_runs_file_as_it_is(command, model, data, tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text("\n".join(data.read_text().splitlines()[:4]))
+    words = {
+        "spectrum": ["--examples", "2", "--k", "1", "--steps", "4", "--data"],
+        "dimension": [
+            "--target",
+            "3",
+            "--test",
+            str(data),
+            "--d-min",
+            "2",
+            "--d-max",
+            "2",
+            "--check-every",
+            "1",
+            "--train",
+        ],
+    }[command]
+    base = [command, "--model", str(model), "--device", "cpu", "--out", str(tmp_path / "out"), *words]
+    assert main([*base, str(data)]) == 0
+    before = (tmp_path / "out/run.json").read_bytes()
+    assert main([*base, str(tmp_path / "other.jsonl")]) == 1
+    told = capsys.readouterr().err
+    assert "is now" in told
+    assert "delete" in told
+    assert (tmp_path / "out/run.json").read_bytes() == before
+
+
 def test_a_row_that_is_refused_names_the_options_of_the_command_line(model, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"text": "the capital"}\n{"text": ""}\n')
     assert main(arguments(model, tmp_path / "rows.jsonl", tmp_path / "i")) == 1

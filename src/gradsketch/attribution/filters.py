@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ __all__ = ["Where", "row_filter"]
 Where = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 # What the values of a column can equal. A column of JSON holds anything, and None stands for a missing value.
 _CAN_EQUAL: Mapping[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
-    "int": lambda value: isinstance(value, Integral | float) and not isinstance(value, bool) and value == int(value),
-    "float": lambda value: isinstance(value, Real) and not isinstance(value, bool),
+    "int": lambda value: _is_number(value) and value % 1 == 0,
+    "float": lambda value: _is_number(value) and not math.isnan(value),
     "bool": lambda value: isinstance(value, bool),
     "json": lambda value: True,
 }
@@ -73,4 +78,5 @@ def _require_possible(name: str, values: list[Any], kind: str) -> None:
 
 
 def _values(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    return [v.item() if hasattr(v, "item") else v for v in values]  # numbers of numpy and torch
