@@ -75,10 +75,9 @@ class Options:
 
 def run(options: Options) -> int:
     """Run the command and return its exit code."""
-    if options.out is not None:
-        run_file.write(options, "dimension", options.out / "run.json")
     result = _search(options)
     if options.out is not None:
+        run_file.write(options, "dimension", options.out / "run.json")  # not where the work was refused
         result.to_json(options.out / "result.json")
         _draw(result, options.out / "figure.png")
     print(result.to_json() if options.json else result)

@@ -6,6 +6,7 @@ from typing import Any
 
 from gradsketch.cli import check, demo, dimension, export, index, query, run_file, spectrum, verify
 from gradsketch.cli.command import Command
+from gradsketch.cli.signals import TERMINATED, Terminated, terminable
 from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
 
 __all__ = ["COMMANDS", "main", "register"]
@@ -38,7 +39,7 @@ def register(command: Command) -> Command:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -48,12 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     command = COMMANDS[arguments[0]]
     try:
-        with warnings.catch_warnings():
+        with terminable(), warnings.catch_warnings():
             _say_warnings_plainly(arguments[0])
             return command.run(run_file.parse(command.options, command.name, arguments[1:]))
     except GradsketchError as error:
         print(f"gradsketch {arguments[0]}: {error}", file=sys.stderr)
         return 1
+    except Terminated:
+        print(f"\ngradsketch {arguments[0]}: terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print(f"\ngradsketch {arguments[0]}: interrupted", file=sys.stderr)
         return 130

@@ -76,9 +76,9 @@ def run(options: SpectrumOptions) -> int:
             "a folder for one model's density",
             "Type --out runs/spectrum",
         )
-    if options.out is not None:
-        run_file.write(options, "spectrum", options.out / "run.json")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
+    if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
+        run_file.write(options, "spectrum", options.out / "run.json")
     print(result.to_json() if options.json else result)
     return 0
 

@@ -103,11 +103,16 @@ class Batcher:
         self.task, self.tokens, self.examples, self.device = task, tokens, examples, device
 
     def map(
-        self, work: Callable[[Batch], Result], examples: Sequence[Any], lengths: Sequence[int] | None = None
+        self,
+        work: Callable[[Batch], Result],
+        examples: Sequence[Any],
+        lengths: Sequence[int] | None = None,
+        name: Callable[[int], str] = "example {}".format,
     ) -> Iterator[tuple[list[int], Result]]:
         """Yield, for every batch, the places of its examples in ``examples`` and the work's result.
 
         Examples may be encoded. Where their lengths are given, those that are not are encoded a batch at a time.
+        ``name`` says what a person calls the example at a place, for errors.
         """
         if lengths is None:
             examples, lengths = read_all(self.task, examples)
@@ -124,7 +129,7 @@ class Batcher:
                 self.tokens = max(1, len(places) * longest // 2)
             else:
                 raise InputError(
-                    f"example {places[0]} of {longest} tokens does not fit into memory, even alone",
+                    f"{name(places[0])} of {longest} tokens does not fit into memory, even alone",
                     "examples that fit",
                     "Lower the task's max_length, or switch on gradient checkpointing",
                 )
@@ -143,8 +148,12 @@ class Batcher:
         return False, None
 
 
-def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
+def read_all(
+    task: Task, examples: Sequence[Any], name: Callable[[int], str] = "example {}".format
+) -> tuple[list[Any], list[int]]:
     """Return the examples as the task's ``collate`` takes them, and their lengths.
+
+    ``name`` says what a person calls the example at a place, for errors.
 
     Raises:
         InputError: an example that the task cannot read, with its place.
@@ -155,7 +164,7 @@ def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]
             rows.append(task.read(examples[place]))
             lengths.append(task.length(rows[-1]))
         except InputError as error:
-            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
+            raise InputError(f"{name(place)}: {error.came}", error.wanted, error.fix) from error
     return rows, lengths
 
 
