@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
-from gradsketch.gradients.data import batch_length, differentiable
+from gradsketch.gradients.data import batch_length
 from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, IndexedRows, Outer, wide
@@ -63,8 +63,8 @@ def gradient_gram(
     tensors = dict(selected(model, parameters))
     capture = Capture(bare(model), as_task(task), tensors, method)
     with differentiating(capture.model, tensors):
-        losses_x, x = _collected(capture, differentiable(batch_x))
-        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, differentiable(batch_y))
+        losses_x, x = _collected(capture, batch_x)
+        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, batch_y)
     example = next(iter(tensors.values()))
     dtype = widened(example.dtype)
     gram = torch.zeros(len(losses_x), len(losses_y), dtype=dtype, device=example.device)

@@ -1257,7 +1257,7 @@ def embeddings_that_are_renormalised() -> Setting:
     return setting(lambda m, x: m.o(m.e(x).mean(1)), ids(5, 6), e=nn.Embedding(7, 4, max_norm=0.5), o=nn.Linear(4, 3))
 
 
-@refused("even one example at a time", methods=("auto",))
+@refused("scale_grad_by_freq")
 def embeddings_whose_gradients_are_scaled_by_how_often_the_batch_has_a_token() -> Setting:
     embedding = nn.Embedding(7, 4, scale_grad_by_freq=True)
     return setting(lambda m, x: m.o(m.e(x).mean(1)), ids(5, 6), e=embedding, o=nn.Linear(4, 3))
@@ -1380,6 +1380,19 @@ def hooks_on_modules() -> Setting:
     model[0].register_forward_hook(lambda module, args, out: out * 1.5)
     model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     model[2].register_full_backward_hook(lambda module, into, out: (into[0] * 3,))
+    return Setting(model, waves, {"x": torch.randn(5, 3)})
+
+
+_NOT_LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "of unit length": lambda g: g / g.norm(),
+    "clipped": lambda g: g.clamp(-1e-3, 1e-3).cumsum(0),
+}
+
+
+@refused("backward hook of '2'", variants=_NOT_LINEAR, methods=("auto", "loop"))
+def hooks_on_modules_that_mix_examples(change: Callable[[Tensor], Tensor]) -> Setting:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    model[2].register_full_backward_hook(lambda module, into, out: (change(into[0]),))
     return Setting(model, waves, {"x": torch.randn(5, 3)})
 
 
@@ -1921,7 +1934,7 @@ def compared_with_the_mean_of_the_batch() -> Setting:
     return Setting(mlp(), losses, {"x": torch.randn(5, 3)})
 
 
-@refused("together and", methods=("auto", "outer"))
+@refused("together and", methods=("auto", "outer", "loop", "vmap"))
 def statistics_of_the_batch_under_a_head_of_zeros() -> Setting:
     """The losses do not show it, the head's gradients do."""
 
@@ -1942,6 +1955,17 @@ def statistics_of_the_batch_that_carry_no_gradient() -> Setting:
         return m.o(h / h.detach().abs().max())
 
     return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), o=nn.Linear(4, 3))
+
+
+@refused("cannot be run alone", methods=("auto", "loop"))
+def batch_norm_by_hand_in_training_under_a_head_of_zeros() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(functional.batch_norm(m.a(x), None, None, m.w, training=True))
+
+    made = setting(forward, torch.randn(5, 3), classes, a=nn.Linear(3, 4), o=nn.Linear(4, 3), w=numbers(4))
+    nn.init.zeros_(made.model.o.weight)
+    nn.init.zeros_(made.model.o.bias)
+    return made
 
 
 @refused("batch_norm|BatchNorm")
@@ -1984,6 +2008,28 @@ def batches(form: Callable[[Any], Any]) -> Setting:
         return functional.cross_entropy(m(x), y, reduction="none")
 
     return Setting(nn.Linear(3, 3), losses, form((torch.randn(5, 3), torch.arange(5) % 3)))
+
+
+_WRITES: dict[str, Callable[[Any], Any]] = {
+    "a field is taken out": lambda b: (b.pop("x"), b.pop("y")),
+    "a tensor is written to": lambda b: (b["x"].mul_(2).clamp_(-1, 1), b["y"]),
+    "a part is written to": lambda b: (b["x"], b["x"][:, :1].zero_(), b["y"])[::2],
+    "labels are moved": lambda b: (b["x"], b["y"].add_(1).remainder_(3)),
+    "a field is added": lambda b: (b.setdefault("z", b["x"].exp()), b["y"]),
+}
+
+
+@fast(variants=_WRITES, methods=("auto", "outer", "loop", "vmap"))
+def batches_that_are_changed(change: Callable[[Any], Any]) -> Setting:
+    def losses(m: Any, batch: Any) -> Tensor:
+        x, y = change(batch)
+        return functional.cross_entropy(m(x), y, reduction="none")
+
+    return Setting(mlp_of_three(), losses, {"x": torch.randn(5, 3), "y": torch.arange(5) % 3})
+
+
+def mlp_of_three() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 @fast()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradsketch.errors import InputError
 from gradsketch.gradients.per_example.contributions import (
     Contribution,
     Direct,
@@ -31,7 +30,7 @@ from gradsketch.gradients.per_example.interception import Interception, Report, 
 from gradsketch.gradients.per_example.owners import Grouping
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, tensors_in
 
-__all__ = ["RULES", "TRANSPARENT", "coupled"]
+__all__ = ["RULES", "TRANSPARENT"]
 
 Reports = Iterator[Report]
 
@@ -354,15 +353,6 @@ def _batch_norm(
         return functional.batch_norm(x, mean, variance, eps=eps)
 
     return _channels(tap, result, input, weight, bias, normalise)
-
-
-def coupled(what: str) -> InputError:
-    """Return the error for a layer in which an example's loss depends on its batch mates."""
-    return InputError(
-        what,
-        "layers in which no example sees another, so that each has a gradient of its own",
-        "Call model.eval() first, or use GroupNorm",
-    )
 
 
 def _channels(
