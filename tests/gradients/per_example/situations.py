@@ -604,7 +604,7 @@ def convolution_with_the_examples_in_the_channels() -> Setting:
     return setting(forward, torch.randn(5, 6), w=numbers(1, 1, 3))
 
 
-@slow("a.*")
+@fast()
 def unbatched_convolution_in_a_loop() -> Setting:
     return setting(lambda m, x: torch.stack([m.a(z).mean(1) for z in x]), torch.randn(5, 2, 6), a=nn.Conv1d(2, 3, 3))
 
@@ -887,6 +887,19 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "x @ vector": (lambda m, x: (x @ m.a)[:, None], {"a": (4,)}),
     "dot": (lambda m, x: torch.stack([torch.dot(m.a, row) for row in x])[:, None], {"a": (4,)}),
     "inner": (lambda m, x: torch.inner(x, m.a), {"a": (3, 4)}),
+    "inner with a vector": (lambda m, x: x.inner(m.a)[:, None], {"a": (4,)}),
+    "einsum of a diagonal": (lambda m, x: torch.einsum("bi,ii->bi", x, m.a), {"a": (4, 4)}),
+    "einsum with many dots": (
+        lambda m, x: torch.einsum("i...,...ij->...j", x.view(len(x), 2, 2).movedim(2, 0), m.a).flatten(1),
+        {"a": (1, 2, 2, 3)},
+    ),
+    "W @ x, columns": (lambda m, x: torch.mm(m.a, torch.tanh(x * m.b).T).T, {"a": (3, 4), "b": (4,)}),
+    "x @ vector, of tokens": (lambda m, x: torch.tanh(x.view(-1, 2, 2) * m.b) @ m.a, {"a": (2,), "b": (2,)}),
+    "W @ row in a loop": (lambda m, x: torch.stack([m.a @ row.tanh() for row in x]), {"a": (3, 4)}),
+    "baddbmm with factors": (
+        lambda m, x: torch.baddbmm(m.b, x[:, None], m.a.expand(len(x), -1, -1), beta=0.5, alpha=2)[:, 0],
+        {"a": (4, 3), "b": (1, 1, 3)},
+    ),
     "tensordot": (lambda m, x: torch.tensordot(x, m.a, dims=1), {"a": (4, 3)}),
     "outer": (lambda m, x: torch.stack([torch.outer(row, m.a) for row in x]), {"a": (3,)}),
     "kron": (lambda m, x: torch.stack([torch.kron(row, m.a) for row in x]), {"a": (3,)}),
@@ -976,9 +989,8 @@ def _set_into(m: Any, x: Tensor) -> Tensor:
 
 
 _SLOW_USES = (
-    "einsum without an arrow", "einsum with dots", "W @ x", "mv", "x @ vector", "dot", "inner", "tensordot", "outer",
-    "kron", "linear with a vector", "solved", "repeated twice as often", "cdist", "cosine similarity",
-    "view_as_complex", "set into zeros", "addmm with factors",
+    "dot", "tensordot", "outer", "kron", "solved", "repeated twice as often", "cdist", "cosine similarity",
+    "view_as_complex", "set into zeros",
 )  # fmt: skip
 
 
@@ -1136,28 +1148,59 @@ def _last(m: Any, x: Tensor) -> Tensor:
     return m.o((out[0] if isinstance(out, tuple) else out)[:, -1])
 
 
-@slow(
-    "r.*",
+@slow("r.*")
+def recurrent_with_projections() -> Setting:
+    return setting(_last, torch.randn(5, 6, 4), r=nn.LSTM(4, 12, batch_first=True, proj_size=10), o=nn.Linear(10, 3))
+
+
+@fast(
     variants={
         "RNN": lambda: nn.RNN(4, 5, 2, batch_first=True, bidirectional=True),
         "LSTM": lambda: nn.LSTM(4, 5, 2, batch_first=True, bidirectional=True),
         "GRU": lambda: nn.GRU(4, 5, 2, batch_first=True, bidirectional=True),
-        "LSTM with projections": lambda: nn.LSTM(4, 12, batch_first=True, proj_size=10),
+        "RNN with relu": lambda: nn.RNN(4, 10, nonlinearity="relu", bias=False, batch_first=True),
+        "LSTM of one layer": lambda: nn.LSTM(4, 10, batch_first=True),
+        "GRU of three layers": lambda: nn.GRU(4, 10, 3, batch_first=True, bias=False),
     },
 )
 def recurrent(layer: Callable[[], nn.Module]) -> Setting:
     return setting(_last, torch.randn(5, 6, 4), r=layer(), o=nn.Linear(10, 3))
 
 
-@slow("r.*")
+@fast()
 def recurrent_with_time_first() -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
-        return m.o(m.r(x.transpose(0, 1))[0][-1])
+        out, (h, c) = m.r(x.transpose(0, 1))
+        return m.o(out.view(-1, 5)).view(len(out), len(x), 3).sum(0) + m.o(h[0] * c[0])
 
     return setting(forward, torch.randn(5, 5, 4), r=nn.LSTM(4, 5), o=nn.Linear(5, 3))
 
 
-@slow("r.*", variants={"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell})
+@fast(variants={"sorted": True, "in chunks": False})
+def recurrent_in_another_order(ordered: bool) -> Setting:
+    """With a layer that starts from a state of each example's own."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.i(x[:, 0])[None]
+        if not ordered:
+            return torch.cat([m.o(m.r(a, b)[0][:, -1]) for a, b in zip(x.split(2), h.split(2, 1), strict=True)])
+        order = x[:, 0, 0].argsort()
+        return m.o(m.r(x[order], h[:, order])[1][0])[order.argsort()]
+
+    parts = {"i": nn.Linear(4, 5), "r": nn.GRU(4, 5, batch_first=True), "o": nn.Linear(5, 3)}
+    return setting(forward, torch.randn(5, 6, 4), **parts)
+
+
+@fast()
+def recurrent_from_a_learned_state() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.r(x, m.h.expand(-1, len(x), -1).contiguous())[0].sum(1))
+
+    parts = {"h": numbers(1, 1, 5), "r": nn.GRU(4, 5, batch_first=True), "o": nn.Linear(5, 3)}
+    return setting(forward, torch.randn(5, 6, 4), **parts)
+
+
+@fast(variants={"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell})
 def recurrent_cells(kind: Any) -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = None
@@ -1175,15 +1218,11 @@ def recurrent_cells(kind: Any) -> Setting:
         "with kdim and vdim": (True, {"kdim": 3, "vdim": 2}),
         "with a zero to attend to": (True, {"add_zero_attn": True}),
         "without bias": (True, {"bias": False}),
+        "with bias for keys and values": (True, {"kdim": 3, "vdim": 2, "add_bias_kv": True}),
     }
 )
 def multi_head_attention(variant: tuple[bool, dict[str, Any]]) -> Setting:
     return _attending(*variant)
-
-
-@slow("a.bias_k", "a.bias_v")
-def multi_head_attention_with_bias_kv() -> Setting:
-    return _attending(True, {"kdim": 3, "vdim": 2, "add_bias_kv": True})
 
 
 def _attending(batch_first: bool, options: dict[str, Any]) -> Setting:
@@ -1274,6 +1313,10 @@ _LOOKED_UP: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "table[list]": lambda m, x: m.e[[1, 2]].sum(0) * x[..., None],
     "one-hot": lambda m, x: functional.one_hot(x, 7).to(m.e) @ m.e,
     "index_select": lambda m, x: m.e.index_select(0, x.flatten()).view(*x.shape, 4),
+    "table[ids, ...]": lambda m, x: m.e[x, ...],
+    "gather by different columns": lambda m, x: m.e.gather(0, (x.flatten()[:, None] + torch.arange(4)) % 7).view(
+        *x.shape, 4
+    ),
     "gather": lambda m, x: m.e.gather(0, x.flatten()[:, None].expand(-1, 4)).view(*x.shape, 4),
     "take_along_dim": lambda m, x: m.e.take_along_dim(x.flatten()[:, None], 0).view(*x.shape, 4),
     "by a derived table": lambda m, x: functional.embedding(x, m.e * 2 + 1),
@@ -1285,15 +1328,7 @@ _LOOKED_UP: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-_SLOWLY_LOOKED_UP = ("table[ids, :]", "gather", "take_along_dim")
-
-
-@slow("e", variants={name: _LOOKED_UP[name] for name in _SLOWLY_LOOKED_UP})
-def looked_up_outside_the_rules(how: Callable[[Any, Tensor], Tensor]) -> Setting:
-    return looked_up(how)
-
-
-@fast(variants={name: how for name, how in _LOOKED_UP.items() if name not in _SLOWLY_LOOKED_UP})
+@fast(variants=_LOOKED_UP)
 def looked_up(how: Callable[[Any, Tensor], Tensor]) -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.o(torch.tanh(how(m, x)) + m.f.sum())

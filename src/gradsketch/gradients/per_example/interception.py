@@ -112,7 +112,7 @@ class Interception(TorchFunctionMode):
         self.unrecorded: set[str] = set()  # parameters used where no gradient is recorded
         self.uses: dict[str, str] = {}  # of each parameter that a function outside the rules used: that function
         self._call = ""
-        self._placed: Tensor | None = None
+        self._placed: Tensor | tuple[Tensor, ...] | None = None
         self._derived: dict[int, _Derived] = {}
         self._gates: dict[int, Tensor] = {}
         self.slot = torch.zeros((), requires_grad=True)
@@ -198,9 +198,10 @@ class Interception(TorchFunctionMode):
         axis = self.provenance.axis(tensor)
         return 0 if self.examples == 1 and axis != SHARED else axis
 
-    def place(self, result: Tensor, axis: Axis) -> None:
-        """Say where the examples stand in the result of a rule, where the function alone does not tell."""
-        self.provenance.place(result, axis)
+    def place(self, result: Tensor | tuple[Tensor, ...], *axes: Axis) -> None:
+        """Say where the examples stand in the results of a rule, where the function alone does not tell."""
+        for tensor, axis in zip(tensors_in((result,)), axes, strict=True):
+            self.provenance.place(tensor, axis)
         self._placed = result
 
     def watch(
