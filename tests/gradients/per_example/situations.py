@@ -682,6 +682,22 @@ def relative_positions_by_an_index() -> Setting:
 
 
 @fast()
+def relative_positions_by_shifts() -> Setting:
+    """XLNet's: scores of distances, moved to places by a reshape and an index, with time first."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, t = x.transpose(0, 1), x.shape[1]
+        q = torch.einsum("ibh,hnd->ibnd", h, m.q)
+        scores = torch.einsum("ibnd,jnd->bnij", q, m.r)
+        b, n, i, j = scores.shape
+        moved = scores.reshape(b, n, j, i)[:, :, 1:].reshape(b, n, i, j - 1)
+        p = torch.index_select(moved, 3, torch.arange(t)).softmax(3)
+        return torch.einsum("ibnd,hnd->ibh", torch.einsum("bnij,jbnd->ibnd", p, q), m.o).transpose(0, 1)
+
+    return setting(forward, torch.randn(5, 4, 6), q=numbers(6, 2, 3), r=numbers(8, 2, 3), o=numbers(6, 2, 3))
+
+
+@fast()
 def relative_positions_in_scaled_dot_product_attention() -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
         b, t, _ = x.shape
@@ -915,6 +931,8 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "power": (lambda m, x: (1 + x.abs()) ** m.a, {"a": (1,)}),
     "base of a power": (lambda m, x: (1 + m.a.square()) ** x, {"a": (4,)}),
     "maximum": (lambda m, x: torch.maximum(x, m.a) * torch.minimum(x, m.a), {"a": (4,)}),
+    "maximum with a transposed": (lambda m, x: torch.maximum(x.view(-1, 2, 2), m.a.T).flatten(1), {"a": (2, 2)}),
+    "maximum with an entry": (lambda m, x: torch.maximum(x.view(-1, 2, 2), m.a[1]).flatten(1), {"a": (3, 2, 2)}),
     "clamp between": (lambda m, x: x.clamp(min=m.a, max=m.a + 0.3), {"a": (4,)}),
     "where": (lambda m, x: torch.where(x > 0, m.a, m.b * x), {"a": (4,), "b": (1,)}),
     "lerp": (lambda m, x: torch.lerp(x, x.square(), m.a), {"a": (4,)}),
@@ -1632,6 +1650,34 @@ def checkpointed(half: Callable[[Any, Tensor], Tensor]) -> Setting:
         return m.o(half(m, m.i(x)))
 
     return setting(forward, torch.randn(5, 4), i=nn.Linear(4, 4), a=nn.Linear(4, 5), o=nn.Linear(5, 3))
+
+
+@fast()
+def writes_to_a_buffer_that_the_next_pass_reads() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = m.o(x * m.scale)
+        m.scale += 0.5
+        m.count = m.count + len(x)
+        return out * m.scale
+
+    made = setting(forward, torch.randn(5, 4), o=nn.Linear(4, 3))
+    made.model.register_buffer("scale", torch.ones(4)[:1])
+    made.model.register_buffer("count", torch.zeros(1))
+    return made
+
+
+@refused("together and")
+def buffers_that_depend_on_the_longest_of_the_batch() -> Setting:
+    """As dynamic RoPE: what a long row leaves in a buffer decides the others, also in the passes that follow."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if float(x.detach().abs().max()) > float(m.longest):
+            m.longest = x.detach().abs().max()
+        return m.o(x / m.longest)
+
+    made = setting(forward, torch.randn(5, 4), o=nn.Linear(4, 3))
+    made.model.register_buffer("longest", torch.tensor(0.1))
+    return made
 
 
 @slow("*")

@@ -42,8 +42,12 @@ def gradients(name: str) -> Tensor:
     """Gradients [b, n] by ``loss.backward()`` on a model of its own, each row alone."""
     setting = SITUATIONS[name].setting()
     parameters = [tensor for _, tensor in gs.Parameters(setting.model)]
+    buffers = {name: buffer.clone() for name, buffer in setting.model.named_buffers()}
     found = []
     for row in range(length(setting.batch)):
+        for buffer, value in buffers.items():  # every row finds the same model
+            place, _, leaf = buffer.rpartition(".")
+            setattr(setting.model.get_submodule(place), leaf, value.clone())
         loss = setting.losses(setting.model, rows_of(setting.batch, [row])).sum()
         for tensor in parameters:
             tensor.grad = None  # a loss may have run a backward pass of its own

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.as_found import buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory
 from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
@@ -151,8 +152,13 @@ class Capture:
             self._learn({name: reason for name, reason in hooked.items() if name not in self._known.slow})
 
     def losses(self, batch: Batch) -> Float[Tensor, " b"]:
-        """Return the task's losses, one per example, of a copy of the batch, to which the model may write."""
-        return self._losses_of(differentiable(batch))
+        """Return the task's losses, one per example, of copies of the batch and of buffers, to which a pass may write.
+
+        Every pass finds the same buffers, or the frequencies that a long batch left behind would make its rows agree
+        when they run alone.
+        """
+        with buffers_aside(self.model):
+            return self._losses_of(differentiable(batch))
 
     def _losses_of(self, batch: Batch) -> Tensor:
         count, before = batch_length(batch), self._random_states()
@@ -227,7 +233,7 @@ class Capture:
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
         """Run the loss on a copy of the batch with its functions intercepted."""
         try:
-            with tap:
+            with buffers_aside(self.model), tap:
                 losses = self._losses_of(copy)
         except (DifferentiatedError, InputError):
             if not tap.differentiated:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradsketch.as_found import buffers_aside
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
 from gradsketch.gradients.per_example.refusals import running_alone
 from gradsketch.gradients.tasks import Batch, Task
@@ -29,7 +30,7 @@ def gradients_by_loop(
     Call it where ``.grad`` is set aside.
     """
     for position in range(batch_length(batch)):
-        with running_alone(position):
+        with running_alone(position), buffers_aside(model):
             losses = task.losses(model, differentiable(batch_slice(batch, position, position + 1)))
         parts = accumulated(losses, torch.ones_like(losses), tensors)
         yield position, losses.detach(), {name: part[None] for name, part in parts.items()}

@@ -283,6 +283,7 @@ _DIM_POSITION = {
         _words("""softmax log_softmax softmin cumsum cumprod sort argsort cat concat concatenate stack gather"""), 1
     ),
     **dict.fromkeys(_words("sum mean amax amin max min argmax argmin prod var std logsumexp any all nansum median"), 1),
+    "index_select": 1,
     **dict.fromkeys(_words("topk roll take_along_dim"), 2),
 }
 _DIM_DEFAULT = {"sort": -1, "argsort": -1, "topk": -1, "cat": 0, "concat": 0, "concatenate": 0, "stack": 0}
@@ -427,6 +428,14 @@ def _gathered(self: Provenance, name: str, args: Any, kwargs: Any, relevant: lis
     return axis if dims is not None and axis not in dims else UNKNOWN
 
 
+def _along_another(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Entries of another dim, at places that all examples share."""
+    source, dims = args[0], _dims(name, args, kwargs, result.ndim)
+    shared = all(t is source or self.axis(t) == SHARED for t in tensors_in((*args, *kwargs.values())))
+    axis = self.axis(source)
+    return axis if shared and axis >= 0 and dims is not None and axis not in dims else UNKNOWN
+
+
 def _selected(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
     """Rows of a table that all share: the index has the examples."""
     index = [t for t in tensors_in((*args[:1], *kwargs.values())) if not t.is_floating_point()]
@@ -498,6 +507,7 @@ _HANDLERS: dict[str, Callable[..., Axis]] = {
     "einsum": _einsum,
     **dict.fromkeys(("gather", "take_along_dim"), _gathered),
     "embedding": _selected,
+    "index_select": _along_another,
     **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
     **dict.fromkeys(
         _words("""scaled_dot_product_attention conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
