@@ -241,14 +241,12 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def differentiable(batch: Batch) -> Batch:
-    """Return the batch with tensors that autograd can save, and whose own gradients and graphs are left alone."""
+    """Return a copy for one pass: autograd can save its tensors, and a model may write to it or take fields out."""
     return each_tensor(batch, _differentiable)
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
-    if tensor.is_inference():
-        return tensor.clone()
-    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
