@@ -36,6 +36,7 @@ class Recorded:
     """First derivatives of one batch as a graph that can be differentiated again.
 
     ``edges`` are the roots of that graph, each with the place of its leaf; ``outputs`` whatever else a product needs.
+    ``roots`` are those of the graph of the loss itself: what a backward pass takes for a constant is only there.
     """
 
     leaves: Leaves
@@ -43,6 +44,8 @@ class Recorded:
     examples: int
     reached: bool
     outputs: Any = None
+    roots: tuple[Any, ...] = ()
+    besides: frozenset[str] = frozenset()
 
 
 class Curvature(LinearMap):
@@ -68,6 +71,7 @@ class Curvature(LinearMap):
         self._examined: set[str] = set()  # operations of graphs whose products were held against differences
         self._seen_all = False
         self._scheme: Scheme | None = None
+        self._why = ""  # products are differences though nobody asked for them
         if check:
             with translated(objective.model):
                 self._check_determinism()
@@ -159,17 +163,19 @@ class Curvature(LinearMap):
             return self._multiply_by_graphs(x, out, dtype)
 
     def _multiply_by_graphs(self, x: Tensor, out: Tensor, dtype: torch.dtype | None) -> tuple[int, bool]:
-        keep, examples, reached = self.objective.is_one_batch, 0, False
+        may_keep, examples, reached = self.objective.is_one_batch and dtype is None, 0, False
         for batch in self.objective.batches():
-            kept = self._still_valid(batch) if keep else None
-            leaves = Leaves(self.values(dtype)) if kept is None else kept.leaves
+            recorded = self._still_valid(batch) if may_keep else None
+            leaves = Leaves(self.values(dtype)) if recorded is None else recorded.leaves
             with self.objective.at(leaves.tensors) as losses:
-                recorded = self._record(leaves, losses, batch) if kept is None else kept
-                unseen = set() if kept is not None or self._seen_all else self._unseen(recorded)
-                self._keep(recorded if keep and not unseen else None, batch)
-                count, any_reached = self._replay_all(recorded, x, out, keep=keep and not unseen)
-                examples, reached = examples + count, reached or any_reached
-                del recorded, kept, leaves
+                recorded = self._record(leaves, losses, batch) if recorded is None else recorded
+                unseen = self._unseen(recorded)
+                keep = may_keep and not unseen
+                count, any_reached = self._replay_all(recorded, x, out, keep=keep)
+            examples, reached = examples + count, reached or any_reached
+            if keep and self._kept is None:
+                self._kept = (self.objective.state(batch), recorded)
+            del recorded, leaves  # frees the graph before the next one is built
             if unseen:
                 self._examine(batch, unseen)
         self._seen_all = True
@@ -180,10 +186,6 @@ class Curvature(LinearMap):
         if self._kept is not None and self._kept[0] != self.objective.state(batch):
             self._kept = None
         return None if self._kept is None else self._kept[1]
-
-    def _keep(self, recorded: Recorded | None, batch: Batch) -> None:
-        if recorded is not None and self._kept is None:
-            self._kept = (self.objective.state(batch), recorded)
 
     def _replay_all(self, recorded: Recorded, x: Tensor, out: Tensor, *, keep: bool) -> tuple[int, bool]:
         leaves = recorded.leaves
@@ -206,18 +208,27 @@ class Curvature(LinearMap):
         return totals
 
     def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
+        scheme, totals = self._calibrated(), (0, False)
+        for vector, target in zip(x, out, strict=True):
+            norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64)) or 1.0
+            product, *totals = self.difference(vector / norm, scheme)
+            target.copy_(product.mul_(norm))
+        return totals[0], totals[1]
+
+    def _calibrated(self) -> Scheme:
+        """Return how differences are taken, decided and said at the first product."""
         if self._scheme is None:
             self._scheme, self.check = calibrated(self._over_first_batch())
-        totals = (0, False)
-        for vector, target in zip(x, out, strict=True):
-            norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
-            if norm > 0:
-                product, *totals_now = self.difference(vector / norm, self._scheme)
-                totals = (totals_now[0], totals_now[1])
-                target.copy_(product.mul_(norm))
-            else:
-                totals = self._counted()
-        return totals
+            if self._why or self.check.note:
+                why = f" ({self._why})" if self._why else ""
+                warnings.warn(
+                    f"{type(self.objective.model).__name__}: curvature products are central differences of gradients,"
+                    f" {self._scheme}, {self.check.error:.0e} off at most where they were checked"
+                    f"{why}{'; ' if self.check.note else ''}{self.check.note}.",
+                    GradsketchWarning,
+                    stacklevel=8,
+                )
+        return self._scheme
 
     def difference(self, vector: Tensor, scheme: Scheme) -> tuple[Tensor, int, bool]:
         """Return the sum of all products with a unit vector by central differences, examples, and whether any reached."""
@@ -240,9 +251,10 @@ class Curvature(LinearMap):
 
     def _unseen(self, recorded: Recorded) -> set[str]:
         """Return the operations of a graph that no examined batch had; of those that nobody has to check, none."""
-        if not recorded.reached:
+        if self._seen_all or not recorded.reached:
             return set()
-        found = operations(edge.node for _, edge in recorded.edges)
+        nodes = [*recorded.roots, *(edge.node for _, edge in recorded.edges)]
+        found = operations(nodes) | recorded.besides
         return (found if self._checks else suspects(found)) - self._examined
 
     def _examine(self, batch: Batch, found: set[str]) -> None:
@@ -277,14 +289,7 @@ class Curvature(LinearMap):
                 "operations that can be differentiated this way",
                 "Type mode='central-difference', or leave mode out",
             ) from error
-        self.mode = "central-difference"
-        self._scheme, self.check = calibrated(self._over_first_batch())
-        warnings.warn(
-            f"{name}: {error}. Curvature products are central differences of gradients instead, {self._scheme}:"
-            f" {self.check.error:.0e} off at most where they were checked.",
-            GradsketchWarning,
-            stacklevel=9,
-        )
+        self.mode, self._why, self._scheme = "central-difference", str(error), None
 
 
 @contextmanager

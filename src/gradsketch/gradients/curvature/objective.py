@@ -101,17 +101,23 @@ class Objective:
         Raises:
             InputError: the task returns something else than one loss per example.
         """
-        present = zip(values, self.values, strict=True)
-        wider = next((value.dtype for value, now in present if value.dtype != now.dtype), None)
+        wider = self._wider(values)
 
         def losses(batch: Batch) -> Float[Tensor, " b"]:
-            batch = each_tensor(batch, lambda tensor: _widened(tensor, wider))
-            return _one_per_example(self.task.losses(self.model, batch), self.task)
+            return _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
 
         chosen = dict(zip(self._names, values, strict=True))
         # Compiled code has no double backward; what was compiled holds what it was made from.
         with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model), uncompiled(self.model):
             yield losses
+
+    def widened(self, batch: Batch, values: Sequence[Tensor]) -> Batch:
+        """Return the batch as the model needs it where ``values`` stand: widened if they are wider than its own."""
+        return _batch_in(batch, self._wider(values))
+
+    def _wider(self, values: Sequence[Tensor]) -> torch.dtype | None:
+        present = zip(values, self.values, strict=True)
+        return next((value.dtype for value, now in present if value.dtype != now.dtype), None)
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the loss and its derivatives: all weights and buffers, modes, task, data, parameters."""
@@ -212,6 +218,10 @@ def _saveable(tensor: Tensor) -> Tensor:
 
 def _must_change(tensor: Tensor, wider: torch.dtype | None) -> bool:
     return tensor.requires_grad or tensor.is_inference() or _is_narrow(tensor, wider)
+
+
+def _batch_in(batch: Batch, dtype: torch.dtype | None) -> Batch:
+    return batch if dtype is None else each_tensor(batch, lambda tensor: _widened(tensor, dtype))
 
 
 def _is_narrow(tensor: Tensor, dtype: torch.dtype | None) -> bool:

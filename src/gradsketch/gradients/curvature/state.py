@@ -58,20 +58,19 @@ class _Look:
         key = id(value)
         if isinstance(value, Tensor):
             self.tensors.append(value)
-        elif key in self._seen or depth < 0:
+            return "tensor"
+        if key in self._seen or depth < 0:
             return key
-        elif isinstance(value, Mapping | list | tuple | set | frozenset | deque):
-            return key if len(value) == 0 else self._container(value, depth)
-        elif isinstance(value, np.ndarray):
+        if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
+            return self._container(value, depth)
+        if isinstance(value, np.ndarray):
             return value.tobytes() if value.nbytes < 1 << 20 else key
-        else:
-            self._seen.add(key)
-            return key, self._inside(value, depth)
-        return key
+        self._seen.add(key)
+        return key, self._inside(value, depth)
 
     def _container(self, value: Any, depth: int) -> Any:
         if len(value) > _LONG:
-            return id(value), len(value)
+            return len(value)
         if isinstance(value, Mapping):
             return [(key if isinstance(key, str) else id(key), self.at(value[key], depth)) for key in value]
         return [self.at(item, depth) for item in value]
