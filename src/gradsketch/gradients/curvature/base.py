@@ -22,7 +22,7 @@ from gradsketch.gradients.curvature.differences import Scheme, at_least_float32
 from gradsketch.gradients.curvature.failures import WrongDerivative, lacks_double_backward, non_finite, translated
 from gradsketch.gradients.curvature.leaves import Leaves, split_as
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
-from gradsketch.gradients.curvature.probe import check_deterministic
+from gradsketch.gradients.curvature.probe import check_deterministic, refuse_listed_batches
 from gradsketch.gradients.tasks import Batch
 from gradsketch.linear_map import LinearMap, widened
 
@@ -61,6 +61,7 @@ class Curvature(LinearMap):
     def __init__(self, objective: Objective, mode: Mode, *, check: bool) -> None:
         if mode not in get_args(Mode):
             raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
+        refuse_listed_batches(objective)
         self.objective, self.mode, self._asked = objective, mode, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
         first = objective.values[0]

@@ -114,10 +114,10 @@ def calibrated(products: Products) -> tuple[Scheme, Check]:
     vector = compare.direction("check")
     scheme, error = _best(compare, vector)
     leading = compare.leading(vector, lambda v: products.difference(v, scheme)[0])
-    worst = max(error, _change(compare, leading, scheme))
+    worst = max(error, _visible(_change(compare, leading, scheme)))
     if worst > _GOOD:
         other, other_error = _best(compare, leading)
-        other_worst = max(other_error, _change(compare, vector, other))
+        other_worst = max(other_error, _visible(_change(compare, vector, other)))
         scheme, worst = (other, other_worst) if other_worst < worst else (scheme, worst)
     note = "" if worst <= _VISIBLE else _unsteady(worst)
     return scheme, Check("central-difference", worst, str(scheme), worst <= _VISIBLE, note)
@@ -151,7 +151,11 @@ def _best(compare: _Comparison, vector: Tensor) -> tuple[Scheme, float]:
         assert failure is not None
         raise failure
     change, _, scheme = min(found)
-    return scheme, 0.0 if change == _VANISHES else change
+    return scheme, _visible(change)
+
+
+def _visible(change: float) -> float:
+    return 0.0 if change == _VANISHES else change
 
 
 def _change(compare: _Comparison, vector: Tensor, scheme: Scheme) -> float:
@@ -170,7 +174,7 @@ class _Comparison:
         self.products, objective = products, products.objective
         values = products.values()
         self.names, self._sizes = objective.parameters.names, [value.numel() for value in values]
-        self.schemes = schemes(list(held(objective.model).values()))
+        self.schemes = schemes(list(held(objective.model).values()), values[0].dtype)
         # The narrowest of the weights decides what rounding explains.
         self.dtype = max((value.dtype for value in values), key=lambda dtype: torch.finfo(dtype).eps)
         self._padding = _padding_rows(objective)

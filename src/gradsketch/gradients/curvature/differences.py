@@ -43,8 +43,10 @@ _WIDE = tuple(Scheme(step, torch.float64) for step in (1e-6, 1e-8, 1e-4, 2.5e-3,
 _NATIVE = tuple(Scheme(step) for step in (2.5e-3, 2.5e-4, 2.5e-2, 2e-1))
 
 
-def schemes(held: Sequence[Tensor]) -> tuple[Scheme, ...]:
-    """Return the schemes to try for a model that holds these tensors, the most exact first."""
+def schemes(held: Sequence[Tensor], own: torch.dtype) -> tuple[Scheme, ...]:
+    """Return the schemes to try for a model that holds these tensors, its weights in ``own``; the most exact first."""
+    if own == torch.float64:
+        return _WIDE
     numbers = sum(tensor.numel() for tensor in held if tensor.is_floating_point())
     return (*_WIDE, *_NATIVE) if numbers <= _WIDE_NUMBERS else _NATIVE
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradsketch.gradients.curvature.failures import translated
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective
+from gradsketch.gradients.curvature.probe import refuse_listed_batches
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import TaskLike
 from gradsketch.linear_map import widened
@@ -43,6 +44,7 @@ def loss_gradient(
         NonFiniteError: a loss is not finite; the message names the batch.
     """
     objective = Objective(model, task, data, parameters, batch_size)
+    refuse_listed_batches(objective)
     with torch.inference_mode(False), torch.enable_grad(), translated(model):
         leaves = Leaves(objective.values)
         first = leaves.tensors[0]
