@@ -161,6 +161,12 @@ def _check_glob(model: nn.Module, glob: str, aliases: Mapping[Tensor, list[str]]
             f"globs of names such as {', '.join(names[0] for names in list(aliases.values())[:3])}",
             "List them with [name for name, _ in model.named_parameters()]",
         )
+    if matched and not any(tensor.is_floating_point() for tensor in matched):
+        raise InputError(
+            f"the glob {glob!r} matches only integers, in which quantised weights are stored",
+            "parameters that can be differentiated by",
+            "Name others, such as those of an adapter",
+        )
     if not frozen and matched and not any(tensor.requires_grad for tensor in matched):
         raise InputError(
             f"the glob {glob!r} matches only frozen parameters",

@@ -17,9 +17,10 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.gradients.curvature.check import Check, calibrated, examined, operations, suspects
+from gradsketch.gradients.curvature.check import Check, calibrated, examined
 from gradsketch.gradients.curvature.differences import Scheme, at_least_float32
-from gradsketch.gradients.curvature.failures import WrongDerivative, lacks_double_backward, non_finite, translated
+from gradsketch.gradients.curvature.failures import WrongDerivativeError, lacks_double_backward, non_finite, translated
+from gradsketch.gradients.curvature.graph import operations, suspects
 from gradsketch.gradients.curvature.leaves import Leaves, split_as
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.curvature.probe import check_deterministic, refuse_listed_batches
@@ -262,7 +263,7 @@ class Curvature(LinearMap):
         """Hold products over one batch against differences, once for every kind of graph.
 
         Raises:
-            WrongDerivative: they are wrong.
+            WrongDerivativeError: they are wrong.
         """
         self._examined |= found
         check, scheme = examined(self._over(batch), suspects(found))
@@ -281,7 +282,7 @@ class Curvature(LinearMap):
 
     def _give_up_double_backward(self, error: RuntimeError) -> None:
         """Change to central differences where double backward is missing or wrong, and the mode may be chosen."""
-        if not (isinstance(error, WrongDerivative) or lacks_double_backward(error)):
+        if not (isinstance(error, WrongDerivativeError) or lacks_double_backward(error)):
             raise error
         name = type(self.objective.model).__name__
         if self.mode != "auto":

@@ -8,25 +8,25 @@ at any step, and as wrong only where two steps agree with each other and not wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from gradsketch.gradients.curvature.differences import Scheme, schemes
-from gradsketch.gradients.curvature.failures import WrongDerivative
+from gradsketch.gradients.curvature.failures import WrongDerivativeError
 from gradsketch.gradients.curvature.gradient import add_gradients
+from gradsketch.gradients.curvature.graph import causes
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.stand_ins import held
 
-__all__ = ["Check", "calibrated", "examined", "operations", "suspects"]
+__all__ = ["Check", "calibrated", "examined"]
 
 # Largest error of a parameter's rows that rounding explains, by the weights' precision. Rows that are small beside the
 # whole product are measured by a share of it, _SHARE, or rounding would count as an error of theirs.
@@ -41,10 +41,6 @@ _GOOD = 1e-6
 _CLOSE = 1e-5
 # Products a direction is multiplied by to lean towards the leading eigenvectors, where steps truncate most.
 _POWER_STEPS = 4
-# Operations of PyTorch's own whose double backward is wrong without an error (2.13, on the CPU).
-_WRONG_IN_PYTORCH = frozenset({"WeightNormInterfaceBackward0"})
-_HAND_WRITTEN = "hand-written "
-
 
 @dataclass(frozen=True)
 class Check:
@@ -79,31 +75,13 @@ class Products(Protocol):
         """Return a product by central differences."""
 
 
-def operations(nodes: Iterable[Any]) -> set[str]:
-    """Return the names of all operations in a graph."""
-    seen: set[Any] = set()
-    left, names = list(nodes), set()
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            names.add((_HAND_WRITTEN if isinstance(node, BackwardCFunction) else "") + type(node).__name__)
-            left.extend(following for following, _ in node.next_functions)
-    return names
-
-
-def suspects(names: Iterable[str]) -> set[str]:
-    """Return the operations whose double backward cannot be taken on trust."""
-    return {name for name in names if name.startswith(_HAND_WRITTEN) or name in _WRONG_IN_PYTORCH}
-
-
 def examined(products: Products, suspected: set[str]) -> tuple[Check, Scheme | None]:
     """Compare exact products with differences along a random and the leading direction.
 
     Returns the check, and the scheme whose differences agreed.
 
     Raises:
-        WrongDerivative: the products are wrong; the message says by how much, where, and what may be the cause.
+        WrongDerivativeError: the products are wrong; the message says by how much, where, and what may be the cause.
     """
     return _Examination(products, suspected).result()
 
@@ -343,7 +321,7 @@ class _Examination:
         """Say what a product is that agrees with no difference.
 
         Raises:
-            WrongDerivative: it is wrong.
+            WrongDerivativeError: it is wrong.
         """
         if not tried:
             note = "products could not be held against differences of gradients, which the model cannot compute"
@@ -363,8 +341,8 @@ class _Examination:
                 " its way to the loss. Products hold it constant, as autograd does"
             )
             return self._check(off, steady.scheme, conclusive=False, note=note)
-        raise WrongDerivative(
-            f"differentiating twice is {max(off, 1e-4):.2%} off along {where}, most in {steady.name!r}{self._cause()}"
+        raise WrongDerivativeError(
+            f"differentiating twice is {max(off, 1e-4):.2%} off along {where}, most in {steady.name!r}{causes(self.suspected)}"
         )
 
     def _steady(self, tried: list[_Tried]) -> _Tried | None:
@@ -394,8 +372,3 @@ class _Examination:
             if abs(float(gap)) > 0.1 * float(off) / len(u) ** 0.5:
                 return False
         return True
-
-    def _cause(self) -> str:
-        named = {name.removeprefix(_HAND_WRITTEN): name.startswith(_HAND_WRITTEN) for name in sorted(self.suspected)}
-        why = {True: "a hand-written function", False: "whose double backward is wrong in PyTorch"}
-        return "".join(f"; the loss goes through {name}, {why[own]}" for name, own in named.items())

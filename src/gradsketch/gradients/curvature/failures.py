@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 
-__all__ = ["WrongDerivative", "lacks_double_backward", "non_finite", "translated"]
+__all__ = ["WrongDerivativeError", "lacks_double_backward", "non_finite", "reentrant", "translated"]
 
 
-class WrongDerivative(RuntimeError):
+class WrongDerivativeError(RuntimeError):
     """Differentiating twice gave a product that differences of gradients contradict."""
 
 
@@ -52,13 +52,18 @@ def translated(model: nn.Module) -> Iterator[None]:
                 "Leave mode out, or type mode='central-difference'",
             ) from error
         if _REENTRANT in str(error):
-            raise InputError(
-                f"{name} with layers that are checkpointed in the re-entrant way",
-                "checkpointing whose backward pass can be asked for chosen gradients",
-                "Pass use_reentrant=False to checkpoint, or call model.gradient_checkpointing_enable("
-                "gradient_checkpointing_kwargs={'use_reentrant': False})",
-            ) from error
+            raise reentrant(model) from error
         raise
+
+
+def reentrant(model: nn.Module) -> InputError:
+    """Return the error for layers whose backward pass cannot be asked for chosen gradients."""
+    return InputError(
+        f"{type(model).__name__} with layers that are checkpointed in the re-entrant way",
+        "checkpointing whose backward pass can be asked for chosen gradients",
+        "Pass use_reentrant=False to checkpoint, or call model.gradient_checkpointing_enable("
+        "gradient_checkpointing_kwargs={'use_reentrant': False})",
+    )
 
 
 def non_finite(values: Sequence[Tensor], mode: str) -> NonFiniteError:

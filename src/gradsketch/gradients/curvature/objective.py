@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside, uncompiled
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.gradients.curvature.failures import reentrant
+from gradsketch.gradients.curvature.graph import REENTRANT, operations
 from gradsketch.gradients.curvature.state import state_of
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
@@ -49,6 +51,7 @@ class Objective:
         self.parameters = selected(model, parameters)
         self.data = Batches(self.task, data, batch_size)
         self._only: list[Batch] | None = None
+        self._looked = False
         check_held(model, dict(self.parameters))
         names = {id(tensor): name for name, tensor in held(model).items()}
         self._names = [names[id(tensor)] for _, tensor in self.parameters]
@@ -104,12 +107,21 @@ class Objective:
         wider = self._wider(values)
 
         def losses(batch: Batch) -> Float[Tensor, " b"]:
-            return _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
+            found = _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
+            return self._without_reentrant(found)
 
         chosen = dict(zip(self._names, values, strict=True))
         # Compiled code has no double backward; what was compiled holds what it was made from.
         with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model), uncompiled(self.model):
             yield losses
+
+    def _without_reentrant(self, losses: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Refuse layers checkpointed in the re-entrant way, once: where no leaf is before them their rows are zero."""
+        if not self._looked and losses.grad_fn is not None:
+            self._looked = True
+            if REENTRANT in operations([losses.grad_fn]):
+                raise reentrant(self.model)
+        return losses
 
     def widened(self, batch: Batch, values: Sequence[Tensor]) -> Batch:
         """Return the batch as the model needs it where ``values`` stand: widened if they are wider than its own."""

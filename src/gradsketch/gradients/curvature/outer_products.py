@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
-from gradsketch.gradients.curvature.check import operations
+from gradsketch.gradients.curvature.graph import operations
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.data import batch_slice
