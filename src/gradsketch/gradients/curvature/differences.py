@@ -32,8 +32,13 @@ class Scheme(NamedTuple):
 
     @property
     def doubled(self) -> Scheme:
-        """The same with steps twice as long: how far its results are off shows the error of this one's."""
+        """The same with steps twice as long, whose truncation is larger."""
         return self._replace(step=2 * self.step)
+
+    @property
+    def halved(self) -> Scheme:
+        """The same with steps half as long, whose rounding error is larger."""
+        return self._replace(step=self.step / 2)
 
     def __str__(self) -> str:
         return f"steps of {self.step:.0e} in {'float64' if self.dtype == torch.float64 else 'their own precision'}"
