@@ -1,6 +1,6 @@
 """Situations in which curvature is easily wrong, each one function that builds it; most are from public bug reports.
 
-A situation is registered by what must come out: ``exact``, by differentiating twice and without a word; ``differences``,
+A situation is registered by what must come out: ``exact``, by differentiating twice, without a word; ``differences``,
 as right, by central differences and with a warning that says why; ``said``, right or as autograd defines it, with a
 warning; ``refused``, an InputError. A function with ``variants`` makes one situation for each.
 """

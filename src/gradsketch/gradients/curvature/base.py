@@ -216,12 +216,12 @@ class Curvature(LinearMap):
         return totals
 
     def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        scheme, totals = self._calibrated(), (0, False)
+        scheme, examples, reached = self._calibrated(), 0, False
         for vector, target in zip(x, out, strict=True):
             norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64)) or 1.0
-            product, *totals = self.difference(vector / norm, scheme)
+            product, examples, reached = self.difference(vector / norm, scheme)
             target.copy_(product.mul_(norm))
-        return totals[0], totals[1]
+        return examples, reached
 
     def _calibrated(self) -> Scheme:
         """Return how differences are taken, decided and said at the first product."""

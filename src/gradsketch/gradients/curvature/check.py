@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.gradients.curvature.differences import Scheme, schemes
@@ -41,6 +40,7 @@ _GOOD = 1e-6
 _CLOSE = 1e-5
 # Products a direction is multiplied by to lean towards the leading eigenvectors, where steps truncate most.
 _POWER_STEPS = 4
+
 
 @dataclass(frozen=True)
 class Check:

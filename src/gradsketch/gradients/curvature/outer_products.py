@@ -186,7 +186,9 @@ class _ModelOutputs(_Outputs):
 
         return self._by_rows(differences, directions)
 
-    def _by_rows(self, work: Callable[[slice, Batch, list[Tensor]], list[Tensor]], directions: list[Tensor]) -> Any:
+    def _by_rows(
+        self, work: Callable[[slice, Batch, list[Tensor]], list[Tensor]], directions: list[Tensor]
+    ) -> list[Tensor]:
         """Do work on directions, a few examples at a time where outputs are large."""
         rows = self._rows_at_once(directions)
         if rows >= self.examples:

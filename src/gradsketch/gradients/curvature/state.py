@@ -1,4 +1,7 @@
-"""What a kept graph was made from, compared by content: version counters and addresses miss what fused optimisers do."""
+"""What a kept graph was made from, compared by content.
+
+Version counters and addresses are not enough: fused optimisers, the default of a Trainer, raise no counter.
+"""
 
 from __future__ import annotations
 
