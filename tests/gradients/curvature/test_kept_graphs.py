@@ -132,3 +132,31 @@ def test_a_graph_is_kept_though_forward_passes_count() -> None:
     for _ in range(3):
         operator(v)
     assert model.calls == 1
+
+
+@pytest.mark.parametrize("build", [gs.hessian, gs.gauss_newton, gs.fisher])
+def test_graphs_of_several_batches_are_kept_where_they_fit(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, calls = mlp(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    data = list(zip(*points(12), strict=True))
+    operator = build(model, cross_entropy, data, check=False, batch_size=4)
+    v = torch.randn(2, operator.n)
+    first, second = operator(v), operator(v)
+    made = len(calls)
+    for _ in range(3):
+        torch.testing.assert_close(operator(v), first)
+    torch.testing.assert_close(second, first)
+    assert len(calls) == made
+    step(
+        model, tuple(map(torch.stack, zip(*data, strict=True))), torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    )
+    torch.testing.assert_close(operator(v), build(model, cross_entropy, data, check=False, batch_size=4)(v))
+    data[9][0].mul_(2.0)
+    torch.testing.assert_close(operator(v), build(model, cross_entropy, data, check=False, batch_size=4)(v))
+    monkeypatch.setattr("gradsketch.gradients.curvature.base._KEPT_BYTES", 0)
+    streamed = build(model, cross_entropy, data, check=False, batch_size=4)
+    del calls[:]
+    for _ in range(3):
+        streamed(v)
+    assert len(calls) == 9

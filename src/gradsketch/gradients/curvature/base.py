@@ -20,14 +20,18 @@ from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature.check import Check, calibrated, examined
 from gradsketch.gradients.curvature.differences import Scheme, at_least_float32
 from gradsketch.gradients.curvature.failures import WrongDerivativeError, lacks_double_backward, non_finite, translated
-from gradsketch.gradients.curvature.graph import operations, suspects
+from gradsketch.gradients.curvature.graph import counted_bytes, operations, suspects
 from gradsketch.gradients.curvature.leaves import Leaves, split_as
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.curvature.probe import check_deterministic, refuse_listed_batches
+from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.tasks import Batch
 from gradsketch.linear_map import LinearMap, widened
 
 __all__ = ["Curvature", "Mode", "Recorded", "differentiable_attention"]
+
+# Graphs of several batches are kept if all of them fit into this: products cost two thirds then.
+_KEPT_BYTES = 1 << 29
 
 Mode = Literal["auto", "grad-of-grad", "jvp-of-grad", "central-difference"]
 
@@ -68,7 +72,11 @@ class Curvature(LinearMap):
         first = objective.values[0]
         self.device, self.dtype = first.device, at_least_float32(first.new_empty(0)).dtype
         self.check: Check | None = None
-        self._kept: tuple[Any, Recorded] | None = None
+        # Graphs by the place of their batches, each with the batch's content, and the state of everything else that
+        # they were made from. _fits is None until it is known.
+        self._kept: dict[int, tuple[Any, Recorded]] = {}
+        self._kept_at: Any = None
+        self._fits: bool | None = True if objective.is_one_batch else None
         self._checks = check
         self._examined: set[str] = set()  # operations of graphs whose products were held against differences
         self._seen_all = False
@@ -120,7 +128,7 @@ class Curvature(LinearMap):
 
     @abstractmethod
     def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
-        """Return all batches' products with a unit vector by central differences, examples and whether any was reached."""
+        """Return the sum of products with a unit vector by central differences, examples, whether any was reached."""
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         with torch.inference_mode(False), torch.enable_grad(), translated(self.objective.model):
@@ -158,42 +166,60 @@ class Curvature(LinearMap):
             try:
                 return self.multiply_exactly(x, out)
             except RuntimeError as error:
-                self._kept = None
+                self._kept.clear()
                 self._give_up_double_backward(error)
                 out.zero_()
         return self._multiply_by_differences(x, out)
 
     def multiply_exactly(self, x: Tensor, out: Tensor, dtype: torch.dtype | None = None) -> tuple[int, bool]:
-        """Add products to ``out`` by differentiating twice, at weights in ``dtype``; examples and whether any reached."""
+        """Add products by differentiating twice at weights in ``dtype``; return examples, whether any was reached."""
         with differentiable_attention():
             if self.mode == "jvp-of-grad":
                 return self._multiply_by_tangents(x, out, dtype)
             return self._multiply_by_graphs(x, out, dtype)
 
     def _multiply_by_graphs(self, x: Tensor, out: Tensor, dtype: torch.dtype | None) -> tuple[int, bool]:
-        may_keep, examples, reached = self.objective.is_one_batch and dtype is None, 0, False
-        for batch in self.objective.batches():
-            recorded = self._still_valid(batch) if may_keep else None
+        examples, reached, may_keep = 0, False, bool(self._fits) and dtype is None
+        if may_keep and self._kept and self.objective.state() != self._kept_at:
+            self._kept.clear()
+        settled = True
+        for place, batch in enumerate(self.objective.batches()):
+            content = content_of(batch) if may_keep else None
+            recorded = self._still_valid(place, content)
             leaves = Leaves(self.values(dtype)) if recorded is None else recorded.leaves
             with self.objective.at(leaves.tensors) as losses:
-                recorded = self._record(leaves, losses, batch) if recorded is None else recorded
+                recorded = self._recorded(leaves, losses, batch) if recorded is None else recorded
                 unseen = self._unseen(recorded)
                 keep = may_keep and not unseen
                 count, any_reached = self._replay_all(recorded, x, out, keep=keep)
             examples, reached = examples + count, reached or any_reached
-            if keep and self._kept is None:
-                self._kept = (self.objective.state(batch), recorded)
+            if keep and place not in self._kept:
+                self._kept[place], settled = (content, recorded), False
             del recorded, leaves  # frees the graph before the next one is built
             if unseen:
                 self._examine(batch, unseen)
+        if not settled:  # read afterwards, because a forward pass may count or note something
+            self._kept_at = self.objective.state()
         self._seen_all = True
         return examples, reached
 
-    def _still_valid(self, batch: Batch) -> Recorded | None:
-        """Return the kept graph if everything that it was made from is as it was, and free it otherwise."""
-        if self._kept is not None and self._kept[0] != self.objective.state(batch):
-            self._kept = None
-        return None if self._kept is None else self._kept[1]
+    def _still_valid(self, place: int, content: Any) -> Recorded | None:
+        """Return the kept graph of a batch that is as it was, and free one of another content."""
+        if content is None or place not in self._kept:
+            return None
+        if self._kept[place][0] != content:
+            del self._kept[place]
+            return None
+        return self._kept[place][1]
+
+    def _recorded(self, leaves: Leaves, losses: LossesOf, batch: Batch) -> Recorded:
+        """Record a batch; the first one shows whether the graphs of all will fit into memory."""
+        if self._fits is not None:
+            return self._record(leaves, losses, batch)
+        with counted_bytes() as found:
+            recorded = self._record(leaves, losses, batch)
+        self._fits = sum(found.values()) * len(self.objective.data) <= _KEPT_BYTES
+        return recorded
 
     def _replay_all(self, recorded: Recorded, x: Tensor, out: Tensor, *, keep: bool) -> tuple[int, bool]:
         leaves = recorded.leaves
@@ -239,7 +265,7 @@ class Curvature(LinearMap):
         return self._scheme
 
     def difference(self, vector: Tensor, scheme: Scheme) -> tuple[Tensor, int, bool]:
-        """Return the sum of all products with a unit vector by central differences, examples, and whether any reached."""
+        """Return the sum of products with a unit vector by a scheme, examples, whether any was reached."""
         product, examples, reached = self._central(vector, scheme.step, scheme.dtype)
         if scheme.is_extrapolated:
             product.mul_(4 / 3).sub_(self._central(vector, 2 * scheme.step, scheme.dtype)[0], alpha=1 / 3)
@@ -280,7 +306,7 @@ class Curvature(LinearMap):
 
     def _over(self, batch: Batch) -> Curvature:
         part = copy.copy(self)
-        part.objective, part._kept, part._seen_all = self.objective.only(batch), None, True
+        part.objective, part._kept, part._seen_all, part._fits = self.objective.only(batch), {}, True, True
         return part
 
     def _over_first_batch(self) -> Curvature:

@@ -342,7 +342,8 @@ class _Examination:
             )
             return self._check(off, steady.scheme, conclusive=False, note=note)
         raise WrongDerivativeError(
-            f"differentiating twice is {max(off, 1e-4):.2%} off along {where}, most in {steady.name!r}{causes(self.suspected)}"
+            f"differentiating twice is {max(off, 1e-4):.2%} off along {where}, most in {steady.name!r}"
+            f"{causes(self.suspected)}"
         )
 
     def _steady(self, tried: list[_Tried]) -> _Tried | None:

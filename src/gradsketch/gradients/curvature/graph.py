@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-__all__ = ["REENTRANT", "causes", "operations", "suspects"]
+__all__ = ["REENTRANT", "causes", "counted_bytes", "operations", "suspects"]
 
 # Operations of PyTorch's own whose double backward is wrong without an error (2.13, on the CPU).
 _WRONG_IN_PYTORCH = frozenset({"WeightNormInterfaceBackward0"})
@@ -39,3 +42,17 @@ def causes(suspected: Iterable[str]) -> str:
     named = {name.removeprefix(_HAND_WRITTEN): name.startswith(_HAND_WRITTEN) for name in sorted(suspected)}
     why = {True: "a hand-written function", False: "whose double backward is wrong in PyTorch"}
     return "".join(f"; the loss goes through {name}, {why[own]}" for name, own in named.items())
+
+
+@contextmanager
+def counted_bytes() -> Iterator[dict[int, int]]:
+    """Yield the bytes of each memory block that graphs built inside keep."""
+    blocks: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        blocks[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # or an output that its own node keeps would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        yield blocks

@@ -161,10 +161,9 @@ class Objective:
         inside = set(self.model.modules())
         return {n: reading for n, reading in read_instead(self.model).items() if reading.source.owner not in inside}
 
-    def state(self, batch: Batch) -> tuple[Any, ...]:
-        """Return what shows whether the model, the task and the batch still are as they were."""
-        read = [reading.now() for reading in self._read_from_outside().values()]
-        return state_of(self.model, self.task, read, batch=batch)
+    def state(self) -> tuple[Any, ...]:
+        """Return what shows whether the model and the task still are as they were."""
+        return state_of(self.model, self.task, [reading.now() for reading in self._read_from_outside().values()])
 
     def check_reached(self, reached: bool) -> None:
         """Refuse a loss that no selected parameter has a part in.

@@ -6,7 +6,7 @@ Version counters and addresses are not enough: fused optimisers, the default of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradsketch.gradients.data import tensors_of
 
-__all__ = ["state_of"]
+__all__ = ["content_of", "state_of"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # Containers longer than this are vocabularies rather than settings, and known by their length alone.
@@ -27,8 +27,8 @@ _DEPTH = 4
 _WIDTH = 1021
 
 
-def state_of(*roots: Any, batch: Any) -> tuple[Any, ...]:
-    """Return what shows whether models, tasks and the batch still are as they were.
+def state_of(*roots: Any) -> tuple[Any, ...]:
+    """Return what shows whether models, tasks and all that they read still are as they were.
 
     Read are all tensors, by sums of their bits (one pass over memory, 1 % of a product), and every plain Python value
     that modules, tasks and loss functions hold, because forward passes read them: a temperature, the scale of an
@@ -36,10 +36,17 @@ def state_of(*roots: Any, batch: Any) -> tuple[Any, ...]:
     """
     look = _Look()
     structure = [look.at(root, _DEPTH) for root in roots]
-    tensors = [*look.tensors, *tensors_of(batch)]
-    sums = [_sum_of_bits(tensor) for tensor in tensors]
-    places = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in map(_plain, tensors)]
-    return structure, places, [int(s) for s in sums], _autocast()
+    return structure, [tensor.data_ptr() for tensor in map(_plain, look.tensors)], _sums(look.tensors), _autocast()
+
+
+def content_of(batch: Any) -> tuple[Any, ...]:
+    """Return what two batches share only if their tensors are equal, wherever they lie in memory."""
+    tensors = list(tensors_of(batch))
+    return [(tensor.shape, tensor.dtype) for tensor in tensors], _sums(tensors)
+
+
+def _sums(tensors: Iterable[Tensor]) -> list[int]:
+    return [int(s) for s in [_sum_of_bits(tensor) for tensor in tensors]]
 
 
 def _autocast() -> tuple[Any, ...]:
