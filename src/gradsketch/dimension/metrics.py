@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import Batches, batch_length, to_device
+from gradsketch.gradients.data import Batches, to_device
 from gradsketch.gradients.fingerprints import code_digest, data_facts, digest, task_facts
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.gradients.tasks.logits import logits_of
@@ -78,7 +78,7 @@ class Loss:
         for batch in _on_device_of(model, self.batches):
             losses = self.task.losses(model, batch).detach().double()
             total = total.to(losses.device) + losses.sum()
-            examples += batch_length(batch)
+            examples += len(losses)  # as curvature and training count, also where a task returns one a token
         return float(total / examples)
 
 

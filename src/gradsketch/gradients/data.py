@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
@@ -39,10 +39,13 @@ class Batches:
     examples, which the task collates ``batch_size`` at a time (``is_raw``).
 
     Raises:
-        InputError: the data is empty, cannot be read twice (a generator), or comes in another order at every pass.
+        InputError: the data is empty, cannot be read twice (a generator), comes in another order at every pass, or
+            holds examples of different shapes that the task does not pad.
     """
 
     def __init__(self, task: Task, data: Any, batch_size: int = 8) -> None:
+        if isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r}", "a positive integer", "Leave it out for 8")
         self.task, self.data, self.batch_size = task, data, batch_size
         self._is_batch = _is_batch(data)
         self.is_raw = not (self._is_batch or isinstance(data, DataLoader))
@@ -52,13 +55,16 @@ class Batches:
                 "a list, a dataset with a length, a DataLoader, or one batch of tensors",
                 "Wrap it in list(...)",
             )
-        if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler):
+        self._count: int | None = None
+        # An iterable has no order but its own; whether that is fixed shows in the losses of two passes.
+        own_order = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
+        if isinstance(data, DataLoader) and not own_order and not isinstance(data.sampler, SequentialSampler):
             raise InputError(
                 f"a DataLoader with a {type(data.sampler).__name__}",
                 "the same batches at every pass",
                 "Build it with shuffle=False",
             )
-        if len(data) == 0:
+        if not own_order and len(data) == 0:
             raise InputError("data that yields nothing", "at least one example", "Check the path or the filter")
 
     def __iter__(self) -> Iterator[Batch]:
@@ -69,12 +75,34 @@ class Batches:
         else:
             for start in range(0, len(self.data), self.batch_size):
                 stop = min(start + self.batch_size, len(self.data))
-                yield self.task.collate([self.data[i] for i in range(start, stop)])
+                yield self._collated([self.data[i] for i in range(start, stop)])
 
     def __len__(self) -> int:
         if self._is_batch:
             return 1
-        return len(self.data) if isinstance(self.data, DataLoader) else -(-len(self.data) // self.batch_size)
+        return self._counted() if isinstance(self.data, DataLoader) else -(-len(self.data) // self.batch_size)
+
+    def _counted(self) -> int:
+        """Return how many batches a DataLoader yields; one over an iterable without a length is read to know."""
+        try:
+            return len(self.data)
+        except TypeError:
+            if self._count is None:
+                self._count = sum(1 for _ in self.data)
+            return self._count
+
+    def _collated(self, examples: list[Any]) -> Batch:
+        try:
+            return self.task.collate(examples)
+        except RuntimeError as error:
+            shapes = [[list(tensor.shape) for tensor in tensors_of(example)] for example in examples]
+            if all(shape == shapes[0] for shape in shapes):
+                raise
+            raise InputError(
+                f"examples whose tensors differ in shape, {shapes[0]} and {next(s for s in shapes if s != shapes[0])}",
+                "examples that can be stacked, or a task whose collate pads them",
+                "One batch of tensors must be a tuple or a dict: type tuple(data); several need a DataLoader",
+            ) from error
 
 
 class Batcher:
