@@ -1,5 +1,7 @@
 """Eigenvalues against dense eigh: accuracy, error bounds, no ghosts, resumption, and refusal of bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_the_share_of_the_gradient_is_exact():
     eigenvalues = torch.cat([torch.tensor([50.0, 40, 5]), torch.rand(5000)])
     gradient = torch.zeros(5003)
     gradient[[0, 1, 2, 100]] = torch.tensor([1.0, 2.0, 1.0, 2.0])
-    result = gs.spectrum(Diagonal(eigenvalues), 3, method="sketched-basis", gradient=gradient)
+    result = gs.spectrum(Diagonal(eigenvalues), 3, method="sketched-basis", gradient=gradient, tolerance=1e-5)
     assert result.outliers == 2
     assert result.gradient_in_outliers == pytest.approx(0.5, abs=1e-4)
     assert [e.gradient_share for e in result.positive] == pytest.approx([0.1, 0.4, 0.1], abs=1e-4)
@@ -339,7 +341,7 @@ def test_bad_input_is_named():
         ({"k": 0}, "1 ≤ k ≤ n"),
         ({"k": 5, "steps": 3}, "at least k steps"),
         ({"k": 5, "tolerance": 0.0}, "between 0 and 1"),
-        ({"k": 2, "gradient": torch.zeros(50)}, "zero or not finite"),
+        ({"k": 2, "gradient": torch.full((50,), math.nan)}, "not finite"),
         ({"k": 2, "gradient": torch.ones(51)}, r"shape \[51\]"),
         ({"k": 2, "sketch": gs.AFFD(60, 8)}, "n=50"),
         ({"k": 20, "sketch": gs.AFFD(50, 8), "method": "sketched-operator"}, "k ≤ d"),

@@ -11,7 +11,7 @@ from scipy.linalg import eigh_tridiagonal
 
 from gradsketch.spectra.krylov import KrylovBasis
 
-__all__ = ["RitzPairs", "ritz_pairs"]
+__all__ = ["RitzPairs", "error_bounds", "ritz_pairs"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def ritz_pairs(alphas: list[float], betas: list[float], basis: KrylovBasis, nois
     return RitzPairs(
         values=values[kept],
         residuals=residuals,
-        errors=_error_bounds(values[kept], residuals) + noise,
+        errors=error_bounds(values[kept], residuals) + noise,
         coefficients=vectors[:, kept] / lengths[kept],
         columns=kept,
         copies=len(values) - len(kept),
@@ -79,7 +79,7 @@ def _distinct(
     return np.array(kept), lengths
 
 
-def _error_bounds(values: Float[np.ndarray, " r"], residuals: Float[np.ndarray, " r"]) -> Float[np.ndarray, " r"]:
+def error_bounds(values: Float[np.ndarray, " r"], residuals: Float[np.ndarray, " r"]) -> Float[np.ndarray, " r"]:
     """Return min(residual, residual²/gap), the gap being to the nearest end of another value's interval."""
     distance = np.abs(values[:, None] - values[None, :]) - residuals[None, :]
     np.fill_diagonal(distance, np.inf)
