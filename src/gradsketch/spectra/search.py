@@ -61,7 +61,8 @@ class Search:
     """A basis V with M = VᵀHV, and heads: unit vectors orthogonal to V and to one another that hold the rest of HV.
 
     H V = V M + W C, with the heads as the columns of W. One step takes the product with one head, which becomes the
-    next vector of the basis. A new random head has C = 0. A thick restart (Wu & Simon 2000) turns V into some of its
+    next vector of the basis. Every new head turns the others away from itself, and C with them. So a chain goes through
+    all of the complement of V, other heads included, and no eigenvector can hide behind those. A thick restart (Wu & Simon 2000) turns V into some of its
     Ritz vectors, M into their values and C accordingly, so that at most ``room`` vectors and two heads or three are
     held.
     """
@@ -90,7 +91,7 @@ class Search:
     @property
     def closed(self) -> bool:
         """Whether all of R^n has been searched."""
-        return not self.heads
+        return len(self.basis.rows) == self.n or not self.heads
 
     @property
     def scale(self) -> float:
@@ -114,10 +115,10 @@ class Search:
         if w.data_ptr() == q.data_ptr():
             w = w.clone()
         self._watch(w, coupling)
-        alpha, others = dot(q, w), np.array([[dot(head, w)] for head in self.heads]).reshape(-1, 1)
+        alpha = dot(q, w)
         self.basis.append(q)
         self.matrix = np.block([[self.matrix, coupling[:, None]], [coupling, np.array(alpha)]])
-        self.couplings = np.hstack([np.delete(self.couplings, self.active, axis=0), others])
+        self.couplings = np.pad(np.delete(self.couplings, self.active, axis=0), ((0, 0), (0, 1)))
         self.alphas.append(alpha)
         self._advance(w, alpha)
 
@@ -131,37 +132,37 @@ class Search:
 
     def _advance(self, w: Float[Tensor, " n"], alpha: float) -> None:
         """Turn what H added to the basis into the next head, or find another head where it added nothing."""
-        beta = self._orthogonalize(w)
-        ends = self._dimensions() >= self.n or beta <= 10 * torch.finfo(w.dtype).eps * self.scale
+        self.basis.orthogonalize(w)
+        beta = norm(w)
+        ends = len(self.basis.rows) == self.n or beta <= self._negligible(w)
         self.betas.append(0.0 if ends else beta)
         if self.on_trial:
             self.trials[-1].alphas.append(alpha)
             self.trials[-1].betas.append(self.betas[-1])
         if not ends:
-            self._add(w.div_(beta))
-            self.couplings[-1, -1] = beta
+            coupling = np.zeros(len(self.basis.rows))
+            coupling[-1] = beta
+            self._add(w.div_(beta), coupling)
         elif self.heads:
             self._go_on_with(len(self.heads) - 1)
         else:
             self.begin_trial()
 
-    def _dimensions(self) -> int:
-        return len(self.basis.rows) + len(self.heads)
+    def _negligible(self, w: Tensor) -> float:
+        return 10 * torch.finfo(w.dtype).eps * self.scale
 
-    def _orthogonalize(self, w: Float[Tensor, " n"]) -> float:
-        """Remove from w, in place, what lies along the heads and the basis; return the length of what is left."""
-        for remove in (self._remove_heads, self.basis.orthogonalize, self._remove_heads):
-            remove(w)
-        return norm(w)
-
-    def _remove_heads(self, w: Float[Tensor, " n"]) -> None:
-        for head in self.heads:
-            w.sub_(head, alpha=dot(head, w))
-
-    def _add(self, head: Float[Tensor, " n"]) -> None:
-        self.heads.append(head)
-        self.couplings = np.vstack([self.couplings, np.zeros((1, len(self.basis.rows)))])
-        self.active = len(self.heads) - 1
+    def _add(self, head: Float[Tensor, " n"], coupling: Float[np.ndarray, " m"]) -> None:
+        """Take in a head, of which the others lose what they have in common with it."""
+        others, couplings = [], []
+        for other, shared in zip(self.heads, self.couplings, strict=True):
+            overlap = dot(head, other)
+            length = norm(other.sub_(head, alpha=overlap))
+            coupling = coupling + overlap * shared
+            if length * np.linalg.norm(shared) > self._negligible(head):
+                others.append(other.div_(length))
+                couplings.append(length * shared)
+        self.heads, self.active = [*others, head], len(others)
+        self.couplings = np.stack([*couplings, coupling])
 
     def _go_on_with(self, head: int) -> None:
         # A chain says something about one complement; as soon as another head is taken, that is another one.
@@ -169,11 +170,12 @@ class Search:
 
     def begin_trial(self) -> None:
         """Begin a chain from a random vector of the complement, if that holds any."""
-        if self._dimensions() >= self.n:
+        if len(self.basis.rows) == self.n:
             return
         q = self.basis.rows[0]
         z = start_vector(self.n, self.seed, f"restart {len(self)}", q.dtype, q.device)
-        self._add(z.div_(self._orthogonalize(z)))
+        self.basis.orthogonalize(z)
+        self._add(z.div_(norm(z)), np.zeros(len(self.basis.rows)))
         self.trials.append(Trial())
         self.on_trial = True
 
