@@ -72,7 +72,7 @@ def _distinct(
     d = ritz.shape[1]
     for i in np.argsort(residuals / lengths, kind="stable"):
         # Projecting on r random directions of R^d leaves 1 − r/d of a vector that has nothing to do with them.
-        if gram[i, i] < 0.5 * (1 - len(kept) / d):
+        if gram[i, i] <= 0.5 * (1 - len(kept) / d):
             continue
         kept.append(int(i))
         gram -= np.outer(gram[i], gram[i] / gram[i, i])

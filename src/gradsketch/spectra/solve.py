@@ -21,7 +21,7 @@ from gradsketch.gradients.curvature.base import Curvature
 from gradsketch.linear_map import LinearMap
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
-from gradsketch.spectra.bias import corrected, detection_threshold, least_d, sampling_error
+from gradsketch.spectra.bias import corrected, detection_threshold, effective_d, least_d, sampling_error
 from gradsketch.spectra.krylov import SketchedBasis
 from gradsketch.spectra.lanczos import Lanczos, check_self_adjoint, dot, norm, start_vector
 from gradsketch.spectra.moments import moments
@@ -282,8 +282,9 @@ class Run:
         confidence = self._confidence(pairs)
         threshold, notes = None, self._notes(len(self._wanted(pairs)[1]), confidence)
         if estimates is not None:
-            threshold = detection_threshold(estimates[1].value, plan.sketch.shape[0])
-            eigenvalues, seen = self._corrected(pairs, chosen, eigenvalues, estimates)
+            d = effective_d(plan.sketch, plan.seed)
+            threshold = detection_threshold(estimates[1].value, d)
+            eigenvalues, seen = self._corrected(pairs, chosen, eigenvalues, d, estimates)
             notes += _undetected(eigenvalues, seen, threshold, estimates[1].value, plan.inner.n)
             order = np.argsort([-e.value for e in eigenvalues], kind="stable")
             eigenvalues, chosen = [eigenvalues[i] for i in order], chosen[order]
@@ -347,9 +348,10 @@ class Run:
         pairs: RitzPairs,
         chosen: Int[np.ndarray, " r"],
         eigenvalues: list[Eigenvalue],
+        d: float,
         estimates: tuple[Estimate, Estimate],
     ) -> tuple[list[Eigenvalue], Bool[np.ndarray, " r"]]:
-        d, (trace, squared_norm) = self.plan.sketch.shape[0], estimates
+        trace, squared_norm = estimates
         known = np.union1d(np.flatnonzero(self._relative(pairs) <= self.plan.tolerance), chosen)
         places = np.searchsorted(known, chosen)
         values, seen = (a[places] for a in corrected(pairs.values[known], d, trace.value, squared_norm.value))
@@ -403,6 +405,11 @@ class Run:
         if plan.method == "sketched-basis":
             notes.append(
                 "A repeated eigenvalue may stand here once: this route does not count copies, method='full' does."
+            )
+        if plan.method == "sketched-operator" and 2 * plan.sketch.shape[0] >= plan.inner.n:
+            notes.append(
+                f"d = {plan.sketch.shape[0]} is no less than half of n = {plan.inner.n}: method='full' is exact, and each"
+                " of its products costs no more."
             )
         if confidence is not None and confidence < 1 - _DOUBT:
             notes.append(f"The search for further copies was cut short after {steps} products; raise steps.")
