@@ -26,6 +26,9 @@ from gradsketch.spectra.ritz import RitzPairs, error_bounds
 
 __all__ = ["Search", "Trial"]
 
+# A head that loses more than this of its length has lost digits of its orthogonality too.
+_SHORT = 0.7
+
 
 @dataclass
 class Trial:
@@ -110,7 +113,7 @@ class Search:
             InputError: the product does not fit the symmetric matrix seen so far.
             NonFiniteError: the operator returned a NaN or an infinity.
         """
-        q, coupling = self.heads.pop(self.active), self.couplings[self.active]
+        q, coupling = self._taken(self.active)
         w = self.operator(q) if product is None else product
         if w.data_ptr() == q.data_ptr():
             w = w.clone()
@@ -118,7 +121,7 @@ class Search:
         alpha = dot(q, w)
         self.basis.append(q)
         self.matrix = np.block([[self.matrix, coupling[:, None]], [coupling, np.array(alpha)]])
-        self.couplings = np.pad(np.delete(self.couplings, self.active, axis=0), ((0, 0), (0, 1)))
+        self.couplings = np.pad(self.couplings, ((0, 0), (0, 1)))
         self.alphas.append(alpha)
         self._advance(w, alpha)
 
@@ -159,14 +162,27 @@ class Search:
             length = norm(other.sub_(head, alpha=overlap))
             coupling = coupling + overlap * shared
             if length * np.linalg.norm(shared) > self._negligible(head):
-                others.append(other.div_(length))
+                others.append(self._sharpened(other.div_(length), head) if length < _SHORT else other.div_(length))
                 couplings.append(length * shared)
         self.heads, self.active = [*others, head], len(others)
         self.couplings = np.stack([*couplings, coupling])
 
-    def _go_on_with(self, head: int) -> None:
+    def _sharpened(self, other: Float[Tensor, " n"], head: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Make a head orthogonal again, of which little was left but rounding of what it lost."""
+        self.basis.orthogonalize(other)
+        other.sub_(head, alpha=dot(head, other))
+        return other.div_(norm(other))
+
+    def _go_on_with(self, place: int) -> None:
         # A chain says something about one complement; as soon as another head is taken, that is another one.
-        self.active, self.on_trial = head, False
+        head, coupling = self._taken(place)
+        self._add(head, coupling)
+        self.on_trial = False
+
+    def _taken(self, place: int) -> tuple[Float[Tensor, " n"], Float[np.ndarray, " m"]]:
+        head, coupling = self.heads.pop(place), self.couplings[place]
+        self.couplings = np.delete(self.couplings, place, axis=0)
+        return head, coupling
 
     def begin_trial(self) -> None:
         """Begin a chain from a random vector of the complement, if that holds any."""
@@ -188,8 +204,8 @@ class Search:
         return RitzPairs(values, residuals, bounds, vectors, np.arange(len(values)), 0)
 
     def fits(self, count: int) -> bool:
-        """Whether so many more vectors fit."""
-        return len(self.basis.rows) + count <= self.room
+        """Whether so many more vectors fit, or all of R^n does."""
+        return self.room == self.n or len(self.basis.rows) + count <= self.room
 
     def make_room(self, pairs: RitzPairs, free: int) -> None:
         """Restart if fewer than ``free`` vectors more would fit."""
