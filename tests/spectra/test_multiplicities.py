@@ -80,7 +80,7 @@ def planted(name, seed):
     return np.r_[repeated * signs, np.clip(bulk, -1.5, 1.5)]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["indefinite", "top", "bottom", "positive"])
 @pytest.mark.parametrize("memory", [1 << 28, 0])
 def test_planted_multiplicities(name, seed, memory):
@@ -138,13 +138,13 @@ def test_a_matrix_of_low_rank_is_over_when_its_range_is():
 
 @pytest.mark.statistical
 def test_an_eigenvalue_that_no_trial_met_is_as_rare_as_stated():
-    """200 doubled leaders, found by chains from one random vector each: fewer than 1 % + 4 sigma are missed."""
+    """60 doubled leaders, each to be met by one more random vector: at 1 % each, P(more than 4 missed) < 0.001."""
     missed = 0
-    for seed in range(200):
+    for seed in range(60):
         values = torch.cat([torch.tensor([5.0, 5.0]), torch.linspace(0, 4.5, 98)]).double()
         result = gs.spectrum(Diagonal(values), 2, seed=seed, method="full", progress=False)
         missed += abs(result.values[1] - 5) > 0.05
-    assert missed <= 2 + 4 * 2**0.5
+    assert missed <= 4
 
 
 class Diagonal(gs.LinearMap):

@@ -85,7 +85,7 @@ class Spectrum(Result):
     ``eigenvalues`` holds up to k positive and k negative ones; ``values``, ``residuals``, ``errors`` and
     ``converged`` are those that were asked for. ``sketches`` holds d numbers for each eigenvector, ``sketch`` the
     fingerprint of the map that made them; sketches with equal fingerprints can be compared.
-    ``confidence`` is the chance that no eigenvalue more than 1 % beyond the last one asked for was missed, copies of
+    ``confidence`` is the chance that no eigenvalue more than 0.1 % beyond the last one asked for was missed, copies of
     repeated ones included; None where the route cannot count copies, so that a value stands for its eigenspace once.
     ``hvps`` counts products with the operator, ``settled_after`` those until all values asked for had settled,
     ``room`` the most Krylov vectors held, ``vectors_held`` vectors of length n held at once besides the operator's

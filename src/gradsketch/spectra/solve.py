@@ -38,7 +38,7 @@ __all__ = ["Run", "checked_gradient", "require_same_map", "spectrum", "start"]
 # Relative difference of two evaluations of one product: central differences in float32 reach 1e-3.
 _SAME = 0.01
 # The search for copies ends when another eigenvalue beyond the last, by this share of it, has less than this chance.
-_DOUBT, _SLACK = 0.01, 0.01
+_DOUBT, _SLACK = 0.01, 0.001
 _ZERO_GRADIENT = "The gradient is zero: no eigenvector has a share in it."
 # The search usually takes fewer products than this, and as many vectors are made room for.
 _ROOM = 30
@@ -399,7 +399,10 @@ class Run:
         gradient = int(self.gradient is not None)
         if self.plan.method != "full":
             return {"sketched-basis": 4, "sketched-operator": 2}[self.plan.method] + gradient
-        return min(len(self.lanczos), self.plan.room) + 4 + gradient
+        return min(len(self.lanczos), self.plan.room) + max(len(self._heads()), 1) + 2 + gradient
+
+    def _heads(self) -> list[Tensor]:
+        return self.lanczos.heads if isinstance(self.lanczos, Search) else []
 
     def _confidence(self, pairs: RitzPairs) -> float | None:
         if self.plan.method != "full" or not isinstance(self.lanczos, Search):
