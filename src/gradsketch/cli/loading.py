@@ -33,8 +33,8 @@ class ModelOptions:
     """cpu, cuda, cuda:1, …; auto takes the GPU where there is one."""
 
 
-def load(options: ModelOptions) -> tuple[nn.Module, Task]:
-    """Load the model, in eval mode, with its task.
+def load(options: ModelOptions, *, tokenizer: str | None = None) -> tuple[nn.Module, Task]:
+    """Load the model, in eval mode, with its task; ``tokenizer`` names the model whose tokenizer it shares.
 
     Raises:
         InputError: transformers is missing, nothing of that name can be loaded, it lacks weights for the task, the task
@@ -50,8 +50,8 @@ def load(options: ModelOptions) -> tuple[nn.Module, Task]:
     with quiet_transformers() as transformers:
         kind = known or _kind_of(transformers, options.model)
         model = _model(options, getattr(transformers, kind.loader))
-        tokenizer = _loaded(options.model, transformers.AutoTokenizer)
-    return model.to(device).eval(), kind.make(tokenizer, model, options.max_length)
+        texts = _loaded(tokenizer or options.model, transformers.AutoTokenizer)
+    return model.to(device).eval(), kind.make(texts, model, options.max_length)
 
 
 def _device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,8 @@ class SpectrumOptions:
     data: Path
     """JSON lines, CSV, Parquet or text file, or a folder of texts."""
     checkpoints: Path | None = None
-    """Folder with checkpoint-N folders, as the Hugging Face Trainer writes; --model is step 0 and names the task."""
+    """Folder with checkpoint-N folders, as the Hugging Face Trainer writes; --model is step 0, and its task and
+    tokenizer are those of all."""
     examples: int = 16
     """How many rows of the data the loss is taken on, spread over the file."""
     batch_size: int = 8
@@ -76,6 +78,8 @@ def run(options: SpectrumOptions) -> int:
             "a folder for one model's density",
             "Type --out runs/spectrum",
         )
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}", "at least one example a batch", "Type --batch-size 8")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
         run_file.write(options, "spectrum", options.out / "run.json")
@@ -86,7 +90,7 @@ def run(options: SpectrumOptions) -> int:
 def _at_one_point(options: SpectrumOptions) -> Spectrum:
     from gradsketch.spectra import density, spectrum
 
-    operator, gradient = _operator(options)
+    operator, gradient = _operator(options, options.model.model)
     resume = None if options.out is None else options.out / "spectrum.run"
     result = spectrum(operator, options.k, gradient=gradient, resume=resume, **_solver(options))
     if options.out is not None:
@@ -104,7 +108,7 @@ def _over_checkpoints(options: SpectrumOptions) -> Evolution:
     from gradsketch.spectra import spectrum_over
 
     folder = None if options.out is None else options.out / "steps"
-    points = {step: (lambda at=at: _operator(at)) for step, at in _checkpoints(options)}
+    points = {step: (lambda at=at: _operator(at, options.model.model)) for step, at in _checkpoints(options)}
     result = spectrum_over(points, options.k, directory=folder, **_solver(options))
     if options.out is not None:
         result.to_json(options.out / "evolution.json")
@@ -125,7 +129,7 @@ def _checkpoints(options: SpectrumOptions) -> Iterator[tuple[int, SpectrumOption
         yield step, replace(options, model=replace(options.model, model=str(found[step])))
 
 
-def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
+def _operator(options: SpectrumOptions, tokenizer: str) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
@@ -133,7 +137,8 @@ def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
     rows = read_examples(options.data)
     count = min(options.examples, len(rows))
     data = [rows[i * len(rows) // count] for i in range(count)]
-    model, task = load(options.model)
+    # The Trainer saves checkpoints without a tokenizer, and transformers would make one up that knows no word.
+    model, task = load(options.model, tokenizer=tokenizer)
     parameters = Parameters(model, options.include, options.exclude)
     make = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher": fisher}[options.curvature]
     operator = make(model, task, data, parameters, batch_size=options.batch_size)
@@ -150,7 +155,7 @@ def _draw(result: Any, path: Path) -> None:
     try:
         result.plot(path)
     except InputError as error:
-        print(f"no figure: {error}")
+        print(f"no figure: {error}", file=sys.stderr)
 
 
 COMMAND = Command(
