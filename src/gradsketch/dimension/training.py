@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from gradsketch.as_found import seeded
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import Batches, to_device
+from gradsketch.gradients.data import Batches, batch_length, to_device
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.random import Stream
 
-__all__ = ["Training", "shuffled"]
+__all__ = ["Training", "per_example", "shuffled"]
 
 
 class Training:
@@ -81,7 +81,7 @@ class Training:
         w.grad = None
         # So that dropout does not depend on what was drawn before, or on where a run was interrupted.
         with seeded(int(self._dropout.words(self.step, 1)), w.device), torch.enable_grad():
-            loss = self.task.losses(subspace, batch).mean()
+            loss = per_example(self.task, subspace, batch).mean()
             if not loss.requires_grad:
                 raise InputError(
                     "a loss that depends on none of the chosen parameters",
@@ -134,3 +134,19 @@ def shuffled(batches: Batches, seed: int, start: int = 0) -> Iterator[Batch]:
         else:
             yield from islice(batches, skip, None)
         epoch, skip = epoch + 1, 0
+
+
+def per_example(task: Task, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+    """Return the task's losses of a batch: as many as it has examples, so that every mean counts the same N.
+
+    Raises:
+        InputError: another number of losses.
+    """
+    losses, examples = task.losses(model, batch), batch_length(batch)
+    if len(losses) != examples:
+        raise InputError(
+            f"{len(losses)} losses from {task!r} for a batch of {examples} examples",
+            "one loss per example",
+            "Average over the tokens of each example, or sum them",
+        )
+    return losses
