@@ -2,14 +2,13 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import gradsketch as gs
-from dimension.test_daily_use import D, X, Y, at, net, opened, train
-from torch.nn.functional import cross_entropy
+from dimension.test_daily_use import X, Y, at, net, opened, train
 
 
 def refused(words: str, make: object) -> None:

@@ -312,7 +312,11 @@ def test_packed_weights_are_left_alone() -> None:
 
 # --- several processes ---
 
-_PATH = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[i]) for i in (1,)) + os.pathsep + os.environ.get("PYTHONPATH", "")}
+_PATH = {
+    "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[i]) for i in (1,))
+    + os.pathsep
+    + os.environ.get("PYTHONPATH", "")
+}
 _PATH["PYTHONPATH"] = f"{Path(__file__).parents[2] / 'src'}{os.pathsep}{_PATH['PYTHONPATH']}"
 
 

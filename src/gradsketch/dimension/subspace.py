@@ -242,6 +242,7 @@ def _with_signature(wrapped: type[nn.Module]) -> type[Subspace]:
 
     forward.__doc__ = Subspace.forward.__doc__
     forward.__signature__ = inspect.signature(wrapped.forward)  # type: ignore[attr-defined]
+
     def reduced(self: Subspace, protocol: Any) -> Any:
         return made_again(Subspace.__reduce_ex__(self, protocol), _with_signature, wrapped)
 

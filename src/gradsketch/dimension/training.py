@@ -74,26 +74,38 @@ class Training:
         return mean
 
     def _step(self, factor: float) -> Tensor:
-        subspace, w = self.subspace, self.subspace.w
+        w = self.subspace.w
         if self._reader is None:
             self._reader = shuffled(self.batches, self.seed, self.step)
         batch = to_device(next(self._reader), w.device)
-        w.grad = None
         # So that dropout does not depend on what was drawn before, or on where a run was interrupted.
         with seeded(int(self._dropout.words(self.step, 1)), w.device), torch.enable_grad():
-            loss = per_example(self.task, subspace, batch).mean()
-            if not loss.requires_grad:
-                raise InputError(
-                    "a loss that depends on none of the chosen parameters",
-                    "parameters that the task uses",
-                    "Choose others: Parameters(model, include=...)",
-                )
-            loss.backward()
-        assert w.grad is not None
-        self._move(w.grad, factor)
-        w.grad = None
+            loss = self.backward(batch)
+        self._move(self.take_gradient(), factor)
         self.step += 1
         return loss.detach().double()
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the gradient of a batch's mean loss, and return that loss.
+
+        Raises:
+            InputError: the loss depends on none of the parameters.
+        """
+        loss = per_example(self.task, self.subspace, batch).mean()
+        if not loss.requires_grad:
+            raise InputError(
+                "a loss that depends on none of the chosen parameters",
+                "parameters that the task uses",
+                "Choose others: Parameters(model, include=...)",
+            )
+        loss.backward()
+        return loss
+
+    def take_gradient(self) -> Float[Tensor, " D"]:
+        """Return the gradient that came together, and begin anew."""
+        gradient, self.subspace.w.grad = self.subspace.w.grad, None
+        assert gradient is not None
+        return gradient
 
     def _move(self, gradient: Float[Tensor, " D"], factor: float) -> None:
         start = 0
