@@ -46,7 +46,13 @@ class Score:
 
 @dataclass(frozen=True)
 class TokenContribution:
-    """How much one token of a training example adds to its score. The tokens of a hit add up to the score."""
+    """How much one token of a training example adds to its score, and the piece of the text that it stands for.
+
+    The pieces of a hit join to its text, and their values with ``beyond_tokens`` add up to its score. Tokens inside one
+    character share a piece, special tokens have an empty one, and text that the model does not read has the value 0.
+    Under a causal language model a value belongs to the *prediction* of its token; the first token, and tokens whose
+    labels do not count, have 0.
+    """
 
     token: str
     value: float
