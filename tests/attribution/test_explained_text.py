@@ -1,4 +1,4 @@
-"""The pieces of an explained hit join to its text, under every family of tokenizers, and stand at what was predicted."""
+"""Pieces of an explained hit join to its text under every family of tokenizers; scores stand at predictions."""
 
 import pytest
 import torch

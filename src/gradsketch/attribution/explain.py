@@ -119,7 +119,7 @@ def _products(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str
 
 
 def _pieces(task: Task, example: Any, batch: Batch, count: int, text: str | None) -> list[Piece]:
-    """Return the pieces of a hit's text, which join to it; of ``count`` tokens those that stand for no text are empty."""
+    """Return the pieces of a hit's text, which join to it, for ``count`` tokens; some may stand for no text."""
     pieces = task.pieces(example)
     if pieces is None or sum(piece.tokens for piece in pieces) != count:
         ids = batch["input_ids"][0].tolist()

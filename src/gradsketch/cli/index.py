@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import tyro
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.table import printable
 
 __all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
 
@@ -68,6 +69,7 @@ def run(options: IndexOptions) -> int:
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.plain import as_json
 
     began = time.perf_counter()
     data = read_examples(options.data)  # before the model, which may take minutes
@@ -90,7 +92,7 @@ def run(options: IndexOptions) -> int:
     )
     if options.dry_run:
         plan = build.plan()
-        print(json.dumps(asdict(plan), indent=1) if options.json else plan)
+        print(as_json(plan) if options.json else plan)
         return 0
     saved = None if "://" in options.path else Path(options.path) / RUN_FILE
     if saved is not None and not saved.exists():  # also beside a run that is interrupted
@@ -104,14 +106,16 @@ def run(options: IndexOptions) -> int:
         run_file.write(options, "index", saved)
     outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}
     outcome |= {"bad_rows": len(build.survey.bad), "seconds": round(time.perf_counter() - began, 2)}
-    print(json.dumps(outcome) if options.json else _sentence(outcome))
+    print(as_json(outcome, indent=None) if options.json else _sentence(outcome))
     return 0
 
 
 def _sentence(outcome: dict[str, Any]) -> str:
-    bad = f", {outcome['bad_rows']} bad rows left out" if outcome["bad_rows"] else ""
-    done = f"{outcome['index']}: {outcome['rows']} rows, d = {outcome['d']}{bad}, {outcome['seconds']} s"
-    return f'{done}\nNow ask: gradsketch query {outcome["index"]} --text "..."'
+    rows, bad = (f"{count} {name}{'s' * (count != 1)}" for count, name in
+                 ((outcome["rows"], "row"), (outcome["bad_rows"], "bad row")))  # fmt: skip
+    left_out = f", {bad} left out" if outcome["bad_rows"] else ""
+    done = printable(f"{outcome['index']}: {rows}, d = {outcome['d']}{left_out}, {outcome['seconds']} s")
+    return f"{done}\nNow ask: {printable(shlex.join(['gradsketch', 'query', outcome['index'], '--text', '...']))}"
 
 
 COMMAND = Command("index", "sketch the gradient of every training example; resumable", IndexOptions, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +123,7 @@ def _checkpoints(options: SpectrumOptions) -> Iterator[tuple[int, SpectrumOption
         )
     yield 0, options
     for step in sorted(found):
-        yield step, replace(options, model=replace(options.model, model=str(found[step])))
+        yield step, replace(options, model=options.model.at(found[step]))
 
 
 def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
@@ -130,6 +131,8 @@ def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
 
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
     rows = read_examples(options.data)
     count = min(options.examples, len(rows))
     data = [rows[i * len(rows) // count] for i in range(count)]
@@ -150,7 +153,7 @@ def _draw(result: Any, path: Path) -> None:
     try:
         result.plot(path)
     except InputError as error:
-        print(f"no figure: {error}")
+        print(f"no figure: {error}", file=sys.stderr)
 
 
 COMMAND = Command(

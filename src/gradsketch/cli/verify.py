@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 
 import tyro
@@ -28,6 +27,7 @@ class VerifyOptions:
 def run(options: VerifyOptions) -> int:
     """Print what was found in each checkpoint's store."""
     from gradsketch.attribution.description import Description
+    from gradsketch.plain import as_json
     from gradsketch.store import Store, verify
     from gradsketch.store.folder import open_folder
 
@@ -35,7 +35,7 @@ def run(options: VerifyOptions) -> int:
     checkpoints = Description.read(folder).checkpoints
     found = [verify(Store.open(folder.child(checkpoint.folder))) for checkpoint in checkpoints]
     if options.json:
-        print(json.dumps([{**asdict(f), "sound": f.sound} for f in found], indent=1))
+        print(as_json([{**asdict(f), "sound": f.sound} for f in found]))
     else:
         print("\n".join(str(f) for f in found))
     return 0 if all(f.sound for f in found) else 1

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gradsketch.report.figure import BLUE, RED, finish, new_figure
 from gradsketch.report.file import write
-from gradsketch.report.page import printable, render
+from gradsketch.report.page import render
+from gradsketch.table import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,8 +154,7 @@ def hits_figure(hits: Hits) -> Figure:
 
 
 def _label(text: str) -> str:
-    text = " ".join(str(printable(text)).split())
-    return text if len(text) <= _LABEL else text[: _LABEL - 1] + "…"
+    return one_line(text, _LABEL)
 
 
 def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:

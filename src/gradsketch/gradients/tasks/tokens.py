@@ -18,8 +18,8 @@ from gradsketch.linear_map import widened
 __all__ = [
     "Reduction",
     "check_reduction",
-    "encode",
     "each_loss",
+    "encode",
     "limit_of",
     "sequence_losses",
     "unknown_example",
