@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["as_json", "from_plain", "to_plain"]
 
 _TENSOR = {"dtype", "shape", "base64"}
-# What a terminal would obey or could not show, and half of a surrogate pair, which is no UTF-8: escaped, it is JSON too.
+# What a terminal would obey or could not show, and half of a surrogate pair, which is no UTF-8; escaped it is JSON.
 _ESCAPED = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -14,10 +14,10 @@ _NUMBER = re.compile(r"[-+±]?[\d.,]+(e[-+]?\d+)?|[-+]?inf|nan|[-–]|")
 
 # Control characters have pictures of their own. C1 controls, line separators, and what turns the order of the letters
 # around it have none. The marks of direction have no width, so nothing is seen of them anyway.
-_PICTURES: dict[int, int | None] = {code: 0x2400 + code for code in range(32)} | {0x7F: 0x2421}
+_PICTURES: dict[int, int | str | None] = {**{code: 0x2400 + code for code in range(32)}, 0x7F: 0x2421}
 _PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 _PICTURES |= dict.fromkeys([0x061C, 0x200E, 0x200F])
-_LINES = str.maketrans({"\n": "\n", "\t": "\t"})
+_PICTURES_BUT_LINES = {code: shown for code, shown in _PICTURES.items() if code not in (9, 10)}
 
 
 class Painted(str):
@@ -32,7 +32,7 @@ def printable(text: str, *, lines: bool = False) -> str:
     """
     if isinstance(text, Painted):
         return text
-    shown = text.translate(_PICTURES | _LINES if lines else _PICTURES)
+    shown = text.translate(_PICTURES_BUT_LINES if lines else _PICTURES)
     return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers as they lie in folders: what is missing, made up or hostile is named, and nothing of it runs."""
+"""Models and tokenizers as they lie in folders: what is missing, made up or hostile is named, and nothing is run."""
 
 import json
 import os
@@ -19,9 +19,9 @@ WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
-def classifier(folder, seed=0, size=len(WORDS)):
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(vocab_size=size, max_position_embeddings=16, **SMALL)
+def classifier(folder):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **SMALL)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""The page in a browser, used as a reader uses it: attacked, searched, printed, read aloud. Skipped without Chromium."""
+"""The page in a browser, as a reader uses it: attacked, searched, printed, read aloud. Skipped without Chromium."""
 
 import base64
 import importlib.util
@@ -15,11 +15,11 @@ from report import payloads, sample
 from report.browser import BROWSER, Tab
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-OURS = {
-    "html", "head", "meta", "title", "style", "script", "body", "a", "header", "p", "span", "h1", "bdi", "form", "input",
-    "output", "button", "div", "nav", "ol", "li", "svg", "rect", "b", "main", "section", "h2", "mark", "h3", "blockquote",
-    "small", "dl", "dt", "dd", "details", "summary", "footer", "code", "img",
-}  # fmt: skip
+OURS = re.findall(
+    r"\w+",
+    "html head meta title style script body a header p span h1 bdi form input output button div nav ol li svg rect b"
+    " main section h2 mark h3 blockquote small dl dt dd details summary footer code img",
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_sixty_attacks_run_nothing_and_load_nothing(tab, tmp_path):
     assert not tab.told("Page.javascriptDialogOpening")
     assert not tab.told("Runtime.exceptionThrown")
     names = tab.run("[...new Set([...document.querySelectorAll('*')].map((e) => e.localName))]")
-    assert set(names) <= OURS
+    assert set(names) <= set(OURS)
     assert tab.run("document.querySelectorAll('script').length") == 1
     attributes = tab.run(
         "[...document.querySelectorAll('*')].flatMap((e) => e.getAttributeNames()).filter((n) => /^on|^style$/.test(n))"
@@ -84,7 +84,7 @@ def test_sixty_attacks_run_nothing_and_load_nothing(tab, tmp_path):
 
 def crowded():
     random.seed(0)
-    words = "the capital of a country is said to be where its king keeps his many old books and cats".split()
+    words = ["the", "capital", "of", "a", "country", "is", "where", "its", "king", "keeps", "many", "old", "books"]
 
     def hit(rank):
         tokens = tuple((f" {random.choice(words)}", random.uniform(-1, 1)) for _ in range(random.choice((12, 40, 160))))

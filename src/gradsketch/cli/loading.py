@@ -109,8 +109,10 @@ def _tokenizer(name: str, kind: Any, model: nn.Module) -> Any:
             "tokenizer.json, or the files of another tokenizer",
             "Type --tokenizer NAME_OR_FOLDER, such as the model it was trained from",
         )
+    from gradsketch.gradients.tasks.logits import known_tokens
+
     tokenizer = _loaded(name, kind)
-    words, known = len(tokenizer), getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    words, known = len(tokenizer), known_tokens(model) or 0
     if words < _LEAST_SHARE * known:
         raise InputError(
             f"the tokenizer of {name!r}, which knows {words:,} words where the model has {known:,}",

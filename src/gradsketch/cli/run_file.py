@@ -37,7 +37,7 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str]) -> Option
         default = read(kind, command, Path(arguments[place + 1]))
         del arguments[place : place + 2]
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
+    options: Options = tyro.cli(
         kind,
         args=arguments,
         prog=f"gradsketch {command}",
@@ -45,6 +45,7 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str]) -> Option
         config=(tyro.conf.FlagCreatePairsOff,),
         **given,
     )
+    return options
 
 
 def _description(kind: type[Any]) -> str:

@@ -76,10 +76,13 @@ def _start_of_second(encoded: Any) -> int:
 
 
 def _cut(text: str, offsets: Sequence[Sequence[int]]) -> list[Piece]:
-    """Cut a text where its tokens end, but never inside a character; what lies between two goes to the second."""
+    """Cut a text where its tokens end, but never inside a character; space between two goes to the second."""
     found: list[Piece] = []
     done = 0
     for start, stop in offsets:
+        if text[done:start].strip():  # letters that no token stands for: dropped by a normaliser, or cut off
+            found.append(Piece(text[done:start], 0))
+            done = start
         end = _end_of_character(text, stop)
         if start >= stop:
             found.append(Piece("", 1))
