@@ -252,9 +252,7 @@ def test_tokens_add_up_to_the_score(index, kind):
             if new.rank > 2:
                 assert new.tokens == ()
                 continue
-            assert "".join(t.token for t in new.tokens) == toys.Characters().decode(
-                toys.Characters()(new.text)["input_ids"]
-            )
+            assert [t.token for t in new.tokens] == list(new.text)
             total = sum(t.value for t in new.tokens)
             assert total + new.beyond_tokens == pytest.approx(new.score, abs=1e-7)
             assert new.beyond_tokens == pytest.approx(0, abs=2e-4 * max(1.0, abs(new.score)))
@@ -278,17 +276,18 @@ def test_a_question_that_cannot_be_read_is_named(index):
         index.query(toys.TinyLM(), ["fine", ""])
 
 
-def test_only_the_answers_tokens_have_errors(tmp_path):
-    """With a prompt, the head's contribution is zero where nothing is predicted."""
+@pytest.mark.parametrize("parameters", ["head.*", "*"])
+def test_only_the_answers_tokens_contribute(tmp_path, parameters):
+    """A prompt's tokens are predicted by nobody, whichever layers take part."""
     rows = [{"prompt": f"square {i}:", "answer": f" {i * i}"} for i in range(10)]
     model, task = toys.TinyLM(), toys.language_task()
-    index = build_index(tmp_path, model, task, rows, d=D, parameters="head.*", dtype="float32", progress=False)
+    index = build_index(tmp_path, model, task, rows, d=D, parameters=parameters, dtype="float32", progress=False)
     hits = index.explain(model, index.query(model, [("square 3:", " 9")], k=1, score="dot"), top=1)
     assert hits[0].answer == " 9"
     assert hits[0][0].text == "square 3: 9"
     values = [t.value for t in hits[0][0].tokens]
-    predicting = range(len("square 3:") - 1, len("square 3: 9") - 1)
-    assert [i for i, value in enumerate(values) if value != 0] == list(predicting)
+    predicted = range(len("square 3:"), len("square 3: 9"))
+    assert [i for i, value in enumerate(values) if value != 0] == list(predicted)
 
 
 def test_tensors_cannot_be_explained(tmp_path):

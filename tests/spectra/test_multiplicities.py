@@ -104,7 +104,9 @@ def test_outliers_shares_and_overlaps_count_copies():
     result = gs.spectrum(operator, 6, gradient=gradient, progress=False)
     assert result.outliers == 5
     assert result.gradient_in_outliers == pytest.approx(0.5, abs=1e-3)
-    evolution = gs.Evolution((0, 1), (result, gs.spectrum(operator, 6, seed=1, sketch=gs.AFFD(206, 64), progress=False)))
+    evolution = gs.Evolution(
+        (0, 1), (result, gs.spectrum(operator, 6, seed=1, sketch=gs.AFFD(206, 64), progress=False))
+    )
     assert evolution.spectra[1].outliers == 5
 
 

@@ -64,8 +64,9 @@ def _hit(rank: int, row: int, score: float, record: dict[str, Any]) -> Hit:
     record = dict(record)
     id_, loss, norm = record.pop("id"), record.pop("loss"), record.pop("gradient_norm")
     text, answer = display(record)
-    parts = ("text", "prompt", "source", "answer", "completion", "target")
-    metadata = {n: value for n, value in record.items() if n not in parts or value not in (text, answer)}
+    parts = ("text", "text_pair", "prompt", "source", "answer", "completion", "target")
+    shown = (text, answer, *([record["text"], record.get("text_pair")] if isinstance(record.get("text"), str) else []))
+    metadata = {n: value for n, value in record.items() if n not in parts or value not in shown}
     if answer is not None and text is not None:
         text += answer if "prompt" in record else f" → {answer}"
     return Hit(rank, row, id_, score, text, loss, norm, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -140,6 +141,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return dict(state.get("state_dict", state))
     except ImportError as error:
         raise InputError(f"{path.name} without safetensors", "it", "Run pip install safetensors") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}, a pickle that holds more than tensors: loading it could run any program",
+            "a file of tensors by name",
+            "If you trust who made it, load it and save its state dict yourself",
+        ) from error
     except Exception as error:  # unpickling raises whatever it likes
         raise InputError(f"{path} cannot be read ({error})", "a file of tensors by name", "Save it again") from error
 

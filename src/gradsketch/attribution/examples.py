@@ -231,7 +231,8 @@ def display(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Return what to show of an example: its text, and apart from it the answer where it has one."""
     answer = next((record[n] for n in ("answer", "completion", "target") if isinstance(record.get(n), str)), None)
     if isinstance(record.get("text"), str):
-        return record["text"], answer
+        pair = record.get("text_pair")
+        return f"{record['text']}\n{pair}" if isinstance(pair, str) else record["text"], answer
     question = next((record[n] for n in ("prompt", "source") if isinstance(record.get(n), str)), None)
     return question, answer
 

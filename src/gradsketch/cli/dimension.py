@@ -92,6 +92,8 @@ def _search(options: Options) -> IntrinsicDimension:
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.sketches.recipe import vector_kind
 
+    if not options.seeds:
+        raise InputError("--seeds without a number", "one search each", "Type --seeds 0 1 2")
     sketch = vector_kind(options.sketch)
     train, test = read_examples(options.train), read_examples(options.test)
     model, task = load(options.model)

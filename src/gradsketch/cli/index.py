@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
+from gradsketch.table import printable
 
 __all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
 
@@ -79,6 +80,7 @@ def _run(options: IndexOptions) -> int:
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.plain import as_json
 
     began = time.perf_counter()
     data = read_examples(options.data)  # before the model, which may take minutes
@@ -101,7 +103,7 @@ def _run(options: IndexOptions) -> int:
     )
     if options.dry_run:
         plan = build.plan()
-        print(json.dumps(asdict(plan), indent=1) if options.json else plan)
+        print(as_json(plan) if options.json else plan)
         return 0
     try:
         index = build.run(accepted=lambda: _save(options))  # also beside a run that is interrupted
@@ -110,7 +112,7 @@ def _run(options: IndexOptions) -> int:
         raise
     outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}
     outcome |= {"bad_rows": len(build.survey.bad), "seconds": round(time.perf_counter() - began, 2)}
-    print(json.dumps(outcome) if options.json else _sentence(outcome))
+    print(as_json(outcome, indent=None) if options.json else _sentence(outcome))
     return 0
 
 
@@ -129,9 +131,11 @@ def _in_flags(error: GradsketchError) -> GradsketchError:
 
 
 def _sentence(outcome: dict[str, Any]) -> str:
-    bad = f", {outcome['bad_rows']} bad rows left out" if outcome["bad_rows"] else ""
-    done = f"{outcome['index']}: {outcome['rows']} rows, d = {outcome['d']}{bad}, {outcome['seconds']} s"
-    return f'{done}\nNow ask: gradsketch query {outcome["index"]} --text "..."'
+    rows, bad = (f"{count} {name}{'s' * (count != 1)}" for count, name in
+                 ((outcome["rows"], "row"), (outcome["bad_rows"], "bad row")))  # fmt: skip
+    left_out = f", {bad} left out" if outcome["bad_rows"] else ""
+    done = printable(f"{outcome['index']}: {rows}, d = {outcome['d']}{left_out}, {outcome['seconds']} s")
+    return f"{done}\nNow ask: {printable(shlex.join(['gradsketch', 'query', outcome['index'], '--text', '...']))}"
 
 
 COMMAND = Command("index", "sketch the gradient of every training example; resumable", IndexOptions, run)

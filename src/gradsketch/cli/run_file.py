@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -14,6 +16,7 @@ import tyro
 import gradsketch
 from gradsketch.durable import record_of, record_text, write_file
 from gradsketch.errors import InputError
+from gradsketch.table import wrapped
 
 __all__ = ["parse", "read", "write"]
 
@@ -33,11 +36,21 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str]) -> Option
             raise InputError("--config without a file", "a run file", "Type --config run.json")
         default = read(kind, command, Path(arguments[place + 1]))
         del arguments[place : place + 2]
-    config = (tyro.conf.FlagCreatePairsOff,)
-    prog = f"gradsketch {command}"
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=prog, config=config)
-    return tyro.cli(kind, args=arguments, prog=prog, config=config, default=default)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    options: Options = tyro.cli(
+        kind,
+        args=arguments,
+        prog=f"gradsketch {command}",
+        description=_description(kind),
+        config=(tyro.conf.FlagCreatePairsOff,),
+        **given,
+    )
+    return options
+
+
+def _description(kind: type[Any]) -> str:
+    """Return a command's docstring as wide as the screen; tyro joins lines, but for those that are indented."""
+    return wrapped(inspect.getdoc(kind) or "", shutil.get_terminal_size().columns, hanging=2)
 
 
 def read(kind: type[Options], command: str, path: Path, *, untouched: bool = False) -> Options:

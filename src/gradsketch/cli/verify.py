@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +34,7 @@ class VerifyOptions:
 def run(options: VerifyOptions) -> int:
     """Print what was found in each checkpoint's store."""
     from gradsketch.attribution.verify import verify_index
+    from gradsketch.plain import as_json
     from gradsketch.store.folder import open_folder
 
     if options.repair:
@@ -42,7 +42,7 @@ def run(options: VerifyOptions) -> int:
     found = verify_index(open_folder(options.index), index.RUN_FILE)
     if options.json:
         stores = [{**asdict(store), "sound": store.sound} for store in found.stores]
-        print(json.dumps({"sound": found.sound, "stores": stores, "beside": found.beside}, indent=1))
+        print(as_json({"sound": found.sound, "stores": stores, "beside": found.beside}))
     else:
         print(found)
     return 0 if found.sound else 1

@@ -189,7 +189,7 @@ class Run:
         if len(unsettled):
             self.lanczos.choose_head(pairs, unsettled)
             return False
-        return self.plan.method != "full" and enough or self._searched(pairs, wanted)
+        return (self.plan.method != "full" and enough) or self._searched(pairs, wanted)
 
     def _searched(self, pairs: RitzPairs, wanted: Int[np.ndarray, " c"]) -> bool:
         """Whether the complement holds no more of what is wanted; if that is not sure, see to it that it gets so."""
@@ -441,9 +441,7 @@ class Run:
         return notes
 
 
-def require_same_map(
-    plan: Plan, gradient: Float[Tensor, " m"] | None, first: tuple[float, float], source: str
-) -> None:
+def require_same_map(plan: Plan, gradient: Float[Tensor, " m"] | None, first: tuple[float, float], source: str) -> None:
     """Check by one product that a finished run was of this very operator.
 
     The first product of every run is that with its start vector. It finds what facts do not tell: a function that
@@ -462,9 +460,7 @@ def require_same_map(
         require_same({"the first product": now}, {"the first product": then}, source)
 
 
-def require_same_gradient(
-    plan: Plan, gradient: Float[Tensor, " m"] | None, mark: float | None, source: str
-) -> None:
+def require_same_gradient(plan: Plan, gradient: Float[Tensor, " m"] | None, mark: float | None, source: str) -> None:
     """Check that a run was given this very gradient.
 
     Raises:

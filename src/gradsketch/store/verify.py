@@ -10,6 +10,7 @@ from gradsketch.errors import StoreError
 from gradsketch.store.manifest import MANIFEST_NAME, parse_shard_name
 from gradsketch.store.shard import damage
 from gradsketch.store.store import Store
+from gradsketch.table import printable
 
 __all__ = ["Damage", "Verification", "verify"]
 
@@ -24,7 +25,7 @@ class Damage:
     where: str
 
     def __str__(self) -> str:
-        return f"{self.file}: damaged in {self.where}"
+        return printable(f"{self.file}: damaged in {self.where}")
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Verification:
 
     def __str__(self) -> str:
         speed = f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.2f} s"
-        lines = [f"{self.store}: {self.rows} of {self.rows_expected} rows in {self.shards} shards, {speed}"]
+        lines = [f"{printable(self.store)}: {self.rows} of {self.rows_expected} rows in {self.shards} shards, {speed}"]
         lines += [str(d) for d in self.damaged]
         if self.missing:
             rows = sum(count for _, count in self.missing)
             lines.append(f"{rows} rows not written yet: run the same build command again to go on")
-        lines += [f"{name}: a shard of another index: move it away" for name in self.foreign]
-        lines += [f"{name}: not a file of this index" for name in self.strangers]
+        lines += [printable(f"{name}: a shard of another index: move it away") for name in self.foreign]
+        lines += [printable(f"{name}: not a file of this index") for name in self.strangers]
         return "\n".join([*lines, "sound" if self.sound else "NOT SOUND"])
 
 

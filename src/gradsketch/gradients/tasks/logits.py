@@ -13,7 +13,7 @@ from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import IGNORED
 from gradsketch.gradients.tasks.model_inputs import arguments, check_mask, check_positions
 
-__all__ = ["IGNORED", "check_ids", "check_token_ids", "logits_of"]
+__all__ = ["IGNORED", "check_ids", "check_token_ids", "known_tokens", "logits_of"]
 
 
 def logits_of(
@@ -101,10 +101,16 @@ def check_ids(ids: Int[Tensor, ...], size: int, what: str) -> None:
 
 def check_token_ids(model: nn.Module, ids: Int[Tensor, "b t"]) -> None:
     """Refuse token ids that the model's input embedding does not have, where it tells which one that is."""
+    known = known_tokens(model)
+    if known is not None:
+        check_ids(ids, known, "token")
+
+
+def known_tokens(model: nn.Module) -> int | None:
+    """Return how many token ids a model has an embedding for; None where it does not tell, or has no table."""
     find = getattr(model, "get_input_embeddings", None)
     try:
         embedding = find() if callable(find) else None
     except NotImplementedError:  # models that hash characters have no table
-        return
-    if isinstance(embedding, nn.Embedding):
-        check_ids(ids, embedding.num_embeddings, "token")
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None

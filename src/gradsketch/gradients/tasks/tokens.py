@@ -19,6 +19,7 @@ __all__ = [
     "PROBES",
     "Reduction",
     "check_reduction",
+    "each_loss",
     "encode",
     "limit_of",
     "sequence_losses",
@@ -49,12 +50,26 @@ def sequence_losses(
 
     ``logits[:, t]`` predicts ``labels[:, t]``.
     """
+    total = _cross_entropies(logits, labels).sum(-1)
+    return total if reduction == "sum" else total / _counted(labels)
+
+
+def each_loss(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], reduction: Reduction) -> Float[Tensor, "b t"]:
+    """Return the terms of ``sequence_losses``: what each label adds to its sequence's loss."""
+    losses = _cross_entropies(logits, labels)
+    return losses if reduction == "sum" else losses / _counted(labels)[:, None]
+
+
+def _cross_entropies(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     check_ids(labels, logits.shape[-1], "label")
     losses = functional.cross_entropy(
         logits.to(widened(logits.dtype)).flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
     )
-    total = losses.view(labels.shape).sum(-1)
-    return total if reduction == "sum" else total / (labels != IGNORED).sum(-1).clamp(min=1)
+    return losses.view(labels.shape)
+
+
+def _counted(labels: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
+    return (labels != IGNORED).sum(-1).clamp(min=1)
 
 
 def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | None, **options: Any) -> Any:
