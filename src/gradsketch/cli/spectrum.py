@@ -79,7 +79,7 @@ def run(options: SpectrumOptions) -> int:
             "Type --out runs/spectrum",
         )
     if options.batch_size < 1:
-        raise InputError(f"--batch-size {options.batch_size}", "at least one example a batch", "Type --batch-size 8")
+        raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
         run_file.write(options, "spectrum", options.out / "run.json")
