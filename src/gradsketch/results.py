@@ -82,7 +82,7 @@ class Result(ABC):
                 raise ValueError("of another result")
             values = {name: value for name, value in record.items() if name not in cls.derived}
             result: _Result = from_plain(cls, values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             source = str(text) if isinstance(text, Path) else "a text"
             raise InputError(
                 f"{source} that cannot be read ({type(error).__name__}: {error})",

@@ -58,3 +58,48 @@ def test_checkpoints(folder, capsys):
     assert (folder / "over" / "evolution.png").stat().st_size > 10_000
     assert main([*base, "--checkpoints", str(folder)]) == 1
     assert "no checkpoint-N folder" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")
+def test_checkpoints_share_the_tokenizer_of_the_model(folder, tmp_path, capsys):
+    """Trainer saves none; the same weights at step 0 and 5 have the same spectrum."""
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    transformers.GPT2LMHeadModel.from_pretrained(folder / "start").save_pretrained(checkpoint)
+    base = ["spectrum", "--model", str(folder / "start"), "--data", str(folder / "texts.jsonl"), "--k", "2"]
+    assert main([*base, "--checkpoints", str(tmp_path / "run")]) == 0
+    _, before, after = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert before[1:] == after[1:]
+
+
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")
+def test_a_block_without_gradient(folder, tmp_path, capsys):
+    """Behind weights that are zero, as those of a fresh adapter are, the gradient is zero and the Hessian is not."""
+    import torch
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder / "start")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(folder / "start").save_pretrained(tmp_path / "model")
+    block = ["--include", "transformer.h.0.mlp.c_fc.*", "--k", "2"]
+    assert main(["spectrum", "--model", str(tmp_path / "model"), "--data", str(folder / "texts.jsonl"), *block]) == 0
+    assert "The gradient is zero" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "answer"),
+    [
+        ("--batch-size", "0", "at least one example a batch"),
+        ("--d", "0", "at least one dimension"),
+        ("--d", "1", "copies of eigenvalues are not told"),
+        ("--k", "0", "1 ≤ k ≤ n"),
+        ("--steps", "1", "at least k steps"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")
+def test_numbers_out_of_range_are_one_line(folder, option, value, answer, capsys):
+    base = ["spectrum", "--model", str(folder / "start"), "--data", str(folder / "texts.jsonl")]
+    assert main([*base, "--method", "sketched-basis", option, value]) == 1
+    error = capsys.readouterr().err.strip()
+    assert answer in error
+    assert "\n" not in error

@@ -143,6 +143,30 @@ def test_a_second_training_in_the_same_folder_is_refused_unless_it_is_the_same(t
         begun(tmp_path, model, curvature="fisher")
 
 
+def test_a_loss_that_is_not_finite_costs_its_spectrum_and_not_the_training(tmp_path):
+    model = Toy()
+    callback = begun(tmp_path, model)
+    callback.at = frozenset((0, 1, 2))
+    state = transformers.TrainerState(global_step=1)
+    weight = model.body.weight.detach().clone()
+    with torch.no_grad():
+        model.body.weight.fill_(float("nan"))
+    with pytest.warns(gs.GradsketchWarning, match="no spectrum at step 1: "):
+        callback.on_step_end(None, state, None, model=model)
+    with torch.no_grad():
+        model.body.weight.copy_(weight)
+    callback.on_step_end(None, transformers.TrainerState(global_step=2), None, model=model)
+    assert callback.evolution.steps == (0, 2)
+
+
+def test_a_training_may_begin_where_its_loss_is_not_finite(tmp_path):
+    model = Toy()
+    with torch.no_grad():
+        model.body.weight.fill_(float("inf"))
+    with pytest.warns(gs.GradsketchWarning, match="no spectrum at step 0: "):
+        begun(tmp_path, model)
+
+
 def test_one_callback_writes_each_training_to_its_own_output(tmp_path):
     callback = begun(tmp_path / "a", Toy())
     state = transformers.TrainerState(global_step=0)

@@ -206,14 +206,15 @@ class SelfInfluence(Result):
     seconds: float
 
     def top(self, k: int) -> list[tuple[int, str, float]]:
-        """Return (row, id, value) of the k largest, largest first."""
+        """Return (row, id, value) of the k largest, largest first; rows that were skipped are not among them."""
         finite = torch.nan_to_num(self.values, nan=-torch.inf)
-        rows = finite.sort(descending=True, stable=True).indices[:k].tolist()
+        usable = int((~self.values.isnan()).sum())
+        rows = finite.sort(descending=True, stable=True).indices[: min(k, usable)].tolist()
         return [(row, self.ids[row], float(self.values[row])) for row in rows]
 
     def summary(self) -> str:
         skipped = int(self.values.isnan().sum())
-        first = f", largest {self.top(1)[0][2]:.3g} ({printable(self.top(1)[0][1])})" if len(self.ids) else ""
+        first = "".join(f", largest {value:.3g} ({printable(id_)})" for _, id_, value in self.top(1))
         return f"self-influence of {len(self.ids):,} examples by {self.score.name}{first}, {skipped} skipped"
 
     def __str__(self) -> str:

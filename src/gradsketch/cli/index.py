@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +15,14 @@ import tyro
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
 
 __all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
 
 RUN_FILE = "run.json"
+# What the options of build_index are called here.
+_FLAGS = {"skip_bad=True": "--skip-bad", "shard_rows": "--shard-rows", "a smaller d": "a smaller --d"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class IndexOptions:
 
 def run(options: IndexOptions) -> int:
     """Build the index, or say what that would take."""
+    try:
+        return _run(options)
+    except (InputError, NonFiniteError) as error:
+        raise _in_flags(error) from error
+
+
+def _run(options: IndexOptions) -> int:
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
@@ -94,20 +105,29 @@ def run(options: IndexOptions) -> int:
         plan = build.plan()
         print(as_json(plan) if options.json else plan)
         return 0
-    saved = None if "://" in options.path else Path(options.path) / RUN_FILE
-    if saved is not None and not saved.exists():  # also beside a run that is interrupted
-        run_file.write(options, "index", saved)
     try:
-        index = build.run()
+        index = build.run(accepted=lambda: _save(options))  # also beside a run that is interrupted
     except KeyboardInterrupt:
         print("\nFinished rows are kept: type the same command to go on.", file=sys.stderr)
         raise
-    if saved is not None:
-        run_file.write(options, "index", saved)
     outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}
     outcome |= {"bad_rows": len(build.survey.bad), "seconds": round(time.perf_counter() - began, 2)}
     print(as_json(outcome, indent=None) if options.json else _sentence(outcome))
     return 0
+
+
+def _save(options: IndexOptions) -> None:
+    if "://" not in options.path:
+        with suppress(StoreError):  # a finished index may be read-only; where rows are to be written, that is told then
+            run_file.write(options, "index", Path(options.path) / RUN_FILE)
+
+
+def _in_flags(error: GradsketchError) -> GradsketchError:
+    """Return the error with the names that options have on the command line."""
+    fix = error.fix
+    for name, flag in _FLAGS.items():
+        fix = fix.replace(name, flag)
+    return type(error)(error.came, error.wanted, fix)
 
 
 def _sentence(outcome: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from gradsketch import __version__
 from gradsketch.cli import check, demo, dimension, export, index, query, run_file, spectrum, verify
 from gradsketch.cli.command import Command
+from gradsketch.cli.signals import TERMINATED, Terminated, terminable
 from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
 from gradsketch.table import one_line, wrapped
 
@@ -52,7 +53,7 @@ def register(command: Command) -> Command:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 is done, 1 failed, 2 wrong usage, 130 interrupted, 141 that nobody reads the output any more.
+    0 is done, 1 failed, 2 wrong usage, 130 interrupted, 141 that nobody reads the output any more, 143 terminated.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = f"gradsketch {arguments[0]}" if arguments and arguments[0] in COMMANDS else "gradsketch"
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(arguments, name)
         finally:
             sys.stdout.flush()
+    except Terminated:
+        print(f"\n{name}: terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
@@ -90,7 +94,7 @@ def _run(arguments: list[str], name: str) -> int:
         print(f"gradsketch: no command {one_line(arguments[0])!r}.{hint}\n\n{_help()}", file=sys.stderr)
         return 2
     command = COMMANDS[arguments[0]]
-    with warnings.catch_warnings():
+    with terminable(), warnings.catch_warnings():
         _say_warnings_plainly(name)
         return command.run(run_file.parse(command.options, command.name, arguments[1:]))
 

@@ -36,7 +36,8 @@ class SpectrumOptions:
     data: Path
     """JSON lines, CSV, Parquet or text file, or a folder of texts."""
     checkpoints: Path | None = None
-    """Folder with checkpoint-N folders, as the Hugging Face Trainer writes; --model is step 0 and names the task."""
+    """Folder with checkpoint-N folders, as the Hugging Face Trainer writes; --model is step 0, and its task and
+    tokenizer are those of all."""
     examples: int = 16
     """How many rows of the data the loss is taken on, spread over the file."""
     batch_size: int = 8
@@ -77,9 +78,11 @@ def run(options: SpectrumOptions) -> int:
             "a folder for one model's density",
             "Type --out runs/spectrum",
         )
-    if options.out is not None:
-        run_file.write(options, "spectrum", options.out / "run.json")
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}", "at least one example a batch", "Type --batch-size 8")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
+    if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
+        run_file.write(options, "spectrum", options.out / "run.json")
     print(result.to_json() if options.json else result)
     return 0
 
@@ -131,8 +134,6 @@ def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
 
-    if options.batch_size < 1:
-        raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
     rows = read_examples(options.data)
     count = min(options.examples, len(rows))
     data = [rows[i * len(rows) // count] for i in range(count)]

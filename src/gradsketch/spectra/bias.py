@@ -11,25 +11,44 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
+from gradsketch.linear_map import LinearMap
+from gradsketch.random import Stream
 from gradsketch.spectra.results import Estimate
 
-__all__ = ["corrected", "detection_threshold", "least_d", "sampling_error"]
+__all__ = ["corrected", "detection_threshold", "effective_d", "least_d", "sampling_error"]
 
 # The right-hand side is evaluated at the corrected values; a fourth pass changes nothing that the noise would show.
 _PASSES = 3
+# Below this, what a product in float32 leaves of f is rounding.
+_NO_NOISE = 1e-4
 # Gaps well below this share of the raw values' own noise are noise themselves, and their repulsion is not undone.
 _LEAST_GAP = 0.25
 
 
-def detection_threshold(squared_norm: float, d: int) -> float:
+def effective_d(phi: LinearMap, seed: int) -> float:
+    """Return how many independent rows would make as much noise as a sketch's d rows do.
+
+    The cross terms of PhiᵀPhi that move eigenvalues have the mean square f/d, and ‖PhiPhiᵀ‖_F² = n + f n²/d. Independent
+    rows have f = 1. Orthogonal ones have f = 1 − d/n, as in a sample without replacement, and at d = n they move nothing.
+    One product with PhiPhiᵀ measures f for any kind of sketch.
+    """
+    d, n = phi.shape
+    w = Stream(seed, "spectrum", "rows").signs(0, d, dtype=torch.float64, device=phi.device or "cpu")
+    product = phi(phi.T(w))
+    f = d * (float(product @ product) - n) / n**2
+    return d / f if f > _NO_NOISE else math.inf
+
+
+def detection_threshold(squared_norm: float, d: float) -> float:
     """Return the magnitude below which an eigenvalue of H leaves no outlier in Phi H Phiᵀ: λ² > ‖H‖_F² / d."""
     return math.sqrt(max(squared_norm, 0.0) / d)
 
 
 def corrected(
-    raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float
+    raw: Float[np.ndarray, " r"], d: float, trace: float, squared_norm: float
 ) -> tuple[Float[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
     """Return eigenvalues of H from the outer eigenvalues ``raw`` of Phi H Phiᵀ, and which of them are seen at all.
 
@@ -53,7 +72,7 @@ def corrected(
     return values, seen
 
 
-def _seen(raw: Float[np.ndarray, " r"], d: int, trace: float, squared_norm: float) -> Bool[np.ndarray, " r"]:
+def _seen(raw: Float[np.ndarray, " r"], d: float, trace: float, squared_norm: float) -> Bool[np.ndarray, " r"]:
     """Return which values stand outside the bulk: strongest first, each against a bulk without those before it.
 
     The edge of the bulk is taken as 2 √(F_rest/d) (1 + d^(−2/3)), which its own largest value passes once in a
@@ -78,7 +97,7 @@ def _without_bulk(
 
 
 def sampling_error(
-    values: Float[np.ndarray, " r"], d: int, trace: Estimate, squared_norm: Estimate
+    values: Float[np.ndarray, " r"], d: float, trace: Estimate, squared_norm: Estimate
 ) -> Float[np.ndarray, " r"]:
     """Return the standard error of corrected eigenvalues: the sketch's own noise, and that of tr and ‖H‖_F²."""
     sketch = values**2 * 2 / d

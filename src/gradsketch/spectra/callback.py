@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from gradsketch.as_found import evaluating
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
 from gradsketch.gradients.parameters import selected
 from gradsketch.gradients.tasks import TaskLike
@@ -26,7 +27,8 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
     By default at the steps of [P]: 0, 10, 50, 100, 150, 200, 250, 500 and every 1000. Each spectrum goes to
     ``directory`` (default: ``spectrum`` in the Trainer's output) as it is done. A resumed training run keeps those
     already there, if they are of the same weights, data and options; otherwise it raises FingerprintError. The model is
-    in evaluation mode while a spectrum is taken. Options are those of ``spectrum``.
+    in evaluation mode while a spectrum is taken. A loss or a product that is not finite costs a warning and that step's
+    spectrum, not the training. Options are those of ``spectrum``.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -93,8 +95,12 @@ class SpectrumCallback(TrainerCallback):  # type: ignore[misc]
         due = step in self.at or (self.every > 0 and step % self.every == 0)
         if not due or not state.is_world_process_zero:
             return
-        with evaluating(model):
-            spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
+        try:
+            with evaluating(model):
+                spectrum_over({step: lambda: self._load(model)}, self.k, directory=self.directory, **self.options)
+        except NonFiniteError as error:
+            # Whoever watches a training may not end it: a loss that is infinite at this step need not stay so.
+            warnings.warn(f"no spectrum at step {step}: {error}", GradsketchWarning, stacklevel=2)
 
     def _load(self, model: Any) -> Any:
         parameters = selected(model, self.parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -11,21 +13,24 @@ from torch import Tensor
 from gradsketch.errors import GradsketchError, InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.affd import AFFD
-from gradsketch.spectra.krylov import FullBasis
-from gradsketch.spectra.lanczos import Lanczos, norm, start_vector
-from gradsketch.spectra.plan import home
+from gradsketch.spectra.lanczos import norm
+from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Spectrum
+from gradsketch.spectra.resume import RunFile
+from gradsketch.spectra.solve import Run, checked_gradient, start
 
 __all__ = ["eigenvectors"]
 
 _LEAST_COSINE = 0.9
 
 
-def eigenvectors(operator: LinearMap, result: Spectrum, *, first: int | None = None) -> Float[Tensor, "r n"]:
+def eigenvectors(
+    operator: LinearMap, result: Spectrum, *, first: int | None = None, gradient: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "r n"]:
     """Return unit eigenvectors of the ``first`` eigenvalues asked for (default: all), in the order of ``values``.
 
-    Repeats the ``result.steps`` products of the run, holds r + 3 vectors (all of them for the route "full") and
-    compares each vector with its stored sketch.
+    Repeats the ``result.steps`` products of the run, holds r + 3 vectors (the basis for the route "full") and compares
+    each vector with its stored sketch. ``gradient`` is the one that the run was given: it began there.
 
     Example:
         >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -46,25 +51,42 @@ def eigenvectors(operator: LinearMap, result: Spectrum, *, first: int | None = N
             "the operator of a 'sketched-basis' or 'full' run",
             "Use result.sketches, or run spectrum(H, method='sketched-basis')",
         )
+    _check_gradient(result, gradient)
     places = [result.eigenvalues.index(e) for e in result.asked[:first]]
-    _, vectors = eigh_tridiagonal(np.array(result.alphas), np.array(result.betas[:-1]))
-    coefficients = vectors[:, [result.columns[p] for p in places]]
-    start = start_vector(operator.n, result.seed, "start", *home(operator))
-    out = _combine_again(operator, result, start, coefficients)
+    plan = _plan(operator, result)
+    gradient = checked_gradient(gradient, plan)
+    if result.method == "full":
+        out = _search_again(plan, gradient, [result.columns[p] for p in places])
+    else:
+        out = _combine_again(operator, result, start(plan, gradient), places)
     for row in out:
         row.div_(norm(row))
     _check(out, result, places)
     return out
 
 
+def _check_gradient(result: Spectrum, gradient: Tensor | None) -> None:
+    began = any(e.gradient_share is not None for e in result.eigenvalues)
+    if began and gradient is None:
+        raise InputError("no gradient for a spectrum that was given one", "the same gradient", "Type gradient=g")
+
+
+def _plan(operator: LinearMap, result: Spectrum) -> Plan:
+    plan = make_plan(operator, result.k, result.which, "full", None, None, result.tolerance, 0, result.seed)
+    return replace(plan, steps=result.steps, room=result.room)
+
+
+def _search_again(plan: Plan, gradient: Float[Tensor, " n"] | None, columns: list[int]) -> Float[Tensor, "r n"]:
+    run = Run.begin(plan, gradient, RunFile(None, {}))
+    pairs = run.iterate(progress=False)
+    return run.lanczos.basis.combine(torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, columns])))
+
+
 def _combine_again(
-    operator: LinearMap, result: Spectrum, q: Float[Tensor, " n"], coefficients: Float[np.ndarray, "m r"]
+    operator: LinearMap, result: Spectrum, q: Float[Tensor, " n"], places: list[int]
 ) -> Float[Tensor, "r n"]:
-    if result.method == "full":
-        lanczos = Lanczos(operator, FullBasis(), q, result.seed)
-        for _ in range(result.steps):
-            lanczos.step()
-        return lanczos.basis.combine(torch.from_numpy(np.ascontiguousarray(coefficients)))
+    _, vectors = eigh_tridiagonal(np.array(result.alphas), np.array(result.betas[:-1]))
+    coefficients = vectors[:, [result.columns[p] for p in places]]
     out = q.new_zeros(coefficients.shape[1], len(q))
     previous: Tensor | None = None
     for j in range(result.steps):

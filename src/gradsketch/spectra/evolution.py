@@ -21,7 +21,7 @@ from gradsketch.report.spectrum import evolution_figure
 from gradsketch.results import Result
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import OUTLIER, Spectrum
-from gradsketch.spectra.solve import require_same_map, spectrum
+from gradsketch.spectra.solve import checked_gradient, require_same_map, spectrum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +163,7 @@ def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[
     plan, facts = _planned(operator, k, gradient, options)
     _require_same_series(folder, facts)
     if path.exists():
-        return _taken_up(path, plan, facts)
+        return _taken_up(path, plan, gradient, facts)
     running = path.with_suffix(".run")
     result = spectrum(operator, k, gradient=gradient, resume=running, **options)
     write_record(path, {"facts": facts, "spectrum": json.loads(result.to_json())})
@@ -194,11 +194,11 @@ def _require_same_series(folder: Path, facts: Mapping[str, Any]) -> None:
         require_same(now, then, path.parent)
 
 
-def _taken_up(path: Path, plan: Plan, facts: Mapping[str, Any]) -> Spectrum:
+def _taken_up(path: Path, plan: Plan, gradient: Tensor | None, facts: Mapping[str, Any]) -> Spectrum:
     record = _read(path)
     require_same(facts, record["facts"], path)
     result = _spectrum_of(record, path)
-    require_same_map(plan, result.alphas[0], result.betas[0], str(path))
+    require_same_map(plan, checked_gradient(gradient, plan), (result.alphas[0], result.betas[0]), str(path))
     return result
 
 

@@ -14,6 +14,7 @@ from gradsketch.transforms.precision import full_precision
 __all__ = ["Forgetful", "FullBasis", "KrylovBasis", "SketchedBasis"]
 
 _ROWS_PER_BLOCK = 32
+_COLUMNS = 1 << 16
 
 
 class GrowingMatrix:
@@ -26,6 +27,9 @@ class GrowingMatrix:
     def __len__(self) -> int:
         return self._count
 
+    def __getitem__(self, place: int) -> Float[Tensor, " columns"]:
+        return self._blocks[place // _ROWS_PER_BLOCK][place % _ROWS_PER_BLOCK]
+
     def append(self, row: Float[Tensor, " columns"]) -> None:
         place = self._count % _ROWS_PER_BLOCK
         if place == 0:
@@ -37,6 +41,16 @@ class GrowingMatrix:
         """Return the rows in order, a few to a block, without copying."""
         full, rest = divmod(self._count, _ROWS_PER_BLOCK)
         return self._blocks[:full] + ([self._blocks[full][:rest]] if rest else [])
+
+    def recombine(self, weights: Float[Tensor, "rows kept"]) -> None:
+        """Put fewer combinations of the rows in their place, a few columns at a time."""
+        rows, self._count = self.blocks(), weights.shape[1]
+        pieces = [block.split(_COLUMNS, dim=1) for block in rows]
+        for piece in zip(*pieces, strict=True):
+            mixed = weights.to(piece[0]).T @ torch.cat(piece)
+            for target, part in zip(piece, mixed.split(_ROWS_PER_BLOCK), strict=False):
+                target[: len(part)] = part
+        self._blocks = self._blocks[: -(-self._count // _ROWS_PER_BLOCK)]
 
 
 class KrylovBasis(ABC):
@@ -76,6 +90,16 @@ class FullBasis(KrylovBasis):
                 overlaps = [block.mv(w) for block in self.rows.blocks()]
                 for block, overlap in zip(self.rows.blocks(), overlaps, strict=True):
                     w.addmv_(block.T, overlap, alpha=-1.0)
+
+    def overlaps(self, w: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+        """Return the inner products with all vectors held."""
+        with full_precision(w.device):
+            return torch.cat([block.mv(w) for block in self.rows.blocks()]).cpu().double()
+
+    def recombine(self, coefficients: Float[Tensor, "m r"]) -> None:
+        """Hold r combinations of the vectors instead of the vectors."""
+        with full_precision(self.rows[0].device):
+            self.rows.recombine(coefficients)
 
     def combine(self, coefficients: Float[Tensor, "m r"]) -> Float[Tensor, "r columns"]:
         blocks = self.rows.blocks()

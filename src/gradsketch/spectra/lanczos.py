@@ -15,7 +15,7 @@ from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
 from gradsketch.spectra.krylov import KrylovBasis
 
-__all__ = ["Lanczos", "check_self_adjoint", "dot", "norm", "start_vector"]
+__all__ = ["Lanczos", "check_self_adjoint", "dot", "norm", "require_unchanged", "start_vector"]
 
 # Single-precision sums stay this short; longer ones are added up in double precision.
 _PIECE, _PIECE_GPU = 1 << 16, 1 << 22
@@ -61,6 +61,21 @@ def check_self_adjoint(operator: LinearMap, x: Float[Tensor, " n"], product: Flo
             "the same operator at every product, with <y, Hx> = <x, Hy>",
             "Check for dropout, batch order and a forward-mode derivative through normalisation layers;"
             " gradsketch.hessian has none of them",
+        )
+
+
+def require_unchanged(operator: LinearMap, product: int, found: float, expected: float, scale: float) -> None:
+    """Check that ⟨p, Hq⟩ is what ⟨q, Hp⟩ was at an earlier product.
+
+    Raises:
+        InputError: they differ by more than central differences do.
+    """
+    if abs(found - expected) > _DRIFT * max(scale, abs(found)):
+        raise InputError(
+            f"{operator!r} changed between products {product} and {product + 1}:"
+            f" <p, Hq> is {found:.4g} where <q, Hp> was {expected:.4g}",
+            "the same symmetric operator at every product",
+            "Turn dropout off (model.eval()), fix the order of the data, and resume only with the same weights",
         )
 
 
@@ -126,13 +141,7 @@ class Lanczos:
 
     def _watch(self, overlap: float) -> None:
         self.drifts.append(overlap - self.betas[-1])
-        if abs(self.drifts[-1]) > _DRIFT * max(self.scale, abs(overlap)):
-            raise InputError(
-                f"{self.operator!r} changed between products {len(self)} and {len(self) + 1}:"
-                f" <p, Hq> is {overlap:.4g} where <q, Hp> was {self.betas[-1]:.4g}",
-                "the same symmetric operator at every product",
-                "Turn dropout off (model.eval()), fix the order of the data, and resume only with the same weights",
-            )
+        require_unchanged(self.operator, len(self), overlap, self.betas[-1], self.scale)
 
     def _advance(self, w: Float[Tensor, " n"], beta: float) -> None:
         if beta > 10 * torch.finfo(w.dtype).eps * self.scale:

@@ -22,6 +22,8 @@ __all__ = ["Identity", "Plan", "check_operator", "home", "make_plan"]
 _LEAST_D = 4096
 # From this k on, three-term Lanczos spends most of its products on copies.
 _MANY = 100
+# Every copy of an eigenvalue takes a chain of its own, so where copies are counted more steps are allowed by default.
+_COPIES = 3
 
 
 class Identity(LinearMap):
@@ -54,10 +56,16 @@ class Plan:
     k: int
     which: Which
     steps: int
+    room: int
     tolerance: float
     seed: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def wanted(self) -> int:
+        """How many eigenvalues are asked for, of both signs together."""
+        return min(self.k if self.which == "magnitude" else 2 * self.k, self.operator.n)
 
     def facts(self) -> dict[str, Any]:
         """Return what a run and the one that takes it up must have in common.
@@ -66,7 +74,11 @@ class Plan:
         """
         names = ("method", "seed", "dtype", "n", "sketch")
         values = (self.method, self.seed, str(self.dtype), self.inner.n, self.sketch.fingerprint)
-        return {**dict(zip(names, values, strict=True)), **self.inner.facts()}
+        return {**dict(zip(names, values, strict=True)), **self._held(), **self.inner.facts()}
+
+    def _held(self) -> dict[str, Any]:
+        """Return what decides the restarts: how many vectors are held and which are kept."""
+        return {} if self.method == "sketched-basis" else {"room": self.room, "which": self.which}
 
     def request(self) -> dict[str, Any]:
         """Return what is asked for."""
@@ -89,17 +101,18 @@ def make_plan(
     Raises:
         InputError: an argument is out of range, or the operator is not a self-adjoint map.
     """
-    _check(operator, k, which, method, steps, tolerance)
+    _check(operator, k, which, method, steps, tolerance, sketch)
     dtype, device = home(operator)
-    steps = min(operator.n, steps or _default_steps(k, which))
-    plan = Plan(operator, operator, Identity(1), "full", "", k, which, steps, tolerance, seed, dtype, device)
+    most = steps or max(100, 10 * k if which == "magnitude" else 20 * k)
+    plan = Plan(operator, operator, Identity(1), "full", "", k, which, most, most, tolerance, seed, dtype, device)
+    plan = replace(plan, steps=min(most, operator.n))
     split = split_sketched(operator)
     if split is not None:
         return _of_sketched(plan, *split, method)
-    if method == "auto":
-        method, reason = _choose(operator.n, k, steps, memory, dtype)
-    else:
-        reason = "as asked"
+    fit = memory // (operator.n * dtype.itemsize)
+    method, reason = _choose(plan, fit) if method == "auto" else (method, "as asked")
+    if method == "full":
+        plan = _with_room(plan, fit, most if steps else _COPIES * most)
     return _finish(replace(plan, reason=reason), method, sketch)
 
 
@@ -111,18 +124,24 @@ def split_sketched(operator: LinearMap) -> tuple[Sketch, LinearMap] | None:
     return factors[0], reduce(matmul, factors[1:-1])
 
 
-def _default_steps(k: int, which: Which) -> int:
-    return max(100, 10 * k) if which == "magnitude" else max(100, 20 * k)
+def _least_room(plan: Plan) -> int:
+    """Return how many vectors restarts need, so that they cost few products more than a basis without bounds."""
+    return min(2 * plan.wanted + 20, plan.operator.n)
 
 
-def _choose(n: int, k: int, steps: int, memory: int, dtype: torch.dtype) -> tuple[Method, str]:
-    basis = steps * n * dtype.itemsize
-    if basis <= memory:
-        return "full", f"all {steps} Krylov vectors of n = {n} fit in {memory >> 20} MiB"
-    if k >= _MANY:
-        return "sketched-operator", f"k = {k} eigenvalues would take more than {steps} vectors of n = {n}"
-    size = f"{basis / 2**30:.3g} GiB"
-    return "sketched-basis", f"{steps} Krylov vectors of n = {n} would take {size}; their sketches are kept instead"
+def _with_room(plan: Plan, fit: int, steps: int) -> Plan:
+    steps = min(steps, plan.operator.n)
+    return replace(plan, steps=steps, room=min(max(fit, _least_room(plan)), steps))
+
+
+def _choose(plan: Plan, fit: int) -> tuple[Method, str]:
+    n, least = plan.operator.n, _least_room(plan)
+    if fit >= least:
+        return "full", f"{min(fit, n):,} Krylov vectors of n = {n} fit in memory, and {least} are enough"
+    why = f"{least} Krylov vectors of n = {n} would take {least * n * plan.dtype.itemsize / 2**30:.3g} GiB"
+    if plan.k >= _MANY:
+        return "sketched-operator", f"{why}, and k = {plan.k} eigenvalues even more products"
+    return "sketched-basis", f"{why}; their sketches are kept instead"
 
 
 def _finish(plan: Plan, method: Method, sketch: Sketch | int | None) -> Plan:
@@ -132,10 +151,16 @@ def _finish(plan: Plan, method: Method, sketch: Sketch | int | None) -> Plan:
     if method == "sketched-operator":
         phi = sketch if isinstance(sketch, Sketch) else AFFD(n, min(sketch or _operator_d(plan), n), seed=plan.seed)
         return _of_sketched(replace(plan, operator=phi @ plan.operator @ phi.T), phi, plan.operator, method)
-    if isinstance(sketch, Sketch):
-        return replace(plan, method=method, sketch=sketch)
-    d = sketch or max(_LEAST_D, 1 << (4 * plan.steps - 1).bit_length())
-    return replace(plan, method=method, sketch=Identity(n) if d >= n else AFFD(n, d, seed=plan.seed))
+    if not isinstance(sketch, Sketch):
+        d = sketch or max(_LEAST_D, 1 << (4 * plan.steps - 1).bit_length())
+        sketch = Identity(n) if d >= n else AFFD(n, d, seed=plan.seed)
+    if method == "sketched-basis" and sketch.shape[0] < min(plan.steps, n):
+        raise InputError(
+            f"sketches of d={sketch.shape[0]} for up to {plan.steps} Krylov vectors",
+            "d of at least the number of steps, since copies of eigenvalues are not told from others in fewer dimensions",
+            f"Leave the sketch out, or type steps={sketch.shape[0]}",
+        )
+    return replace(plan, method=method, sketch=sketch)
 
 
 def _operator_d(plan: Plan) -> int:
@@ -159,6 +184,7 @@ def _of_sketched(plan: Plan, phi: Sketch, inner: LinearMap, method: str) -> Plan
         method="sketched-operator",
         reason=plan.reason or f"the operator is sketched to d = {phi.d}",
         steps=min(plan.steps, phi.d),
+        room=min(plan.steps, phi.d),
     )
 
 
@@ -188,7 +214,9 @@ def check_operator(operator: Any) -> None:
         )
 
 
-def _check(operator: LinearMap, k: int, which: str, method: str, steps: int | None, tolerance: float) -> None:
+def _check(
+    operator: LinearMap, k: int, which: str, method: str, steps: int | None, tolerance: float, sketch: Any
+) -> None:
     check_operator(operator)
     if k < 1 or k > operator.n:
         raise InputError(f"k={k} eigenvalues of an operator of n={operator.n}", "1 ≤ k ≤ n", "Lower k")
@@ -200,3 +228,5 @@ def _check(operator: LinearMap, k: int, which: str, method: str, steps: int | No
         raise InputError(f"steps={steps} for k={k} eigenvalues", "at least k steps", "Leave steps out")
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance={tolerance}", "a number between 0 and 1", "Type tolerance=1e-3")
+    if isinstance(sketch, int) and sketch < 1:
+        raise InputError(f"a sketch of d={sketch}", "at least one dimension", "Leave it out")

@@ -85,8 +85,11 @@ class Spectrum(Result):
     ``eigenvalues`` holds up to k positive and k negative ones; ``values``, ``residuals``, ``errors`` and
     ``converged`` are those that were asked for. ``sketches`` holds d numbers for each eigenvector, ``sketch`` the
     fingerprint of the map that made them; sketches with equal fingerprints can be compared.
-    ``hvps`` counts products with the operator, ``vectors_held`` vectors of length n held at once besides the
-    operator's own, ``peak_bytes`` the high-water mark of the process (on a GPU: of its allocator) when done.
+    ``confidence`` is the chance that no eigenvalue more than 0.1 % beyond the last one asked for was missed, copies of
+    repeated ones included; None where the route cannot count copies, so that a value stands for its eigenspace once.
+    ``hvps`` counts products with the operator, ``settled_after`` those until all values asked for had settled,
+    ``room`` the most Krylov vectors held, ``vectors_held`` vectors of length n held at once besides the operator's
+    own, ``peak_bytes`` the high-water mark of the process (on a GPU: of its allocator) when done.
     """
 
     derived = ("r_neg", "outliers", "values")
@@ -102,10 +105,13 @@ class Spectrum(Result):
     seed: int
     steps: int
     hvps: int
+    settled_after: int | None
+    room: int
     seconds: float
     peak_bytes: int
     vectors_held: int
     copies: int
+    confidence: float | None
     noise: float
     notes: tuple[str, ...]
     trace: Estimate | None

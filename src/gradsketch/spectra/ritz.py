@@ -11,7 +11,7 @@ from scipy.linalg import eigh_tridiagonal
 
 from gradsketch.spectra.krylov import KrylovBasis
 
-__all__ = ["RitzPairs", "ritz_pairs"]
+__all__ = ["RitzPairs", "error_bounds", "ritz_pairs"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def ritz_pairs(alphas: list[float], betas: list[float], basis: KrylovBasis, nois
     return RitzPairs(
         values=values[kept],
         residuals=residuals,
-        errors=_error_bounds(values[kept], residuals) + noise,
+        errors=error_bounds(values[kept], residuals) + noise,
         coefficients=vectors[:, kept] / lengths[kept],
         columns=kept,
         copies=len(values) - len(kept),
@@ -72,14 +72,14 @@ def _distinct(
     d = ritz.shape[1]
     for i in np.argsort(residuals / lengths, kind="stable"):
         # Projecting on r random directions of R^d leaves 1 − r/d of a vector that has nothing to do with them.
-        if gram[i, i] < 0.5 * (1 - len(kept) / d):
+        if gram[i, i] <= 0.5 * (1 - len(kept) / d):
             continue
         kept.append(int(i))
         gram -= np.outer(gram[i], gram[i] / gram[i, i])
     return np.array(kept), lengths
 
 
-def _error_bounds(values: Float[np.ndarray, " r"], residuals: Float[np.ndarray, " r"]) -> Float[np.ndarray, " r"]:
+def error_bounds(values: Float[np.ndarray, " r"], residuals: Float[np.ndarray, " r"]) -> Float[np.ndarray, " r"]:
     """Return min(residual, residual²/gap), the gap being to the nearest end of another value's interval."""
     distance = np.abs(values[:, None] - values[None, :]) - residuals[None, :]
     np.fill_diagonal(distance, np.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +18,30 @@ from tqdm import tqdm
 
 from gradsketch.durable import require_same
 from gradsketch.errors import InputError
+from gradsketch.gradients.curvature.base import Curvature
 from gradsketch.linear_map import LinearMap
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
-from gradsketch.spectra.bias import corrected, detection_threshold, least_d, sampling_error
-from gradsketch.spectra.krylov import FullBasis, SketchedBasis
+from gradsketch.spectra.bias import corrected, detection_threshold, effective_d, least_d, sampling_error
+from gradsketch.spectra.krylov import SketchedBasis
 from gradsketch.spectra.lanczos import Lanczos, check_self_adjoint, dot, norm, start_vector
 from gradsketch.spectra.moments import moments
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Eigenvalue, Estimate, Method, Spectrum, Which
 from gradsketch.spectra.resume import RunFile
 from gradsketch.spectra.ritz import RitzPairs, ritz_pairs
+from gradsketch.spectra.search import Search
+from gradsketch.spectra.truncation import differenced
 
-__all__ = ["require_same_map", "spectrum"]
+__all__ = ["Run", "checked_gradient", "require_same_map", "spectrum", "start"]
 
 # Relative difference of two evaluations of one product: central differences in float32 reach 1e-3.
 _SAME = 0.01
+# The search for copies ends when another eigenvalue beyond the last, by this share of it, has less than this chance.
+_DOUBT, _SLACK = 0.01, 0.001
+_ZERO_GRADIENT = "The gradient is zero: no eigenvector has a share in it."
+# The search usually takes fewer products than this, and as many vectors are made room for.
+_ROOM = 30
 
 
 def spectrum(
@@ -55,13 +64,15 @@ def spectrum(
 
     Three routes, of which "auto" takes one and says why:
 
+    * "full": re-orthogonalisation against a basis of vectors in R^n, as many as fit in ``memory`` bytes, with thick
+      restarts where more are needed. Copies of repeated eigenvalues are counted: when everything has settled, the
+      complement is searched for what is missing, until ``confidence`` is above 99 %.
     * "sketched-basis": a three-term recurrence in R^n that holds four vectors. Of the Krylov vectors only sketches
       are kept, d numbers each: they tell ghosts from eigenvalues and give the eigenvectors in sketch space. Values
       are unbiased. A repeated eigenvalue is found at least once and never more often than it occurs.
     * "sketched-operator": Phi H Phiᵀ in R^d with full re-orthogonalisation ([P], §5.3), for hundreds of eigenvalues;
       what ``spectrum(phi @ H @ phi.T)`` does. Values are corrected to first order for the bias that sketching adds,
       by ``probes`` more products (0: not corrected); ``raw`` values stand beside them.
-    * "full": re-orthogonalisation against all Krylov vectors, kept in R^n, where they fit in ``memory`` bytes.
 
     Stops when the eigenvalues asked for have relative residuals ``‖Hy − λy‖/|λ|`` below ``tolerance``, or after
     ``steps`` products; what has not settled by then is marked so.
@@ -72,12 +83,13 @@ def spectrum(
         which: the k largest by "magnitude", or k positive and k negative with "both".
         method: the route.
         sketch: a sketch of vectors ``[n]``, or its size d.
-        steps: most products the recurrence may take; by default 10 k, 20 k for both sides, at least 100.
+        steps: most products the recurrence may take; by default 10 k, 20 k for both sides, at least 100, and three
+            times as many for "full", which counts copies.
         tolerance: relative residual of a converged eigenvalue.
-        gradient: vector ``[n]`` whose share in each eigenvector is wanted.
+        gradient: vector ``[n]`` whose share in each eigenvector is wanted; the recurrence begins with it, too.
         probes: products spent on tr H and ‖H‖_F² by the sketched operator.
         seed: of the start vector and of the sketch.
-        memory: bytes that the full basis may take under "auto".
+        memory: bytes that the basis of "full" may take, if it is large enough for what is asked.
         resume: file that holds the state of the run. A run that finds its file goes on from there.
         progress: show a progress bar; by default where there is a terminal.
 
@@ -94,9 +106,10 @@ def spectrum(
         StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
     plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
-    gradient = _checked_gradient(gradient, plan)
+    given, gradient = gradient is not None, checked_gradient(gradient, plan)
     facts = {} if resume is None else plan.facts() | {"gradient": gradient is not None}
-    run = _Run.begin(plan, gradient, RunFile(resume, facts))
+    run = Run.begin(plan, gradient, RunFile(resume, facts))
+    run.notes += [_ZERO_GRADIENT] if given and gradient is None else []
     pairs = run.iterate(progress)
     estimates: tuple[Estimate, Estimate] | None = None
     if plan.method == "sketched-operator" and probes > 0:
@@ -106,73 +119,113 @@ def spectrum(
 
 
 @dataclass
-class _Run:
+class Run:
     """A Lanczos run with its costs."""
 
     plan: Plan
-    lanczos: Lanczos
+    lanczos: Lanczos | Search
     gradient: Float[Tensor, " n"] | None
     file: RunFile
     overlaps: list[float] = field(default_factory=list)
     products: int = 0
+    settled_after: int | None = None
     seconds: float = 0.0
     safe: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, plan: Plan, gradient: Float[Tensor, " n"] | None, file: RunFile) -> _Run:
+    def begin(cls, plan: Plan, gradient: Float[Tensor, " n"] | None, file: RunFile) -> Run:
         """Start, or take up what the file holds."""
-        basis = SketchedBasis(plan.sketch) if plan.method == "sketched-basis" else FullBasis()
         saved = file.load()
-        start = torch.empty(0) if saved else _start(plan)
-        run = cls(plan, Lanczos(plan.operator, basis, start, plan.seed), gradient, file)
+        run = cls(plan, recurrence(plan, torch.empty(0) if saved else start(plan, gradient)), gradient, file)
         if saved:
             run.lanczos.restore(saved["lanczos"], plan.device)
             run.overlaps, run.products, run.seconds = saved["overlaps"], saved["products"], saved["seconds"]
-            require_same_gradient(plan, gradient, run.overlaps, str(file.path))
+            run.settled_after = saved["settled after"]
+            require_same_gradient(plan, gradient, saved["gradient"], str(file.path))
+            run._check_last()
         return run
 
+    def _check_last(self) -> None:
+        """Compare one product with those of a run that needs no more of them; others are compared at every step."""
+        pairs = self._pairs_when_due()
+        over = self.lanczos.closed or len(self.lanczos) >= self.plan.steps
+        if self.lanczos.alphas and (over or (pairs is not None and self._done(pairs))):
+            first = self.lanczos.alphas[0], self.lanczos.betas[0]
+            require_same_map(self.plan, self.gradient, first, str(self.file.path))
+
     def iterate(self, progress: bool | None) -> RitzPairs:
-        """Step until the wanted eigenvalues have settled, the steps are used up or the Krylov space is exhausted."""
-        lanczos, plan, clock = self.lanczos, self.plan, time.monotonic()
-        before, check_at = self.seconds, max(plan.k, len(lanczos))
-        pairs = self._pairs() if len(lanczos) >= plan.k else None
-        settled = pairs is not None and self._settled(pairs)
-        if settled or lanczos.closed or len(lanczos) >= plan.steps:
-            self._check_finished()
+        """Step until the wanted eigenvalues are found, the steps are used up or nothing is left to search."""
+        lanczos, plan, clock, before = self.lanczos, self.plan, time.monotonic(), self.seconds
         with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=hidden(progress), leave=False) as bar:
-            while not settled and len(lanczos) < plan.steps and not lanczos.closed:
+            while True:
+                pairs = self._pairs_when_due()
+                if pairs is not None:
+                    bar.set_postfix_str(_leaders(pairs))
+                if lanczos.closed or len(lanczos) >= plan.steps or (pairs is not None and self._done(pairs)):
+                    break
                 self._step()
                 self.seconds = before + time.monotonic() - clock
                 self._keep()
                 bar.update()
-                if len(lanczos) >= check_at:
-                    pairs = self._pairs()
-                    check_at = len(lanczos) + max(1, len(lanczos) // 16)
-                    bar.set_postfix_str(_leaders(pairs))
-                    settled = self._settled(pairs)
         self._save()
-        return pairs if pairs is not None and len(pairs.coefficients) == len(lanczos) else self._pairs()
+        return self._pairs() if pairs is None else pairs
 
-    def _check_finished(self) -> None:
-        """Compare one product with those of a run that needs no more of them; others are compared at every step."""
-        if self.lanczos.alphas:
-            require_same_map(self.plan, self.lanczos.alphas[0], self.lanczos.betas[0], str(self.file.path))
+    def _pairs_when_due(self) -> RitzPairs | None:
+        """Return the Ritz pairs where they are looked at, which the number of steps alone decides.
+
+        So a run that was interrupted stops at the step at which it would have stopped anyway.
+        """
+        count = len(self.lanczos)
+        return self._pairs() if count >= self.plan.k and count % max(1, count // 32) == 0 else None
+
+    def _done(self, pairs: RitzPairs) -> bool:
+        """Whether what is wanted has been found; if not, make ready for the step that brings it closer."""
+        wanted, unsettled, enough = self._wanted(pairs)
+        if enough and not len(unsettled) and self.settled_after is None:
+            self.settled_after = self.products
+        if not isinstance(self.lanczos, Search):
+            return enough and not len(unsettled)
+        if len(unsettled):
+            self.lanczos.choose_head(pairs, unsettled)
+            return False
+        return self.plan.method != "full" and enough or self._searched(pairs, wanted)
+
+    def _searched(self, pairs: RitzPairs, wanted: Int[np.ndarray, " c"]) -> bool:
+        """Whether the complement holds no more of what is wanted; if that is not sure, see to it that it gets so."""
+        assert isinstance(self.lanczos, Search)
+        bounds = self._bounds(pairs, wanted)
+        if self.lanczos.doubt(*bounds) <= _DOUBT:
+            return True
+        if not self.lanczos.goes_on(*bounds):
+            self.lanczos.make_room(pairs, min(_ROOM, (self.plan.room - len(wanted)) // 2))
+            self.lanczos.begin_trial()
+        return False
 
     def _step(self) -> None:
         lanczos = self.lanczos
         try:
-            if self.gradient is not None:
+            if isinstance(lanczos, Search) and not lanczos.fits(1):
+                lanczos.make_room(self._pairs(), (self.plan.room - self.plan.wanted) // 2)
+            if self.gradient is not None and isinstance(lanczos, Lanczos):
                 self.overlaps.append(dot(self.gradient, lanczos.q))
-            product = None
-            if len(lanczos) == 0:
-                product = self.plan.operator(lanczos.q)
-                check_self_adjoint(self.plan.operator, lanczos.q, product, self.plan.seed)
-                self.products += 1
-            lanczos.step(product)
+            lanczos.step(self._probed() if len(lanczos) == 0 else None)
             self.products += 1
         except KeyboardInterrupt:
             self._save()
             raise
+
+    def _probed(self) -> Float[Tensor, " n"] | None:
+        """Return the first product, compared with another that shows whether the map is its own adjoint.
+
+        A curvature has compared its products with differences of gradients itself.
+        """
+        if isinstance(self.plan.inner, Curvature):
+            return None
+        product = self.plan.operator(self.lanczos.q)
+        check_self_adjoint(self.plan.operator, self.lanczos.q, product, self.plan.seed)
+        self.products += 1
+        return product
 
     def _save(self) -> None:
         if self.safe:  # else no step has been made, and the file is as it was found
@@ -184,21 +237,35 @@ class _Run:
         self.safe = {
             "lanczos": self.lanczos.state(),
             "overlaps": list(self.overlaps),
+            "gradient": None if self.gradient is None else gradient_mark(self.plan, self.gradient),
             "products": self.products,
+            "settled after": self.settled_after,
             "seconds": self.seconds,
         }
         self.file.save_sometimes(self.safe)
 
     def _pairs(self) -> RitzPairs:
         lanczos = self.lanczos
+        if isinstance(lanczos, Search):
+            return lanczos.pairs()
         return ritz_pairs(lanczos.alphas, lanczos.betas, lanczos.basis, lanczos.noise)
 
-    def _settled(self, pairs: RitzPairs) -> bool:
-        chosen = _both_ends(pairs.values, self.plan.k, self._zero())
+    def _wanted(self, pairs: RitzPairs) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " u"], bool]:
+        """Return the places of the pairs asked for, of those among them that have not settled, and if all are there."""
+        wanted = _both_ends(pairs.values, self.plan.k, self._zero())
         if self.plan.which == "magnitude":
-            chosen = chosen[np.argsort(-np.abs(pairs.values[chosen]))][: self.plan.k]
-        enough = len(chosen) >= (self.plan.k if self.plan.which == "magnitude" else 2 * self.plan.k)
-        return enough and bool((self._relative(pairs)[chosen] <= self.plan.tolerance).all())
+            wanted = wanted[np.argsort(-np.abs(pairs.values[wanted]))][: self.plan.k]
+        unsettled = wanted[self._relative(pairs)[wanted] > self.plan.tolerance]
+        return wanted, unsettled, len(wanted) >= self.plan.wanted
+
+    def _bounds(self, pairs: RitzPairs, wanted: Int[np.ndarray, " c"]) -> tuple[float, float]:
+        """Return beyond which values, upwards and downwards, another eigenvalue would be wanted too."""
+        found, k, zero = pairs.values[wanted], self.plan.k, self._zero()
+        if self.plan.which == "magnitude":
+            least = float(np.abs(found).min()) if len(found) == k else zero
+            return (1 + _SLACK) * least, (1 + _SLACK) * least
+        ends = [np.abs(side).min() if len(side) == k else zero for side in (found[found > 0], found[found < 0])]
+        return (1 + _SLACK) * float(ends[0]), (1 + _SLACK) * float(ends[1])
 
     def _zero(self) -> float:
         """Return the magnitude below which a value is rounding."""
@@ -214,10 +281,12 @@ class _Run:
         plan, lanczos = self.plan, self.lanczos
         chosen = _both_ends(pairs.values, plan.k, self._zero())
         eigenvalues = self._eigenvalues(pairs, chosen)
-        threshold, notes = None, self._notes(eigenvalues)
+        confidence = self._confidence(pairs)
+        threshold, notes = None, self._notes(len(self._wanted(pairs)[1]), confidence)
         if estimates is not None:
-            threshold = detection_threshold(estimates[1].value, plan.sketch.shape[0])
-            eigenvalues, seen = self._corrected(pairs, chosen, eigenvalues, estimates)
+            d = effective_d(plan.sketch, plan.seed)
+            threshold = detection_threshold(estimates[1].value, d)
+            eigenvalues, seen = self._corrected(pairs, chosen, eigenvalues, d, estimates)
             notes += _undetected(eigenvalues, seen, threshold, estimates[1].value, plan.inner.n)
             order = np.argsort([-e.value for e in eigenvalues], kind="stable")
             eigenvalues, chosen = [eigenvalues[i] for i in order], chosen[order]
@@ -233,10 +302,13 @@ class _Run:
             seed=plan.seed,
             steps=len(lanczos),
             hvps=self.products,
+            settled_after=self.settled_after,
+            room=plan.room,
             seconds=self.seconds,
             peak_bytes=_peak_bytes(plan.device),
             vectors_held=self._vectors_held(),
             copies=pairs.copies,
+            confidence=confidence,
             noise=lanczos.noise,
             notes=tuple(notes),
             trace=estimates[0] if estimates else None,
@@ -253,27 +325,50 @@ class _Run:
         relative = self._relative(pairs)
         shares: list[float | None] = [None] * len(chosen)
         if self.gradient is not None:
-            overlaps = np.array(self.overlaps) @ pairs.coefficients[:, chosen]
-            shares = list(overlaps**2 / dot(self.gradient, self.gradient))
+            overlaps = self._overlaps(self.gradient) @ pairs.coefficients[:, chosen]
+            # A length that is known from a sketch only can come out too short.
+            shares = list(np.minimum(overlaps**2 / dot(self.gradient, self.gradient), 1.0))
+        truncated = self._truncation(pairs)
         return [
             Eigenvalue(
                 value=float(pairs.values[i]),
                 residual=float(relative[i]),
-                error=float(pairs.errors[i]),
+                error=float(pairs.errors[i]) + truncated.get(int(i), 0.0),
                 converged=bool(relative[i] <= self.plan.tolerance),
                 gradient_share=None if share is None else float(share),
             )
             for i, share in zip(chosen, shares, strict=True)
         ]
 
+    def _truncation(self, pairs: RitzPairs) -> dict[int, float]:
+        """Return, for each pair asked for, what differences in the place of products add to the error of its value."""
+        operator = differenced(self.plan.operator)
+        if operator is None or not isinstance(self.lanczos, Search):
+            return {}
+        wanted = self._wanted(pairs)[0]
+        vectors = self._vectors(pairs.coefficients[:, wanted])
+        return {int(i): operator.error_along(y / norm(y)) for i, y in zip(wanted, vectors, strict=True)}
+
+    def _vectors(self, coefficients: Float[np.ndarray, "m r"]) -> Iterator[Float[Tensor, " n"]]:
+        """Yield combinations of what is kept of the Krylov vectors, one at a time."""
+        for column in torch.from_numpy(np.ascontiguousarray(coefficients)).T:
+            yield self.lanczos.basis.combine(column[:, None])[0]
+
+    def _overlaps(self, gradient: Float[Tensor, " n"]) -> Float[np.ndarray, " m"]:
+        if isinstance(self.lanczos, Search):
+            overlaps: Float[np.ndarray, " m"] = self.lanczos.basis.overlaps(gradient).numpy()
+            return overlaps
+        return np.array(self.overlaps)
+
     def _corrected(
         self,
         pairs: RitzPairs,
         chosen: Int[np.ndarray, " r"],
         eigenvalues: list[Eigenvalue],
+        d: float,
         estimates: tuple[Estimate, Estimate],
     ) -> tuple[list[Eigenvalue], Bool[np.ndarray, " r"]]:
-        d, (trace, squared_norm) = self.plan.sketch.shape[0], estimates
+        trace, squared_norm = estimates
         known = np.union1d(np.flatnonzero(self._relative(pairs) <= self.plan.tolerance), chosen)
         places = np.searchsorted(known, chosen)
         values, seen = (a[places] for a in corrected(pairs.values[known], d, trace.value, squared_norm.value))
@@ -297,65 +392,119 @@ class _Run:
             return torch.zeros(0, self.plan.sketch.shape[0])
         if self.plan.method != "full":
             return basis.combine(weights).to("cpu", torch.float32)
-        columns = [self.plan.sketch(basis.combine(column[:, None])[0]) for column in weights.T]
+        columns = [self.plan.sketch(vector) for vector in self._vectors(coefficients)]
         return torch.stack(columns).to("cpu", torch.float32)
 
     def _vectors_held(self) -> int:
         gradient = int(self.gradient is not None)
-        held = {"sketched-basis": 4, "sketched-operator": 2, "full": 4 + len(self.lanczos)}
-        return held[self.plan.method] + gradient
+        if self.plan.method != "full":
+            return {"sketched-basis": 4, "sketched-operator": 2}[self.plan.method] + gradient
+        return min(len(self.lanczos), self.plan.room) + max(len(self._heads()), 1) + 2 + gradient
 
-    def _notes(self, eigenvalues: list[Eigenvalue]) -> list[str]:
-        notes = []
+    def _heads(self) -> list[Tensor]:
+        return self.lanczos.heads if isinstance(self.lanczos, Search) else []
+
+    def _confidence(self, pairs: RitzPairs) -> float | None:
+        if self.plan.method != "full" or not isinstance(self.lanczos, Search):
+            return None
+        wanted, unsettled, _ = self._wanted(pairs)
         if self.lanczos.closed:
-            notes.append(
-                f"The Krylov space closed after {len(self.lanczos)} products: every distinct eigenvalue has been found."
-            )
-        unsettled = sum(not e.converged for e in eigenvalues)
+            return 1.0
+        return 0.0 if len(unsettled) else 1 - self.lanczos.doubt(*self._bounds(pairs, wanted))
+
+    def _notes(self, unsettled: int, confidence: float | None) -> list[str]:
+        steps, plan, notes = len(self.lanczos), self.plan, list(self.notes)
+        if self.lanczos.closed:
+            what = "every distinct eigenvalue" if plan.method == "sketched-basis" else "every eigenvalue"
+            notes.append(f"The Krylov space closed after {steps} products: {what} has been found.")
         if unsettled and not self.lanczos.closed:
             notes.append(
-                f"{unsettled} of {len(eigenvalues)} values had not settled to {self.plan.tolerance:g}"
-                f" after {len(self.lanczos)} products; raise steps."
+                f"{unsettled} of the values asked for had not settled to {plan.tolerance:g}"
+                f" after {steps} products; raise steps."
             )
+        if plan.method == "sketched-basis":
+            notes.append(
+                "A repeated eigenvalue may stand here once: this route does not count copies, method='full' does."
+            )
+        if plan.method != "full" and differenced(plan.inner) is not None:
+            notes.append(
+                "Products are central differences, whose truncation the errors stated do not hold: method='full' measures"
+                " it."
+            )
+        if plan.method == "sketched-operator" and 2 * plan.sketch.shape[0] >= plan.inner.n:
+            notes.append(
+                f"d = {plan.sketch.shape[0]} is no less than half of n = {plan.inner.n}: method='full' is exact, and each"
+                " of its products costs no more."
+            )
+        if confidence is not None and confidence < 1 - _DOUBT:
+            notes.append(f"The search for further copies was cut short after {steps} products; raise steps.")
         return notes
 
 
-def require_same_map(plan: Plan, alpha: float, beta: float, source: str) -> None:
+def require_same_map(
+    plan: Plan, gradient: Float[Tensor, " m"] | None, first: tuple[float, float], source: str
+) -> None:
     """Check by one product that a finished run was of this very operator.
 
-    The first product of every run is that with its start vector, which seed and n decide. It finds what facts do not
-    tell: a function that reads another global variable, or an operator of the user's own.
+    The first product of every run is that with its start vector. It finds what facts do not tell: a function that
+    reads another global variable, or an operator of the user's own.
 
     Raises:
         FingerprintError: the first coefficients of the recurrence are others.
     """
-    q = _start(plan)
+    q = start(plan, gradient)
     w = plan.operator(q)
     size = norm(w)
     own = dot(q, w)
     rest = norm(w.sub(q, alpha=own))
-    if not max(abs(own - alpha), abs(rest - beta)) <= _SAME * max(size, math.hypot(alpha, beta)):
-        now, then = (f"{a:.6g}, {b:.6g}" for a, b in ((own, rest), (alpha, beta)))
+    if not max(abs(own - first[0]), abs(rest - first[1])) <= _SAME * max(size, math.hypot(*first)):
+        now, then = (f"{a:.6g}, {b:.6g}" for a, b in ((own, rest), first))
         require_same({"the first product": now}, {"the first product": then}, source)
 
 
 def require_same_gradient(
-    plan: Plan, gradient: Float[Tensor, " n"] | None, overlaps: list[float], source: str | Path
+    plan: Plan, gradient: Float[Tensor, " m"] | None, mark: float | None, source: str
 ) -> None:
-    """Check that a run was given this very gradient, by its first overlap.
+    """Check that a run was given this very gradient.
 
     Raises:
         FingerprintError: it was another.
     """
-    if gradient is None or not overlaps:
+    if gradient is None or mark is None:
         return
-    own = dot(gradient, _start(plan))
-    if not abs(own - overlaps[0]) <= _SAME * norm(gradient) / math.sqrt(plan.operator.n):
-        require_same({"the gradient's first overlap": own}, {"the gradient's first overlap": overlaps[0]}, source)
+    own = gradient_mark(plan, gradient)
+    if not abs(own - mark) <= _SAME * norm(gradient) / math.sqrt(plan.operator.n):
+        require_same({"the gradient's first overlap": own}, {"the gradient's first overlap": mark}, source)
 
 
-def _start(plan: Plan) -> Float[Tensor, " n"]:
+def gradient_mark(plan: Plan, gradient: Float[Tensor, " m"]) -> float:
+    """Return one number that other gradients do not have: the overlap with a random direction."""
+    return dot(gradient, random_start(plan))
+
+
+def recurrence(plan: Plan, first: Float[Tensor, " m"]) -> Lanczos | Search:
+    """Return the recurrence that a plan asks for."""
+    if plan.method == "sketched-basis":
+        return Lanczos(plan.operator, SketchedBasis(plan.sketch), first, plan.seed)
+    return Search(plan.operator, first, plan.seed, plan.room, plan.which)
+
+
+def random_start(plan: Plan) -> Float[Tensor, " m"]:
+    """Return the random direction that every run of a plan begins with."""
     return start_vector(plan.operator.n, plan.seed, "start", plan.dtype, plan.device)
+
+
+def start(plan: Plan, gradient: Float[Tensor, " m"] | None) -> Float[Tensor, " m"]:
+    """Return where the recurrence begins: a random direction, and the gradient's where one is given.
+
+    The gradient lies in the leading eigenspaces by more than its share, which saves H1 3 of 63 products. The random
+    part makes sure that an eigenspace which the gradient avoids, by a symmetry say, is met.
+    """
+    z = random_start(plan)
+    if gradient is None:
+        return z
+    z.add_(gradient, alpha=1 / norm(gradient))
+    return z.div_(norm(z))
 
 
 def _both_ends(values: Float[np.ndarray, " r"], k: int, zero: float) -> Int[np.ndarray, " c"]:
@@ -382,8 +531,8 @@ def _leaders(pairs: RitzPairs) -> str:
     return "λ " + " ".join(f"{v:.4g}" for v in pairs.values[order])
 
 
-def _checked_gradient(gradient: Float[Tensor, " n"] | None, plan: Plan) -> Float[Tensor, " m"] | None:
-    """Return the gradient where the Krylov vectors live."""
+def checked_gradient(gradient: Float[Tensor, " n"] | None, plan: Plan) -> Float[Tensor, " m"] | None:
+    """Return the gradient where the Krylov vectors live, or None of one that is zero."""
     if gradient is None:
         return None
     if gradient.shape != (plan.inner.n,):
@@ -391,9 +540,10 @@ def _checked_gradient(gradient: Float[Tensor, " n"] | None, plan: Plan) -> Float
     gradient = gradient.detach().to(plan.device, plan.dtype)
     if plan.method == "sketched-operator":
         gradient = plan.sketch(gradient)
-    if not norm(gradient) > 0:
-        raise InputError("a gradient that is zero or not finite", "a finite non-zero vector", "Leave it out")
-    return gradient
+    length = norm(gradient)
+    if not math.isfinite(length):
+        raise InputError("a gradient that is not finite", "a vector of finite numbers", "Leave it out")
+    return gradient if length > 0 else None
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -30,6 +30,14 @@ def logits_of(
         InputError: an input that the model does not take or is too long for it, no logits, or some of another shape.
     """
     logits = _logits(model, _call(model, inputs, causal))
+    if len(leading) == 2 and logits.ndim == 3 and len(logits) == leading[0] and logits.shape[1] > leading[1]:
+        more = logits.shape[1] - leading[1]
+        raise InputError(
+            f"{type(model).__name__} returned logits for {more} more positions than there are labels",
+            "one position per label, which virtual tokens in front, as prompt tuning puts them, do not have",
+            "Write the loss as a function (model, batch) → losses [b] that drops what belongs to no label: "
+            f"logits[:, {more}:]",
+        )
     if list(logits.shape[:-1]) != list(leading):
         raise InputError(
             f"{type(model).__name__} returned logits of shape {list(logits.shape)} for labels of shape {list(leading)}",

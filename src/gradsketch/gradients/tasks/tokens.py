@@ -16,6 +16,7 @@ from gradsketch.gradients.tasks.logits import check_ids
 from gradsketch.linear_map import widened
 
 __all__ = [
+    "PROBES",
     "Reduction",
     "check_reduction",
     "each_loss",
@@ -27,6 +28,19 @@ __all__ = [
 ]
 
 Reduction = Literal["sum", "mean"]
+
+# Texts whose ids tell tokenizers of one vocabulary apart: first and last tokens, the space before a text, spaces, case,
+# accents, compatibility forms, digits, scripts, special tokens in the text.
+PROBES = (
+    "a",
+    " a",
+    "A b  c\n\td ",
+    "e\u0301 \u00e9 na\u00efve Stra\u00dfe",
+    "\ufb01 \uff11\u00b2 \u2126",
+    "don't, 12,345.6!",
+    "\u65e5\u672c \u0627\u0644\u0639 \U0001f642",
+    "<s>a</s> [CLS] <pad>",
+)
 
 
 def sequence_losses(
@@ -109,6 +123,15 @@ def unknown_example(example: Any, wanted: str) -> InputError:
 
 
 def vocabulary(tokenizer: Any) -> str:
-    """Hash a tokenizer's vocabulary: the same on every machine, whatever folder it was loaded from."""
+    """Hash a tokenizer's words and how it uses them: the same on every machine, wherever it was loaded from."""
     words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-    return hashlib.sha256(repr((type(tokenizer).__name__, words)).encode()).hexdigest()[:16]
+    probes = [_ids(tokenizer, text) for text in PROBES]
+    return hashlib.sha256(repr((type(tokenizer).__name__, words, probes)).encode()).hexdigest()[:16]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int] | None:
+    """Return a text's ids, or None of what reads no plain text, such as a processor of images."""
+    try:
+        return [int(i) for i in tokenizer(text)["input_ids"]]
+    except Exception:  # what is no tokenizer raises whatever it likes
+        return None
