@@ -37,8 +37,8 @@ def hessian(
     and its graph. ``parameters`` (default: all trainable ones) choose the block, e.g. ``Parameters(model, "h.0.*")``.
 
     Modes: "grad-of-grad" (reverse over reverse; graphs are kept from product to product if they fit into 512 MiB,
-    that of a single batch always), "jvp-of-grad" (forward over reverse), "central-difference" of gradients at weights in float64
-    (twice the cost of plain gradients; for kernels without double backward). "auto" is the first, or the last where
+    that of a single batch always), "jvp-of-grad" (forward over reverse), "central-difference" of gradients at weights
+    in float64 (two such gradients; for kernels without double backward). "auto" is the first, or the last where
     double backward is missing or wrong. The first two take scaled-dot-product attention by its math path and run what
     is compiled uncompiled. Differentiating a forward-mode product once more is not offered: PyTorch's fused
     normalisation layers get it wrong.
