@@ -14,10 +14,10 @@ PROGRAM = """
     import os, random, signal, sys, time
     import torch
     import gradsketch as gs
-    from gradsketch.spectra import checkpoint
+    from gradsketch.spectra import resume
 
     path, kills = sys.argv[1], int(sys.argv[2])
-    checkpoint._SECONDS, checkpoint._SHARE = 0.0, 1e9  # save after every product, so that kills fall into saves too
+    resume._SECONDS, resume._SHARE = 0.0, 1e9  # save after every product, so that kills fall into saves too
     values = torch.cat([torch.linspace(1, 9, 40), -torch.linspace(1, 7, 40), torch.zeros(5000)])
 
     class Slow(gs.LinearMap):

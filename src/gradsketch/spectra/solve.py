@@ -189,7 +189,8 @@ class Run:
         if len(unsettled):
             self.lanczos.choose_head(pairs, unsettled)
             return False
-        return self.plan.method != "full" and enough or self._searched(pairs, wanted)
+        # Sketching H splits repeated eigenvalues, so that there are no copies to search for.
+        return (enough and self.plan.method != "full") or self._searched(pairs, wanted)
 
     def _searched(self, pairs: RitzPairs, wanted: Int[np.ndarray, " c"]) -> bool:
         """Whether the complement holds no more of what is wanted; if that is not sure, see to it that it gets so."""
@@ -428,22 +429,20 @@ class Run:
             )
         if plan.method != "full" and differenced(plan.inner) is not None:
             notes.append(
-                "Products are central differences, whose truncation the errors stated do not hold: method='full' measures"
-                " it."
+                "Products are central differences. The errors stated leave out their truncation, which method='full'"
+                " measures."
             )
         if plan.method == "sketched-operator" and 2 * plan.sketch.shape[0] >= plan.inner.n:
             notes.append(
-                f"d = {plan.sketch.shape[0]} is no less than half of n = {plan.inner.n}: method='full' is exact, and each"
-                " of its products costs no more."
+                f"d = {plan.sketch.shape[0]} is no less than half of n = {plan.inner.n}: method='full' is exact, and"
+                " its products cost no more."
             )
         if confidence is not None and confidence < 1 - _DOUBT:
             notes.append(f"The search for further copies was cut short after {steps} products; raise steps.")
         return notes
 
 
-def require_same_map(
-    plan: Plan, gradient: Float[Tensor, " m"] | None, first: tuple[float, float], source: str
-) -> None:
+def require_same_map(plan: Plan, gradient: Float[Tensor, " m"] | None, first: tuple[float, float], source: str) -> None:
     """Check by one product that a finished run was of this very operator.
 
     The first product of every run is that with its start vector. It finds what facts do not tell: a function that
@@ -462,9 +461,7 @@ def require_same_map(
         require_same({"the first product": now}, {"the first product": then}, source)
 
 
-def require_same_gradient(
-    plan: Plan, gradient: Float[Tensor, " m"] | None, mark: float | None, source: str
-) -> None:
+def require_same_gradient(plan: Plan, gradient: Float[Tensor, " m"] | None, mark: float | None, source: str) -> None:
     """Check that a run was given this very gradient.
 
     Raises:
