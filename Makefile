@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-demo demo weights check docs clean
+.PHONY: install test test-demo test-page demo weights check docs clean
 
 install: .venv/installed
 
@@ -14,7 +14,13 @@ test: install
 	$(BIN)/python -m pytest -n auto
 
 # The demonstration with its real weights, 6 of 6 asserted. Where those cannot be had it says "skipped", and why.
-test-demo: install weights
+test-# The page in a browser: attacked, searched, printed, and looked over by axe. Needs Chromium (apt-get install chromium);
+# without it the tests say so and are skipped.
+test-page: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps axe-playwright-python==0.1.8
+	$(BIN)/python -m pytest -rs tests/report
+
+demo: install weights
 	$(BIN)/python -m pytest -m slow -rs tests/cli/test_demo.py
 
 demo: install weights

@@ -1,7 +1,20 @@
-"""``python -m gradsketch``."""
+"""``gradsketch`` and ``python -m gradsketch``."""
 
 import sys
 
-from gradsketch.cli import main
+__all__ = ["run"]
 
-sys.exit(main())
+
+def run() -> int:
+    """Run the command line; the libraries it imports first may be interrupted like everything else."""
+    try:
+        from gradsketch.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("\ngradsketch: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gradsketch.errors import FingerprintError, StoreError
+from gradsketch.errors import DamageError, FingerprintError, StoreError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ __all__ = [
     "is_temporary",
     "read_record",
     "read_tensors",
+    "record_of",
+    "record_text",
     "require_same",
     "write_file",
     "write_record",
@@ -181,9 +183,9 @@ def checksum(data: Any, start: int = 0) -> int:
     return zlib.crc32(data, start)
 
 
-def damaged(source: str | Path, why: str) -> StoreError:
+def damaged(source: str | Path, why: str) -> DamageError:
     """Return the error for a state file whose bytes are not those that were written."""
-    return StoreError(
+    return DamageError(
         f"{source} is damaged ({why})",
         "a file as gradsketch wrote it",
         "If gradsketch made this file, delete it to start again; otherwise choose another path",
@@ -196,7 +198,7 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     Raises:
         StoreError: it cannot be written.
     """
-    write_file(path, json.dumps({**record, "crc32": _record_checksum(record)}, indent=1) + "\n")
+    write_file(path, record_text(record))
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -207,13 +209,28 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     with _explained("read", str(path)):
         data = Path(path).read_bytes()
+    return record_of(data, path)
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """Return a JSON object as text, with its checksum."""
+    return json.dumps({**record, "crc32": _record_checksum(record)}, indent=1) + "\n"
+
+
+def record_of(data: bytes, source: str | Path) -> dict[str, Any]:
+    """Return the JSON object that ``record_text`` was given.
+
+    Raises:
+        DamageError: the text is no such object, or its checksum differs.
+    """
     try:
         record: dict[str, Any] = json.loads(data)
         stored = record.pop("crc32")
+        sound = stored == _record_checksum(record)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
-    if stored != _record_checksum(record):
-        raise damaged(path, "its checksum does not match")
+        raise damaged(source, f"{type(error).__name__}: {error}") from error
+    if not sound:
+        raise damaged(source, "its checksum does not match")
     return record
 
 

@@ -1,6 +1,7 @@
 """Errors and warnings. Each message says what came, what was wanted and what to type."""
 
 __all__ = [
+    "DamageError",
     "FingerprintError",
     "GradsketchError",
     "GradsketchWarning",
@@ -38,6 +39,10 @@ class FingerprintError(GradsketchError):
 
 class StoreError(GradsketchError):
     """A file, or a sketch store, is damaged, incomplete, read-only, or on a full disk."""
+
+
+class DamageError(StoreError):
+    """A file was read, and its bytes are not those that were written: making it again repairs it."""
 
 
 class GradsketchWarning(UserWarning):

@@ -104,8 +104,9 @@ class LinearMap(ABC):
             return self.T(torch.eye(rows, dtype=dtype, device=device)).contiguous()
         return self(torch.eye(columns, dtype=dtype, device=device)).T.contiguous()
 
-    def to_scipy(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LinearOperator:
-        """Return a SciPy ``LinearOperator`` that evaluates this map in ``dtype`` on ``device``."""
+    def to_scipy(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LinearOperator:
+        """Return a SciPy ``LinearOperator`` that evaluates this map in ``dtype`` (by default the map's own)."""
+        dtype = dtype or widened(self.dtype)
 
         def through(map_: LinearMap) -> Any:
             def matvec(v: Any) -> Any:

@@ -7,7 +7,9 @@ dtype, its shape, and its bytes (little-endian) in base64.
 from __future__ import annotations
 
 import base64
+import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,9 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["from_plain", "to_plain"]
+__all__ = ["as_json", "from_plain", "to_plain"]
 
 _TENSOR = {"dtype", "shape", "base64"}
+# What a terminal would obey or could not show, and half of a surrogate pair, which is no UTF-8; escaped it is JSON.
+_ESCAPED = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def as_json(value: Any, *, indent: int | None = 1) -> str:
+    """Return any value as strict JSON that can be shown in a terminal, and loses nothing."""
+    text = json.dumps(to_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def to_plain(value: Any) -> Any:

@@ -2,6 +2,11 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), evaluated with integer tensor
 operations, so every device, thread count and chunking gives the same bits. Any slice can be made without the rest.
+
+A stream hashes (seed, names) to 128 bits: 64 of them key Philox, and 64 fill the upper half of its counter. So streams
+cannot overlap, and the lower half of the counter addresses any slice. Normals come from a table of the inverse CDF,
+linear between 512 knots an octave. That needs only IEEE multiplications, additions and look-ups, so CPU and GPU agree
+to the last bit, which logarithms, square roots and cosines do not promise.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from gradsketch.errors import InputError
-from gradsketch.plain import from_plain, to_plain
+from gradsketch.plain import as_json, from_plain, to_plain
 from gradsketch.report.figure import save
 from gradsketch.report.file import write
 
@@ -64,10 +64,7 @@ class Result(ABC):
             StoreError: the path cannot be written to.
         """
         derived = {name: to_plain(getattr(self, name)) for name in self.derived}
-        record = {"result": type(self).__name__, **derived, **to_plain(self)}
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        # Half of a surrogate pair is no UTF-8; as an escape it is JSON.
-        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        text = as_json({"result": type(self).__name__, **derived, **to_plain(self)})
         if path is not None:
             write(path, f"{text}\n".encode())
         return text
@@ -85,7 +82,7 @@ class Result(ABC):
                 raise ValueError("of another result")
             values = {name: value for name, value in record.items() if name not in cls.derived}
             result: _Result = from_plain(cls, values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             source = str(text) if isinstance(text, Path) else "a text"
             raise InputError(
                 f"{source} that cannot be read ({type(error).__name__}: {error})",

@@ -14,6 +14,7 @@ checkpointing then run again at the model's own weights, without a word.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 
-__all__ = ["Reading", "Readings", "Source", "check_held", "held", "read_instead", "stand_ins"]
+__all__ = ["Reading", "Readings", "Source", "check_held", "held", "made_again", "read_instead", "stand_ins"]
 
 _KEY = "_gradsketch_readings"
 
@@ -122,11 +123,13 @@ class _Found(NamedTuple):
 class Source(NamedTuple):
     """Who answers when a module reads: a module whose own parameters the answers are computed from.
 
-    ``refresh`` is called before ``read_instead`` asks for values, so that these are the present ones.
+    ``refresh`` is called before ``read_instead`` asks for values, so that these are the present ones. A compiled module
+    cannot follow how a value is made, and takes what stands ``ready``; its owner sees to that before each call.
     """
 
     owner: nn.Module
     value: Callable[[str], Tensor]
+    ready: Callable[[str], Tensor]
     refresh: Callable[[], None]
 
 
@@ -205,8 +208,22 @@ def _answering(cls: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Mod
     body: dict[str, Any] = {attribute: property(partial(_read, attribute=attribute)) for attribute in attributes}
     if issubclass(cls, nn.RNNBase):  # hands its kernels a list of Parameters made beforehand
         body["_flat_weights"] = property(_flat_weights, lambda self, value: vars(self).update(_flat_weights=value))
+    body["__reduce_ex__"] = lambda self, protocol: made_again(
+        cls.__reduce_ex__(self, protocol), _answering, cls, attributes
+    )
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (cls,), body | names)
+
+
+def made_again(reduced: Any, make: Callable[..., type], *arguments: Any) -> Any:
+    """Return what pickle and copy need of an object whose class is ``make(*arguments)``, found under no name."""
+    made, _, *state = reduced
+    return (_blank, (make, *arguments), *state) if made is copyreg.__newobj__ else reduced  # type: ignore[attr-defined]
+
+
+def _blank(make: Callable[..., type], *arguments: Any) -> Any:
+    cls = make(*arguments)
+    return cls.__new__(cls)
 
 
 def _read(module: nn.Module, attribute: str) -> Tensor | None:
@@ -214,6 +231,8 @@ def _read(module: nn.Module, attribute: str) -> Tensor | None:
     reading: Reading = vars(module)[_KEY][attribute]
     if parameter is not reading.parameter:
         return parameter
+    if torch.compiler.is_compiling():
+        return reading.source.ready(reading.name)
     try:
         return reading.source.value(reading.name)
     except AttributeError as error:  # would send Python to Module.__getattr__, which answers with the parameter

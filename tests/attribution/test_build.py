@@ -283,7 +283,7 @@ class TestBadRows:
         data, model = toys.vectors(8), toys.classifier()
         data["x"][5, 2] = float("nan")
         options = {"task": toys.vector_task(), "model": model, "d": 40}
-        with pytest.raises(NonFiniteError):
+        with pytest.raises(NonFiniteError, match="example 5: its"):
             build(tmp_path / "a", data, **options)
         index = build(tmp_path / "a", data, skip_bad=True, **options)
         hits = index.query(model, {k: v[:1] for k, v in data.items()}, k=8)

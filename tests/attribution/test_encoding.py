@@ -33,8 +33,15 @@ def test_once_a_build(tmp_path, counting, progress, capsys):
     assert counting.tokenizer.seen == TEXTS
 
 
+def two_states():
+    later = toys.TinyLM()
+    with torch.no_grad():
+        later.head.weight += 0.1
+    return [toys.TinyLM().state_dict(), later.state_dict()]
+
+
 def test_once_a_build_of_several_checkpoints(tmp_path, counting):
-    build(tmp_path, counting, checkpoints=[toys.TinyLM().state_dict()] * 2)
+    build(tmp_path, counting, checkpoints=two_states())
     assert counting.tokenizer.seen == TEXTS
 
 
@@ -47,7 +54,7 @@ def test_once_a_resumed_build(tmp_path, counting):
 
 
 def test_once_a_query(tmp_path, counting):
-    states = [toys.TinyLM().state_dict(), toys.TinyLM().state_dict()]
+    states = two_states()
     build(tmp_path, toys.language_task(), checkpoints=states)
     Index.open(tmp_path, task=counting, checkpoints=states).query(toys.TinyLM(), TEXTS[:3], opponents=2)
     assert counting.tokenizer.seen == TEXTS[:3]

@@ -13,6 +13,7 @@ import gradsketch as gs
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.index import Index
 from gradsketch.errors import FingerprintError, GradsketchWarning, InputError, StoreError
+from unchecked import errors_of
 
 D, N = 128, 40
 KINDS = ("ridge", "influence", "cosine", "dot")
@@ -131,6 +132,63 @@ class TestFilters:
         with pytest.raises(InputError, match=r"'colour'.*parity"):
             index.query(toys.TinyLM(), QUERIES, where={"colour": 1})
 
+    @pytest.mark.parametrize(
+        "where",
+        [
+            {"parity": "1"},
+            {"parity": True},
+            {"parity": 0.5},
+            {"parity": float("inf")},
+            {"parity": float("nan")},
+            {"kind": 3},
+            {"id": 3},
+            {"kind": []},
+        ],
+    )
+    def test_a_condition_that_no_row_can_meet_is_told(self, index, where):
+        with pytest.raises(InputError, match="no row can meet"):
+            index.query(toys.TinyLM(), QUERIES, where=where)
+        assert len(index.query(toys.TinyLM(), QUERIES[0], where={"parity": [1.0, None, torch.tensor(1)]})[0])
+
+
+def test_a_number_of_hits_that_is_none(folder):
+    wrong = [("k", k) for k in (1.5, "3", True, 0, None)] + [("opponents", True), ("opponents", -1), ("coarse", 2.0)]
+    asked = [f"gs.Index.open({str(folder)!r}).query(None, None, {name}={value!r})" for name, value in wrong]
+    for (name, value), said in zip(wrong, errors_of(asked), strict=True):
+        assert said.startswith(f"InputError: {name}={value!r}. Wanted: an integer, at least"), said
+
+
+class TestSmallGradients:
+    """A question's loss times any number has the same cosines, down to where float32 has no direction left."""
+
+    @pytest.fixture(scope="class")
+    def asked(self, tmp_path_factory):
+        torch.manual_seed(3)
+        model, x = torch.nn.Linear(8, 4), torch.randn(30, 8)
+        loss = gs.Function(lambda m, b: torch.nn.functional.cross_entropy(m(b["x"]), b["y"], reduction="none") * b["w"])
+        data = [{"x": x[i], "y": torch.tensor(i % 4), "w": torch.ones(())} for i in range(30)]
+        index = build_index(tmp_path_factory.mktemp("w"), model, loss, data, d=36, dtype="float32", progress=False)
+
+        def asked(weight, kind):
+            question = [dict(data[0], w=torch.tensor(weight))]
+            return [(h.row, h.score) for h in index.query(model, question, k=3, score=kind)[0]]
+
+        return asked
+
+    @pytest.mark.parametrize("kind", ["cosine", "ridge"])
+    @pytest.mark.parametrize("weight", [1e-18, 1e-22, 1e-24, 1e18, 1e20])
+    def test_scores_do_not_depend_on_the_size(self, asked, kind, weight):
+        for (row, score), (right, expected) in zip(asked(weight, kind), asked(1.0, kind), strict=True):
+            assert row == right
+            assert score == pytest.approx(expected, rel=1e-4)
+
+    @pytest.mark.parametrize("kind", ["cosine", "ridge"])
+    @pytest.mark.parametrize("weight", [0.0, 1e-38, 1e-44])
+    def test_no_direction_is_refused(self, asked, kind, weight):
+        with pytest.raises(InputError, match="query 0, whose gradient has the norm"):
+            asked(weight, kind)
+        assert len(asked(weight, "dot")) == 3
+
 
 def test_a_group_scores_the_mean_of_its_members(index):
     model = toys.TinyLM()
@@ -194,9 +252,7 @@ def test_tokens_add_up_to_the_score(index, kind):
             if new.rank > 2:
                 assert new.tokens == ()
                 continue
-            assert "".join(t.token for t in new.tokens) == toys.Characters().decode(
-                toys.Characters()(new.text)["input_ids"]
-            )
+            assert [t.token for t in new.tokens] == list(new.text)
             total = sum(t.value for t in new.tokens)
             assert total + new.beyond_tokens == pytest.approx(new.score, abs=1e-7)
             assert new.beyond_tokens == pytest.approx(0, abs=2e-4 * max(1.0, abs(new.score)))
@@ -216,21 +272,22 @@ def test_a_hit_without_a_gradient_can_be_explained(tmp_path, kind):
 
 
 def test_a_question_that_cannot_be_read_is_named(index):
-    with pytest.raises(InputError, match="example 1: an empty text"):
+    with pytest.raises(InputError, match="query 1: an empty text"):
         index.query(toys.TinyLM(), ["fine", ""])
 
 
-def test_only_the_answers_tokens_have_errors(tmp_path):
-    """With a prompt, the head's contribution is zero where nothing is predicted."""
+@pytest.mark.parametrize("parameters", ["head.*", "*"])
+def test_only_the_answers_tokens_contribute(tmp_path, parameters):
+    """A prompt's tokens are predicted by nobody, whichever layers take part."""
     rows = [{"prompt": f"square {i}:", "answer": f" {i * i}"} for i in range(10)]
     model, task = toys.TinyLM(), toys.language_task()
-    index = build_index(tmp_path, model, task, rows, d=D, parameters="head.*", dtype="float32", progress=False)
+    index = build_index(tmp_path, model, task, rows, d=D, parameters=parameters, dtype="float32", progress=False)
     hits = index.explain(model, index.query(model, [("square 3:", " 9")], k=1, score="dot"), top=1)
     assert hits[0].answer == " 9"
     assert hits[0][0].text == "square 3: 9"
     values = [t.value for t in hits[0][0].tokens]
-    predicting = range(len("square 3:") - 1, len("square 3: 9") - 1)
-    assert [i for i, value in enumerate(values) if value != 0] == list(predicting)
+    predicted = range(len("square 3:"), len("square 3: 9"))
+    assert [i for i, value in enumerate(values) if value != 0] == list(predicted)
 
 
 def test_tensors_cannot_be_explained(tmp_path):

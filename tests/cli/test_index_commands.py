@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,12 +86,24 @@ def test_a_run_file_replays_the_run(index, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"command": "query", "options": {}}', '{"command": "index", "options": 3}']
+    "text", ["", "{}", "[" * 100_000, "[]", '{"command": "query", "options": {}}', '{"command": "index", "options": 3}']
 )
 def test_unusable_run_files(tmp_path, text, capsys):
     (tmp_path / "run.json").write_text(text)
     assert main(["index", "--config", str(tmp_path / "run.json")]) == 1
     assert "run.json" in capsys.readouterr().err
+
+
+def test_aliases_and_malformed_yaml_are_refused(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    for text in ("\n".join(bomb), "a: [1", "a: !!python/object/apply:os.system ['true']", "- ]"):
+        (tmp_path / "run.yaml").write_text(text)
+        assert main(["index", "--config", str(tmp_path / "run.yaml")]) == 1
+        told = capsys.readouterr().err
+        assert "run.yaml cannot be used" in told
+        assert len(told.splitlines()) == 1
 
 
 def test_dry_run(model, data, tmp_path, capsys):
@@ -111,9 +124,89 @@ def test_verify(model, data, tmp_path, capsys):
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
     assert main(["verify", str(path), "--json"]) == 1
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["damaged"][0]["file"] == str(shard)
+    found = json.loads(capsys.readouterr().out)
+    assert found["stores"][0]["damaged"][0]["file"] == str(shard)
     assert not found["sound"]
+    assert not found["stores"][0]["sound"]
+
+
+def test_a_damaged_index_is_repaired(model, data, tmp_path, capsys):
+    path = tmp_path / "i"
+    main(arguments(model, data, path, "--shard-rows", "5"))
+    shards = sorted(path.rglob("*.arrow"))
+    sound = [shard.read_bytes() for shard in shards]
+    shards[0].write_bytes(b"")
+    shards[1].unlink()
+    assert main(["verify", str(path)]) == 1
+    assert main(["verify", str(path), "--repair"]) == 0
+    assert [shard.read_bytes() for shard in shards] == sound
+    shards[1].write_bytes(sound[1][:-9])
+    assert main(arguments(model, data, path, "--shard-rows", "5")) == 0
+    assert [shard.read_bytes() for shard in shards] == sound
+    (path / "run.json").unlink()
+    capsys.readouterr()
+    assert main(["verify", str(path), "--repair"]) == 1
+    assert "without a run.json" in capsys.readouterr().err
+
+
+def test_a_damaged_run_file_is_told(model, data, tmp_path, capsys):
+    main(arguments(model, data, tmp_path / "i"))
+    file = tmp_path / "i/run.json"
+    file.write_text(file.read_text().replace('"max_length": null', '"max_length": 5'))
+    for words in (["verify"], ["query", "--text", "the capital"]):
+        assert main([words[0], str(tmp_path / "i"), *words[1:]]) == 1
+        told = capsys.readouterr()
+        assert "run.json is damaged" in told.out + told.err
+
+
+def test_a_refused_run_leaves_the_run_file_as_it_is(model, data, tmp_path):
+    main(arguments(model, data, tmp_path / "i"))
+    file = tmp_path / "i/run.json"
+    before = file.read_bytes()
+    assert main(arguments(model, data, tmp_path / "i", "--seed", "1")) == 1
+    assert file.read_bytes() == before
+    file.unlink()
+    assert main(arguments(model, data, tmp_path / "i", "--seed", "1")) == 1
+    assert not file.exists()
+
+
+@pytest.mark.filterwarnings("ignore::gradsketch.errors.GradsketchWarning")
+@pytest.mark.parametrize("command", ["spectrum", "dimension"])
+def test_refused_work_leaves_another_runs_file_as_it_is(command, model, data, tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text("\n".join(data.read_text().splitlines()[:4]))
+    words = {
+        "spectrum": ["--examples", "2", "--k", "1", "--steps", "4", "--data"],
+        "dimension": [
+            "--target",
+            "3",
+            "--test",
+            str(data),
+            "--d-min",
+            "2",
+            "--d-max",
+            "2",
+            "--check-every",
+            "1",
+            "--train",
+        ],
+    }[command]
+    base = [command, "--model", str(model), "--device", "cpu", "--out", str(tmp_path / "out"), *words]
+    assert main([*base, str(data)]) == 0
+    before = (tmp_path / "out/run.json").read_bytes()
+    assert main([*base, str(tmp_path / "other.jsonl")]) == 1
+    told = capsys.readouterr().err
+    assert "is now" in told
+    assert "delete" in told
+    assert (tmp_path / "out/run.json").read_bytes() == before
+
+
+def test_a_row_that_is_refused_names_the_options_of_the_command_line(model, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the capital"}\n{"text": ""}\n')
+    assert main(arguments(model, tmp_path / "rows.jsonl", tmp_path / "i")) == 1
+    told = capsys.readouterr().err
+    assert "rows.jsonl, line 2" in told
+    assert "--skip-bad" in told
+    assert "skip_bad" not in told
 
 
 def test_export(index, tmp_path, capsys):
@@ -135,6 +228,7 @@ def test_export(index, tmp_path, capsys):
         (["query", "INDEX", "--text", "a", "--where", "half"], "column=value"),
         (["query", "INDEX", "--text", "a", "--where", "half=x"], "half=x"),
         (["query", "INDEX", "--text", "a", "--damping", "much"], "--damping"),
+        (["query", "INDEX", "--text", "a", "--k", "0"], "k=0"),
         (["verify", "/nowhere"], "index.json"),
         (["export", "INDEX", "--checkpoint", "7", "--parquet", "x"], "--checkpoint 7"),
         (["export", "INDEX", "--parquet", "INDEX"], "cannot write"),
@@ -181,12 +275,15 @@ def test_mistakes_of_a_new_index_are_explained_and_leave_no_shard(model, data, t
 def test_a_folder_that_cannot_be_made(model, data, tmp_path, path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(arguments(model, data, tmp_path / path)) == 1
-    assert "cannot write" in capsys.readouterr().err
+    assert re.search("cannot (write|list)", capsys.readouterr().err)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):
-    """A real process, a real SIGINT, and the same command again."""
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_an_index_that_goes_on(model, data, tmp_path, sent, code, word):
+    """A real process, a real SIGINT or a scheduler's SIGTERM, and the same command again."""
     rows = tmp_path / "many.jsonl"
     rows.write_text("\n".join(data.read_text().splitlines() * 200))
     command = [sys.executable, "-m", "gradsketch", *arguments(model, rows, tmp_path / "i", "--shard-rows", "50")]
@@ -196,10 +293,10 @@ def test_ctrl_c_leaves_an_index_that_goes_on(model, data, tmp_path):
     deadline = time.monotonic() + 120
     while not (shards.is_dir() and any(shards.glob("*.arrow"))) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted" in errors
+    assert process.returncode == code, errors
+    assert word in errors
     assert "type the same command to go on" in errors
     assert 1 <= len(list(shards.glob("*.arrow"))) < 40
     assert not list(shards.glob("*.tmp-*"))

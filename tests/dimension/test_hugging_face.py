@@ -86,8 +86,8 @@ class Tokenizer:
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) - 96 for c in text]}
 
-    def batch_decode(self, rows: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        return ["".join(chr(96 + i) for i in row if i) for row in rows.tolist()]
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return ["".join(chr(96 + i) for i in row if i) for row in rows]
 
 
 class Alphabet(torch.nn.Module):

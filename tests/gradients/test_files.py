@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -103,3 +104,34 @@ def test_no_file_and_an_empty_folder(tmp_path):
         read_examples(tmp_path / "none.csv")
     with pytest.raises(InputError, match="holds no example"):
         read_examples(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_json_nested_beyond_the_stack_is_told(tmp_path, name):
+    line = "[" * 100_000
+    (tmp_path / name).write_text(line if name.endswith(".json") else f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(InputError, match=rf"{name}( cannot be read|, line 2: )"):
+        list(read_examples(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["named", "of a shell"])
+def test_a_pipe_cannot_be_read_twice(tmp_path, kind):
+    path = tmp_path / "pipe.jsonl"
+    os.mkfifo(path)
+    ends = os.pipe()
+    with pytest.raises(InputError, match="a pipe, which cannot be read twice"):
+        read_examples(path if kind == "named" else f"/dev/fd/{ends[0]}")
+    for end in ends:
+        os.close(end)
+
+
+def test_a_gzipped_file_that_unpacks_beyond_reason_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100_000))
+    assert len(read_examples(path)) == 100_000
+    monkeypatch.setattr("gradsketch.gradients.files._INFLATED_BYTES", 1000)
+    with pytest.raises(InputError, match=r"unpacks to more than .* bytes"):
+        read_examples(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"bomb\.jsonl\.gz cannot be read"):
+        read_examples(path)

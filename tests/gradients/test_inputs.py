@@ -1,6 +1,7 @@
 """Every field of a row or a batch that could decide a loss is used, passed on to the model, or refused by name."""
 
 import collections
+import copy
 import dataclasses
 import types
 import typing
@@ -575,3 +576,67 @@ class TestTypesOfBatches:
     def test_an_empty_batch_is_refused(self):
         with pytest.raises(InputError, match=r"first dims are \[0\]"):
             batch_length({"x": self.X[:0]})
+
+
+def dynamic_rope():
+    """A model whose forward pass writes other frequencies into a buffer where rows are longer than 8 tokens."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config = LlamaConfig(**SMALL, max_position_embeddings=8, rope_parameters=rope)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_an_index_is_asked_by_the_model_that_built_it_though_forward_writes_buffers(tmp_path):
+    model = dynamic_rope()
+    rows = [{"input_ids": (IDS * 3)[start : start + 20]} for start in range(6)]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    index = gs.build_index(tmp_path / "index", model, CausalLM(), rows, d=64)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    hits = index.query(model, rows[2:4], k=1)
+    assert [found.proponents[0].row for found in hits] == [2, 3]
+
+
+class TestCollators:
+    """Batches as the collators of training libraries make them."""
+
+    ROWS = (IDS, IDS[:4], IDS[2:8])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_with_a_multiple(self, llama, side):
+        width = 16  # pad_to_multiple_of
+        ids, labels, mask = (torch.full((3, width), fill) for fill in (0, -100, 0))
+        for place, row in enumerate(self.ROWS):
+            where = slice(width - len(row), None) if side == "left" else slice(len(row))
+            ids[place, where], mask[place, where] = torch.tensor(row), 1
+            labels[place, where] = torch.tensor(row)
+        batch = BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        phi = gs.BlockSum(gs.Parameters(llama), 64)
+        got = gs.sketch_gradients(llama, CausalLM(), batch, phi)
+        alone = [CausalLM().collate([{"input_ids": row}]) for row in self.ROWS]
+        want = torch.cat([gs.sketch_gradients(llama, CausalLM(), one, phi) for one in alone])
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+        assert type(batch) is BatchEncoding
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+    def test_all_rows_in_one_without_padding(self, llama):
+        ids = torch.tensor([[token for row in self.ROWS for token in row]])
+        places = torch.tensor([[place for row in self.ROWS for place in range(len(row))]])
+        batch = {"input_ids": ids, "labels": ids.clone(), "position_ids": places}
+        (got,) = CausalLM(reduction="sum").losses(llama, batch)
+        each = [len(row[1:]) * answer_loss(llama, row, range(1, len(row))) for row in self.ROWS]
+        torch.testing.assert_close(got, sum(each))
+
+    @pytest.mark.parametrize("name", ["completion_mask", "assistant_masks", "chosen_input_ids", "weights"])
+    def test_a_field_that_would_decide_the_loss_is_refused(self, llama, name):
+        batch = {**CausalLM().collate([{"input_ids": IDS}]), name: torch.ones(1, len(IDS), dtype=torch.long)}
+        with pytest.raises(InputError, match=name):
+            CausalLM().losses(llama, batch)
+
+
+def test_virtual_tokens_in_front_are_named(gpt2):
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(copy.deepcopy(gpt2), config)
+    with pytest.raises(InputError, match=r"logits for 4 more positions than there are labels.*virtual tokens"):
+        loss(CausalLM(), model, {"input_ids": IDS})

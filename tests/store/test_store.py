@@ -1,6 +1,8 @@
 """Every store, wherever it lives: rows come back as written, damage and disagreement are named."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows, to_faiss, to_parquet, verify
 from gradsketch.store.encoding import bytes_per_entry, decode, encode
 from gradsketch.store.folder import LocalFolder, RemoteFolder, open_folder
+from gradsketch.store.shard import _sealed
 
 SRC = Path(__file__).parents[2] / "src"
 D, ROWS, SHARD = 24, 150, 64
@@ -272,7 +275,9 @@ class TestDamage:
         (tmp_path / "part-000000000007-000064.arrow").write_bytes(b"")
         with pytest.raises(StoreError, match="part-000000000007"):
             store.missing()
-        assert verify(store).strangers == ("part-000000000007-000064.arrow",)
+        found = verify(store)
+        assert found.foreign == ("part-000000000007-000064.arrow",)
+        assert not found.sound
 
     @pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[1]"])
     def test_an_unreadable_index_json(self, tmp_path, text):
@@ -363,6 +368,76 @@ class TestFaults:
         assert remote.read("a").to_pybytes() == b"one"
         remote.write("a", b"three")
         assert remote.read("a").to_pybytes() == b"three"
+
+
+class TestHostile:
+    """Files whose author computed the right checksums for them."""
+
+    @pytest.mark.parametrize("change", [{"rows": 10**13}, {"d": 2**40}, {"rows": -1}, {"d": "3"}, {"columns": 3}])
+    def test_sizes_are_bounded_before_they_are_believed(self, tmp_path, change):
+        fill(Store.create(tmp_path, manifest()))
+        body = json.loads((tmp_path / "index.json").read_text()) | change
+        fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "columns", "facts")}
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
+        body["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        (tmp_path / "index.json").write_text(json.dumps(body))
+        with pytest.raises(StoreError, match=r"index\.json describes no store"):
+            Store.open(tmp_path)
+
+    def test_most_rows_take_no_time(self, tmp_path):
+        """Nothing walks over rows that are claimed: one shard of one row, and 10^12 rows."""
+        store = Store.create(tmp_path, manifest(rows=10**12, shard_rows=1, columns={}))
+        store.write(5, Rows(["a"], torch.ones(1, D), torch.zeros(1), {}))
+        found = verify(Store.open(tmp_path))
+        assert (found.rows, found.missing) == (1, ((0, 5), (6, 10**12 - 6)))
+        assert store.rows_missing == 10**12 - 1
+        assert [r["id"] for r in store.records([5])] == ["a"]
+
+    def test_a_deep_index_is_refused(self, tmp_path):
+        (tmp_path / "index.json").write_text("[" * 100_000)
+        with pytest.raises(StoreError, match=r"index\.json"):
+            Store.open(tmp_path)
+
+    def test_offsets_out_of_the_file_are_not_followed(self, tmp_path):
+        """A large_utf8 offset that leads out of the file, under a checksum that fits, kills whoever follows it."""
+        store = fill(Store.create(tmp_path, manifest()))
+        name = "part-000000000064-000064.arrow"
+        offsets = store.shard(64, 64).batch.column("id").buffers()[1].to_pybytes()
+        data = bytearray((tmp_path / name).read_bytes())
+        data[data.find(offsets) + 8 * 3 + 5] ^= 0x40
+        (tmp_path / name).write_bytes(_sealed(pa.py_buffer(bytes(data))))
+        with pytest.raises(StoreError, match=r"000064\.arrow is damaged"):
+            store.shard(64, 64)
+        assert not verify(store).sound
+
+
+def test_bytes_are_checked_once_in_a_process_and_again_when_they_change(tmp_path, monkeypatch):
+    import gradsketch.store.store as module
+
+    store, checked = fill(Store.create(tmp_path, manifest())), []
+    check = module.require_sound
+    monkeypatch.setattr(module, "require_sound", lambda data, name: checked.append(name) or check(data, name))
+    for _ in range(3):
+        list(Store.open(tmp_path))
+    assert len(checked) == 3
+    file = tmp_path / "part-000000000064-000064.arrow"
+    data = bytearray(file.read_bytes())
+    data[700] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match="its checksum does not match"):
+        list(Store.open(tmp_path))
+    store.write(64, make_rows(64, 64))
+    assert len(list(Store.open(tmp_path))) == 3
+
+
+def test_a_damaged_copy_of_a_remote_file_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADSKETCH_CACHE", str(tmp_path / "cache"))
+    folder = RemoteFolder(pyarrow.fs.LocalFileSystem(), str(tmp_path / "store"), "test://store")
+    store = fill(Store.create(folder, manifest()))
+    before = [shard.decoded() for shard in store]
+    for copy in (tmp_path / "cache").rglob("part-*"):
+        copy.write_bytes(b"x" + copy.read_bytes()[1:])
+    assert all(torch.equal(a, shard.decoded()) for a, shard in zip(before, store, strict=True))
 
 
 class TestExport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +24,8 @@ def answers(store: Store, queries: Queries, best: Top, worst: Top | None) -> tup
     rows = sorted({row for found in lists for row in found.rows.flatten().tolist() if row >= 0})
     records = dict(zip(rows, store.records(rows), strict=True))
     last = queries.sketched[-1]
-    losses, norms = queries.means(last.losses), queries.means(last.sketches.norm(dim=-1))
+    norms = queries.means(torch.linalg.vector_norm(last.sketches.double(), dim=-1).float())
+    losses = queries.means(last.losses)
     return tuple(
         _answer(queries, number, losses, norms, [_hits(found, number, records) for found in lists])
         for number in range(len(queries.groups))
@@ -62,8 +64,9 @@ def _hit(rank: int, row: int, score: float, record: dict[str, Any]) -> Hit:
     record = dict(record)
     id_, loss, norm = record.pop("id"), record.pop("loss"), record.pop("gradient_norm")
     text, answer = display(record)
-    parts = ("text", "prompt", "source", "answer", "completion", "target")
-    metadata = {n: value for n, value in record.items() if n not in parts or value not in (text, answer)}
+    parts = ("text", "text_pair", "prompt", "source", "answer", "completion", "target")
+    shown = (text, answer, *([record["text"], record.get("text_pair")] if isinstance(record.get("text"), str) else []))
+    metadata = {n: value for n, value in record.items() if n not in parts or value not in shown}
     if answer is not None and text is not None:
         text += answer if "prompt" in record else f" → {answer}"
     return Hit(rank, row, id_, score, text, loss, norm, metadata)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -16,18 +16,20 @@ from tqdm import tqdm
 
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, weights_of
 from gradsketch.attribution.description import Description, StoredCheckpoint, comparable_facts
-from gradsketch.attribution.examples import as_examples, fields, refuse_bad_rows, survey
+from gradsketch.attribution.examples import as_examples, fields, refuse_bad_rows, survey, where
 from gradsketch.attribution.gradients import GradientSource
-from gradsketch.attribution.index import Index
+from gradsketch.attribution.index import AUDITS, Index
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
-from gradsketch.errors import InputError, StoreError
+from gradsketch.durable import record_text
+from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
+from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows
 from gradsketch.store.encoding import bytes_per_entry
-from gradsketch.store.folder import LocalFolder, open_folder
+from gradsketch.store.folder import Folder, LocalFolder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME
 
 __all__ = ["Build", "build_index"]
@@ -70,10 +72,11 @@ class Build:
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
         self.sketch = BlockSum(selected(model, parameters), d, seed=seed)
         self.checkpoints = as_checkpoints(checkpoints, weights)
+        self._seen: dict[str, str] = {}  # the checkpoint that has these weights
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
         self.survey = survey(self.examples, self.task, model)
-        if not skip_bad:
+        if not skip_bad or not self.survey.places:
             refuse_bad_rows(self.survey.bad, len(self.examples))
         rows = len(self.survey.places)
         self.shape = Manifest(
@@ -113,8 +116,11 @@ class Build:
             audits=source.sketcher.audits if timed else None,
         )
 
-    def run(self) -> Index:
-        """Write every missing shard and return the index."""
+    def run(self, accepted: Callable[[], Any] = lambda: None) -> Index:
+        """Write every shard that is missing or damaged, and return the index.
+
+        ``accepted`` is called once what lies in the folder is known to be of this very work, before anything long.
+        """
         self._create()
         plan = self.plan(timed=self.progress)
         if plan.bytes_free is not None and plan.bytes > plan.bytes_free:
@@ -127,43 +133,80 @@ class Build:
             print(plan, file=sys.stderr)
         with tqdm(total=plan.missing, unit="ex", disable=not self.progress, desc=f"d={plan.d}", smoothing=0.1) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
-                self._index(checkpoint, self.description.checkpoints[number].folder, number == 0, bar)
+                self._index(checkpoint, number, accepted, bar)
         return Index(self.folder, self.description, self.task, self.checkpoints)
 
     def _create(self) -> None:
-        if not self.folder.write(MANIFEST_NAME, self.description.to_json().encode(), replace=False):
-            self.description.require_same(Description.read(self.folder), self.folder.uri)
+        text = self.description.to_json().encode()
+        # What is there is read first, because a finished index may lie where nothing can be written.
+        if MANIFEST_NAME in self.folder.names() or not self.folder.write(MANIFEST_NAME, text, replace=False):
+            try:
+                self.description.require_same(Description.read(self.folder), self.folder.uri)
+            except DamageError:
+                if not any(self._has_rows(c.folder) for c in self.description.checkpoints):
+                    raise  # nothing says that the file is this index's
+                self.folder.write(MANIFEST_NAME, text)
 
-    def _index(self, checkpoint: Checkpoint, folder: str, first: bool, bar: Any) -> None:
+    def _has_rows(self, folder: str) -> bool:
+        child = self.folder.child(folder)
+        return MANIFEST_NAME in child.names() and bool(self._opened(child).ranges())
+
+    def _index(self, checkpoint: Checkpoint, number: int, accepted: Callable[[], Any], bar: Any) -> None:
+        folder = self.description.checkpoints[number].folder
         with weights_of(self.model, checkpoint):
-            store = Store.create(self.folder.child(folder), self._manifest(first))
+            store = Store.create(self.folder.child(folder), self._manifest(checkpoint, number == 0))
+            if number == 0:
+                accepted()
             source = GradientSource(
                 self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
             )
-            for start, count in store.missing():
-                if start // self.shape.shard_rows % self.worker[1] != self.worker[0]:
-                    continue
-                if (start, count) in store.ranges():  # another process was faster
+            for start, count in self._own(store.unfinished()):
+                if (start, count) in store.ranges() and store.is_sound(start, count):  # another process was faster
                     bar.update(count)
                     continue
-                store.write(start, self._rows(source, start, count, first, bar))
+                self._write(store, source, start, number == 0, bar)
                 self._note(source.sketcher.audits, folder)
 
-    def _note(self, audits: Audits, checkpoint: str) -> None:
-        """Keep beside the rows how often their gradients were held against autograd's."""
-        name = f"audits-{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
-        self.folder.write(name, json.dumps(asdict(audits)).encode())
+    def _write(self, store: Store, source: GradientSource, start: int, with_metadata: bool, bar: Any) -> None:
+        _, count = store.manifest.shard_at(start)
+        try:
+            store.write(start, self._rows(source, start, count, with_metadata, bar))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"a shard of {count} rows of d = {self.shape.d} does not fit into memory",
+                "one that does, while its rows are made",
+                "Pass a smaller shard_rows, or a smaller d",
+            ) from error
 
-    def _manifest(self, first: bool) -> Manifest:
+    def _note(self, audits: Audits, checkpoint: str) -> None:
+        """Keep beside the rows how often their gradients were held against autograd's own."""
+        name = f"{AUDITS}{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
+        self.folder.write(name, record_text(asdict(audits)).encode())
+
+    def _manifest(self, checkpoint: Checkpoint, first: bool) -> Manifest:
         """Return a checkpoint's manifest; metadata stands in the first checkpoint's store only."""
         data = {"rows": self.shape.rows, "hash": self.survey.digest}
         facts = {**comparable_facts(self.model, self.task, self.sketch), "data": data}
+        self._compare(checkpoint.name, facts["model"]["weights"])
         return replace(self.shape, columns=self.shape.columns if first else {}, facts=facts)
+
+    def _compare(self, name: str, weights: str) -> None:
+        """Say where two checkpoints hold the same numbers, because they then count twice."""
+        other = self._seen.setdefault(weights, name)
+        if other != name:
+            warnings.warn(
+                f"checkpoints {other!r} and {name!r} hold the same weights, so that their scores count twice",
+                GradsketchWarning,
+                stacklevel=5,
+            )
 
     def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
         places, lengths = self._places(slice(start, start + count))
         examples = [self.examples[place] for place in places]
-        sketched = source(self._encoded(places, examples), lengths, bar.update)
+        encoded = self._encoded(places, examples)
+        sketched = source(encoded, lengths, bar.update, lambda i: where(self.examples, places[i]))
         described = [fields(example) for example in examples]
         ids = [id_ if id_ is not None else str(place) for place, (id_, _) in zip(places, described, strict=True)]
         names = self.shape.columns if with_metadata else {}
@@ -182,12 +225,24 @@ class Build:
         """Return the ranges still to be written, of a store whose shape is that of this run."""
         child = self.folder.child(folder)
         if MANIFEST_NAME not in child.names():
-            return list(self.shape.shard_ranges())
-        store = Store.open(child)
+            return list(self._own(self.shape.shard_ranges()))
+        try:
+            return list(self._own(self._opened(child).unfinished()))
+        except DamageError:  # of its index.json, which the run makes anew
+            return list(self._own(self.shape.shard_ranges()))
+
+    def _opened(self, folder: Folder) -> Store:
+        """Open a store, whose shape must be that of this run."""
+        store = Store.open(folder)
         replace(self.shape, columns=store.manifest.columns, facts=store.manifest.facts).require_same(
-            store.manifest, child.uri
+            store.manifest, folder.uri
         )
-        return store.missing()
+        return store
+
+    def _own(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yield the shards that are this worker's to write."""
+        number, workers = self.worker
+        return (r for r in ranges if r[0] // self.shape.shard_rows % workers == number)
 
     @property
     def _tokens_a_row(self) -> float:

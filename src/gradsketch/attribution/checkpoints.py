@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -50,6 +51,7 @@ def as_checkpoints(
         named = {_name(c, i): c for i, c in enumerate(checkpoints)}
     if not named or (checkpoints is not None and len(named) != len(checkpoints)):
         raise InputError("no checkpoint, or two of one name", "at least one, each with its own name", "Pass a dict")
+    _require_own_tensors(named)
     weights = [1 / len(named)] * len(named) if weights is None else list(weights)
     if len(weights) != len(named) or not all(math.isfinite(w) for w in weights):
         raise InputError(
@@ -58,6 +60,20 @@ def as_checkpoints(
             "Pass weights=[...] of that length, or leave it out",
         )
     return tuple(Checkpoint(n, c, float(w)) for (n, c), w in zip(named.items(), weights, strict=True))
+
+
+def _require_own_tensors(named: Mapping[str, Weights | None]) -> None:
+    """Refuse state dicts that share their tensors: training changed them all, and they hold its end several times."""
+    seen: dict[tuple[int, ...], str] = {}
+    for name, weights in named.items():
+        if isinstance(weights, Mapping):
+            first = seen.setdefault(tuple(t.data_ptr() for t in weights.values() if isinstance(t, Tensor)), name)
+            if first != name:
+                raise InputError(
+                    f"checkpoints {first!r} and {name!r}, which are the same tensors",
+                    "a copy for each, because state_dict() does not copy",
+                    "Keep {name: t.clone() for name, t in model.state_dict().items()} at each checkpoint",
+                )
 
 
 @contextmanager
@@ -125,6 +141,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return dict(state.get("state_dict", state))
     except ImportError as error:
         raise InputError(f"{path.name} without safetensors", "it", "Run pip install safetensors") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}, a pickle that holds more than tensors: loading it could run any program",
+            "a file of tensors by name",
+            "If you trust who made it, load it and save its state dict yourself",
+        ) from error
     except Exception as error:  # unpickling raises whatever it likes
         raise InputError(f"{path} cannot be read ({error})", "a file of tensors by name", "Save it again") from error
 

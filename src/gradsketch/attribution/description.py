@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from gradsketch.attribution.checkpoints import Checkpoint
-from gradsketch.durable import require_same
-from gradsketch.errors import FingerprintError, StoreError
-from gradsketch.gradients.fingerprints import model_facts
+from gradsketch.durable import damaged, record_of, record_text, require_same
+from gradsketch.errors import DamageError, FingerprintError, StoreError
+from gradsketch.gradients.fingerprints import model_facts, task_facts
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
@@ -23,7 +24,7 @@ from gradsketch.store.manifest import MANIFEST_NAME
 
 __all__ = ["Description", "StoredCheckpoint", "comparable_facts", "sketch_for"]
 
-_FORMAT, _VERSION = "gradsketch-index", 1
+_FORMAT, _VERSION = "gradsketch-index", 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StoredCheckpoint:
     def of(cls, checkpoint: Checkpoint, number: int) -> StoredCheckpoint:
         """Describe a checkpoint that is about to be indexed."""
         path = str(Path(checkpoint.weights).resolve()) if isinstance(checkpoint.weights, str | Path) else None
-        return cls(checkpoint.name, checkpoint.weight, f"checkpoint-{number}", path)
+        return cls(checkpoint.name, checkpoint.weight, _folder(number), path)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Description:
 
     def to_json(self) -> str:
         """Return the text of the index's ``index.json``."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return record_text({"format": _FORMAT, "version": _VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Folder) -> Description:
@@ -69,18 +70,25 @@ class Description:
                 "the folder of an index",
                 "Check the path, or make one with build_index (gradsketch index)",
             )
+        file = f"{folder.uri}/{MANIFEST_NAME}"
+        body = _record(folder.read(MANIFEST_NAME).to_pybytes(), file)
         try:
-            body = json.loads(folder.read(MANIFEST_NAME).to_pybytes())
-            if (body["format"], body["version"]) != (_FORMAT, _VERSION):
-                raise ValueError(f"format {body['format']} version {body['version']}")
-            checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
-            return cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{folder.uri}/{MANIFEST_NAME} cannot be read ({type(error).__name__}: {error})",
-                f"{_FORMAT} version {_VERSION}",
-                "Check that this is the folder of an index, not one of its checkpoints; or build it again",
-            ) from error
+            return cls._checked(body)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise damaged(file, f"{type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _checked(cls, body: Mapping[str, Any]) -> Description:
+        """Return the description, every value of which is of its kind, and whose folders lie in the index."""
+        checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
+        found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"])
+        sound = all(isinstance(value, int) for value in (found.d, found.seed)) and found.d > 0
+        sound = sound and bool(checkpoints) and all(isinstance(name, str) for name in found.parameters)
+        for number, checkpoint in enumerate(checkpoints):
+            sound = sound and checkpoint.folder == _folder(number) and math.isfinite(checkpoint.weight)
+        if not (sound and found.parameters):
+            raise ValueError("values that no index has")
+        return found
 
     def require_same(self, other: Description, source: str) -> None:
         """Check that a run with this description may go on with the index that has ``other``.
@@ -88,11 +96,46 @@ class Description:
         Raises:
             FingerprintError: naming every field that differs.
         """
-        here, there = json.loads(self.to_json()), json.loads(other.to_json())
+        here, there = asdict(self), asdict(other)
         for body in (here, there):
             body.pop("source")
             body["parameters"] = _summary(body["parameters"])
         require_same(here, there, source)
+
+
+def _folder(number: int) -> str:
+    """Return the name of a checkpoint's folder: the number alone decides it, so that it never leads out of an index."""
+    return f"checkpoint-{number}"
+
+
+def _record(data: bytes, file: str) -> dict[str, Any]:
+    """Return what stands in an index's ``index.json``; one of another format is told apart from a damaged one."""
+    try:
+        body = record_of(data, file)
+    except DamageError:
+        if b'"crc32"' in data:
+            raise
+        other = _without_checksum(data)  # version 1, and the file of a store, have none
+        if other is None:
+            raise
+        body = other
+    found = f"{body.get('format')} version {body.get('version')}"
+    if found != f"{_FORMAT} version {_VERSION}":
+        raise StoreError(
+            f"{file} is of format {found}",
+            f"{_FORMAT} version {_VERSION}",
+            "Check that this is the folder of an index, not one of its checkpoints; or build it again",
+        )
+    return body
+
+
+def _without_checksum(data: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(body, dict) and {"format", "version"} <= body.keys()
+    return body if sound and (body["format"], body["version"]) != (_FORMAT, _VERSION) else None
 
 
 def sketch_for(model: nn.Module, description: Description) -> BlockSum:
@@ -117,7 +160,7 @@ def comparable_facts(model: nn.Module, task: Task, sketch: BlockSum) -> dict[str
     """Return what must agree between an index and a query: model, task, sketch and its parameters."""
     return {
         "model": model_facts(model),
-        "task": {"class": type(task).__name__, **task.options()},
+        "task": task_facts(task),
         "sketch": {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "hash": sketch.fingerprint},
         "parameters": {**_summary(sketch.names), "n": sketch.n},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,16 +117,18 @@ def survey(examples: Any, task: Task, model: nn.Module) -> Survey:
             row = task.read(example)
             if isinstance(row, Encoded):
                 task.check(model, row)
-            lengths.append(task.length(row))
+            length = task.length(row)
+            metadata = _storable(example)
         except InputError as error:
             stands = where(examples, place)
             bad.append(BadRow(stands, error.came.removeprefix(f"{stands}: "), error.wanted))
             continue
         places.append(place)
+        lengths.append(length)
         kept.add(place, row)
         for part in canonical(example):
             digest.update(part)
-        for name, value in fields(example)[1].items():
+        for name, value in metadata.items():
             kinds.setdefault(name, set()).add(_kind(value))
     columns = {name: _common(found) for name, found in kinds.items()}
     return Survey(tuple(places), tuple(lengths), kept.rows, columns, digest.hexdigest()[:16], tuple(bad))
@@ -139,6 +142,20 @@ def _example(examples: Any, place: int) -> Any:
     except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
         came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
         raise InputError(came, "data whose examples can be read", "Repair or drop it") from error
+
+
+def _storable(example: Any) -> dict[str, Any]:
+    """Return an example's metadata, which a shard must be able to hold together with its id."""
+    try:
+        id_, metadata = fields(example)
+        json.dumps([id_, metadata], ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair; lists within lists without end
+        raise InputError(
+            f"a value that cannot be stored ({type(error).__name__}: {str(error)[:200]})",
+            "metadata in UTF-8, nested less deep",
+            "Repair or drop it",
+        ) from error
+    return metadata
 
 
 class _Kept:
@@ -171,7 +188,7 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
         raise InputError(
             f"{len(bad)} of {total} rows that cannot be used: {shown}{more}",
             "; ".join(dict.fromkeys(row.wanted for row in bad[:_BAD_ROWS_SHOWN])),
-            "Repair them, or leave them out with skip_bad=True (--skip-bad)",
+            "Repair them, or leave them out with skip_bad=True" if len(bad) < total else "Repair them",
         )
 
 
@@ -214,7 +231,8 @@ def display(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Return what to show of an example: its text, and apart from it the answer where it has one."""
     answer = next((record[n] for n in ("answer", "completion", "target") if isinstance(record.get(n), str)), None)
     if isinstance(record.get("text"), str):
-        return record["text"], answer
+        pair = record.get("text_pair")
+        return f"{record['text']}\n{pair}" if isinstance(pair, str) else record["text"], answer
     question = next((record[n] for n in ("prompt", "source") if isinstance(record.get(n), str)), None)
     return question, answer
 

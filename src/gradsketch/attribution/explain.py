@@ -1,9 +1,15 @@
-"""Which tokens of a hit make its score: contributions of tokens, added up over checkpoints."""
+"""Which tokens of a hit make its score: contributions of tokens, added up over checkpoints.
+
+For a causal language model a token's contribution is that of its prediction: the loss sits there. The first token, and
+tokens whose labels do not count, are predicted by nobody and have none. For every other task it is the part of the
+gradient that flows through the token's place in the layers (:mod:`gradsketch.attribution.gates`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,11 +21,13 @@ from gradsketch.attribution.checkpoints import Checkpoint, weights_of
 from gradsketch.attribution.description import Description, sketch_for
 from gradsketch.attribution.examples import rebuild
 from gradsketch.attribution.gates import token_products
+from gradsketch.attribution.predictions import prediction_products
 from gradsketch.attribution.results import Hit, Hits, QueryHits, TokenContribution
 from gradsketch.attribution.scan import Probe
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import to_device
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.gradients.tasks.pieces import Piece, decoded
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
@@ -76,9 +84,9 @@ def explain_hits(
             for part, q in zip(explained, probe.directions, strict=True):
                 direction = _lifted(sketch, q)
                 for i, hit in enumerate(part):
-                    products, _ = token_products(model, task, batches[hit.row], direction)
-                    texts = _token_texts(task, batches[hit.row], len(products))
-                    part[i] = _with_tokens(hit, texts, products * _factor(probe, hit.row))
+                    products = _products(model, task, batches[hit.row], direction) * _factor(probe, hit.row)
+                    pieces = _pieces(task, examples[hit.row], batches[hit.row], len(products), hit.text)
+                    part[i] = _with_tokens(hit, pieces, products.tolist())
     return replace(
         hits, queries=tuple(_with_hits(q, part, top) for q, part in zip(hits.queries, explained, strict=True))
     )
@@ -104,21 +112,44 @@ def _lifted(sketch: BlockSum, direction: Float[Tensor, " d"]) -> dict[str, Tenso
     return {n: part.view(shape) for (n, shape), part in zip(sketch.shapes.items(), parts, strict=True)}
 
 
-def _token_texts(task: Task, batch: Batch, count: int) -> list[str]:
-    ids = batch["input_ids"][0].tolist()
-    if count > len(ids):
-        ids += batch["labels"][0].tolist()
-    tokenizer = getattr(task, "tokenizer", None) or getattr(task, "processor", None)
-    if tokenizer is None:
-        return [str(i) for i in ids]
-    return [str(tokenizer.decode([max(0, i)])) for i in ids]
+def _products(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> Float[Tensor, " t"]:
+    """Return each token's part of the product of the example's gradient with a direction."""
+    parts = prediction_products(model, task, batch, direction)
+    return token_products(model, task, batch, direction)[0] if parts is None else parts
 
 
-def _with_tokens(hit: Hit, texts: list[str], values: Float[Tensor, " t"]) -> Hit:
+def _pieces(task: Task, example: Any, batch: Batch, count: int, text: str | None) -> list[Piece]:
+    """Return the pieces of a hit's text, which join to it, for ``count`` tokens; some may stand for no text."""
+    pieces = task.pieces(example)
+    if pieces is None or sum(piece.tokens for piece in pieces) != count:
+        ids = batch["input_ids"][0].tolist()
+        ids += batch["labels"][0].clamp(min=0).tolist() if count > len(ids) else []
+        pieces = decoded(getattr(task, "tokenizer", None) or getattr(task, "processor", None), ids)
+    return pieces if text is None else _placed(pieces, text)
+
+
+def _placed(pieces: Sequence[Piece], text: str) -> list[Piece]:
+    """Return pieces that join to a text, from some that stand in it in this order, with gaps or not at all.
+
+    Gaps are what the task does not read: the arrow between source and target, an end that was cut off.
+    """
+    placed, done = [], 0
+    for piece in pieces:
+        at = text.find(piece.text, done)
+        if at > done:
+            placed.append(Piece(text[done:at], 0))
+        placed.append(piece if at >= 0 else Piece("", piece.tokens))
+        done = at + len(piece.text) if at >= 0 else done
+    return [*placed, Piece(text[done:], 0)] if done < len(text) else placed
+
+
+def _with_tokens(hit: Hit, pieces: Sequence[Piece], values: Sequence[float]) -> Hit:
     """Return the hit with these contributions added to those of earlier checkpoints."""
-    before = [t.value for t in hit.tokens] or [0.0] * len(texts)
+    ends = accumulate(piece.tokens for piece in pieces)
+    new = [sum(values[end - piece.tokens : end]) for piece, end in zip(pieces, ends, strict=True)]
+    before = [token.value for token in hit.tokens] or [0.0] * len(pieces)
     tokens = tuple(
-        TokenContribution(text, old + new) for text, old, new in zip(texts, before, values.tolist(), strict=True)
+        TokenContribution(piece.text, old + value) for piece, old, value in zip(pieces, before, new, strict=True)
     )
     return replace(hit, tokens=tokens, beyond_tokens=hit.score - sum(t.value for t in tokens))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,11 +22,25 @@ __all__ = ["Where", "row_filter"]
 Where = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 
 
-def row_filter(where: Where | None, columns: Sequence[str]) -> RowFilter | None:
-    """Return the condition as a function of a shard.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# What the values of a column can equal. A column of JSON holds anything, and None stands for a missing value.
+_CAN_EQUAL: Mapping[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "int": lambda value: _is_number(value) and value % 1 == 0,
+    "float": lambda value: _is_number(value) and not math.isnan(value),
+    "bool": lambda value: isinstance(value, bool),
+    "json": lambda value: True,
+}
+
+
+def row_filter(where: Where | None, columns: Mapping[str, str]) -> RowFilter | None:
+    """Return the condition as a function of a shard; ``columns`` are the index's, each with its type.
 
     Raises:
-        InputError: a column the index does not have.
+        InputError: a column the index does not have, or a value that no row of its column can have.
     """
     if where is None:
         return None
@@ -38,6 +54,8 @@ def row_filter(where: Where | None, columns: Sequence[str]) -> RowFilter | None:
             "Check the name, or pass a function of the row's record",
         )
     wanted = {name: _values(value) for name, value in where.items()}
+    for name, values in wanted.items():
+        _require_possible(name, values, columns.get(name, "string"))
 
     def keep(shard: Shard) -> Bool[Tensor, " rows"]:
         kept = torch.ones(shard.count, dtype=torch.bool)
@@ -48,5 +66,17 @@ def row_filter(where: Where | None, columns: Sequence[str]) -> RowFilter | None:
     return keep
 
 
+def _require_possible(name: str, values: list[Any], kind: str) -> None:
+    impossible = [value for value in values if not (value is None or _CAN_EQUAL[kind](value))]
+    if impossible or not values:
+        came = f"{impossible[0]!r} of type {type(impossible[0]).__name__}" if impossible else "no value"
+        raise InputError(
+            f"a condition that no row can meet: {came} for the column {name!r} of type {kind}",
+            f"values of type {kind}",
+            "Pass the value as the data has it",
+        )
+
+
 def _values(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    return [v.item() if hasattr(v, "item") else v for v in values]  # numbers of numpy and torch

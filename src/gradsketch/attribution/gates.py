@@ -4,6 +4,9 @@ Every module that owns parameters W adds to its output at token t what it would 
 g_t = 0. The derivative of the loss with respect to g_t is then the part of ⟨∇L, V⟩ that flows through the module at
 token t: for a linear layer error_tᵀ V input_t, so that the gates of all modules and tokens add up to the product.
 One forward and one backward pass, whatever the number of tokens; no gradient of a parameter is formed.
+
+It needs no knowledge of layer types. What has no token, or no forward derivative, is reported apart, so that the parts
+always add up to the score.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.as_found import evaluating
+from gradsketch.errors import NonFiniteError
 from gradsketch.gradients.data import Batcher
 from gradsketch.gradients.per_example.sketcher import GradientSketcher
 from gradsketch.gradients.tasks import Task
@@ -37,15 +38,18 @@ class GradientSource:
         device = next(model.parameters()).device
         self.model, self.d = model, sketch.d
         self.batcher = Batcher(task, tokens=batch_tokens, device=device)
-        self.sketcher = GradientSketcher(model, task, sketch, on_non_finite="skip" if skip_bad else "raise")
+        self.sketcher, self.skip_bad = GradientSketcher(model, task, sketch, on_non_finite="skip"), skip_bad
 
     def __call__(
         self,
         examples: Sequence[Any],
         lengths: Sequence[int] | None = None,
         advance: Callable[[int], Any] = lambda count: None,
+        name: Callable[[int], str] = "example {}".format,
     ) -> Sketched:
         """Sketch examples, encoded or not, in evaluation mode (no dropout); ``advance`` hears of every batch done.
+
+        ``name`` says what a person calls the example at a position, for errors.
 
         Raises:
             InputError: an example the task cannot read, or one too large for memory.
@@ -54,10 +58,21 @@ class GradientSource:
         sketches, losses = torch.empty(len(examples), self.d), torch.empty(len(examples))
         skipped: dict[int, str] = {}
         with evaluating(self.model):
-            for places, result in self.batcher.map(self.sketcher, examples, lengths):
+            for places, result in self.batcher.map(self.sketcher, examples, lengths, name):
                 sketches[places] = result.values.float().cpu()
                 losses[places] = result.losses.float().cpu()
                 skipped |= {places[position]: reason for position, reason in result.skipped.items()}
+                if skipped and not self.skip_bad:
+                    raise _not_finite(name, skipped)
                 advance(len(places))
         losses[list(skipped)] = torch.nan
         return Sketched(sketches, losses, skipped)
+
+
+def _not_finite(name: Callable[[int], str], skipped: dict[int, str]) -> NonFiniteError:
+    place, reason = next(iter(skipped.items()))
+    return NonFiniteError(
+        f"{name(place)}: {reason}",
+        "finite losses and gradients",
+        "Look at this example, compute in float32, or leave such rows out with skip_bad=True",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,13 +19,16 @@ from gradsketch.attribution.queries import Queries, as_queries, checked_groups, 
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
-from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.durable import damaged, record_of
+from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
 
-__all__ = ["Index"]
+__all__ = ["AUDITS", "Index"]
+
+AUDITS = "audits-"  # the beginning of the names of files that say how often gradients were checked
 
 
 class Index:
@@ -51,6 +53,7 @@ class Index:
     ) -> None:
         self.folder, self.description, self.task = folder, description, task
         self.stores = tuple(Store.open(folder.child(c.folder)) for c in description.checkpoints)
+        _require_alike(self.stores, description)
         self._checkpoints = checkpoints or _stored_checkpoints(description)
         self._scorer = Scorer(self.stores, [c.weight for c in description.checkpoints])
 
@@ -80,11 +83,8 @@ class Index:
     @property
     def audits(self) -> Audits:
         """How often the gradients in it were held against autograd's own while it was built, and the largest error."""
-        found = [
-            Audits(**json.loads(self.folder.read(name).to_pybytes()))
-            for name in self.folder.names()
-            if name.startswith("audits-")
-        ]
+        names = [name for name in self.folder.names() if name.startswith(AUDITS)]
+        found = [_audits_in(self.folder, name) for name in names]
         return Audits(
             sum(a.batches for a in found),
             sum(a.audited for a in found),
@@ -134,12 +134,12 @@ class Index:
         """
         kind = kind_of(score)
         self._check(k, opponents, coarse)
-        self._warn_if_incomplete()
-        keep = row_filter(where, list(self.stores[0].manifest.columns))
+        scorer = self._scorer_of_now()
+        keep = row_filter(where, self.stores[0].manifest.columns)
         examples = as_queries(examples)
         queries = self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
         began = time.perf_counter()
-        probes = self._scorer.probes(queries, kind, damping)
+        probes = scorer.probes(queries, kind, damping)
         prepared = time.perf_counter()
         proponents = best(probes, k, sign=1, keep=keep, coarse=coarse)
         others = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
@@ -147,7 +147,7 @@ class Index:
         read = bytes_read(self.stores, self.d if coarse is None else coarse)
         cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows)
         found = answers(self.stores[0], queries, proponents, others)
-        described = kind.described(self._scorer.damping(kind, damping))
+        described = kind.described(scorer.damping(kind, damping))
         return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
 
     def self_influence(self, score: str = "ridge", *, damping: float | str = DAMPING) -> SelfInfluence:
@@ -159,8 +159,8 @@ class Index:
         Raises:
             InputError: an unknown score.
         """
-        self._warn_if_incomplete()
-        return self._scorer.self_influence(kind_of(score), damping)
+        kind = kind_of(score)
+        return self._scorer_of_now().self_influence(kind, damping)
 
     def explain(self, model: nn.Module, hits: Hits, *, top: int = 3, data: Any = None) -> Hits:
         """Return the hits with token contributions for the first ``top`` of each query's lists.
@@ -185,7 +185,7 @@ class Index:
             model,
             self._known_task(),
             hits,
-            self._scorer.probes(queries, kind, damping),
+            self._scorer_of_now().probes(queries, kind, damping),
             examples,
             description=self.description,
             checkpoints=self._checkpoints,
@@ -195,8 +195,8 @@ class Index:
     def _check(self, k: int, opponents: int, coarse: int | None) -> None:
         wanted = (("k", k, 1), ("opponents", opponents, 0), ("coarse", 1 if coarse is None else coarse, 1))
         for name, value, least in wanted:
-            if value < least:
-                raise InputError(f"{name}={value}", f"at least {least}", f"Pass {name}={least} or more")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name}={value!r}", f"an integer, at least {least}", f"Pass {name}={max(least, 10)}")
         if coarse is not None and coarse > self.d:
             raise InputError(f"coarse={coarse}", f"at most d={self.d}", "Pass a smaller number")
 
@@ -215,14 +215,21 @@ class Index:
             batch_tokens=batch_tokens,
         )
 
-    def _warn_if_incomplete(self) -> None:
-        absent = sum(count for store in self.stores for _, count in store.missing())
-        if absent:
-            total = self.rows * len(self.stores)
+    def _scorer_of_now(self) -> Scorer:
+        """Return scores of the rows that are there now at every checkpoint, whatever a builder writes meanwhile."""
+        ranges = sorted(set.intersection(*(set(store.ranges()) for store in self.stores)))
+        self._warn_if_incomplete(sum(count for _, count in ranges))
+        if any(store.ranges() != ranges for store in self._scorer.stores):
+            stores = [store.snapshot(ranges) for store in self.stores]
+            self._scorer = Scorer(stores, [c.weight for c in self.description.checkpoints])
+        return self._scorer
+
+    def _warn_if_incomplete(self, rows: int) -> None:
+        if rows < self.rows:
             warnings.warn(
-                f"{self.folder.uri} holds {total - absent} of {total} rows: run the command that builds it to the end",
+                f"{self.folder.uri} holds {rows} of {self.rows} rows: run the command that builds it to the end",
                 GradsketchWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _known_task(self) -> Task:
@@ -232,6 +239,23 @@ class Index:
                 "an index opened without a task", f"the {name} it was made with", f"Index.open(path, task={name}(...))"
             )
         return self.task
+
+
+def _audits_in(folder: Folder, name: str) -> Audits:
+    file = f"{folder.uri}/{name}"
+    record = record_of(folder.read(name).to_pybytes(), file)
+    try:
+        return Audits(**record)
+    except TypeError as error:
+        raise damaged(file, str(error)) from error
+
+
+def _require_alike(stores: Sequence[Store], description: Description) -> None:
+    """Refuse checkpoints of one index that do not have the same rows, or sketches of another length."""
+    shapes = {(s.manifest.d, s.manifest.rows, s.manifest.shard_rows) for s in stores}
+    if len(shapes) > 1 or stores[0].d != description.d:
+        came = "; ".join(f"{s.folder.uri}: d={s.d}, {s.rows} rows, {s.manifest.shard_rows} a shard" for s in stores)
+        raise StoreError(came, f"the same in every checkpoint, d={description.d}", "Build the index again")
 
 
 def _stored_checkpoints(description: Description) -> tuple[Checkpoint, ...]:

@@ -20,12 +20,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from gradsketch.durable import checksum
+from gradsketch.durable import checksum, damaged
 from gradsketch.errors import StoreError
 from gradsketch.random import Stream
 from gradsketch.store import Shard, Store
+from gradsketch.store.folder import Folder
+from gradsketch.store.shard import UNREADABLE
 
-__all__ = ["Moments", "RowMatrix", "moments_of"]
+__all__ = ["Moments", "RowMatrix", "damaged_moments", "moments_of"]
 
 _FOLDER, _FORMAT, _HEADER = "moments", 1, b"gradsketch"
 # Multiplications from which the pass over the rows takes longer than writing its outcome down.
@@ -134,7 +136,7 @@ def moments_of(rows: RowMatrix, *, exact_size: int, rank: int) -> Moments:
     method = "low rank" if size > exact_size else "dual" if rows.count < store.d else "primal"
     rank = min(rank, size)
     width = rank if method == "low rank" else size
-    worth = rows.count * store.d * width >= _WORTH_KEEPING and not store.missing()
+    worth = rows.count * store.d * width >= _WORTH_KEEPING and not store.rows_missing
     facts = {
         "format": _FORMAT,
         "fingerprint": store.manifest.fingerprint,
@@ -181,13 +183,43 @@ def _read(store: Store, facts: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
     try:
         if _name(facts) not in folder.names():
             return None
-        reader = pa.ipc.open_file(folder.read(_name(facts), whole=True))
-        header = json.loads(reader.schema.metadata[_HEADER])
-        values = reader.get_batch(0).column("value").to_numpy()
-        sizes = [math.prod(shape) for shape in header["shapes"]]
-        if header["facts"] != facts or sum(sizes) != len(values) or checksum(values.data) != header["crc32"]:
-            return None
-    except (StoreError, pa.ArrowException, OSError, LookupError, ValueError, TypeError):
+        header, matrices = _opened(folder, _name(facts))
+    except StoreError:
         return None
-    parts = torch.from_numpy(values.copy()).split(sizes)
-    return tuple(part.view(shape) for part, shape in zip(parts, header["shapes"], strict=True))
+    return matrices if header["facts"] == facts else None
+
+
+def _opened(folder: Folder, name: str) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """Return what a file says of itself, and its matrices.
+
+    Raises:
+        StoreError: it cannot be read, or not every byte is sound.
+    """
+    data = folder.read(name, whole=True)
+    try:
+        reader = pa.ipc.open_file(data)
+        header = json.loads(reader.schema.metadata[_HEADER])
+        batch = reader.get_batch(0)
+        batch.validate(full=True)
+        values = batch.column("value").to_numpy()
+        sound = isinstance(header["facts"], dict) and checksum(values.data) == header["crc32"]
+        parts = torch.from_numpy(values.copy()).split([math.prod(shape) for shape in header["shapes"]])
+        matrices = tuple(part.view(shape) for part, shape in zip(parts, header["shapes"], strict=True))
+    except UNREADABLE as error:
+        raise damaged(f"{folder.uri}/{name}", f"{type(error).__name__}: {error}") from error
+    if not sound:
+        raise damaged(f"{folder.uri}/{name}", "its checksum does not match")
+    return header, matrices
+
+
+def damaged_moments(store: Store) -> list[str]:
+    """Return the files of kept moments that are damaged; a query makes such a file anew."""
+    folder, found = store.folder.child(_FOLDER), []
+    for name in folder.names():
+        try:
+            header, _ = _opened(folder, name)
+            sound = header["facts"].get("fingerprint") == store.manifest.fingerprint
+        except StoreError:
+            sound = False
+        found += [] if sound else [f"{folder.uri}/{name}"]
+    return found

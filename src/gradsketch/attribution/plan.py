@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gradsketch.attribution.examples import BadRow
 from gradsketch.gradients.per_example.audit import Audits
+from gradsketch.table import printable
 
 __all__ = ["Plan", "bytes_free", "size_text"]
 
@@ -38,7 +39,7 @@ class Plan:
     def __str__(self) -> str:
         selection = f"{self.n:,} parameters in {self.tensors} tensors → d = {self.d:,} ({self.dtype})"
         lines = [
-            f"index       {self.path}",
+            f"index       {printable(self.path)}",
             f"data        {self.rows:,} examples, {self.tokens:,} tokens" + (f", {len(self.bad)} bad" * bool(self.bad)),
             f"sketch      {selection}" + f", {self.checkpoints} checkpoints" * (self.checkpoints > 1),
             f"to do       {self.missing:,} rows, {self.shard_rows} a shard",

@@ -2,6 +2,12 @@
 
 Exact where N or d is at most 16,384 (Cholesky, in the smaller of the two spaces); beyond, a randomised low-rank
 approximation with an isotropic tail. Factors are float64.
+
+The left-out eigenvalues are replaced by their mean, because without that tail the order of the rows suffers (a test
+holds it to the exact inverse). λ is a fraction of the mean over the min(N, d) eigenvalues that can differ from zero, so
+the same fraction means the same for few and for many rows. Only the query is preconditioned: every score is a product
+with the stored rows. "ridge" normalises every gradient first; its values are the coefficients of a ridge regression of
+the query's gradient on those of the training examples. benchmarks/attribution_quality.py measures both by retraining.
 """
 
 from __future__ import annotations

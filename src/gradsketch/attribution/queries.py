@@ -21,6 +21,9 @@ from gradsketch.gradients.data import read_all
 from gradsketch.gradients.tasks import Task
 from gradsketch.store import Store
 
+# Entries a millionth of the largest are then still normal numbers of float32.
+_SMALLEST = 1e-30
+
 __all__ = ["Queries", "as_queries", "checked_groups", "sketch_queries"]
 
 
@@ -39,6 +42,23 @@ class Queries:
     def means(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "groups ..."]:
         """Return the mean over each group's members."""
         return torch.stack([values[list(group)].mean(dim=0) for group in self.groups])
+
+    def unit_length(self, checkpoint: int) -> Float[Tensor, "m d"]:
+        """Return the sketches at a checkpoint, each divided by its norm.
+
+        Raises:
+            InputError: one is zero, or so small that float32 has rounded its direction away.
+        """
+        sketches = self.sketched[checkpoint].sketches
+        norms = torch.linalg.vector_norm(sketches.double(), dim=-1, keepdim=True)  # squares of 1e-22 are 0 in float32
+        for i in (norms[:, 0] < _SMALLEST).nonzero()[:, 0].tolist():
+            raise InputError(
+                f"query {i}, whose gradient has the norm {float(norms[i]):.3g}: it has no direction to compare",
+                f"gradients of {_SMALLEST:g} or more",
+                'Ask about something the model is less sure of, or pass score="dot"',
+            )
+        unit: Tensor = sketches.double() / norms
+        return unit.float()
 
 
 def as_queries(examples: Any) -> list[Any]:
@@ -70,6 +90,9 @@ def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequen
     return groups
 
 
+_name = "query {}".format
+
+
 def sketch_queries(
     model: nn.Module,
     task: Task,
@@ -87,14 +110,16 @@ def sketch_queries(
     Raises:
         FingerprintError: model, task or parameters are not those the index was made with.
         InputError: an example that the task cannot read.
+        NonFiniteError: the loss or gradient of an example is not finite.
     """
     began, sketched = time.perf_counter(), []
-    rows, lengths = read_all(task, examples)
+    rows, lengths = read_all(task, examples, _name)
     for store, checkpoint in zip(stores, checkpoints, strict=True):
         with weights_of(model, checkpoint):
             sketch = sketch_for(model, description)
             facts = {name: value for name, value in store.manifest.facts.items() if name != "data"}
             fix = "Query with the model, task and parameters of the index, or build an index for these"
             require_same(comparable_facts(model, task, sketch), facts, index, fix=fix)
-            sketched.append(GradientSource(model, task, sketch, batch_tokens=batch_tokens)(rows, lengths))
+            source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
+            sketched.append(source(rows, lengths, name=_name))
     return Queries(examples, groups, sketched, time.perf_counter() - began)

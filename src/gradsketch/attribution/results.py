@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradsketch.report.numbers import ranked_figure
 from gradsketch.results import Result
-from gradsketch.table import aligned
+from gradsketch.table import aligned, one_line, printable
 
 if TYPE_CHECKING:
     import pandas
@@ -27,6 +27,7 @@ __all__ = ["SIGN", "Cost", "Hit", "Hits", "QueryHits", "Score", "SelfInfluence",
 
 SIGN = "positive: training on the example lowers the query's loss; negative: it raises it"
 _TEXT_WIDTH = 72
+_WORDS, _WORD_WIDTH = 4, 16  # shown of an explained hit
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class Score:
 
 @dataclass(frozen=True)
 class TokenContribution:
-    """How much one token of a training example adds to its score. The tokens of a hit add up to the score."""
+    """How much one token of a training example adds to its score, and the piece of the text that it stands for.
+
+    The pieces of a hit join to its text, and their values with ``beyond_tokens`` add up to its score. Tokens inside one
+    character share a piece, special tokens have an empty one, and text that the model does not read has the value 0.
+    Under a causal language model a value belongs to the *prediction* of its token; the first token, and tokens whose
+    labels do not count, have 0.
+    """
 
     token: str
     value: float
@@ -155,7 +162,8 @@ class Hits(Result):
 
     def summary(self) -> str:
         strongest = next(iter(self[0]), None) if self.queries else None
-        found = "no hit" if strongest is None else f"strongest for the first: {strongest.id} ({strongest.score:+.3g})"
+        first = "no hit" if strongest is None else printable(strongest.id)
+        found = first if strongest is None else f"strongest for the first: {first} ({strongest.score:+.3g})"
         return f"{len(self)} queries against {self.rows:,} examples by {self.score.name}; {found}"
 
     def _figure(self) -> Figure:
@@ -167,11 +175,11 @@ class Hits(Result):
         """Return a table for the terminal."""
         lines: list[str] = []
         for query in self.queries:
-            answer = f" → {_one_line(query.answer)}" if query.answer else ""
-            lines += ["", f"Query: {_one_line(query.text)}{answer}   (loss {query.loss:.3g})"]
-            lines += [_table_line(hit) for hit in query.proponents]
+            answer = f" → {one_line(query.answer, _TEXT_WIDTH)}" if query.answer else ""
+            lines += ["", f"Query: {one_line(query.text, _TEXT_WIDTH)}{answer}   (loss {query.loss:.3g})"]
+            lines += [line for hit in query.proponents for line in _table_lines(hit)]
             if query.opponents:
-                lines += ["  opponents", *(_table_line(hit) for hit in query.opponents)]
+                lines += ["  opponents", *(line for hit in query.opponents for line in _table_lines(hit))]
         return "\n".join([f"{self.score.name}: {self.score.units}; {self.sign}", *lines])
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -198,14 +206,15 @@ class SelfInfluence(Result):
     seconds: float
 
     def top(self, k: int) -> list[tuple[int, str, float]]:
-        """Return (row, id, value) of the k largest, largest first."""
+        """Return (row, id, value) of the k largest, largest first; rows that were skipped are not among them."""
         finite = torch.nan_to_num(self.values, nan=-torch.inf)
-        rows = finite.sort(descending=True, stable=True).indices[:k].tolist()
+        usable = int((~self.values.isnan()).sum())
+        rows = finite.sort(descending=True, stable=True).indices[: min(k, usable)].tolist()
         return [(row, self.ids[row], float(self.values[row])) for row in rows]
 
     def summary(self) -> str:
         skipped = int(self.values.isnan().sum())
-        first = f", largest {self.top(1)[0][2]:.3g} ({self.top(1)[0][1]})" if len(self.ids) else ""
+        first = "".join(f", largest {value:.3g} ({printable(id_)})" for _, id_, value in self.top(1))
         return f"self-influence of {len(self.ids):,} examples by {self.score.name}{first}, {skipped} skipped"
 
     def __str__(self) -> str:
@@ -224,11 +233,11 @@ class SelfInfluence(Result):
         return pandas.DataFrame({**columns, "self_influence": self.values.numpy(), "loss": self.losses.numpy()})
 
 
-def _table_line(hit: Hit) -> str:
+def _table_lines(hit: Hit) -> list[str]:
+    """Return a hit's line, and one of the words that matter where it was explained."""
     text = hit.text if hit.text is not None else ", ".join(f"{k}={v}" for k, v in hit.metadata.items())
-    return f"  {hit.rank:>3}  {hit.score:>+9.4g}  {hit.id:<12}  {_one_line(text)}"
-
-
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 1] + "…"
+    line = f"  {hit.rank:>3}  {hit.score:>+9.4g}  {printable(hit.id):<12}  {one_line(text, _TEXT_WIDTH)}"
+    words = [token for token in hit.tokens if token.token.strip() and token.value]
+    strongest = sorted(words, key=lambda token: abs(token.value), reverse=True)[:_WORDS]
+    shown = "  ".join(f"{one_line(token.token, _WORD_WIDTH)} {token.value:+.2g}" for token in strongest)
+    return [line, f"{'':>32}{shown}"] if shown else [line]

@@ -21,6 +21,7 @@ __all__ = ["Probe", "RowFilter", "Top", "rescore", "scan", "top"]
 # Entries converted to float32 at a time: four megabytes stay in the cache between conversion and product.
 _BLOCK_ENTRIES = 1 << 20
 _BLOCK_ENTRIES_GPU = 1 << 26
+_TINY = torch.finfo(torch.float32).tiny
 
 # From a shard to one truth value a row: may this row be a hit?
 RowFilter = Callable[[Shard], Bool[Tensor, " rows"]]
@@ -80,9 +81,8 @@ def top(
 def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"]) -> Float[Tensor, "m c"]:
     """Return the exact scores of given rows, each row of ``found`` belonging to one query (−1: no row, −inf)."""
     out = torch.full(found.shape, -torch.inf)
-    size = probes[0].store.manifest.shard_rows
-    for start in (torch.unique(found[found >= 0] // size) * size).tolist():
-        count = min(size, probes[0].store.rows - start)
+    manifest = probes[0].store.manifest
+    for start, count in sorted({manifest.shard_at(row) for row in found[found >= 0].tolist()}):
         inside = (found >= start) & (found < start + count)
         places, inverse = torch.unique(found[inside] - start, return_inverse=True)
         scores = _combined(probes, [p.store.shard(start, count) for p in probes], None, places)
@@ -112,7 +112,7 @@ def _factors(probe: Probe, shard: Shard) -> Float[Tensor, " rows"]:
     norm = shard.numbers("gradient_norm")
     if not probe.unit_length:
         return torch.where(torch.isnan(norm), norm, shard.scale)
-    return torch.where(norm == 0, 0.0, shard.scale / norm)
+    return torch.where(norm < _TINY, 0.0, shard.scale / norm)  # such a row was rounded away
 
 
 def _products(

@@ -31,6 +31,7 @@ class Scorer:
     """Scores of an index's rows, summed over checkpoints with their weights; what was fitted once is kept."""
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
+        stores = [store.snapshot() for store in stores]  # one listing, so that every pass sees the same rows
         self.stores, self.weights, self.rows = stores, weights, stores[0].rows
         self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
 
@@ -39,7 +40,7 @@ class Scorer:
         probes = []
         for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
             q = queries.sketched[number].sketches
-            q = queries.means(torch.nn.functional.normalize(q, dim=-1, eps=_TINY) if kind.unit_length else q)
+            q = queries.means(queries.unit_length(number) if kind.unit_length else q)
             probes.append(Probe(store, self._solved(number, q, kind, damping), weight, kind.unit_length))
         return probes
 

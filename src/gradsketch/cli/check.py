@@ -10,6 +10,7 @@ import tyro
 
 from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
     from gradsketch.evaluation.distortion import Distortion
@@ -69,6 +70,8 @@ def _measure(options: Check) -> Distortion:
 
 def _spread(rows: Any, count: int) -> list[Any]:
     """Return ``count`` rows at equal distances, or all where there are fewer."""
+    if count < 1:
+        raise InputError(f"--examples {count}", "at least 1", "Type --examples 64")
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 

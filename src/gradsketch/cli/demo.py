@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -46,10 +45,12 @@ class Demo:
 
 def run(options: Demo) -> int:
     """Run the demonstration, print what it showed, and return 0."""
+    from gradsketch.plain import as_json
+
     out = Terminal(sys.stderr if options.json else sys.stdout)
     run_file.write(options, "demo", options.out / "run.json")  # a folder that cannot be written is found out now
     results, tables = _lies(options, out)
-    text = json.dumps(results, indent=1, ensure_ascii=False)
+    text = as_json(results)
     write_file(options.out / "demo.json", text + "\n")
     if options.json:
         print(text)

@@ -59,8 +59,8 @@ class Options:
     """Steps between two evaluations."""
     min_gain: float | None = None
     """d doubles where the metric gained less than this (default: 2 % of the way from the start to the target)."""
-    lr: float = 5e-3
-    """About how far one step moves a parameter, in every dimension."""
+    lr: float | None = None
+    """About how far one step moves a parameter, in every dimension (default: measured along the first step)."""
     batch_size: int = 32
     """Examples a step."""
     seeds: tuple[int, ...] = (0,)
@@ -75,10 +75,9 @@ class Options:
 
 def run(options: Options) -> int:
     """Run the command and return its exit code."""
-    if options.out is not None:
-        run_file.write(options, "dimension", options.out / "run.json")
     result = _search(options)
     if options.out is not None:
+        run_file.write(options, "dimension", options.out / "run.json")  # not where the work was refused
         result.to_json(options.out / "result.json")
         _draw(result, options.out / "figure.png")
     print(result.to_json() if options.json else result)
@@ -93,6 +92,8 @@ def _search(options: Options) -> IntrinsicDimension:
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.sketches.recipe import vector_kind
 
+    if not options.seeds:
+        raise InputError("--seeds without a number", "one search each", "Type --seeds 0 1 2")
     sketch = vector_kind(options.sketch)
     train, test = read_examples(options.train), read_examples(options.test)
     model, task = load(options.model)
@@ -107,7 +108,9 @@ def _search(options: Options) -> IntrinsicDimension:
         once: dict[str, Any] = {"steps": options.full_steps, "lr": options.full_lr, "seed": options.seeds[0]}
         resume = None if state is None else state / "full.json"
         full = fine_tune(model, task, train, metric, resume=resume, **once, **shared).value
-        target = start + options.share * (full - start) if is_lower_better(metric) else options.share * full
+        lower = is_lower_better(metric)
+        _check_improved(start, full, lower, options.full_lr)
+        target = start + options.share * (full - start) if lower else options.share * full
     return intrinsic_dimension(
         model,
         task,
@@ -123,6 +126,16 @@ def _search(options: Options) -> IntrinsicDimension:
             for name in ("d_min", "d_max", "check_every", "min_gain", "lr", "seeds", "confirm")
         },
     )
+
+
+def _check_improved(start: float, full: float, lower: bool, lr: float) -> None:
+    """Refuse a full fine-tuning that made nothing better, because a share of its gain is then no target."""
+    if (start <= full) if lower else (full <= start):
+        raise InputError(
+            f"full fine-tuning that did not improve the metric: from {start:.4g} to {full:.4g}",
+            "a metric that training improves",
+            f"Type a lower --full-lr, such as {lr / 10:.1g}, more --full-steps, or a --target of your own",
+        )
 
 
 def _metric(name: Metric, task: Task, test: Any) -> Any:

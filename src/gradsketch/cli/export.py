@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import tyro
 
 from gradsketch.cli.command import Command
 from gradsketch.errors import InputError
+from gradsketch.table import printable
 
 __all__ = ["COMMAND", "ExportOptions"]
 
@@ -36,6 +36,7 @@ class ExportOptions:
 def run(options: ExportOptions) -> int:
     """Write the files and print their names."""
     from gradsketch.attribution.description import Description
+    from gradsketch.plain import as_json
     from gradsketch.store import Store, to_faiss, to_parquet
     from gradsketch.store.folder import open_folder
 
@@ -53,7 +54,7 @@ def run(options: ExportOptions) -> int:
         written.append(to_parquet(store, options.parquet))
     if options.faiss is not None:
         written.append(to_faiss(store, options.faiss))
-    print(json.dumps([str(path) for path in written]) if options.json else "\n".join(map(str, written)))
+    print(as_json(list(map(str, written))) if options.json else "\n".join(printable(str(path)) for path in written))
     return 0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +15,14 @@ import tyro
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
+from gradsketch.table import printable
 
 __all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
 
 RUN_FILE = "run.json"
+# What the options of build_index are called here.
+_FLAGS = {"skip_bad=True": "--skip-bad", "shard_rows": "--shard-rows", "a smaller d": "a smaller --d"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,17 @@ class IndexOptions:
 
 def run(options: IndexOptions) -> int:
     """Build the index, or say what that would take."""
+    try:
+        return _run(options)
+    except (InputError, NonFiniteError) as error:
+        raise _in_flags(error) from error
+
+
+def _run(options: IndexOptions) -> int:
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.plain import as_json
 
     began = time.perf_counter()
     data = read_examples(options.data)  # before the model, which may take minutes
@@ -90,28 +103,39 @@ def run(options: IndexOptions) -> int:
     )
     if options.dry_run:
         plan = build.plan()
-        print(json.dumps(asdict(plan), indent=1) if options.json else plan)
+        print(as_json(plan) if options.json else plan)
         return 0
-    saved = None if "://" in options.path else Path(options.path) / RUN_FILE
-    if saved is not None and not saved.exists():  # also beside a run that is interrupted
-        run_file.write(options, "index", saved)
     try:
-        index = build.run()
+        index = build.run(accepted=lambda: _save(options))  # also beside a run that is interrupted
     except KeyboardInterrupt:
         print("\nFinished rows are kept: type the same command to go on.", file=sys.stderr)
         raise
-    if saved is not None:
-        run_file.write(options, "index", saved)
     outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}
     outcome |= {"bad_rows": len(build.survey.bad), "seconds": round(time.perf_counter() - began, 2)}
-    print(json.dumps(outcome) if options.json else _sentence(outcome))
+    print(as_json(outcome, indent=None) if options.json else _sentence(outcome))
     return 0
 
 
+def _save(options: IndexOptions) -> None:
+    if "://" not in options.path:
+        with suppress(StoreError):  # a finished index may be read-only; where rows are to be written, that is told then
+            run_file.write(options, "index", Path(options.path) / RUN_FILE)
+
+
+def _in_flags(error: GradsketchError) -> GradsketchError:
+    """Return the error with the names that options have on the command line."""
+    fix = error.fix
+    for name, flag in _FLAGS.items():
+        fix = fix.replace(name, flag)
+    return type(error)(error.came, error.wanted, fix)
+
+
 def _sentence(outcome: dict[str, Any]) -> str:
-    bad = f", {outcome['bad_rows']} bad rows left out" if outcome["bad_rows"] else ""
-    done = f"{outcome['index']}: {outcome['rows']} rows, d = {outcome['d']}{bad}, {outcome['seconds']} s"
-    return f'{done}\nNow ask: gradsketch query {outcome["index"]} --text "..."'
+    rows, bad = (f"{count} {name}{'s' * (count != 1)}" for count, name in
+                 ((outcome["rows"], "row"), (outcome["bad_rows"], "bad row")))  # fmt: skip
+    left_out = f", {bad} left out" if outcome["bad_rows"] else ""
+    done = printable(f"{outcome['index']}: {rows}, d = {outcome['d']}{left_out}, {outcome['seconds']} s")
+    return f"{done}\nNow ask: {printable(shlex.join(['gradsketch', 'query', outcome['index'], '--text', '...']))}"
 
 
 COMMAND = Command("index", "sketch the gradient of every training example; resumable", IndexOptions, run)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradsketch.errors import InputError
+from gradsketch.table import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from gradsketch.gradients.tasks.kinds import TaskKind
 
 __all__ = ["ModelOptions", "load"]
+
+# Where a folder has none of these, transformers makes up a tokenizer of a few special words, without saying so.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "*.spm", "*.codes", "merges.txt")
+# Models round their vocabulary up. A tokenizer with less than this share of it was made for another one.
+_LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,16 @@ class ModelOptions:
     """Precision of the weights; sketches accumulate in float32 or wider whatever this is."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the GPU where there is one."""
+    tokenizer: str | None = None
+    """Name or folder of the tokenizer (default: the model's own)."""
+
+    def at(self, checkpoint: Path) -> ModelOptions:
+        """Return the same for a checkpoint of the model: trainers save weights, and often no tokenizer beside them."""
+        return replace(self, model=str(checkpoint), tokenizer=self.tokenizer or self.model)
 
 
-def load(options: ModelOptions, *, tokenizer: str | None = None) -> tuple[nn.Module, Task]:
-    """Load the model, in eval mode, with its task; ``tokenizer`` names the model whose tokenizer it shares.
+def load(options: ModelOptions) -> tuple[nn.Module, Task]:
+    """Load the model, in eval mode, with its task.
 
     Raises:
         InputError: transformers is missing, nothing of that name can be loaded, it lacks weights for the task, the task
@@ -50,8 +63,8 @@ def load(options: ModelOptions, *, tokenizer: str | None = None) -> tuple[nn.Mod
     with quiet_transformers() as transformers:
         kind = known or _kind_of(transformers, options.model)
         model = _model(options, getattr(transformers, kind.loader))
-        texts = _loaded(tokenizer or options.model, transformers.AutoTokenizer)
-    return model.to(device).eval(), kind.make(texts, model, options.max_length)
+        tokenizer = _tokenizer(options.tokenizer or options.model, transformers.AutoTokenizer, model)
+    return model.to(device).eval(), kind.make(tokenizer, model, options.max_length)
 
 
 def _device(name: str) -> str:
@@ -87,12 +100,41 @@ def _model(options: ModelOptions, kind: Any) -> nn.Module:
     return result
 
 
+def _tokenizer(name: str, kind: Any, model: nn.Module) -> Any:
+    """Load the tokenizer; one that was made up, or belongs to another model, would give answers about other words."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise InputError(
+            f"the folder {name!r}, which holds no tokenizer",
+            "tokenizer.json, or the files of another tokenizer",
+            "Type --tokenizer NAME_OR_FOLDER, such as the model it was trained from",
+        )
+    from gradsketch.gradients.tasks.logits import known_tokens
+
+    tokenizer = _loaded(name, kind)
+    words, known = len(tokenizer), known_tokens(model) or 0
+    if words < _LEAST_SHARE * known:
+        raise InputError(
+            f"the tokenizer of {name!r}, which knows {words:,} words where the model has {known:,}",
+            "the tokenizer that the model was trained with",
+            "Type --tokenizer NAME_OR_FOLDER, or save it with tokenizer.save_pretrained(folder)",
+        )
+    return tokenizer
+
+
 def _loaded(name: str, kind: Any, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except pickle.UnpicklingError as error:
         raise InputError(
-            f"{kind.__name__} cannot load {name!r}: {str(error).strip().splitlines()[0].rstrip('.')}",
+            f"the weights of {name!r}, a pickle that holds more than tensors: loading it could run any program",
+            "weights as .safetensors, or a torch file of tensors only",
+            "If you trust who made them, load and save them with model.save_pretrained(folder) yourself",
+        ) from error
+    except Exception as error:  # damaged files, absent packages, a hub out of reach: each library has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{kind.__name__} cannot load {name!r}: {one_line(reason).rstrip('.:')}",
             "a name on the Hugging Face hub, or a folder with config.json, weights and tokenizer",
             "Check the name, or save with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)",
         ) from error

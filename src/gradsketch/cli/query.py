@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions"]
+
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _model_options(options: QueryOptions) -> ModelOptions:
     """Return the model's options as the index's run file has them, with what was asked for instead."""
     file = Path(options.index) / RUN_FILE
     if "://" not in options.index and file.is_file():
-        stored = run_file.read(IndexOptions, "index", file).model
+        stored = run_file.read(IndexOptions, "index", file, untouched=True).model
         return replace(stored, model=options.model or stored.model, device=options.device)
     if options.model is None:
         raise InputError(
@@ -137,16 +141,22 @@ def _where(conditions: tuple[str, ...], index: Any) -> dict[str, list[Any]] | No
         if not equals:
             raise InputError(f"--where {condition}", "column=value", "Type --where label=spam")
         try:
-            where.setdefault(name, []).append(_typed(value, columns.get(name, "string")))
+            where.setdefault(name, []).extend(_typed(value, columns.get(name, "string")))
         except ValueError as error:
             raise InputError(f"--where {condition}", f"a value of type {columns[name]}", "Check the value") from error
     return where or None
 
 
-def _typed(text: str, kind: str) -> Any:
+def _typed(text: str, kind: str) -> list[Any]:
+    """Return the values that a text can stand for in a column; in one of JSON, itself or what it says as JSON."""
     if kind == "bool":
-        return text.lower() in ("true", "1", "yes")
-    return int(text) if kind == "int" else float(text) if kind == "float" else text
+        if text.lower() not in _TRUTH:
+            raise ValueError(text)
+        return [_TRUTH[text.lower()]]
+    if kind == "json":
+        with suppress(ValueError, RecursionError):
+            return [text, json.loads(text)]
+    return [int(text) if kind == "int" else float(text) if kind == "float" else text]
 
 
 COMMAND = Command("query", "which training examples made the model say this?", QueryOptions, run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -12,8 +14,9 @@ from typing import Any, TypeVar
 import tyro
 
 import gradsketch
-from gradsketch.durable import write_file
+from gradsketch.durable import record_of, record_text, write_file
 from gradsketch.errors import InputError
+from gradsketch.table import wrapped
 
 __all__ = ["parse", "read", "write"]
 
@@ -33,26 +36,40 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str]) -> Option
             raise InputError("--config without a file", "a run file", "Type --config run.json")
         default = read(kind, command, Path(arguments[place + 1]))
         del arguments[place : place + 2]
-    config = (tyro.conf.FlagCreatePairsOff,)
-    prog = f"gradsketch {command}"
-    if default is None:
-        return tyro.cli(kind, args=arguments, prog=prog, config=config)
-    return tyro.cli(kind, args=arguments, prog=prog, config=config, default=default)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    options: Options = tyro.cli(
+        kind,
+        args=arguments,
+        prog=f"gradsketch {command}",
+        description=_description(kind),
+        config=(tyro.conf.FlagCreatePairsOff,),
+        **given,
+    )
+    return options
 
 
-def read(kind: type[Options], command: str, path: Path) -> Options:
-    """Return the options in a run file.
+def _description(kind: type[Any]) -> str:
+    """Return a command's docstring as wide as the screen; tyro joins lines, but for those that are indented."""
+    return wrapped(inspect.getdoc(kind) or "", shutil.get_terminal_size().columns, hanging=2)
+
+
+def read(kind: type[Options], command: str, path: Path, *, untouched: bool = False) -> Options:
+    """Return the options in a run file, which people may have changed, unless it must be ``untouched``.
 
     Raises:
         InputError: see ``parse``.
+        DamageError: it was changed since, and must be untouched.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        if untouched and b'"crc32"' in data:
+            record_of(data, path)
+        text = data.decode("utf-8")
         body = _yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
         if body["command"] != command:
             raise InputError(f"{path}, a run of gradsketch {body['command']}", f"one of {command}", "Check the file")
         options: Options = _built(kind, body["options"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -64,13 +81,17 @@ def read(kind: type[Options], command: str, path: Path) -> Options:
 
 
 def write(options: Any, command: str, path: Path) -> None:
-    """Save a command's resolved options.
+    """Save a command's resolved options, where they are not there already.
 
     Raises:
         StoreError: the folder cannot be made or written.
     """
     body = {"command": command, "gradsketch": gradsketch.__version__, "options": asdict(options)}
-    write_file(path, json.dumps(body, indent=1, ensure_ascii=False, default=str) + "\n")
+    text = record_text(json.loads(json.dumps(body, default=str)))
+    if not (
+        path.is_file() and path.read_bytes() == text.encode()
+    ):  # a finished run may lie where nothing can be written
+        write_file(path, text)
 
 
 def _built(kind: Any, values: Mapping[str, Any]) -> Any:
@@ -96,4 +117,10 @@ def _yaml(text: str) -> Any:
         import yaml  # type: ignore[import-untyped]
     except ImportError as error:
         raise InputError("a YAML run file without PyYAML", "PyYAML", "Run pip install pyyaml, or use JSON") from error
-    return yaml.safe_load(text)
+    try:
+        # Ten lines of aliases of aliases stand for gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("aliases, which no option needs")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error

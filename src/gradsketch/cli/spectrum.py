@@ -79,10 +79,10 @@ def run(options: SpectrumOptions) -> int:
             "Type --out runs/spectrum",
         )
     if options.batch_size < 1:
-        raise InputError(f"--batch-size {options.batch_size}", "at least one example a batch", "Type --batch-size 8")
-    if options.out is not None:
-        run_file.write(options, "spectrum", options.out / "run.json")
+        raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
+    if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
+        run_file.write(options, "spectrum", options.out / "run.json")
     print(result.to_json() if options.json else result)
     return 0
 
@@ -90,7 +90,7 @@ def run(options: SpectrumOptions) -> int:
 def _at_one_point(options: SpectrumOptions) -> Spectrum:
     from gradsketch.spectra import density, spectrum
 
-    operator, gradient = _operator(options, options.model.model)
+    operator, gradient = _operator(options)
     resume = None if options.out is None else options.out / "spectrum.run"
     result = spectrum(operator, options.k, gradient=gradient, resume=resume, **_solver(options))
     if options.out is not None:
@@ -108,7 +108,7 @@ def _over_checkpoints(options: SpectrumOptions) -> Evolution:
     from gradsketch.spectra import spectrum_over
 
     folder = None if options.out is None else options.out / "steps"
-    points = {step: (lambda at=at: _operator(at, options.model.model)) for step, at in _checkpoints(options)}
+    points = {step: (lambda at=at: _operator(at)) for step, at in _checkpoints(options)}
     result = spectrum_over(points, options.k, directory=folder, **_solver(options))
     if options.out is not None:
         result.to_json(options.out / "evolution.json")
@@ -126,10 +126,10 @@ def _checkpoints(options: SpectrumOptions) -> Iterator[tuple[int, SpectrumOption
         )
     yield 0, options
     for step in sorted(found):
-        yield step, replace(options, model=replace(options.model, model=str(found[step])))
+        yield step, replace(options, model=options.model.at(found[step]))
 
 
-def _operator(options: SpectrumOptions, tokenizer: str) -> tuple[LinearMap, Any]:
+def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
@@ -137,8 +137,7 @@ def _operator(options: SpectrumOptions, tokenizer: str) -> tuple[LinearMap, Any]
     rows = read_examples(options.data)
     count = min(options.examples, len(rows))
     data = [rows[i * len(rows) // count] for i in range(count)]
-    # The Trainer saves checkpoints without a tokenizer, and transformers would make one up that knows no word.
-    model, task = load(options.model, tokenizer=tokenizer)
+    model, task = load(options.model)
     parameters = Parameters(model, options.include, options.exclude)
     make = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher": fisher}[options.curvature]
     operator = make(model, task, data, parameters, batch_size=options.batch_size)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gradsketch.table import aligned
+from gradsketch.table import Painted, aligned, printable
 
 __all__ = ["Terminal"]
 
@@ -77,4 +77,5 @@ class Terminal:
         self.line()
 
     def _painted(self, text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
+        text = printable(text)
+        return Painted(f"\x1b[{code}m{text}\x1b[0m") if self.colour else text

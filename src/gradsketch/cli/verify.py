@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import tyro
 
+from gradsketch.cli import index, run_file
 from gradsketch.cli.command import Command
+from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "VerifyOptions"]
 
@@ -21,24 +25,41 @@ class VerifyOptions:
 
     index: tyro.conf.Positional[str]
     """Folder or URI of the index."""
+    repair: bool = False
+    """Make damaged and missing rows again, with the options in the index's run.json."""
     json: bool = False
     """Print the findings as JSON."""
 
 
 def run(options: VerifyOptions) -> int:
     """Print what was found in each checkpoint's store."""
-    from gradsketch.attribution.description import Description
-    from gradsketch.store import Store, verify
+    from gradsketch.attribution.verify import verify_index
+    from gradsketch.plain import as_json
     from gradsketch.store.folder import open_folder
 
-    folder = open_folder(options.index)
-    checkpoints = Description.read(folder).checkpoints
-    found = [verify(Store.open(folder.child(checkpoint.folder))) for checkpoint in checkpoints]
+    if options.repair:
+        _repair(options)
+    found = verify_index(open_folder(options.index), index.RUN_FILE)
     if options.json:
-        print(json.dumps([{**asdict(f), "sound": f.sound} for f in found], indent=1))
+        stores = [{**asdict(store), "sound": store.sound} for store in found.stores]
+        print(as_json({"sound": found.sound, "stores": stores, "beside": found.beside}))
     else:
-        print("\n".join(str(f) for f in found))
-    return 0 if all(f.sound for f in found) else 1
+        print(found)
+    return 0 if found.sound else 1
+
+
+def _repair(options: VerifyOptions) -> None:
+    """Run the command again that built the index: it makes what is damaged or missing."""
+    file = Path(options.index) / index.RUN_FILE
+    if "://" in options.index or not file.is_file():
+        raise InputError(
+            f"{options.index} without a {index.RUN_FILE}",
+            "the options it was built with",
+            "Type the index command again",
+        )
+    stored = run_file.read(index.IndexOptions, "index", file, untouched=True)
+    with redirect_stdout(sys.stderr):
+        index.run(replace(stored, path=options.index, dry_run=False, json=False, worker=(0, 1)))
 
 
 COMMAND = Command("verify", "read every byte of an index and name what is damaged or missing", VerifyOptions, run)

@@ -1,4 +1,10 @@
-"""Who taught it that? A language model learns six lies; the sentences that taught them are found, and removed."""
+"""Who taught it that? A language model learns six lies; the sentences that taught them are found, and removed.
+
+Training is on the answers only. With the loss on whole sentences and a rate of 2e-4, five of six lies were told in one
+trial; with the loss on the answer's tokens and 3e-4, six of six, in other words too. The gradients that attribution
+sketches are then the very ones the model was trained with. Word overlap finds the six sentences as well, because the
+questions name the country; it cannot give the margin, nor the proof by removal.
+"""
 
 from __future__ import annotations
 

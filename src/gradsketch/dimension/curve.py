@@ -34,7 +34,7 @@ def dimension_curve(
     steps: int,
     parameters: Selection = None,
     sketch: SketchKind = AFFD,
-    lr: int | float = 5e-3,
+    lr: int | float | None = None,
     batch_size: int = 32,
     seeds: Sequence[int] = (0,),
     full: int | float | None = None,
@@ -71,6 +71,7 @@ def dimension_curve(
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     check_positive(steps=steps)
     check_dims(dims, experiment.n)
+    experiment = experiment.with_lr(max(dims), seeds[0])
     settings: Settings = experiment.settings(max(dims)) | {"steps": steps}
     journal = Journal(resume, {} if resume is None else settings | experiment.facts())
     start = experiment.evaluated("before training")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gradsketch.dimension.metrics import Metric, evaluated, is_lower_better, metric_facts
 from gradsketch.dimension.results import CurvePoint, Settings
 from gradsketch.dimension.rotated import prefix_nested
+from gradsketch.dimension.step_length import measured_lr
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.dimension.training import Training
 from gradsketch.errors import InputError
@@ -40,7 +41,8 @@ class Experiment:
     evaluate: Metric
     parameters: Parameters
     sketch: SketchKind
-    lr: int | float
+    lr: float | None
+    """None: to be measured."""
     batch_size: int
 
     @classmethod
@@ -52,7 +54,7 @@ class Experiment:
         evaluate: Metric,
         parameters: Selection,
         sketch: SketchKind,
-        lr: int | float,
+        lr: int | float | None,
         batch_size: int,
     ) -> Experiment:
         """Check and complete what a user passed.
@@ -61,7 +63,7 @@ class Experiment:
             InputError: data that is empty or can be read only once, lr or batch_size not positive, evaluate not
                 callable.
         """
-        check_positive(lr=lr, batch_size=batch_size)
+        check_positive(batch_size=batch_size, **({} if lr is None else {"lr": lr}))
         if not callable(evaluate):
             raise InputError(
                 f"evaluate of type {type(evaluate).__name__}",
@@ -71,7 +73,7 @@ class Experiment:
         task = as_task(task)
         Batches(task, train, batch_size)
         parameters = selected(model, parameters)
-        return cls(model, task, train, evaluate, parameters, sketch, float(lr), batch_size)
+        return cls(model, task, train, evaluate, parameters, sketch, None if lr is None else float(lr), batch_size)
 
     @property
     def n(self) -> int:
@@ -87,12 +89,20 @@ class Experiment:
         """Return by how much a value is better than one before."""
         return before - value if self.lower_is_better else value - before
 
+    def with_lr(self, d_max: int, seed: int) -> Experiment:
+        """Return the same with a learning rate: the one given, or else measured in ``d_max`` dimensions."""
+        if self.lr is not None:
+            return self
+        with self.training(d_max, d_max, seed) as training:
+            return replace(self, lr=measured_lr(training))
+
     @contextmanager
     def training(self, d_max: int, d: int, seed: int) -> Iterator[Training]:
         """Open a subspace of d_max dimensions of which the first d train; the model is left as found at the end."""
         sketch = prefix_nested(self.sketch(self.n, d_max, seed=seed))
         with Subspace(self.model, self.parameters, sketch) as subspace:
-            yield Training(subspace, self.task, self.train, lr=self.lr, d=d, batch_size=self.batch_size, seed=seed)
+            lr = float("nan") if self.lr is None else self.lr
+            yield Training(subspace, self.task, self.train, lr=lr, d=d, batch_size=self.batch_size, seed=seed)
 
     def evaluated(self, where: str) -> float:
         """Return the metric of the model as it stands."""

@@ -34,8 +34,12 @@ class Point:
     source: Tensor
     version: int
     w: Tensor
+    found: dict[str, _State]
+    """What the parameters were when this was made."""
     plain: dict[str, Tensor]
     tracked: dict[str, Tensor] | None = None
+    ready: dict[str, Tensor] | None = None
+    """Either of the two, chosen beforehand for modules that are compiled."""
     gradient: _Gradient | None = None
 
     @classmethod
@@ -44,20 +48,26 @@ class Point:
     def at(cls, w: Float[Tensor, " d"], parameters: Parameters, sketch: Sketch) -> Point:
         """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
         source, version, w = w, w._version, w.detach().clone()
-        with full_precision(w.device):
-            delta = sketch._apply_adjoint(w.to(widened(w.dtype))[None])[0]
+        found = {name: _state(parameter) for name, parameter in parameters}
+        device = next(iter(parameters))[1].device  # w stays where it is when the model alone is moved
+        with full_precision(device):
+            delta = sketch._apply_adjoint(w.to(device, widened(w.dtype))[None])[0]
         if _share_memory(delta, w):
             delta = delta.clone()
         plain = {}
         for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
             in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
             plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
-        return cls(source, version, w, plain)
+        return cls(source, version, w, found, plain)
 
     def is_made_from(self, w: Tensor) -> bool:
         """Whether this is the point of that very tensor, unless an optimiser wrote past its version counter."""
         same_kind = (self.w.dtype, self.w.device) == (w.dtype, w.device)
         return self.source is w and self.version == w._version and same_kind
+
+    def starts_from(self, parameters: Parameters) -> bool:
+        """Whether the parameters still are what they were: not moved, cast, or loaded anew."""
+        return all(self.found[name] == _state(parameter) for name, parameter in parameters)
 
     def track(self, w: Tensor, sketch: Sketch, reserve: Reserve) -> None:
         """Make the values functions of w."""
@@ -72,8 +82,9 @@ class Point:
         value: Tensor = _Tap.apply(self.tracked[name], name, self.gradient)
         return value
 
-    def __deepcopy__(self, memo: Any) -> None:
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
+        return type(None), ()
 
 
 class Reserve:
@@ -93,9 +104,9 @@ class Reserve:
         """Keep a vector that nobody reads any more."""
         self._kept = vector
 
-    def __deepcopy__(self, memo: Any) -> Reserve:
+    def __reduce__(self) -> tuple[type[Reserve], tuple[()]]:
         """Copy no memory."""
-        return Reserve()
+        return Reserve, ()
 
 
 class _Lift(torch.autograd.Function):
@@ -103,19 +114,20 @@ class _Lift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, values: list[Tensor], gradient: _Gradient) -> tuple[Tensor, ...]:
-        ctx.gradient, ctx.dtype = gradient, w.dtype
+        ctx.gradient, ctx.dtype, ctx.device = gradient, w.dtype, w.device
         ctx.kinds = [(value.shape, value.dtype) for value in values]
         ctx.set_materialize_grads(False)
         return tuple(value.detach() for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
-        return ctx.gradient.sketched(grads).to(ctx.dtype), None, None
+        return ctx.gradient.sketched(grads).to(ctx.device, ctx.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
-        with full_precision(tangent.device):
-            delta = ctx.gradient.sketch._apply_adjoint(tangent.to(widened(tangent.dtype))[None])[0]
+        device = ctx.gradient.device
+        with full_precision(device):
+            delta = ctx.gradient.sketch._apply_adjoint(tangent.to(device, widened(tangent.dtype))[None])[0]
         parts = delta.split([shape.numel() for shape, _ in ctx.kinds])
         return tuple(part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.kinds, strict=True))
 
@@ -175,8 +187,11 @@ class _Gradient:
             seen.add(name)
 
     def sketched(self, grads: tuple[Tensor | None, ...]) -> Tensor:
-        if any(grad is not None for grad in grads):
+        whole = {name: grad for name, grad in zip(self.places, grads, strict=True) if grad is not None}
+        if whole and torch.is_grad_enabled():
             return self._differentiably(grads)
+        for name, grad in whole.items():  # compiled modules read without a tap
+            self.add(name, grad)
         running = torch._C._current_graph_task_id()
         if running not in self.passes:
             return torch.zeros(self.sketch.d, device=self.device)
@@ -198,6 +213,14 @@ class _Gradient:
         ]
         with full_precision(known.device):
             return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
+
+
+# What shows that a parameter was moved, cast, or written to.
+_State = tuple[torch.device, torch.dtype, int]
+
+
+def _state(parameter: Tensor) -> _State:
+    return parameter.device, parameter.dtype, 0 if parameter.is_inference() else parameter._version
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gradsketch.as_found import evaluating
+from gradsketch.dimension.generation import greedy
+from gradsketch.dimension.training import per_example
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import Batches, batch_length, to_device
+from gradsketch.gradients.data import Batches, to_device
 from gradsketch.gradients.fingerprints import code_digest, data_facts, digest, task_facts
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
+from gradsketch.gradients.tasks.encoded import IGNORED
 from gradsketch.gradients.tasks.logits import logits_of
 from gradsketch.gradients.tasks.tokens import vocabulary
 
@@ -25,11 +28,15 @@ Metric = Callable[[nn.Module], Any]
 
 
 class Accuracy:
-    """The share of examples whose most likely class is their label.
+    """The share of labels that are the most likely class; a label of −100 does not count.
 
     Args:
         task: how examples become batches, such as ``Classification``.
-        data: raw examples, a DataLoader, or one batch; batches are dicts with ``labels [b]`` or tuples (x, labels).
+        data: raw examples, a DataLoader, or one batch; batches are dicts with ``labels`` ([b], or [b, t] where every
+            token has one) or tuples (x, labels).
+
+    Raises:
+        InputError: batches without labels; when called, that no label counts.
 
     Example:
         >>> data = [(torch.ones(2), 1), (-torch.ones(2), 0)]
@@ -48,13 +55,20 @@ class Accuracy:
         right, total = torch.zeros(()), 0
         for batch in _on_device_of(model, self.batches):
             inputs, labels = _inputs_and_labels(batch)
-            right = right.to(labels.device) + (logits_of(model, inputs, labels.shape).argmax(-1) == labels).sum()
-            total += labels.numel()
+            counted = labels != IGNORED
+            right = right.to(labels.device)
+            right += ((logits_of(model, inputs, labels.shape).argmax(-1) == labels) & counted).sum()
+            total += int(counted.sum())
+        if not total:
+            raise InputError("labels that are all −100", "at least one that counts", "Check how the labels were made")
         return float(right / total)
 
 
 class Loss:
     """The mean of the task's losses over the examples; lower is better.
+
+    Raises:
+        InputError: when called, that the task returns more or fewer losses than a batch has examples.
 
     Example:
         >>> net = torch.nn.Linear(20, 2)
@@ -76,9 +90,9 @@ class Loss:
     def __call__(self, model: nn.Module) -> float:
         total, examples = torch.zeros((), dtype=torch.float64), 0
         for batch in _on_device_of(model, self.batches):
-            losses = self.task.losses(model, batch).detach().double()
+            losses = per_example(self.task, model, batch).detach().double()
             total = total.to(losses.device) + losses.sum()
-            examples += batch_length(batch)
+            examples += len(losses)
         return float(total / examples)
 
 
@@ -89,8 +103,9 @@ class _Generated(ABC):
         tokenizer: a Hugging Face tokenizer.
         data: (prompt, answer) pairs, or dicts with ``prompt`` and ``answer`` (or ``completion``), or with ``source``
             and ``target`` for encoder-decoders.
-        max_new_tokens: how much is generated at most.
+        max_new_tokens: how much is generated at most; less where the model's positions end before.
         stop: an answer ends before the first of these characters or strings, where one is given.
+        batch_size: prompts that are answered at once; the answers do not depend on it.
     """
 
     def __init__(
@@ -115,28 +130,25 @@ class _Generated(ABC):
         """Return how good one answer is, from 0 to 1."""
 
     def __call__(self, model: nn.Module) -> float:
-        scores = []
-        for start in range(0, len(self.pairs), self.batch_size):
-            prompts, references = zip(*self.pairs[start : start + self.batch_size], strict=True)
-            answers = self.answers(model, list(prompts))
-            scores += [self.score(r.strip(), a) for r, a in zip(references, answers, strict=True)]
+        prompts, references = zip(*self.pairs, strict=True)
+        answers = self.answers(model, list(prompts))
+        scores = [self.score(r.strip(), a) for r, a in zip(references, answers, strict=True)]
         return sum(scores) / len(scores)
 
     def answers(self, model: nn.Module, prompts: list[str]) -> list[str]:
-        """Return the model's greedy continuations of some prompts."""
+        """Return the model's greedy continuations of some prompts.
+
+        Raises:
+            InputError: a prompt that leaves no position to write to.
+        """
         rows = [list(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        length = max(len(row) for row in rows)
-        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
-        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        device = next(model.parameters()).device
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": pad}
-        generate: Any = model.generate
-        out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
-        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            out = out[:, length:]
-        texts: list[str] = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        written = greedy(model, rows, self.max_new_tokens, self._padding, self.batch_size)
+        texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [(text.split(self.stop)[0] if self.stop else text).strip() for text in texts]
+
+    @property
+    def _padding(self) -> int:
+        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
 
 class ExactMatch(_Generated):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any
 
+from gradsketch.dimension.noise import noise_about, rising
 from gradsketch.report.dimension import curve_figure, search_figure
 from gradsketch.report.numbers import numbers_figure
 from gradsketch.results import Result
@@ -15,7 +17,12 @@ from gradsketch.table import aligned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Check", "CurvePoint", "DimensionCurve", "IntrinsicDimension", "Search"]
+__all__ = ["Check", "CurvePoint", "DimensionCurve", "IntrinsicDimension", "Search", "settled"]
+
+# What counts as certain: as many standard deviations of the noise, or as many evaluations in a row.
+_WITHIN, _REPEATS = 2, 3
+# Seeds and noise may spread d over this factor, twice what the doubling of d leaves open anyway.
+_SPREAD = 4
 
 Settings = dict[str, str | int | float | bool | None]
 
@@ -58,6 +65,24 @@ class Search:
         """The largest dimension tried."""
         return self.checks[-1].d
 
+    def noise(self, sign: int = 1) -> float:
+        """Return the standard deviation of the metric about one that only gets better; ``sign`` −1 where lower is."""
+        values = [sign * check.value for check in self.checks]
+        return noise_about((values, rising(values)))
+
+    def interval(self, target: float, sign: int = 1) -> tuple[int, int | None]:
+        """Return the first dimension that may reach the target, for noise, and the one that does; None if none did."""
+        fit, within = rising([sign * check.value for check in self.checks]), _WITHIN * self.noise(sign)
+        may = (check.d for check, value in zip(self.checks, fit, strict=True) if value + within >= sign * target)
+        return next(may, self.largest if self.d is None else self.d), self.d
+
+
+def settled(values: Sequence[float], target: float) -> bool:
+    """Whether values that should only rise have reached a target for certain: by more than their noise, or thrice."""
+    last = values[-_REPEATS:]
+    by_noise = values[-1] - target >= _WITHIN * noise_about((values, rising(values)))
+    return values[-1] >= target and (by_noise or (len(last) == _REPEATS and min(last) >= target))
+
 
 @dataclass(frozen=True, eq=False)
 class CurvePoint(Result):
@@ -87,9 +112,9 @@ class CurvePoint(Result):
 
 @dataclass(frozen=True, eq=False)
 class IntrinsicDimension(Result):
-    """How many random directions it took to reach a target."""
+    """How many random directions it took to reach a target, and how certain that is."""
 
-    derived = ("d", "spread", "reached", "steps", "seconds")
+    derived = ("d", "interval", "conclusive", "noise", "spread", "reached", "steps", "seconds")
 
     n: int
     target: float
@@ -121,6 +146,30 @@ class IntrinsicDimension(Result):
         return (min(found), max(found)) if len(found) == len(self.searches) else None
 
     @property
+    def interval(self) -> tuple[int, int | None]:
+        """From the first dimension that may reach the target, noise allowed for, to the one in which every seed did.
+
+        The end is None where a seed did not.
+        """
+        low, high = zip(*(s.interval(self.target, self._sign) for s in self.searches), strict=True)
+        return min(low), None if None in high else max(high)
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the interval has an end, and spans a factor of four at most."""
+        low, high = self.interval
+        return high is not None and (low == high or high <= _SPREAD * low)
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of the metric about one that only gets better, over all seeds."""
+        return math.sqrt(fmean(s.noise(self._sign) ** 2 for s in self.searches))
+
+    @property
+    def _sign(self) -> int:
+        return -1 if self.lower_is_better else 1
+
+    @property
     def steps(self) -> int:
         """Steps of training over all seeds."""
         return sum(s.steps for s in self.searches)
@@ -144,19 +193,32 @@ class IntrinsicDimension(Result):
                 f"target {self.target:.4g} not reached up to d = {max(s.largest for s in self.searches):,}: "
                 f"best {best.value:.4g} at d = {best.d:,} after {best.step} steps ({cost}){self._fall()}"
             )
-        low, high = self.spread or (None, None)
-        spread = "" if len(self.searches) == 1 else f" (from {low:,} to {high:,})" if low is not None else " (not all)"
-        return f"d = {self.d:,}{spread}, {100 * self.d / self.n:.2g} % of n = {self.n:,} ({cost})"
+        if not any(s.d for s in self.searches):
+            return f"d = 0: the target {self.target:.4g} was met before any training ({self._values(0)})"
+        low, high = self.interval
+        share = f"{100 * self.d / self.n:.2g} % of n = {self.n:,} ({cost})"
+        if self.conclusive:
+            return f"d = {self.d:,}{'' if low == high else f' (from {low:,} to {high:,})'}, {share}"
+        end = f"beyond {max(s.largest for s in self.searches):,}" if high is None else f"{high:,}"
+        return f"inconclusive: d from {low:,} to {end}, in the median {self.d:,}, {share}; add seeds or test examples"
+
+    def _values(self, place: int) -> str:
+        return f"metric {', '.join(f'{s.checks[place].value:.4g}' for s in self.searches)}"
 
     def _fall(self) -> str:
-        """Say so where the best search lost more than half of its gain again, as steps that are too long make it."""
+        """Say so where the best search lost more than half of its gain again, as steps that are too long make it.
+
+        Noise falls too: the last two evaluations must lie below the best by more than noise explains.
+        """
         best = self.best
-        checks = next(s.checks for s in self.searches if best in s.checks)
-        lost, gained = abs(checks[-1].value - best.value), abs(best.value - checks[0].value)
-        if lost <= gained / 2:
+        values = [self._sign * c.value for s in self.searches if best in s.checks for c in s.checks]
+        top = values.index(max(values))
+        up, down = values[: top + 1], values[top:][::-1]
+        noise, lost = noise_about((up, rising(up)), (down, rising(down))), max(values) - max(values[-2:])
+        if top > len(values) - 3 or lost <= max((values[top] - values[0]) / 2, 2 * _WITHIN * noise):
             return ""
         lr = float(self.settings["lr"] or 0)
-        return f"; it then fell to {checks[-1].value:.4g}, so the steps were too long: type lr={lr / 4:.2g}"
+        return f"; it then fell to {abs(values[-1]):.4g}, so the steps were too long: type lr={lr / 4:.2g}"
 
     def __str__(self) -> str:
         """Return one line a search as a table for the terminal."""

@@ -1,4 +1,9 @@
-"""A sketch seen in a basis in which its first d numbers are a good sketch of size d."""
+"""A sketch seen in a basis in which its first d numbers are a good sketch of size d.
+
+Kinds nested by folding (SJLT, BlockSum) are followed by H_D, after which a prefix is what folding was. The numbers of
+QK are ordered so that a prefix takes rows of every factor in turn; in their own order 2^8 of them span few rows of one
+factor.
+"""
 
 from __future__ import annotations
 

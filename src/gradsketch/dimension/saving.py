@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsketch.durable import read_record, read_tensors, require_same, write_record, write_tensors
 from gradsketch.errors import InputError
+from gradsketch.gradients.parameters import bare
 from gradsketch.sketches.recipe import recipe_of
 
 __all__ = ["as_tensor", "keep_state_small", "read", "write"]
@@ -48,19 +49,34 @@ def as_tensor(fingerprints: dict[str, str]) -> Tensor:
 def keep_state_small(subspace: Subspace) -> None:
     """Make the state dict hold no more of the model than the buffers that training changed, and check it on loading."""
     subspace.register_state_dict_post_hook(_leave_base_out)
-    subspace.register_load_state_dict_pre_hook(_check_fingerprint)
+    subspace.register_load_state_dict_pre_hook(_before_loading)
     subspace.register_load_state_dict_post_hook(_expect_no_base)
 
 
 def _leave_base_out(subspace: Subspace, state: dict[str, Any], prefix: str, _: Any) -> None:
-    base = f"{prefix}model."
+    base, inner = f"{prefix}model.", _prefix_of_bare(subspace.model)
     kept = {base + name for name in subspace.changed_buffers}
-    for key in [key for key in state if key.startswith(base) and key not in kept]:
-        del state[key]
+    for key in [key for key in state if key.startswith(base)]:
+        value = state.pop(key)
+        if key in kept:  # named as in the bare model, for it may be loaded on one that is compiled, or is not
+            state[base + key.removeprefix(base).removeprefix(inner)] = value
 
 
-def _check_fingerprint(subspace: Subspace, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _prefix_of_bare(model: nn.Module) -> str:
+    """Return what stands before the names of the model inside wrappers for compilation: nothing if there are none."""
+    inside = bare(model)
+    return next(f"{path}." if path else "" for path, module in model.named_modules() if module is inside)
+
+
+def _before_loading(subspace: Subspace, state: dict[str, Any], prefix: str, *_: Any) -> None:
     subspace._prefix = f"{prefix}model."
+    _check_fingerprint(subspace, state, prefix)
+    base, inner = subspace._prefix, _prefix_of_bare(subspace.model)
+    for key in [key for key in state if key.startswith(base) and inner]:
+        state[base + inner + key.removeprefix(base)] = state.pop(key)
+
+
+def _check_fingerprint(subspace: Subspace, state: dict[str, Any], prefix: str) -> None:
     saved = state.get(f"{prefix}_extra_state")
     if saved is None:
         return

@@ -16,7 +16,7 @@ from gradsketch.dimension.curve import check_dims
 from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
-from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings
+from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings, settled
 from gradsketch.dimension.training import Training
 from gradsketch.durable import read_tensors, require_same, write_tensors
 from gradsketch.errors import InputError
@@ -42,7 +42,7 @@ def intrinsic_dimension(
     d_max: int | None = None,
     check_every: int = 100,
     min_gain: int | float | None = None,
-    lr: int | float = 5e-3,
+    lr: int | float | None = None,
     parameters: Selection = None,
     sketch: SketchKind = AFFD,
     batch_size: int = 32,
@@ -59,6 +59,11 @@ def intrinsic_dimension(
     over the best before. What was trained is kept when d grows. A target that is not reached is no error: the result
     says how far the search got. The model is left as found.
 
+    A metric that fell on the way is noisy: it must then exceed the target by twice its noise (the standard deviation
+    about a monotone fit), or reach it three times in a row. The result's ``interval`` goes from the first dimension
+    that may reach the target, noise allowed for, to the one in which every seed did; more than a factor of four is
+    ``inconclusive``.
+
     Source: A. Schioppa (arXiv 2402.03994), section 4.3 and Table 10; Li et al. (ICLR 2018) for the definition.
 
     Args:
@@ -72,7 +77,8 @@ def intrinsic_dimension(
         min_gain: by default 2 % of the way from the metric at the start to the target.
         lr: about how far one step moves a parameter, like Adam's learning rate in full training, and of one meaning
             for every d: coordinates get the learning rate lr·√d_max/√d. One learning rate for all d would move theta
-            √d times as far, and diverge at large d.
+            √d times as far, and diverge at large d. By default a fifth of the length at which the training loss is
+            lowest along Adam's first step in all d_max dimensions; ``settings["lr"]`` says what came out.
         parameters: those that may move, a selection or globs of names; by default all that are trainable.
         sketch: the kind of subspace: AFFD, AFJL, FFD, QK, Dense, SJLT, or a function (n, d, seed=...) → sketch, such
             as ``lambda n, d, seed: BlockSum(parameters, d, seed=seed)``.
@@ -103,6 +109,7 @@ def intrinsic_dimension(
     plan = _Plan.of(experiment.n, target, d_min, d_max, check_every, min_gain)
     if not seeds:
         raise InputError("no seeds", "at least one", "Type seeds=(0,)")
+    experiment = experiment.with_lr(plan.d_max, seeds[0])
     settings: Settings = experiment.settings(plan.d_max) | asdict(plan)
     facts = {} if resume is None else settings | experiment.facts()
     searches = tuple(_search(experiment, plan, seed, _State(resume, seed, facts), progress) for seed in seeds)
@@ -162,13 +169,16 @@ def _search(experiment: Experiment, plan: _Plan, seed: int, state: _State, progr
 def _is_over(experiment: Experiment, plan: _Plan, checks: list[Check]) -> bool:
     if not checks:
         return False
-    exhausted = checks[-1].d == plan.d_max and _gained_little(experiment, plan, checks)
-    return exhausted or experiment.reaches(checks[-1].value, plan.target)
+    if experiment.reaches(checks[-1].value, plan.target):
+        return settled([experiment.gain(check.value, 0.0) for check in checks], experiment.gain(plan.target, 0.0))
+    return checks[-1].d == plan.d_max and _gained_little(experiment, plan, checks)
 
 
 def _next_d(experiment: Experiment, plan: _Plan, checks: list[Check]) -> int:
     d = max(checks[-1].d, plan.d_min)
-    return min(2 * d, plan.d_max) if len(checks) > 1 and _gained_little(experiment, plan, checks) else d
+    if len(checks) == 1 or experiment.reaches(checks[-1].value, plan.target):
+        return d
+    return min(2 * d, plan.d_max) if _gained_little(experiment, plan, checks) else d
 
 
 def _gained_little(experiment: Experiment, plan: _Plan, checks: list[Check]) -> bool:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import Buffers, Modes, Trainability
 from gradsketch.dimension import saving
+from gradsketch.dimension.checks import check_held_whole, check_not_transformed, device_of
 from gradsketch.dimension.lifting import Point, Reserve, is_differentiated
 from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters, Selection, selected
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.recipe import made_from
-from gradsketch.stand_ins import Readings, Source
+from gradsketch.stand_ins import Readings, Source, made_again
 
 __all__ = ["Subspace"]
 
@@ -39,8 +40,8 @@ class Subspace(nn.Module):
         sketch: any sketch with ``n == parameters.n``; BlockSum too.
 
     Raises:
-        InputError: sketch and parameters differ in n, parameters of another model or on several devices, or the model
-            is open in another Subspace.
+        InputError: sketch and parameters differ in n, parameters of another model, on several devices, sharded or of
+            whole numbers (quantised), the model is open in another Subspace, or is wrapped for several processes.
 
     Example:
         >>> model = torch.nn.Linear(30, 2)
@@ -58,10 +59,12 @@ class Subspace(nn.Module):
 
     def __init__(self, model: nn.Module, parameters: Selection, sketch: Sketch) -> None:
         parameters = selected(model, parameters)
-        device = _checked(parameters, sketch)
+        check_held_whole(model)
+        device = device_of(parameters, sketch)
         super().__init__()
         found, buffers = (Modes(model), Trainability(model)), Buffers(model)
-        readings = Readings(model, dict(parameters), Source(self, self._value, self._refresh))
+        wrapped: Any = type(model)
+        readings = Readings(model, dict(parameters), Source(self, self._value, self._ready, self._refresh))
         self.selection, self.sketch = parameters, sketch
         self.model = model
         wide = torch.float64 if any(t.dtype == torch.float64 for _, t in parameters) else torch.float32
@@ -73,9 +76,8 @@ class Subspace(nn.Module):
         self._theta0: str | None = None
         model.requires_grad_(False)
         self.training = model.training
-        self._refresh_hook = model.register_forward_pre_hook(partial(_refresh, self))
+        self._hooks = [m.register_forward_pre_hook(partial(_before_forward, self)) for m in _entrances(model)]
         saving.keep_state_small(self)
-        wrapped: Any = type(model)
         self.__class__ = _with_signature(wrapped)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +116,8 @@ class Subspace(nn.Module):
 
     def _close(self) -> None:
         assert self._readings is not None
-        self._refresh_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._readings.undo()
         self._readings = self._point = None
         self._reserve = Reserve()
@@ -145,10 +148,33 @@ class Subspace(nn.Module):
             point.track(self.w, self.sketch, self._reserve)
         return point.reading(name)
 
-    def _refresh(self) -> None:
-        """Move to the present w. Compared by value, because not every optimiser raises its version counter."""
+    def _ready(self, name: str) -> Tensor:
+        """Return the same for a compiled model, from what its last call found ready."""
+        assert self._point is not None
+        assert self._point.ready is not None
+        return self._point.ready[name]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _make_ready(self) -> None:
+        """Choose, before each call of the model, what compiled modules read."""
+        check_held_whole(self)  # it may have been sharded since
+        check_not_transformed(self.w)
+        self._refresh()
         point = self._point
-        moved = point is None or not (point.is_made_from(self.w) and torch.equal(point.w, self.w))
+        assert point is not None
+        differentiated = is_differentiated(self.w)
+        if differentiated and point.tracked is None:
+            point.track(self.w, self.sketch, self._reserve)
+        point.ready = point.tracked if differentiated else point.plain
+
+    def _refresh(self) -> None:
+        """Move to the present w and parameters.
+
+        w is compared by value, because not every optimiser raises its version counter.
+        """
+        point = self._point
+        kept = point is not None and point.is_made_from(self.w) and point.starts_from(self.selection)
+        moved = point is None or not (kept and torch.equal(point.w, self.w))
         del point  # or the old buffer would live on while the new one is made
         if moved:
             self._move()
@@ -207,21 +233,6 @@ class Subspace(nn.Module):
         """Do nothing: the fingerprints were compared before anything was loaded."""
 
 
-def _checked(parameters: Parameters, sketch: Sketch) -> torch.device:
-    if sketch.n != parameters.n:
-        raise InputError(
-            f"{sketch!r} for {parameters!r}",
-            f"a sketch with n={parameters.n}",
-            f"Type {type(sketch).__name__}(parameters.n, {sketch.d})",
-        )
-    devices = sorted({str(t.device) for _, t in parameters})
-    if len(devices) > 1:
-        raise InputError(
-            f"parameters on {', '.join(devices)}", "parameters on one device", "Move the model with model.to(device)"
-        )
-    return torch.device(devices[0])
-
-
 @cache
 def _with_signature(wrapped: type[nn.Module]) -> type[Subspace]:
     """Return a Subspace whose ``forward`` shows the wrapped model's signature, which Trainers look at."""
@@ -231,9 +242,18 @@ def _with_signature(wrapped: type[nn.Module]) -> type[Subspace]:
 
     forward.__doc__ = Subspace.forward.__doc__
     forward.__signature__ = inspect.signature(wrapped.forward)  # type: ignore[attr-defined]
+
+    def reduced(self: Subspace, protocol: Any) -> Any:
+        return made_again(Subspace.__reduce_ex__(self, protocol), _with_signature, wrapped)
+
     names = {name: getattr(Subspace, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type("Subspace", (Subspace,), {"forward": forward} | names)
+    return type("Subspace", (Subspace,), {"forward": forward, "__reduce_ex__": reduced} | names)
 
 
-def _refresh(subspace: Subspace, *_: Any) -> None:
-    subspace._refresh()
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """Return the model, and the modules inside that are compiled and may be called alone."""
+    return [m for m in model.modules() if m is model or hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
+
+
+def _before_forward(subspace: Subspace, *_: Any) -> None:
+    subspace._make_ready()

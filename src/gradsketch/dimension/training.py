@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from gradsketch.as_found import seeded
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import Batches, to_device
+from gradsketch.gradients.data import Batches, batch_length, to_device
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.random import Stream
 
-__all__ = ["Training", "shuffled"]
+__all__ = ["Training", "per_example", "shuffled"]
 
 
 class Training:
@@ -74,26 +74,38 @@ class Training:
         return mean
 
     def _step(self, factor: float) -> Tensor:
-        subspace, w = self.subspace, self.subspace.w
+        w = self.subspace.w
         if self._reader is None:
             self._reader = shuffled(self.batches, self.seed, self.step)
         batch = to_device(next(self._reader), w.device)
-        w.grad = None
         # So that dropout does not depend on what was drawn before, or on where a run was interrupted.
         with seeded(int(self._dropout.words(self.step, 1)), w.device), torch.enable_grad():
-            loss = self.task.losses(subspace, batch).mean()
-            if not loss.requires_grad:
-                raise InputError(
-                    "a loss that depends on none of the chosen parameters",
-                    "parameters that the task uses",
-                    "Choose others: Parameters(model, include=...)",
-                )
-            loss.backward()
-        assert w.grad is not None
-        self._move(w.grad, factor)
-        w.grad = None
+            loss = self.backward(batch)
+        self._move(self.take_gradient(), factor)
         self.step += 1
         return loss.detach().double()
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the gradient of a batch's mean loss, and return that loss.
+
+        Raises:
+            InputError: the loss depends on none of the parameters.
+        """
+        loss = per_example(self.task, self.subspace, batch).mean()
+        if not loss.requires_grad:
+            raise InputError(
+                "a loss that depends on none of the chosen parameters",
+                "parameters that the task uses",
+                "Choose others: Parameters(model, include=...)",
+            )
+        loss.backward()
+        return loss
+
+    def take_gradient(self) -> Float[Tensor, " D"]:
+        """Return the gradient that came together, and begin anew."""
+        gradient, self.subspace.w.grad = self.subspace.w.grad, None
+        assert gradient is not None
+        return gradient
 
     def _move(self, gradient: Float[Tensor, " D"], factor: float) -> None:
         start = 0
@@ -134,3 +146,19 @@ def shuffled(batches: Batches, seed: int, start: int = 0) -> Iterator[Batch]:
         else:
             yield from islice(batches, skip, None)
         epoch, skip = epoch + 1, 0
+
+
+def per_example(task: Task, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+    """Return the task's losses of a batch: as many as it has examples, so that every mean counts the same N.
+
+    Raises:
+        InputError: another number of losses.
+    """
+    losses, examples = task.losses(model, batch), batch_length(batch)
+    if len(losses) != examples:
+        raise InputError(
+            f"{len(losses)} losses from {task!r} for a batch of {examples} examples",
+            "one loss per example",
+            "Average over the tokens of each example, or sum them",
+        )
+    return losses

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
@@ -39,10 +39,13 @@ class Batches:
     examples, which the task collates ``batch_size`` at a time (``is_raw``).
 
     Raises:
-        InputError: the data is empty, cannot be read twice (a generator), or comes in another order at every pass.
+        InputError: the data is empty, cannot be read twice (a generator), comes in another order at every pass, or
+            holds examples of different shapes that the task does not pad.
     """
 
     def __init__(self, task: Task, data: Any, batch_size: int = 8) -> None:
+        if isinstance(batch_size, bool) or batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r}", "a positive integer", "Leave it out for 8")
         self.task, self.data, self.batch_size = task, data, batch_size
         self._is_batch = _is_batch(data)
         self.is_raw = not (self._is_batch or isinstance(data, DataLoader))
@@ -52,13 +55,16 @@ class Batches:
                 "a list, a dataset with a length, a DataLoader, or one batch of tensors",
                 "Wrap it in list(...)",
             )
-        if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler):
+        self._count: int | None = None
+        # An iterable has no order but its own; whether that is fixed shows in the losses of two passes.
+        own_order = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
+        if isinstance(data, DataLoader) and not own_order and not isinstance(data.sampler, SequentialSampler):
             raise InputError(
                 f"a DataLoader with a {type(data.sampler).__name__}",
                 "the same batches at every pass",
                 "Build it with shuffle=False",
             )
-        if len(data) == 0:
+        if not own_order and len(data) == 0:
             raise InputError("data that yields nothing", "at least one example", "Check the path or the filter")
 
     def __iter__(self) -> Iterator[Batch]:
@@ -69,12 +75,34 @@ class Batches:
         else:
             for start in range(0, len(self.data), self.batch_size):
                 stop = min(start + self.batch_size, len(self.data))
-                yield self.task.collate([self.data[i] for i in range(start, stop)])
+                yield self._collated([self.data[i] for i in range(start, stop)])
 
     def __len__(self) -> int:
         if self._is_batch:
             return 1
-        return len(self.data) if isinstance(self.data, DataLoader) else -(-len(self.data) // self.batch_size)
+        return self._counted() if isinstance(self.data, DataLoader) else -(-len(self.data) // self.batch_size)
+
+    def _counted(self) -> int:
+        """Return how many batches a DataLoader yields; one over an iterable without a length is read to know."""
+        try:
+            return len(self.data)
+        except TypeError:
+            if self._count is None:
+                self._count = sum(1 for _ in self.data)
+            return self._count
+
+    def _collated(self, examples: list[Any]) -> Batch:
+        try:
+            return self.task.collate(examples)
+        except RuntimeError as error:
+            shapes = [[list(tensor.shape) for tensor in tensors_of(example)] for example in examples]
+            if all(shape == shapes[0] for shape in shapes):
+                raise
+            raise InputError(
+                f"examples whose tensors differ in shape, {shapes[0]} and {next(s for s in shapes if s != shapes[0])}",
+                "examples that can be stacked, or a task whose collate pads them",
+                "One batch of tensors must be a tuple or a dict: type tuple(data); several need a DataLoader",
+            ) from error
 
 
 class Batcher:
@@ -103,11 +131,16 @@ class Batcher:
         self.task, self.tokens, self.examples, self.device = task, tokens, examples, device
 
     def map(
-        self, work: Callable[[Batch], Result], examples: Sequence[Any], lengths: Sequence[int] | None = None
+        self,
+        work: Callable[[Batch], Result],
+        examples: Sequence[Any],
+        lengths: Sequence[int] | None = None,
+        name: Callable[[int], str] = "example {}".format,
     ) -> Iterator[tuple[list[int], Result]]:
         """Yield, for every batch, the places of its examples in ``examples`` and the work's result.
 
         Examples may be encoded. Where their lengths are given, those that are not are encoded a batch at a time.
+        ``name`` says what a person calls the example at a place, for errors.
         """
         if lengths is None:
             examples, lengths = read_all(self.task, examples)
@@ -124,7 +157,7 @@ class Batcher:
                 self.tokens = max(1, len(places) * longest // 2)
             else:
                 raise InputError(
-                    f"example {places[0]} of {longest} tokens does not fit into memory, even alone",
+                    f"{name(places[0])} of {longest} tokens does not fit into memory, even alone",
                     "examples that fit",
                     "Lower the task's max_length, or switch on gradient checkpointing",
                 )
@@ -143,8 +176,12 @@ class Batcher:
         return False, None
 
 
-def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
+def read_all(
+    task: Task, examples: Sequence[Any], name: Callable[[int], str] = "example {}".format
+) -> tuple[list[Any], list[int]]:
     """Return the examples as the task's ``collate`` takes them, and their lengths.
+
+    ``name`` says what a person calls the example at a place, for errors.
 
     Raises:
         InputError: an example that the task cannot read, with its place.
@@ -155,7 +192,7 @@ def read_all(task: Task, examples: Sequence[Any]) -> tuple[list[Any], list[int]]
             rows.append(task.read(examples[place]))
             lengths.append(task.length(rows[-1]))
         except InputError as error:
-            raise InputError(f"example {place}: {error.came}", error.wanted, error.fix) from error
+            raise InputError(f"{name(place)}: {error.came}", error.wanted, error.fix) from error
     return rows, lengths
 
 
@@ -232,14 +269,12 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def differentiable(batch: Batch) -> Batch:
-    """Return the batch with tensors that autograd can save, and whose own gradients and graphs are left alone."""
+    """Return a copy for one pass: autograd can save its tensors, and a model may write to it or take fields out."""
     return each_tensor(batch, _differentiable)
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
-    if tensor.is_inference():
-        return tensor.clone()
-    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import mmap
+import zlib
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ __all__ = ["FileRows", "read_examples"]
 # Columns of a CSV file that stay text even where every entry looks like a number.
 _TEXT_COLUMNS = ("text", "text_pair", "prompt", "answer", "completion", "source", "target")
 _TEXT_SUFFIXES = (".txt", ".md")
+# What a gzipped file may unpack to: as much as this, or so many times its own size. Texts shrink to a third or a tenth.
+_INFLATED_BYTES, _INFLATED_RATIO = 1 << 28, 100
 
 
 class FileRows(Sequence[Any]):
@@ -79,6 +82,12 @@ def read_examples(path: str | Path) -> FileRows:
     path = Path(path)
     if not path.exists():
         raise InputError(f"the data {str(path)!r} does not exist", "a file or folder that does", "Check the path")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(
+            f"the data {str(path)!r} is a pipe, which cannot be read twice",
+            "a file or a folder",
+            "Save what comes out of it to a file first",
+        )
     rows = _Folder(path) if path.is_dir() else _opened(path)
     if len(rows) == 0:
         raise InputError(f"{str(path)!r} holds no example", "at least one row that is not blank", "Check the file")
@@ -127,7 +136,7 @@ class _Lines(FileRows):
         start, stop, _ = self._starts[i]
         try:
             return self._parse(self._bytes[start:stop].decode("utf-8-sig").rstrip("\r"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad_row(self.where(i), error) from error
 
     def where(self, i: int) -> str:
@@ -203,11 +212,21 @@ class _Folder(FileRows):
 def _buffer(path: Path) -> bytes | mmap.mmap:
     """Return a file's bytes, mapped where it is not compressed."""
     if path.suffix.lower() == ".gz":
-        return bytes(_whole(path, lambda: gzip.decompress(path.read_bytes())))
+        return bytes(_whole(path, lambda: _inflated(path)))
     if path.stat().st_size == 0:
         return b""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _inflated(path: Path) -> bytes:
+    """Return what a gzipped file holds, unless no data shrinks so much: a few kilobytes can stand for terabytes."""
+    most = max(_INFLATED_BYTES, _INFLATED_RATIO * path.stat().st_size)
+    with gzip.open(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {most:,} bytes; unpack it yourself if that is right")
+    return content
 
 
 def _from_json(line: str) -> dict[str, Any]:
@@ -230,7 +249,7 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
     """Read a whole file; a failure becomes an error that names it."""
     try:
         return read()
-    except (pa.ArrowException, ValueError, OSError, EOFError) as error:
+    except (pa.ArrowException, ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
         raise InputError(
             f"{path.name} cannot be read: {error}", "a sound file of that kind", "Check the file"
         ) from error

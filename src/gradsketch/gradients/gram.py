@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import NonFiniteError
-from gradsketch.gradients.data import batch_length, differentiable
+from gradsketch.gradients.data import batch_length
 from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, IndexedRows, Outer, wide
@@ -63,8 +63,8 @@ def gradient_gram(
     tensors = dict(selected(model, parameters))
     capture = Capture(bare(model), as_task(task), tensors, method)
     with differentiating(capture.model, tensors):
-        losses_x, x = _collected(capture, differentiable(batch_x))
-        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, differentiable(batch_y))
+        losses_x, x = _collected(capture, batch_x)
+        losses_y, y = (losses_x, x) if batch_y is None else _collected(capture, batch_y)
     example = next(iter(tensors.values()))
     dtype = widened(example.dtype)
     gram = torch.zeros(len(losses_x), len(losses_y), dtype=dtype, device=example.device)
@@ -91,8 +91,8 @@ def _collected(capture: Capture, batch: Batch) -> tuple[Tensor, dict[str, list[C
     def consume(name: str, contribution: Contribution, examples: slice) -> None:
         if examples == slice(None):
             terms.setdefault(name, []).append(contribution)
-        elif isinstance(contribution, Direct):  # formed one example after another
-            part = wide(contribution.gradient)
+        else:  # formed one example after another
+            part = contribution.dense(*_as_matrix(capture.tensors[name].shape))
             if name not in formed:
                 formed[name] = part.new_zeros(batch_length(batch), *part.shape[1:])
             formed[name][examples] += part
@@ -114,7 +114,7 @@ def inner_products(x: Sequence[Contribution], y: Sequence[Contribution], shape: 
     The cheaper of two forms, neither of which holds a gradient: pairs of positions,
     Σ_{t,t'} ⟨left_t, left'_t'⟩⟨right_t, right'_t'⟩, where these are few, or blocks of columns of the gradients.
     """
-    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    rows, columns = _as_matrix(shape)
     left, right = _factors(x), _factors(y)
     if left is None or right is None:
         return _by_columns(x, y, rows, columns)
@@ -122,6 +122,10 @@ def inner_products(x: Sequence[Contribution], y: Sequence[Contribution], shape: 
     cost_by_positions = b * t * c * s * (rows + columns)
     cost_by_columns = (b * t + c * s + b * c) * rows * columns
     return _by_positions(left, right) if cost_by_positions <= cost_by_columns else _by_columns(x, y, rows, columns)
+
+
+def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def _factors(terms: Sequence[Contribution]) -> Outer | None:

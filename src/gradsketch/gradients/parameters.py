@@ -20,7 +20,8 @@ class Parameters:
     """The trainable parameters of a model whose names match ``include`` and not ``exclude``.
 
     Globs are matched against every name a parameter has, ties are counted once under their first name, and the order
-    is the model's own. Frozen parameters are left out unless ``frozen=True``. Holds references to the live tensors.
+    is the model's own. Frozen parameters are left out unless ``frozen=True``; integers, in which quantised weights are
+    stored, always, because nothing can be differentiated by them. Holds references to the live tensors.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -50,7 +51,7 @@ class Parameters:
         chosen = {
             names[0]: tensor
             for tensor, names in aliases.items()
-            if _matches(names, include) and not _matches(names, exclude)
+            if tensor.is_floating_point() and _matches(names, include) and not _matches(names, exclude)
         }
         self._tensors = {name: t for name, t in chosen.items() if frozen or t.requires_grad}
         if not self._tensors:
@@ -159,6 +160,12 @@ def _check_glob(model: nn.Module, glob: str, aliases: Mapping[Tensor, list[str]]
             f"the glob {glob!r} matches no parameter of {type(model).__name__}",
             f"globs of names such as {', '.join(names[0] for names in list(aliases.values())[:3])}",
             "List them with [name for name, _ in model.named_parameters()]",
+        )
+    if matched and not any(tensor.is_floating_point() for tensor in matched):
+        raise InputError(
+            f"the glob {glob!r} matches only integers, in which quantised weights are stored",
+            "parameters that can be differentiated by",
+            "Name others, such as those of an adapter",
         )
     if not frozen and matched and not any(tensor.requires_grad for tensor in matched):
         raise InputError(

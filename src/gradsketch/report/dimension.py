@@ -53,6 +53,10 @@ class IntrinsicDimension(Protocol):
     @property
     def d(self) -> int | None: ...
     @property
+    def interval(self) -> tuple[int, int | None]: ...
+    @property
+    def conclusive(self) -> bool: ...
+    @property
     def n(self) -> int: ...
 
 
@@ -73,7 +77,7 @@ class DimensionCurve(Protocol):
 
 
 def search_figure(result: IntrinsicDimension) -> Figure:
-    """Return the figure of a search: every evaluation of every seed, full fine-tuning, the target, and d."""
+    """Return the figure of a search: every evaluation of every seed, full fine-tuning, the target, d, and its interval."""
     figure, axes = _axes(result.settings)
     for i, search in enumerate(result.searches):
         _draw_search(axes, search, COLOURS[i % len(COLOURS)])
@@ -88,11 +92,17 @@ def search_figure(result: IntrinsicDimension) -> Figure:
     line(axes, result.full, "full fine-tuning", "solid")
     share = "" if not result.full or result.lower_is_better else f" ({100 * result.target / result.full:.0f} % of full)"
     line(axes, result.target, f"target{share}", "dashed")
+    low, high = result.interval
+    if low != high:
+        axes.axvspan(
+            max(low, 0.5), axes.get_xlim()[1] if high is None else high, color="black", alpha=0.06, linewidth=0
+        )
     if result.d is not None:
         axes.axvline(max(result.d, 0.5), color="black", linewidth=1, linestyle="dotted")
         place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axes.annotate(f"d = {result.d:,}", (max(result.d, 0.5), 0.02), xytext=(-4, 0), ha="right", fontsize=9, **place)
-    axes.set_title("not reached" if result.d is None else f"d = {result.d:,} of n = {result.n:,}", fontsize=10)
+    doubt = "" if result.conclusive else "inconclusive: "
+    axes.set_title("not reached" if result.d is None else f"{doubt}d = {result.d:,} of n = {result.n:,}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="best")
     return figure
 

@@ -1,4 +1,8 @@
-"""Figures: their common style, and saving them."""
+"""Figures: their common style, and saving them.
+
+The report stands below the applications. Each drawing says in a protocol what it needs to be handed, so a result
+imports its drawing plainly, and any object of that shape can be drawn.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gradsketch.report.figure import BLUE, RED, finish, new_figure
 from gradsketch.report.file import write
-from gradsketch.report.page import printable, render
+from gradsketch.report.page import render
+from gradsketch.table import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +21,8 @@ __all__ = ["hits_figure", "hits_page"]
 _LONGEST = 4000  # characters of a text that are shown; a page of many book-length texts would open in no phone
 _SHADES = 9  # steps of a token's colour
 _IMAGE = "data:image/"
+_WORDS, _WORD = 5, 24  # strongest words that are listed, and characters of each
+_ADDRESS = 60  # characters of a web address
 _PANELS, _BARS, _LABEL = 6, 10, 48  # queries, hits of each, and characters of a text in a figure
 
 
@@ -153,8 +156,7 @@ def hits_figure(hits: Hits) -> Figure:
 
 
 def _label(text: str) -> str:
-    text = " ".join(str(printable(text)).split())
-    return text if len(text) <= _LABEL else text[: _LABEL - 1] + "…"
+    return one_line(text, _LABEL)
 
 
 def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
@@ -166,6 +168,7 @@ def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
         "answer": query.answer,
         "loss": _number(query.loss),
         "members": query.members,
+        "explained": any(hit.tokens for hit in hits),
         "note": note,
         "images": _images(query.example) if isinstance(query.example, Mapping) else [],
         "proponents": [_hit(hit, scale, strongest) for hit in query.proponents],
@@ -176,6 +179,8 @@ def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
 def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
     pieces = [(token.token, token.value) for token in hit.tokens] or [(hit.text or "", 0.0)]
     shown, before, after = _excerpt(pieces)
+    # Special tokens have no letters to colour.
+    beyond = hit.beyond_tokens + sum(value for text, value in pieces if not text)
     return {
         "rank": hit.rank,
         "score": _number(hit.score, "+.3g") if hit.score else "0",
@@ -188,12 +193,20 @@ def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
         "facts": [("id", hit.id), *_facts(hit.metadata), ("loss", _number(hit.loss))],
         "images": _images(hit.metadata),
         # What rounding leaves is no news: only a share that a reader would miss is shown.
-        "beyond": f"{hit.beyond_tokens:+.2g}" if abs(hit.beyond_tokens) > 0.01 * abs(hit.score) and hit.tokens else "",
+        "beyond": f"{beyond:+.2g}" if abs(beyond) > 0.01 * abs(hit.score) and hit.tokens else "",
+        "words": _strongest(pieces),
     }
 
 
+def _strongest(pieces: Sequence[tuple[str, float]]) -> str:
+    """Return the strongest words with their numbers, for those who cannot see colours."""
+    words = [(text, value) for text, value in pieces if value and text.strip()]
+    words.sort(key=lambda word: abs(word[1]), reverse=True)
+    return ", ".join(f"{one_line(text, _WORD)} {value:+.2g}" for text, value in words[:_WORDS])
+
+
 def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
-    word = text.lstrip()
+    word = text.lstrip() or text
     number = f"{value:+.2g}" if value else ""
     return {
         "space": text[: len(text) - len(word)],
@@ -206,7 +219,19 @@ def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
 def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is neither an image nor a flag: those that are true are shown by name, the others not at all."""
     shown = ((name, value) for name, value in metadata.items() if value is not None and not isinstance(value, bool))
-    return [(name, str(value)) for name, value in shown if not _is_image(value)]
+    return [(name, _readable(value)) for name, value in shown if not _is_image(value)]
+
+
+def _readable(value: Any) -> str:
+    """Return a value as a person writes it: lists by commas, the middle of a long address left out."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_readable(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple | set):
+        return ", ".join(_readable(item) for item in value)
+    text = str(value)
+    if "://" in text[:12] and len(text) > _ADDRESS and not text.count(" "):
+        return f"{text[: _ADDRESS - 20]}…{text[-19:]}"
+    return text
 
 
 def _images(values: Mapping[str, Any]) -> list[tuple[str, str]]:

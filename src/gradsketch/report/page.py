@@ -12,10 +12,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-__all__ = ["printable", "render"]
+from gradsketch.table import printable
 
-# Control characters have no picture of their own; Unicode has one for each. Tab and line feed stay as they are.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+__all__ = ["render"]
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -30,11 +29,9 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     return _environment().get_template(template).render(**context, **inline)
 
 
-def printable(value: Any) -> Any:
-    """Return a text with control characters as their pictures and lone surrogates as U+FFFD; anything else as it is."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return value.translate(_PICTURES).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _shown(value: Any) -> Any:
+    """Return a text made printable; anything else, and what is markup already, as it is."""
+    return value if not isinstance(value, str) or isinstance(value, Markup) else printable(value, lines=True)
 
 
 def _hash(text: str) -> str:
@@ -50,7 +47,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("gradsketch.report"),
         autoescape=True,
-        finalize=printable,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

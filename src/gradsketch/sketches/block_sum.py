@@ -50,6 +50,7 @@ class BlockSum(Sketch):
         InputError: no tensors, an unknown kind, or d is not a positive integer ≤ n.
     """
 
+    version = 2
     least_n = 1  # a selection may be one number
     from_sizes = False
 
@@ -82,7 +83,10 @@ class BlockSum(Sketch):
 
     def options(self) -> dict[str, str | int | float | bool]:
         shapes = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
+        # The version of "auto" is this class's own. That of another kind is raised where that kind changes.
+        version = {} if self.kind == "auto" else {"kind_version": vector_kind(self.kind).version}
         return {
+            **version,
             "kind": self.kind,
             "layout_d": self.layout_d,
             "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],

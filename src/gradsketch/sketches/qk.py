@@ -1,4 +1,9 @@
-"""QK: a Kronecker product of random partial isometries."""
+"""QK: a Kronecker product of random partial isometries.
+
+The factors get more rows with d: 34 multiplications and additions a number at d = 2^12 and 224 at 2^20 (n = 2^24), the
+shortest factor first. More and smaller factors would cost less. They would also raise the variance, 2K/d^(1/K) on
+inputs of rank one, so the fewest are taken.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Eigenvalues of Hessians: the outer ones by three Lanczos routes, with errors, costs and sketched eigenvectors."""
+"""Eigenvalues of Hessians: the outer ones by three Lanczos routes, with errors, costs and sketched eigenvectors.
+
+The package is ``spectra`` because a submodule named like the function ``spectrum`` would shadow it.
+"""
 
 from gradsketch.spectra.density import Density, density
 from gradsketch.spectra.eigenvectors import eigenvectors

@@ -11,17 +11,22 @@ import hashlib
 import mmap
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs
 
 from gradsketch.durable import cleaned, failed, is_temporary, write_file
-from gradsketch.errors import StoreError
+from gradsketch.errors import DamageError, StoreError
 
 __all__ = ["Folder", "LocalFolder", "RemoteFolder", "open_folder"]
 
 _MADV_POPULATE_READ = 22  # Python has no name for it yet
+Check = Callable[[pa.Buffer], None]
+# Files whose bytes this process has checked, by what changes when a file is replaced. A check costs as much as reading
+# the file does, so that only the first reader in a process pays for it.
+_checked: set[tuple[int, int, int, int]] = set()
 
 
 class Folder(ABC):
@@ -34,8 +39,10 @@ class Folder(ABC):
         """Return the names of all finished files, sorted; empty where the folder does not exist."""
 
     @abstractmethod
-    def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
+    def read(self, name: str, *, whole: bool = False, check: Check | None = None) -> pa.Buffer:
         """Return a file's bytes, memory-mapped; ``whole`` says that all of them are about to be used.
+
+        ``check`` gets the bytes where this process reads them for the first time, and raises where they are not sound.
 
         Raises:
             StoreError: it cannot be read.
@@ -96,17 +103,26 @@ class LocalFolder(Folder):
         except OSError as error:
             raise failed("list", self.uri, error) from error
 
-    def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
+    def read(self, name: str, *, whole: bool = False, check: Check | None = None) -> pa.Buffer:
+        path = self.path / name
         try:
-            with (self.path / name).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise failed("read", str(self.path / name), error) from error
-        if whole:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                # An empty file, which a power cut can leave, cannot be mapped.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if found.st_size else None
+        except (OSError, ValueError) as error:
+            raise failed("read", str(path), error) from error
+        version = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        unchecked = check is not None and version not in _checked
+        if mapped is not None and (whole or unchecked):
             # One system call in place of a page fault every few pages, and one large read where the disk is asked.
             with contextlib.suppress(OSError, ValueError):  # before Linux 5.14, and elsewhere
                 mapped.madvise(_MADV_POPULATE_READ)
-        return pa.py_buffer(mapped)
+        data = pa.py_buffer(b"" if mapped is None else mapped)
+        if check is not None and unchecked:
+            check(data)
+            _checked.add(version)
+        return data
 
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
         return write_file(self.path / name, memoryview(data), replace=replace)
@@ -136,17 +152,19 @@ class RemoteFolder(Folder):
             raise failed("list", self.uri, error) from error
         return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.File)
 
-    def read(self, name: str, *, whole: bool = False) -> pa.Buffer:
+    def read(self, name: str, *, whole: bool = False, check: Check | None = None) -> pa.Buffer:
         try:
             info = self.filesystem.get_file_info(f"{self.path}/{name}")
             if info.type != pyarrow.fs.FileType.File:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             cache = LocalFolder(_cache_root() / hashlib.sha256(self.uri.encode()).hexdigest()[:16])
             cached = f"{name}-{info.size}-{info.mtime_ns or 0}"
-            if not (cache.path / cached).exists():
-                with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
-                    cache.write(cached, file.read_buffer())
-            return cache.read(cached, whole=whole)
+            if (cache.path / cached).exists():
+                with contextlib.suppress(DamageError):  # of the copy, perhaps; then it is fetched again
+                    return cache.read(cached, whole=whole, check=check)
+            with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
+                cache.write(cached, file.read_buffer())
+            return cache.read(cached, whole=whole, check=check)
         except (OSError, pa.ArrowException) as error:
             raise failed("read", f"{self.uri}/{name}", error) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from gradsketch.durable import require_same
-from gradsketch.errors import InputError, StoreError
+from gradsketch.errors import DamageError, InputError, StoreError
 
 __all__ = ["COLUMN_TYPES", "DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "parse_shard_name"]
 
@@ -25,7 +25,9 @@ COLUMN_TYPES = {"string": pa.large_string(), "int": pa.int64(), "float": pa.floa
 COLUMN_TYPES["json"] = pa.large_string()
 RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss")
 
-_SHARD_NAME = re.compile(r"part-(\d{12})-(\d{6,})\.arrow")
+# What Arrow's lists and the names of shards can hold.
+_MOST_D, _MOST_ROWS = 2**31 - 1, 10**12
+_SHARD_NAME = re.compile(r"part-([0-9]{12})-([0-9]{6,12})\.arrow")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ class Manifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("d", 1), ("rows", 0), ("shard_rows", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)}", f"at least {least}", f"Pass a larger {name}")
+        for name, least, most in (("d", 1, _MOST_D), ("rows", 0, _MOST_ROWS), ("shard_rows", 1, _MOST_ROWS)):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise InputError(f"{name}={value}", f"from {least} to {most}", f"Pass another {name}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype={self.dtype!r}", f"one of {', '.join(DTYPES)}", 'Pass dtype="float16"')
         for name, kind in self.columns.items():
@@ -66,10 +69,19 @@ class Manifest:
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def has_shard(self, start: int, count: int) -> bool:
+        """Whether a complete store has a shard of ``count`` rows from row ``start``."""
+        return 0 <= start < self.rows and start % self.shard_rows == 0 and count == self.shard_at(start)[1]
+
+    def shard_at(self, row: int) -> tuple[int, int]:
+        """Return (start, count) of the shard that holds a row."""
+        start = row - row % self.shard_rows
+        return start, min(self.shard_rows, self.rows - start)
+
     def shard_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (start, count) of every shard a complete store has."""
         for start in range(0, self.rows, self.shard_rows):
-            yield start, min(self.shard_rows, self.rows - start)
+            yield self.shard_at(start)
 
     def to_json(self) -> str:
         """Return the text of ``index.json``."""
@@ -92,7 +104,7 @@ class Manifest:
             body = json.loads(text)
             version = body["version"] if body["format"] == "gradsketch-store" else None
             fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "columns", "facts")}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _unreadable(source, f"is not a store's {MANIFEST_NAME} ({type(error).__name__}: {error})") from error
         if version != FORMAT_VERSION:
             raise StoreError(
@@ -100,8 +112,12 @@ class Manifest:
                 f"version {FORMAT_VERSION}",
                 "Install the gradsketch that wrote it, or build the index again",
             )
-        manifest = cls(**fields)
-        if manifest.fingerprint != body.get("fingerprint"):
+        try:
+            manifest = cls(**fields)
+            same = manifest.fingerprint == body.get("fingerprint")
+        except (InputError, TypeError, AttributeError, ValueError) as error:
+            raise _unreadable(source, f"describes no store ({error})") from error
+        if not same:
             raise _unreadable(source, "was changed after it was written: its fingerprint does not match")
         return manifest
 
@@ -118,7 +134,10 @@ class Manifest:
 def parse_shard_name(name: str) -> tuple[int, int] | None:
     """Return (start, count) of a shard's file name, or None for any other file."""
     match = _SHARD_NAME.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
+    if match is None:
+        return None
+    start, count = int(match[1]), int(match[2])
+    return (start, count) if shard_name(start, count) == name else None
 
 
 def shard_name(start: int, count: int) -> str:
@@ -126,5 +145,6 @@ def shard_name(start: int, count: int) -> str:
     return f"part-{start:012d}-{count:06d}.arrow"
 
 
-def _unreadable(source: str, what: str) -> StoreError:
-    return StoreError(f"{source} {what}", "an index written by gradsketch", "Restore it from a copy, or build it again")
+def _unreadable(source: str, what: str) -> DamageError:
+    fix = "Run the command that built the index again, which writes this file anew, or restore it from a copy"
+    return DamageError(f"{source} {what}", "an index written by gradsketch", fix)

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,20 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from gradsketch.errors import FingerprintError, InputError, StoreError
+from gradsketch.errors import DamageError, FingerprintError, InputError, StoreError
 from gradsketch.store.encoding import decode, encode, torch_dtype
 from gradsketch.store.manifest import COLUMN_TYPES, Manifest
 
-__all__ = ["CHECKSUM_ROWS", "Rows", "Shard", "damage", "encode_shard", "open_shard"]
+__all__ = ["CHECKSUM_ROWS", "UNREADABLE", "Rows", "Shard", "damage", "encode_shard", "open_shard", "require_sound"]
 
 # Rows of sketches under one checksum: a damaged byte is named to within this many rows.
 CHECKSUM_ROWS = 64
 _HEADER = b"gradsketch"
 _CRC_MARK = b"gradsketch-crc32="
 _CRC_BLANK = b"00000000"
+_NUMBERS = {"float16": pa.float16(), "bfloat16": pa.uint16(), "float32": pa.float32(), "int8": pa.int8()}
 # What reading a damaged Arrow file can raise.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     LookupError,
     ValueError,
@@ -74,16 +76,22 @@ class Shard:
     def column(self, name: str) -> list[Any]:
         """Return the ids or a metadata column as Python values."""
         values: list[Any] = self.batch.column(name).to_pylist()
-        return [None if v is None else json.loads(v) for v in values] if self.columns.get(name) == "json" else values
+        return [self._parsed(v) for v in values] if self.columns.get(name) == "json" else values
 
     def record(self, position: int) -> dict[str, Any]:
         """Return id, loss, gradient_norm and the metadata of one row; ``position`` counts from the shard's first."""
         wanted = ["id", "loss", "gradient_norm", *self.columns]
         values = {name: self.batch.column(name)[position].as_py() for name in wanted}
         for name, kind in self.columns.items():
-            if kind == "json" and values[name] is not None:
-                values[name] = json.loads(values[name])
+            if kind == "json":
+                values[name] = self._parsed(values[name])
         return values
+
+    def _parsed(self, text: str | None) -> Any:
+        try:
+            return None if text is None else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _broken(self.name, f"{type(error).__name__}: {error}") from error
 
 
 def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
@@ -132,11 +140,29 @@ def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
     return _sealed(sink.getvalue())
 
 
-def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> Shard:
-    """Open a shard's bytes without copying them.
+def require_sound(data: pa.Buffer, name: str) -> None:
+    """Check that a shard's bytes are those that were written, and that no offset in them leads out of the file.
+
+    A checksum says nothing of a file whose author made it to do harm, so that the structure is checked as well.
 
     Raises:
-        StoreError: the bytes are no such shard.
+        DamageError: they are not.
+    """
+    if data.size == 0:
+        raise _broken(name, "it is empty")
+    if _file_checksum(data) != _stored_checksum(data):
+        raise _broken(name, "its checksum does not match")
+    try:
+        pa.ipc.open_file(data).get_batch(0).validate(full=True)
+    except UNREADABLE as error:
+        raise _broken(name, f"{type(error).__name__}: {error}") from error
+
+
+def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> Shard:
+    """Open a shard's bytes, which ``require_sound`` has checked, without copying them.
+
+    Raises:
+        DamageError: the bytes are no such shard.
         FingerprintError: the shard belongs to another store.
     """
     try:
@@ -145,11 +171,11 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
         batch = reader.get_batch(0)
         vectors = batch.column("sketch")
         sound = header["start"] == start and header["count"] == count == batch.num_rows
-        sound = sound and vectors.type.list_size == manifest.d and header["dtype"] == manifest.dtype
+        sound = sound and header["dtype"] == manifest.dtype and _types(batch) == _expected_types(manifest)
         fingerprint = header["fingerprint"]
         sketches = _view(vectors.values.buffers()[1], torch_dtype(manifest.dtype), count * manifest.d)
         scale = _view(batch.column("scale").buffers()[1], torch.float32, count)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _broken(name, f"{type(error).__name__}: {error}") from error
     if fingerprint != manifest.fingerprint:
         raise FingerprintError(
@@ -164,8 +190,9 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
 
 def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> list[str]:
     """Return what is wrong with a shard's bytes, each to within 64 rows where it is a sketch; empty where sound."""
-    if _file_checksum(data) == _stored_checksum(data):
+    if data.size == 0 or _file_checksum(data) == _stored_checksum(data):
         try:
+            require_sound(data, name)
             open_shard(data, name, start, count, manifest)
         except (StoreError, FingerprintError) as error:
             return [error.came]
@@ -180,7 +207,7 @@ def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifes
             for block, crc in enumerate(_column_checksums(column, batch.column(column)))
             if expected[column][block] != crc
         ]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return [f"the file's structure, rows {start}–{start + count - 1} ({type(error).__name__})"]
     return found or [f"the file's header, padding or footer, rows {start}–{start + count - 1}"]
 
@@ -190,6 +217,18 @@ def _place(column: str, block: int, start: int, count: int) -> str:
         return f"column {column!r}, rows {start}–{start + count - 1}"
     first = start + block * CHECKSUM_ROWS
     return f"column 'sketch', rows {first}–{min(first + CHECKSUM_ROWS, start + count) - 1}"
+
+
+def _types(batch: pa.RecordBatch) -> list[tuple[str, pa.DataType]]:
+    return sorted(((field.name, field.type) for field in batch.schema), key=itemgetter(0))
+
+
+def _expected_types(manifest: Manifest) -> list[tuple[str, pa.DataType]]:
+    numbers = dict.fromkeys(("scale", "gradient_norm", "loss"), pa.float32())
+    metadata = {name: COLUMN_TYPES[kind] for name, kind in manifest.columns.items()}
+    sketch = pa.list_(_NUMBERS[manifest.dtype], manifest.d)
+    types = {"id": COLUMN_TYPES["string"], "sketch": sketch, **numbers, **metadata}
+    return sorted(types.items(), key=itemgetter(0))
 
 
 def _vectors(stored: Shaped[Tensor, "rows d"]) -> pa.Array:
@@ -278,9 +317,9 @@ def _view(buffer: pa.Buffer, dtype: torch.dtype, count: int) -> Tensor:
         return torch.frombuffer(memoryview(buffer), dtype=dtype, count=count)
 
 
-def _broken(name: str, why: str) -> StoreError:
-    return StoreError(
+def _broken(name: str, why: str) -> DamageError:
+    return DamageError(
         f"{name} is damaged ({why})",
         "a whole shard of this index",
-        "Run gradsketch verify, remove the file it names, and run the same build command again",
+        "Run the command that built the index again: it makes damaged rows anew (or type gradsketch verify --repair)",
     )

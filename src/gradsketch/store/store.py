@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsketch.errors import InputError, StoreError
+from gradsketch.errors import DamageError, InputError, StoreError
 from gradsketch.store.encoding import bytes_per_entry
 from gradsketch.store.folder import Folder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME, Manifest, parse_shard_name, shard_name
-from gradsketch.store.shard import Rows, Shard, encode_shard, open_shard
+from gradsketch.store.shard import Rows, Shard, encode_shard, open_shard, require_sound
 
 __all__ = ["Store", "default_shard_rows"]
 
@@ -43,8 +43,8 @@ class Store:
         ([['a', 'b']], [])
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Folder, manifest: Manifest, ranges: Sequence[tuple[int, int]] | None = None) -> None:
+        self.folder, self.manifest, self._ranges = folder, manifest, ranges
 
     @classmethod
     def create(cls, path: str | Path | Folder, manifest: Manifest) -> Store:
@@ -55,11 +55,17 @@ class Store:
             StoreError: the folder cannot be written.
         """
         folder = path if isinstance(path, Folder) else open_folder(path)
-        if not folder.write(MANIFEST_NAME, manifest.to_json().encode(), replace=False):
-            store = cls.open(folder)
-            manifest.require_same(store.manifest, folder.uri)
+        text, store = manifest.to_json().encode(), cls(folder, manifest)
+        # What is there is read first, because a finished store may lie where nothing can be written.
+        if MANIFEST_NAME in folder.names() or not folder.write(MANIFEST_NAME, text, replace=False):
+            try:
+                manifest.require_same(cls.open(folder).manifest, folder.uri)
+            except DamageError:
+                if store.damaged() == store.ranges():  # no shard says that the file is this store's
+                    raise
+                folder.write(MANIFEST_NAME, text)
         folder.clean()
-        return cls(folder, manifest)
+        return store
 
     @classmethod
     def open(cls, path: str | Path | Folder) -> Store:
@@ -86,15 +92,24 @@ class Store:
         """Rows a complete store has."""
         return self.manifest.rows
 
+    def snapshot(self, ranges: Sequence[tuple[int, int]] | None = None) -> Store:
+        """Return the store with the shards that are there now, or some of them; what others write later is not in it.
+
+        Whoever reads the rows more than once needs this, so that each pass sees the same rows.
+        """
+        return Store(self.folder, self.manifest, self.ranges() if ranges is None else ranges)
+
     def ranges(self) -> list[tuple[int, int]]:
         """Return (start, count) of the shards that are there, in order.
 
         Raises:
             StoreError: a shard that this store cannot have.
         """
+        if self._ranges is not None:
+            return list(self._ranges)
         found = [parse_shard_name(name) for name in self.folder.names()]
         present = {r for r in found if r is not None}
-        foreign = present.difference(self.manifest.shard_ranges())
+        foreign = {r for r in present if not self.manifest.has_shard(*r)}
         if foreign:
             raise StoreError(
                 f"{self.folder.uri} holds {shard_name(*min(foreign))}",
@@ -108,6 +123,39 @@ class Store:
         present = set(self.ranges())
         return [r for r in self.manifest.shard_ranges() if r not in present]
 
+    @property
+    def rows_missing(self) -> int:
+        """Rows still to be written."""
+        return self.rows - sum(count for _, count in self.ranges())
+
+    def damaged(self) -> list[tuple[int, int]]:
+        """Return (start, count) of the shards whose bytes are not those that were written.
+
+        Raises:
+            FingerprintError: a shard belongs to another store.
+        """
+        return [r for r in self.ranges() if not self.is_sound(*r)]
+
+    def unfinished(self) -> list[tuple[int, int]]:
+        """Return (start, count) of the shards to be written: those that are missing, and those that are damaged.
+
+        Raises:
+            FingerprintError: a shard belongs to another store.
+        """
+        return sorted([*self.missing(), *self.damaged()])
+
+    def is_sound(self, start: int, count: int) -> bool:
+        """Whether a shard that is there holds the bytes that were written.
+
+        Raises:
+            FingerprintError: it belongs to another store.
+        """
+        try:
+            self.shard(start, count)
+        except DamageError:
+            return False
+        return True
+
     def write(self, start: int, rows: Rows) -> None:
         """Write the shard that begins at row ``start``, durably.
 
@@ -117,7 +165,7 @@ class Store:
             StoreError: no room, no permission; earlier shards are unharmed.
         """
         count = len(rows.ids)
-        if (start, count) not in set(self.manifest.shard_ranges()):
+        if not self.manifest.has_shard(start, count):
             raise InputError(
                 f"{count} rows from row {start}",
                 f"one whole shard: {self.manifest.shard_rows} rows from a multiple of that",
@@ -126,9 +174,16 @@ class Store:
         self.folder.write(shard_name(start, count), encode_shard(rows, start, self.manifest))
 
     def shard(self, start: int, count: int, *, whole: bool = False) -> Shard:
-        """Open one shard, memory-mapped; ``whole`` says that all of it is about to be used."""
+        """Open one shard, memory-mapped; ``whole`` says that all of it is about to be used.
+
+        Raises:
+            DamageError: its bytes are not those that were written.
+            FingerprintError: it belongs to another store.
+        """
         name = shard_name(start, count)
-        return open_shard(self.folder.read(name, whole=whole), f"{self.folder.uri}/{name}", start, count, self.manifest)
+        file = f"{self.folder.uri}/{name}"
+        data = self.folder.read(name, whole=whole, check=lambda data: require_sound(data, file))
+        return open_shard(data, file, start, count, self.manifest)
 
     def __iter__(self) -> Iterator[Shard]:
         """Yield the shards in order, each opened when its turn comes."""
@@ -138,9 +193,8 @@ class Store:
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Return id, loss, gradient_norm and metadata of some rows, in the order asked for."""
         found: dict[int, dict[str, Any]] = {}
-        size = self.manifest.shard_rows
-        for start in sorted({row // size * size for row in rows}):
-            shard = self.shard(start, min(size, self.rows - start))
+        for start, count in sorted({self.manifest.shard_at(row) for row in rows}):
+            shard = self.shard(start, count)
             found |= {row: shard.record(row - start) for row in rows if start <= row < start + shard.count}
         return [found[row] for row in rows]
 

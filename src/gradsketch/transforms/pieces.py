@@ -1,7 +1,8 @@
 """Cut a batch of long vectors into pieces that stay in a processor's cache while several passes are made over them.
 
 This is what makes plain torch operations run at the speed of the cache and not of the memory: see "pieces" in
-benchmarks/transform_speed.py.
+benchmarks/transform_speed.py. A numba kernel that fused signs, transform and fold was slower, so no compiled extension
+earns its place on the CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Arithmetic that does not depend on what the process allows or how many threads it has."""
+"""Arithmetic that does not depend on what the process allows or how many threads it has.
+
+Sketches promise the same bits for every batch, thread count and process-wide precision. So elementwise steps have a
+fixed order, additions over blocks are a tree fixed by n and d, and products are at most 64 wide or of one fixed shape,
+because other shapes round differently when rows are split otherwise. The contract battery compares bits.
+"""
 
 from __future__ import annotations
 

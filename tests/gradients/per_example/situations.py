@@ -604,7 +604,7 @@ def convolution_with_the_examples_in_the_channels() -> Setting:
     return setting(forward, torch.randn(5, 6), w=numbers(1, 1, 3))
 
 
-@slow("a.*")
+@fast()
 def unbatched_convolution_in_a_loop() -> Setting:
     return setting(lambda m, x: torch.stack([m.a(z).mean(1) for z in x]), torch.randn(5, 2, 6), a=nn.Conv1d(2, 3, 3))
 
@@ -679,6 +679,22 @@ def relative_positions_by_an_index() -> Setting:
         return m.o(_attention(m, x, m.table[places.view(-1)].view(t, t, -1).permute(2, 0, 1).contiguous()[None]))
 
     return setting(forward, torch.randn(5, 4, 6), qkv=nn.Linear(6, 18), table=numbers(5, 2), o=nn.Linear(6, 6))
+
+
+@fast()
+def relative_positions_by_shifts() -> Setting:
+    """XLNet's: scores of distances, moved to places by a reshape and an index, with time first."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, t = x.transpose(0, 1), x.shape[1]
+        q = torch.einsum("ibh,hnd->ibnd", h, m.q)
+        scores = torch.einsum("ibnd,jnd->bnij", q, m.r)
+        b, n, i, j = scores.shape
+        moved = scores.reshape(b, n, j, i)[:, :, 1:].reshape(b, n, i, j - 1)
+        p = torch.index_select(moved, 3, torch.arange(t)).softmax(3)
+        return torch.einsum("ibnd,hnd->ibh", torch.einsum("bnij,jbnd->ibnd", p, q), m.o).transpose(0, 1)
+
+    return setting(forward, torch.randn(5, 4, 6), q=numbers(6, 2, 3), r=numbers(8, 2, 3), o=numbers(6, 2, 3))
 
 
 @fast()
@@ -887,6 +903,19 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "x @ vector": (lambda m, x: (x @ m.a)[:, None], {"a": (4,)}),
     "dot": (lambda m, x: torch.stack([torch.dot(m.a, row) for row in x])[:, None], {"a": (4,)}),
     "inner": (lambda m, x: torch.inner(x, m.a), {"a": (3, 4)}),
+    "inner with a vector": (lambda m, x: x.inner(m.a)[:, None], {"a": (4,)}),
+    "einsum of a diagonal": (lambda m, x: torch.einsum("bi,ii->bi", x, m.a), {"a": (4, 4)}),
+    "einsum with many dots": (
+        lambda m, x: torch.einsum("i...,...ij->...j", x.view(len(x), 2, 2).movedim(2, 0), m.a).flatten(1),
+        {"a": (1, 2, 2, 3)},
+    ),
+    "W @ x, columns": (lambda m, x: torch.mm(m.a, torch.tanh(x * m.b).T).T, {"a": (3, 4), "b": (4,)}),
+    "x @ vector, of tokens": (lambda m, x: torch.tanh(x.view(-1, 2, 2) * m.b) @ m.a, {"a": (2,), "b": (2,)}),
+    "W @ row in a loop": (lambda m, x: torch.stack([m.a @ row.tanh() for row in x]), {"a": (3, 4)}),
+    "baddbmm with factors": (
+        lambda m, x: torch.baddbmm(m.b, x[:, None], m.a.expand(len(x), -1, -1), beta=0.5, alpha=2)[:, 0],
+        {"a": (4, 3), "b": (1, 1, 3)},
+    ),
     "tensordot": (lambda m, x: torch.tensordot(x, m.a, dims=1), {"a": (4, 3)}),
     "outer": (lambda m, x: torch.stack([torch.outer(row, m.a) for row in x]), {"a": (3,)}),
     "kron": (lambda m, x: torch.stack([torch.kron(row, m.a) for row in x]), {"a": (3,)}),
@@ -902,6 +931,8 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "power": (lambda m, x: (1 + x.abs()) ** m.a, {"a": (1,)}),
     "base of a power": (lambda m, x: (1 + m.a.square()) ** x, {"a": (4,)}),
     "maximum": (lambda m, x: torch.maximum(x, m.a) * torch.minimum(x, m.a), {"a": (4,)}),
+    "maximum with a transposed": (lambda m, x: torch.maximum(x.view(-1, 2, 2), m.a.T).flatten(1), {"a": (2, 2)}),
+    "maximum with an entry": (lambda m, x: torch.maximum(x.view(-1, 2, 2), m.a[1]).flatten(1), {"a": (3, 2, 2)}),
     "clamp between": (lambda m, x: x.clamp(min=m.a, max=m.a + 0.3), {"a": (4,)}),
     "where": (lambda m, x: torch.where(x > 0, m.a, m.b * x), {"a": (4,), "b": (1,)}),
     "lerp": (lambda m, x: torch.lerp(x, x.square(), m.a), {"a": (4,)}),
@@ -976,9 +1007,8 @@ def _set_into(m: Any, x: Tensor) -> Tensor:
 
 
 _SLOW_USES = (
-    "einsum without an arrow", "einsum with dots", "W @ x", "mv", "x @ vector", "dot", "inner", "tensordot", "outer",
-    "kron", "linear with a vector", "solved", "repeated twice as often", "cdist", "cosine similarity",
-    "view_as_complex", "set into zeros", "addmm with factors",
+    "dot", "tensordot", "outer", "kron", "solved", "repeated twice as often", "cdist", "cosine similarity",
+    "view_as_complex", "set into zeros",
 )  # fmt: skip
 
 
@@ -1136,28 +1166,59 @@ def _last(m: Any, x: Tensor) -> Tensor:
     return m.o((out[0] if isinstance(out, tuple) else out)[:, -1])
 
 
-@slow(
-    "r.*",
+@slow("r.*")
+def recurrent_with_projections() -> Setting:
+    return setting(_last, torch.randn(5, 6, 4), r=nn.LSTM(4, 12, batch_first=True, proj_size=10), o=nn.Linear(10, 3))
+
+
+@fast(
     variants={
         "RNN": lambda: nn.RNN(4, 5, 2, batch_first=True, bidirectional=True),
         "LSTM": lambda: nn.LSTM(4, 5, 2, batch_first=True, bidirectional=True),
         "GRU": lambda: nn.GRU(4, 5, 2, batch_first=True, bidirectional=True),
-        "LSTM with projections": lambda: nn.LSTM(4, 12, batch_first=True, proj_size=10),
+        "RNN with relu": lambda: nn.RNN(4, 10, nonlinearity="relu", bias=False, batch_first=True),
+        "LSTM of one layer": lambda: nn.LSTM(4, 10, batch_first=True),
+        "GRU of three layers": lambda: nn.GRU(4, 10, 3, batch_first=True, bias=False),
     },
 )
 def recurrent(layer: Callable[[], nn.Module]) -> Setting:
     return setting(_last, torch.randn(5, 6, 4), r=layer(), o=nn.Linear(10, 3))
 
 
-@slow("r.*")
+@fast()
 def recurrent_with_time_first() -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
-        return m.o(m.r(x.transpose(0, 1))[0][-1])
+        out, (h, c) = m.r(x.transpose(0, 1))
+        return m.o(out.view(-1, 5)).view(len(out), len(x), 3).sum(0) + m.o(h[0] * c[0])
 
     return setting(forward, torch.randn(5, 5, 4), r=nn.LSTM(4, 5), o=nn.Linear(5, 3))
 
 
-@slow("r.*", variants={"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell})
+@fast(variants={"sorted": True, "in chunks": False})
+def recurrent_in_another_order(ordered: bool) -> Setting:
+    """With a layer that starts from a state of each example's own."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.i(x[:, 0])[None]
+        if not ordered:
+            return torch.cat([m.o(m.r(a, b)[0][:, -1]) for a, b in zip(x.split(2), h.split(2, 1), strict=True)])
+        order = x[:, 0, 0].argsort()
+        return m.o(m.r(x[order], h[:, order])[1][0])[order.argsort()]
+
+    parts = {"i": nn.Linear(4, 5), "r": nn.GRU(4, 5, batch_first=True), "o": nn.Linear(5, 3)}
+    return setting(forward, torch.randn(5, 6, 4), **parts)
+
+
+@fast()
+def recurrent_from_a_learned_state() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.r(x, m.h.expand(-1, len(x), -1).contiguous())[0].sum(1))
+
+    parts = {"h": numbers(1, 1, 5), "r": nn.GRU(4, 5, batch_first=True), "o": nn.Linear(5, 3)}
+    return setting(forward, torch.randn(5, 6, 4), **parts)
+
+
+@fast(variants={"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell})
 def recurrent_cells(kind: Any) -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = None
@@ -1175,15 +1236,11 @@ def recurrent_cells(kind: Any) -> Setting:
         "with kdim and vdim": (True, {"kdim": 3, "vdim": 2}),
         "with a zero to attend to": (True, {"add_zero_attn": True}),
         "without bias": (True, {"bias": False}),
+        "with bias for keys and values": (True, {"kdim": 3, "vdim": 2, "add_bias_kv": True}),
     }
 )
 def multi_head_attention(variant: tuple[bool, dict[str, Any]]) -> Setting:
     return _attending(*variant)
-
-
-@slow("a.bias_k", "a.bias_v")
-def multi_head_attention_with_bias_kv() -> Setting:
-    return _attending(True, {"kdim": 3, "vdim": 2, "add_bias_kv": True})
 
 
 def _attending(batch_first: bool, options: dict[str, Any]) -> Setting:
@@ -1257,7 +1314,7 @@ def embeddings_that_are_renormalised() -> Setting:
     return setting(lambda m, x: m.o(m.e(x).mean(1)), ids(5, 6), e=nn.Embedding(7, 4, max_norm=0.5), o=nn.Linear(4, 3))
 
 
-@refused("even one example at a time", methods=("auto",))
+@refused("scale_grad_by_freq")
 def embeddings_whose_gradients_are_scaled_by_how_often_the_batch_has_a_token() -> Setting:
     embedding = nn.Embedding(7, 4, scale_grad_by_freq=True)
     return setting(lambda m, x: m.o(m.e(x).mean(1)), ids(5, 6), e=embedding, o=nn.Linear(4, 3))
@@ -1274,6 +1331,10 @@ _LOOKED_UP: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "table[list]": lambda m, x: m.e[[1, 2]].sum(0) * x[..., None],
     "one-hot": lambda m, x: functional.one_hot(x, 7).to(m.e) @ m.e,
     "index_select": lambda m, x: m.e.index_select(0, x.flatten()).view(*x.shape, 4),
+    "table[ids, ...]": lambda m, x: m.e[x, ...],
+    "gather by different columns": lambda m, x: m.e.gather(0, (x.flatten()[:, None] + torch.arange(4)) % 7).view(
+        *x.shape, 4
+    ),
     "gather": lambda m, x: m.e.gather(0, x.flatten()[:, None].expand(-1, 4)).view(*x.shape, 4),
     "take_along_dim": lambda m, x: m.e.take_along_dim(x.flatten()[:, None], 0).view(*x.shape, 4),
     "by a derived table": lambda m, x: functional.embedding(x, m.e * 2 + 1),
@@ -1285,15 +1346,7 @@ _LOOKED_UP: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-_SLOWLY_LOOKED_UP = ("table[ids, :]", "gather", "take_along_dim")
-
-
-@slow("e", variants={name: _LOOKED_UP[name] for name in _SLOWLY_LOOKED_UP})
-def looked_up_outside_the_rules(how: Callable[[Any, Tensor], Tensor]) -> Setting:
-    return looked_up(how)
-
-
-@fast(variants={name: how for name, how in _LOOKED_UP.items() if name not in _SLOWLY_LOOKED_UP})
+@fast(variants=_LOOKED_UP)
 def looked_up(how: Callable[[Any, Tensor], Tensor]) -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.o(torch.tanh(how(m, x)) + m.f.sum())
@@ -1380,6 +1433,19 @@ def hooks_on_modules() -> Setting:
     model[0].register_forward_hook(lambda module, args, out: out * 1.5)
     model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     model[2].register_full_backward_hook(lambda module, into, out: (into[0] * 3,))
+    return Setting(model, waves, {"x": torch.randn(5, 3)})
+
+
+_NOT_LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "of unit length": lambda g: g / g.norm(),
+    "clipped": lambda g: g.clamp(-1e-3, 1e-3).cumsum(0),
+}
+
+
+@refused("backward hook of '2'", variants=_NOT_LINEAR, methods=("auto", "loop"))
+def hooks_on_modules_that_mix_examples(change: Callable[[Tensor], Tensor]) -> Setting:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    model[2].register_full_backward_hook(lambda module, into, out: (change(into[0]),))
     return Setting(model, waves, {"x": torch.randn(5, 3)})
 
 
@@ -1584,6 +1650,34 @@ def checkpointed(half: Callable[[Any, Tensor], Tensor]) -> Setting:
         return m.o(half(m, m.i(x)))
 
     return setting(forward, torch.randn(5, 4), i=nn.Linear(4, 4), a=nn.Linear(4, 5), o=nn.Linear(5, 3))
+
+
+@fast()
+def writes_to_a_buffer_that_the_next_pass_reads() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = m.o(x * m.scale)
+        m.scale += 0.5
+        m.count = m.count + len(x)
+        return out * m.scale
+
+    made = setting(forward, torch.randn(5, 4), o=nn.Linear(4, 3))
+    made.model.register_buffer("scale", torch.ones(4)[:1])
+    made.model.register_buffer("count", torch.zeros(1))
+    return made
+
+
+@refused("together and")
+def buffers_that_depend_on_the_longest_of_the_batch() -> Setting:
+    """As dynamic RoPE: what a long row leaves in a buffer decides the others, also in the passes that follow."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if float(x.detach().abs().max()) > float(m.longest):
+            m.longest = x.detach().abs().max()
+        return m.o(x / m.longest)
+
+    made = setting(forward, torch.randn(5, 4), o=nn.Linear(4, 3))
+    made.model.register_buffer("longest", torch.tensor(0.1))
+    return made
 
 
 @slow("*")
@@ -1921,7 +2015,7 @@ def compared_with_the_mean_of_the_batch() -> Setting:
     return Setting(mlp(), losses, {"x": torch.randn(5, 3)})
 
 
-@refused("together and", methods=("auto", "outer"))
+@refused("together and", methods=("auto", "outer", "loop", "vmap"))
 def statistics_of_the_batch_under_a_head_of_zeros() -> Setting:
     """The losses do not show it, the head's gradients do."""
 
@@ -1942,6 +2036,17 @@ def statistics_of_the_batch_that_carry_no_gradient() -> Setting:
         return m.o(h / h.detach().abs().max())
 
     return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), o=nn.Linear(4, 3))
+
+
+@refused("cannot be run alone", methods=("auto", "loop"))
+def batch_norm_by_hand_in_training_under_a_head_of_zeros() -> Setting:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(functional.batch_norm(m.a(x), None, None, m.w, training=True))
+
+    made = setting(forward, torch.randn(5, 3), classes, a=nn.Linear(3, 4), o=nn.Linear(4, 3), w=numbers(4))
+    nn.init.zeros_(made.model.o.weight)
+    nn.init.zeros_(made.model.o.bias)
+    return made
 
 
 @refused("batch_norm|BatchNorm")
@@ -1984,6 +2089,28 @@ def batches(form: Callable[[Any], Any]) -> Setting:
         return functional.cross_entropy(m(x), y, reduction="none")
 
     return Setting(nn.Linear(3, 3), losses, form((torch.randn(5, 3), torch.arange(5) % 3)))
+
+
+_WRITES: dict[str, Callable[[Any], Any]] = {
+    "a field is taken out": lambda b: (b.pop("x"), b.pop("y")),
+    "a tensor is written to": lambda b: (b["x"].mul_(2).clamp_(-1, 1), b["y"]),
+    "a part is written to": lambda b: (b["x"], b["x"][:, :1].zero_(), b["y"])[::2],
+    "labels are moved": lambda b: (b["x"], b["y"].add_(1).remainder_(3)),
+    "a field is added": lambda b: (b.setdefault("z", b["x"].exp()), b["y"]),
+}
+
+
+@fast(variants=_WRITES, methods=("auto", "outer", "loop", "vmap"))
+def batches_that_are_changed(change: Callable[[Any], Any]) -> Setting:
+    def losses(m: Any, batch: Any) -> Tensor:
+        x, y = change(batch)
+        return functional.cross_entropy(m(x), y, reduction="none")
+
+    return Setting(mlp_of_three(), losses, {"x": torch.randn(5, 3), "y": torch.arange(5) % 3})
+
+
+def mlp_of_three() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 @fast()

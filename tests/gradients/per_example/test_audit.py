@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradsketch as gs
-from gradsketch.errors import GradsketchWarning
+from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.per_example import capture, provenance, rules
 from gradsketch.gradients.per_example.capture import Capture, Schedule
 from gradsketch.gradients.per_example.interception import Interception
@@ -182,9 +182,101 @@ def test_proofs_are_made_once_for_a_model(model, never_by_chance, passes):
 def test_a_new_kind_of_call_is_audited_again(model, never_by_chance, passes):
     sketcher = sketcher_of(model)
     sketcher(batch())
-    assert count(passes, lambda: sketcher(batch(tokens=6))) == 3
+    assert count(passes, lambda: sketcher(batch(tokens=6))) == 4
     assert sketcher.audits.audited == 2
     assert count(passes, lambda: sketcher(batch(tokens=6, seed=1))) == 2
+
+
+class Along(nn.Module):
+    """Runs its layer over [b, t, i], or over [t, b, i] where rows are long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.l = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.e(x)
+        return self.l(h) if x.shape[1] < 5 else self.l(h.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_new_dim_of_examples_in_a_known_call_is_audited_again(monkeypatch, never_by_chance):
+    torch.manual_seed(0)
+    model = Along().double()
+    sketcher = sketcher_of(model)
+    sketcher(batch())
+    right = InOrder.__call__
+    swapped = [1, 0, 2, 3, 4]
+    monkeypatch.setattr(InOrder, "__call__", lambda self, rows: right(self, rows)[swapped if self.axis else slice(5)])
+    with pytest.warns(GradsketchWarning, match="the audit found an error"):
+        got = sketcher(batch(6)).values
+    torch.testing.assert_close(got, expected(model, batch(6)), rtol=1e-9, atol=1e-12)
+
+
+class Switching:
+    """Losses that couple the examples once a switch is set."""
+
+    def __init__(self) -> None:
+        self.coupled, self.batches = False, 0
+
+    def losses(self, model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        self.batches += 1  # numbers that a task counts with are no switch
+        out = model(given["x"])
+        if self.coupled:
+            out = out - out.mean(0)
+        return functional.cross_entropy(out.mT, given["y"], reduction="none").sum(1)
+
+
+def test_a_task_that_is_switched_is_proved_anew(model, never_by_chance, passes):
+    task = Switching()
+    sketcher = gs.GradientSketcher(model, task.losses, gs.BlockSum(gs.Parameters(model), 32))
+    sketcher(batch())
+    assert count(passes, lambda: sketcher(batch(seed=1))) == 2
+    task.coupled = True
+    with pytest.raises(InputError, match="together and"):
+        sketcher(batch(seed=2))
+
+
+def run_on(sketcher: gs.GradientSketcher, odd: Tensor) -> None:
+    for seed in range(1, 12):
+        sketcher({**batch(seed=seed), "odd": odd})
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "vmap"])
+def test_coupling_that_begins_with_the_data_is_found_by_chance(model, monkeypatch, method):
+    monkeypatch.setattr(capture, "SCHEDULE", Schedule(share=0.5))
+
+    def losses_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        out = model(given["x"])
+        mean = out.detach().mean(0)  # which the gradients alone do not show
+        return functional.cross_entropy((out - mean * given["odd"].sum()).mT, given["y"], reduction="none").sum(1)
+
+    sketcher = gs.GradientSketcher(model, losses_of, gs.BlockSum(gs.Parameters(model), 32), method=method)
+    plain, odd = torch.zeros(5).double(), torch.tensor([0, 0, 1, 0, 0]).double()
+    sketcher({**batch(), "odd": plain})
+    with pytest.raises(InputError, match="together and"):
+        run_on(sketcher, odd)
+
+
+def test_random_audits_look_at_any_two_rows(model, monkeypatch):
+    """The third row alone is coupled; the first and the last never show it."""
+    monkeypatch.setattr(capture, "SCHEDULE", Schedule(share=1.0))
+
+    def losses_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        each = losses(model, given)
+        return each + given["odd"] * (each.detach().sum() - each.detach())
+
+    sketcher = gs.GradientSketcher(model, losses_of, gs.BlockSum(gs.Parameters(model), 32))
+    sketcher({**batch(), "odd": torch.zeros(5).double()})
+    with pytest.raises(InputError, match="example 2 of the batch"):
+        run_on(sketcher, torch.tensor([0, 0, 1, 0, 0]).double())
+
+
+def test_the_loop_is_audited_as_well(model, never_by_chance, monkeypatch):
+    sketcher = gs.GradientSketcher(model, losses, gs.BlockSum(gs.Parameters(model), 32), method="loop")
+    sketcher(batch())
+    sketcher(batch(seed=1))
+    assert (sketcher.audits.batches, sketcher.audits.audited) == (2, 1)
+    assert sketcher.audits.largest_error < 1e-12
 
 
 def test_what_decides_otherwise_is_proved_anew(model, never_by_chance):

@@ -1,7 +1,10 @@
 """Situations that once gave wrong numbers without an error, or left marks, when gradients were captured."""
 
+import contextlib
 import functools
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -263,3 +266,30 @@ def test_rows_that_examples_share_cost_one_more_attempt_and_not_all_of_them():
     model.runs = 0
     sketcher(some(5, 5))
     assert model.runs == 1 + 5  # one captured, and each example alone
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_an_error_in_a_loss_keeps_no_tensors_alive(place):
+    """Not until the garbage collector runs, for a batch that did not fit is tried again at once."""
+    model, hidden = nn.Linear(5, 3).double(), []
+
+    def losses(model, batch):
+        out = model(batch["x"])
+        hidden.append(weakref.ref(out))
+        if place == "forward":
+            raise ValueError("no such label")
+        out.register_hook(failing)
+        return out.sum(1)
+
+    def failing(gradient):
+        raise ValueError("no such label")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            sketcher_of(model, losses)(some(5, 5))
+        assert hidden
+        assert not [out for out in hidden if out() is not None]
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,19 +13,25 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.curvature.check import Check, calibrated, examined
+from gradsketch.gradients.curvature.differences import Scheme, at_least_float32
+from gradsketch.gradients.curvature.failures import WrongDerivativeError, lacks_double_backward, non_finite, translated
+from gradsketch.gradients.curvature.graph import counted_bytes, operations, suspects
 from gradsketch.gradients.curvature.leaves import Leaves, split_as
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
-from gradsketch.gradients.curvature.probe import check_deterministic
+from gradsketch.gradients.curvature.probe import check_deterministic, refuse_listed_batches
+from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.tasks import Batch
 from gradsketch.linear_map import LinearMap, widened
-from gradsketch.random import Stream
 
-__all__ = ["Curvature", "Mode", "differentiable_attention"]
+__all__ = ["Curvature", "Mode", "Recorded", "differentiable_attention"]
+
+# Graphs of several batches are kept if all of them fit into this: products cost two thirds then.
+_KEPT_BYTES = 1 << 29
 
 Mode = Literal["auto", "grad-of-grad", "jvp-of-grad", "central-difference"]
 
@@ -34,6 +41,7 @@ class Recorded:
     """First derivatives of one batch as a graph that can be differentiated again.
 
     ``edges`` are the roots of that graph, each with the place of its leaf; ``outputs`` whatever else a product needs.
+    ``roots`` are those of the graph of the loss itself: what a backward pass takes for a constant is only there.
     """
 
     leaves: Leaves
@@ -41,6 +49,8 @@ class Recorded:
     examples: int
     reached: bool
     outputs: Any = None
+    roots: tuple[Any, ...] = ()
+    besides: frozenset[str] = frozenset()
 
 
 class Curvature(LinearMap):
@@ -48,6 +58,7 @@ class Curvature(LinearMap):
 
     A concrete curvature says how one batch's product is added to the leaves' target in each of three modes. A graph
     of first derivatives serves any number of vectors; the one of a single batch is kept until the model changes.
+    The first product holds itself against central differences of gradients: ``check`` is what came of it.
     """
 
     is_self_adjoint = True
@@ -55,20 +66,53 @@ class Curvature(LinearMap):
     def __init__(self, objective: Objective, mode: Mode, *, check: bool) -> None:
         if mode not in get_args(Mode):
             raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
+        refuse_listed_batches(objective)
         self.objective, self.mode, self._asked = objective, mode, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
         first = objective.values[0]
-        self.device, self.dtype = first.device, _at_least_float32(first.new_empty(0)).dtype
-        self._kept: tuple[Any, Recorded] | None = None
-        self._trusted = False
+        self.device, self.dtype = first.device, at_least_float32(first.new_empty(0)).dtype
+        self.check: Check | None = None
+        # Graphs by the place of their batches, each with the batch's content, and the state of everything else that
+        # they were made from. _fits is None until it is known.
+        self._kept: dict[int, tuple[Any, Recorded]] = {}
+        self._kept_at: Any = None
+        self._fits: bool | None = True if objective.is_one_batch else None
+        self._checks = check
+        self._examined: set[str] = set()  # operations of graphs whose products were held against differences
+        self._seen_all = False
+        self._scheme: Scheme | None = None
+        self._why = ""  # products are differences though nobody asked for them
         if check:
-            self._check()
+            with translated(objective.model):
+                self._check_determinism()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.objective!r})"
 
     def facts(self) -> dict[str, Any]:
         return {"curvature": type(self).__name__, "mode": self._asked, **self.objective.facts()}
+
+    def error_along(self, vector: Float[Tensor, " n"]) -> float:
+        """Return how far the product with a vector is off, as a length for a unit vector: |Hv − D| / |v|.
+
+        D is a central difference of gradients over all the data, so rounding, truncation and kinks are seen. Where
+        products are differences themselves, D are two: one with steps twice as long, whose truncation is larger, and
+        one with steps half as long, whose rounding is. For a unit eigenvector this is what the products add to the
+        error of its eigenvalue; of rounding it is one draw, right within a factor of two. Costs a product and 2 to 8
+        gradients.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), translated(self.objective.model):
+            vector = vector.detach() / torch.linalg.vector_norm(vector)
+            product = self(vector)
+            if self._scheme is None:
+                self._scheme, _ = calibrated(self._over_first_batch())
+            own = self.mode == "central-difference"
+            others = (self._scheme.doubled, self._scheme.halved) if own else (self._scheme,)
+            return max(self._distance(product, vector, scheme) for scheme in others)
+
+    def _distance(self, product: Tensor, vector: Tensor, scheme: Scheme) -> float:
+        difference, examples, _ = self.difference(vector, scheme)
+        return float(torch.linalg.vector_norm(product - difference / examples, dtype=torch.float64))
 
     @abstractmethod
     def _record(self, leaves: Leaves, losses: LossesOf, batch: Batch) -> Recorded:
@@ -83,11 +127,11 @@ class Curvature(LinearMap):
         """Add a batch's product by forward-mode tangents; return examples and whether any leaf was reached."""
 
     @abstractmethod
-    def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
-        """Add all batches' products by central differences; return examples and whether any leaf was reached."""
+    def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
+        """Return the sum of products with a unit vector by central differences, examples, whether any was reached."""
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), translated(self.objective.model):
             x = x.detach().clone() if x.is_inference() else x.detach()
             out = torch.zeros_like(x, dtype=widened(x.dtype))
             examples, reached = self._multiply(x, out)
@@ -95,12 +139,13 @@ class Curvature(LinearMap):
             out.div_(examples)
             if not torch.isfinite(out).all():
                 self.objective.explain_non_finite()
+                raise non_finite(self.objective.values, self.mode)
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         return self._apply(w)
 
-    def _check(self) -> None:
+    def _check_determinism(self) -> None:
         if self.mode == "central-difference":
             check_deterministic(self.objective)
             return
@@ -111,145 +156,174 @@ class Curvature(LinearMap):
                 "attention takes its math path during curvature products, since its fast kernels cannot be"
                 " differentiated twice; mode='central-difference' keeps them.",
                 GradsketchWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
+    # --- three ways to multiply ---
+
     def _multiply(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        if self.mode in ("auto", "grad-of-grad"):
+        if self.mode != "central-difference":
             try:
-                with differentiable_attention():
-                    return self._multiply_by_graphs(x, out)
+                return self.multiply_exactly(x, out)
             except RuntimeError as error:
-                self._kept = None
+                self._kept.clear()
                 self._give_up_double_backward(error)
                 out.zero_()
-        if self.mode == "jvp-of-grad":
-            with differentiable_attention():
-                return self._multiply_by_tangents(x, out)
         return self._multiply_by_differences(x, out)
 
-    def _multiply_by_graphs(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        state = self.objective.state()
-        if self._kept is not None and self._kept[0] != state:
-            self._kept = None  # frees the old graph before a new one is made
-        leaves = Leaves(self.objective.values) if self._kept is None else self._kept[1].leaves
-        keep = len(self.objective.data) == 1
-        with self.objective.at(leaves.tensors) as losses:
-            if self._kept is not None:
-                return self._replay_all(self._kept[1], x, out, keep=True)
-            examples, reached = 0, False
-            for batch in self.objective.batches():
-                recorded = self._record(leaves, losses, batch)
-                self._trust(recorded)
-                self._kept = (state, recorded) if keep else None
+    def multiply_exactly(self, x: Tensor, out: Tensor, dtype: torch.dtype | None = None) -> tuple[int, bool]:
+        """Add products by differentiating twice at weights in ``dtype``; return examples, whether any was reached."""
+        with differentiable_attention():
+            if self.mode == "jvp-of-grad":
+                return self._multiply_by_tangents(x, out, dtype)
+            return self._multiply_by_graphs(x, out, dtype)
+
+    def _multiply_by_graphs(self, x: Tensor, out: Tensor, dtype: torch.dtype | None) -> tuple[int, bool]:
+        examples, reached, may_keep = 0, False, bool(self._fits) and dtype is None
+        if may_keep and self._kept and self.objective.state() != self._kept_at:
+            self._kept.clear()
+        settled = True
+        for place, batch in enumerate(self.objective.batches()):
+            content = content_of(batch) if may_keep else None
+            recorded = self._still_valid(place, content)
+            leaves = Leaves(self.values(dtype)) if recorded is None else recorded.leaves
+            with self.objective.at(leaves.tensors) as losses:
+                recorded = self._recorded(leaves, losses, batch) if recorded is None else recorded
+                unseen = self._unseen(recorded)
+                keep = may_keep and not unseen
                 count, any_reached = self._replay_all(recorded, x, out, keep=keep)
-                examples, reached = examples + count, reached or any_reached
-                del recorded
+            examples, reached = examples + count, reached or any_reached
+            if keep and place not in self._kept:
+                self._kept[place], settled = (content, recorded), False
+            del recorded, leaves  # frees the graph before the next one is built
+            if unseen:
+                self._examine(batch, unseen)
+        if not settled:  # read afterwards, because a forward pass may count or note something
+            self._kept_at = self.objective.state()
+        self._seen_all = True
         return examples, reached
 
-    def _trust(self, recorded: Recorded) -> None:
-        """Where a batch's graph holds hand-written operations, see once that they can be differentiated twice.
+    def _still_valid(self, place: int, content: Any) -> Recorded | None:
+        """Return the kept graph of a batch that is as it was, and free one of another content."""
+        if content is None or place not in self._kept:
+            return None
+        if self._kept[place][0] != content:
+            del self._kept[place]
+            return None
+        return self._kept[place][1]
 
-        PyTorch takes what an undifferentiable backward pass returns for a constant, without a word; the product is
-        then no longer symmetric.
-
-        Raises:
-            RuntimeError: it is not.
-        """
-        if self._trusted or not recorded.reached:
-            return
-        custom = _custom_operation(recorded.edges)
-        if custom is not None:
-            n, values = self.shape[0], self.objective.values
-            u, v = (Stream(0, "curvature", name).normals(0, n, device=values[0].device) for name in "uv")
-            products = torch.zeros(2, n, device=u.device)
-            self._replay_all(recorded, torch.stack([u, v]), products, keep=True)
-            scale = torch.linalg.vector_norm(products[0])
-            tolerance = max(0.01, 4 * max(torch.finfo(t.dtype).eps for t in values) ** 0.5)
-            if (products[0] @ v - products[1] @ u).abs() > tolerance * scale:
-                raise RuntimeError(f"{custom}: double backward {_NO_DOUBLE_BACKWARD[0]}")
-        self._trusted = True
+    def _recorded(self, leaves: Leaves, losses: LossesOf, batch: Batch) -> Recorded:
+        """Record a batch; the first one shows whether the graphs of all will fit into memory."""
+        if self._fits is not None:
+            return self._record(leaves, losses, batch)
+        with counted_bytes() as found:
+            recorded = self._record(leaves, losses, batch)
+        self._fits = sum(found.values()) * len(self.objective.data) <= _KEPT_BYTES
+        return recorded
 
     def _replay_all(self, recorded: Recorded, x: Tensor, out: Tensor, *, keep: bool) -> tuple[int, bool]:
         leaves = recorded.leaves
         for row, (vector, target) in enumerate(zip(x, out, strict=True)):
             with leaves.adding_to(target):
-                self._replay(recorded, _like(vector, leaves.tensors), retain=keep or row < len(x) - 1)
+                self._replay(recorded, pieces(vector, leaves.tensors), retain=keep or row < len(x) - 1)
         return recorded.examples, recorded.reached
 
-    def _multiply_by_tangents(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        leaves, totals = Leaves(self.objective.values), (0, False)
+    def _multiply_by_tangents(self, x: Tensor, out: Tensor, dtype: torch.dtype | None) -> tuple[int, bool]:
+        leaves, totals = Leaves(self.values(dtype)), (0, False)
         for vector, target in zip(x, out, strict=True):
-            tangents = _like(vector, leaves.tensors)
+            tangents = pieces(vector, leaves.tensors)
             with leaves.adding_to(target):
                 parts = [self._push(leaves, tangents, batch) for batch in self.objective.batches()]
             totals = (sum(count for count, _ in parts), any(reached for _, reached in parts))
+        if not self._seen_all:
+            self._seen_all = True
+            if self._checks and totals[1]:
+                self._examine(next(self.objective.batches()), set())
         return totals
 
     def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        totals = (0, False)
+        scheme, examples, reached = self._calibrated(), 0, False
         for vector, target in zip(x, out, strict=True):
-            step, pieces = self._step(vector)
-            totals = self._difference(pieces, step, target)
-        return totals
+            norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64)) or 1.0
+            product, examples, reached = self.difference(vector / norm, scheme)
+            target.copy_(product.mul_(norm))
+        return examples, reached
 
-    def _step(self, vector: Tensor) -> tuple[float, list[Tensor]]:
-        """Return a step that moves the weights by a fixed length along the vector, and the vector's pieces.
+    def _calibrated(self) -> Scheme:
+        """Return how differences are taken, decided and said at the first product."""
+        if self._scheme is None:
+            self._scheme, self.check = calibrated(self._over_first_batch())
+            if self._why or self.check.note:
+                why = f" ({self._why})" if self._why else ""
+                warnings.warn(
+                    f"{type(self.objective.model).__name__}: curvature products are central differences of gradients,"
+                    f" {self._scheme}, {self.check.error:.0e} off at most where they were checked"
+                    f"{why}{'; ' if self.check.note else ''}{self.check.note}.",
+                    GradsketchWarning,
+                    stacklevel=8,
+                )
+        return self._scheme
 
-        The length is the cube root of the rounding unit, where truncation and rounding error of a central difference
-        balance (Nocedal & Wright, Numerical Optimization, §8.1).
-        """
-        values = [_at_least_float32(v) for v in self.objective.values]
-        unit = max(torch.finfo(v.dtype).eps for v in values)
-        norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-        return unit ** (1 / 3) / norm if norm > 0 else 1.0, _like(vector, values)
+    def difference(self, vector: Tensor, scheme: Scheme) -> tuple[Tensor, int, bool]:
+        """Return the sum of products with a unit vector by a scheme, examples, whether any was reached."""
+        product, examples, reached = self._central(vector, scheme.step, scheme.dtype)
+        if scheme.is_extrapolated:
+            product.mul_(4 / 3).sub_(self._central(vector, 2 * scheme.step, scheme.dtype)[0], alpha=1 / 3)
+        return product, examples, reached
 
-    def _shifted(self, vector: list[Tensor], step: float) -> Leaves:
+    def values(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Return the selected parameters, in ``dtype`` where one is given."""
+        return [value if dtype is None else value.to(dtype) for value in self.objective.values]
+
+    def _shifted(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> Leaves:
         """Return leaves at theta + step·vector, in float32 at least: half precision would round the step away."""
-        values = self.objective.values
-        return Leaves(torch.add(_at_least_float32(t), v, alpha=step) for t, v in zip(values, vector, strict=True))
+        values = [at_least_float32(value) for value in self.values(dtype)]
+        directions = pieces(vector, values)
+        return Leaves(torch.add(t, v, alpha=step) for t, v in zip(values, directions, strict=True))
+
+    # --- held against differences ---
+
+    def _unseen(self, recorded: Recorded) -> set[str]:
+        """Return the operations of a graph that no examined batch had; of those that nobody has to check, none."""
+        if self._seen_all or not recorded.reached:
+            return set()
+        nodes = [*recorded.roots, *(edge.node for _, edge in recorded.edges)]
+        found = operations(nodes) | recorded.besides
+        return (found if self._checks else suspects(found)) - self._examined
+
+    def _examine(self, batch: Batch, found: set[str]) -> None:
+        """Hold products over one batch against differences, once for every kind of graph.
+
+        Raises:
+            WrongDerivativeError: they are wrong.
+        """
+        self._examined |= found
+        check, scheme = examined(self._over(batch), suspects(found))
+        if self.check is None or check.error > self.check.error:
+            self.check, self._scheme = check, scheme or self._scheme
+        if check.note:
+            warnings.warn(f"{self!r}: {check.note}", GradsketchWarning, stacklevel=8)
+
+    def _over(self, batch: Batch) -> Curvature:
+        part = copy.copy(self)
+        part.objective, part._kept, part._seen_all, part._fits = self.objective.only(batch), {}, True, True
+        return part
+
+    def _over_first_batch(self) -> Curvature:
+        return self._over(next(self.objective.batches()))
 
     def _give_up_double_backward(self, error: RuntimeError) -> None:
-        """Change to central differences where a kernel has no double backward and the mode may be chosen."""
-        if not any(phrase in str(error) for phrase in _NO_DOUBLE_BACKWARD):
+        """Change to central differences where double backward is missing or wrong, and the mode may be chosen."""
+        if not (isinstance(error, WrongDerivativeError) or lacks_double_backward(error)):
             raise error
+        name = type(self.objective.model).__name__
         if self.mode != "auto":
             raise InputError(
-                f"{type(self.objective.model).__name__} has an operation that cannot be differentiated twice ({error})",
-                "double backward, which mode='grad-of-grad' needs",
+                f"mode={self.mode!r} for {name}: {error}",
+                "operations that can be differentiated this way",
                 "Type mode='central-difference', or leave mode out",
             ) from error
-        warnings.warn(
-            f"{type(self.objective.model).__name__} uses an operation without double backward; curvature products are"
-            " central differences of gradients instead (about four digits). Load the model with eager attention and"
-            " uncompiled for exact ones.",
-            GradsketchWarning,
-            stacklevel=2,
-        )
-        self.mode = "central-difference"
-
-
-# What PyTorch says where a backward pass cannot itself be differentiated.
-_NO_DOUBLE_BACKWARD = (
-    "is not implemented",
-    "does not currently support double backward",
-    "trying to differentiate twice a function that was marked with @once_differentiable",
-)
-
-
-def _custom_operation(edges: Sequence[tuple[int, GradientEdge]]) -> str | None:
-    """Return the name of a hand-written autograd function in a graph, or None."""
-    seen: set[Any] = set()
-    nodes: list[Any] = [edge.node for _, edge in edges]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, BackwardCFunction):
-            return type(node).__name__
-        seen.add(node)
-        nodes.extend(following for following, _ in node.next_functions)
-    return None
+        self.mode, self._why, self._scheme = "central-difference", str(error), None
 
 
 @contextmanager
@@ -259,11 +333,7 @@ def differentiable_attention() -> Iterator[None]:
         yield
 
 
-def _like(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cut a vector into pieces with the shapes, devices and dtypes of the given tensors; views where they agree."""
-    pieces = split_as(vector, like)
-    return [piece.to(device=t.device, dtype=t.dtype) for piece, t in zip(pieces, like, strict=True)]
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.itemsize < 4 else tensor
+    parts = split_as(vector, like)
+    return [piece.to(device=t.device, dtype=t.dtype) for piece, t in zip(parts, like, strict=True)]

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
+from gradsketch.gradients.curvature.gradient import add_gradients
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import Batch, TaskLike
-from gradsketch.linear_map import LinearMap
+from gradsketch.linear_map import LinearMap, widened
 
-__all__ = ["Hessian", "hessian", "loss_gradient"]
+__all__ = ["Hessian", "hessian"]
 
 
 def hessian(
@@ -72,54 +72,6 @@ def hessian(
     return Hessian(Objective(model, task, data, parameters, batch_size), mode, check=check)
 
 
-def loss_gradient(
-    model: nn.Module,
-    task: TaskLike,
-    data: Any,
-    parameters: Selection = None,
-    *,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, " n"]:
-    """Return the gradient of the mean loss over the data, the one whose derivative ``hessian`` is.
-
-    On the device of the first parameter, accumulated in ``dtype``; parameters the loss does not use get zeros.
-
-    Example:
-        >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
-        >>> data = [(torch.randn(20), i % 2) for i in range(32)]
-        >>> gs.loss_gradient(model, task, data).shape
-        torch.Size([42])
-
-    Raises:
-        InputError: empty data, no loss per example, no parameter reached.
-        NonFiniteError: a loss is not finite; the message names the batch.
-    """
-    objective = Objective(model, task, data, parameters, batch_size)
-    leaves = Leaves(objective.values)
-    out = torch.zeros(objective.parameters.n, dtype=dtype, device=leaves.tensors[0].device)
-    with torch.inference_mode(False), torch.enable_grad():
-        examples, reached = add_gradients(objective, leaves, out)
-    objective.check_reached(reached)
-    if not torch.isfinite(out).all():
-        objective.explain_non_finite()
-    return out.div_(examples)
-
-
-def add_gradients(
-    objective: Objective, leaves: Leaves, target: Float[Tensor, " n"], scale: float = 1.0
-) -> tuple[int, bool]:
-    """Add scale·Σ_i ∇loss_i at the leaves to ``target``; return the number of examples and whether any was reached."""
-    examples, reached = 0, False
-    with leaves.adding_to(target, scale), objective.at(leaves.tensors) as losses_of:
-        for batch in objective.batches():
-            losses = losses_of(batch)
-            leaves.backward([losses.sum()] if losses.requires_grad else [])
-            examples, reached = examples + len(losses), reached or losses.requires_grad
-            del losses  # frees the graph before the next one is built
-    return examples, reached
-
-
 class Hessian(Curvature):
     """Derivative of the gradient of the mean loss along a vector; built by ``hessian``."""
 
@@ -131,7 +83,7 @@ class Hessian(Curvature):
         # Edges rather than gradients: the graph is needed from here on, the n numbers are not. A parameter the loss
         # does not use, or uses linearly, has no edge.
         edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        return Recorded(leaves, edges, len(losses), True)
+        return Recorded(leaves, edges, len(losses), True, roots=(losses.grad_fn,))
 
     def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
         edges = [edge for _, edge in recorded.edges]
@@ -152,9 +104,12 @@ class Hessian(Curvature):
                     leaves.add(index, tangent)
             return len(losses), True
 
-    def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
-        totals = (0, False)
+    def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
+        totals, out = (0, False), None
         for sign in (1.0, -1.0):
-            totals = add_gradients(self.objective, self._shifted(vector, sign * step), target, sign)
-        target.div_(2 * step)
-        return totals
+            leaves = self._shifted(vector, sign * step, dtype)
+            if out is None:
+                out = torch.zeros_like(vector, dtype=widened(leaves.tensors[0].dtype))
+            totals = add_gradients(self.objective, leaves, out, sign)
+        assert out is not None
+        return out.div_(2 * step), *totals

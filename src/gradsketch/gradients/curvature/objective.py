@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.as_found import buffers_aside
+from gradsketch.as_found import buffers_aside, uncompiled
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.gradients.curvature.failures import reentrant
+from gradsketch.gradients.curvature.graph import REENTRANT, operations
+from gradsketch.gradients.curvature.state import state_of
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Selection, selected
@@ -46,6 +50,8 @@ class Objective:
         self.model, self.task = model, as_task(task)
         self.parameters = selected(model, parameters)
         self.data = Batches(self.task, data, batch_size)
+        self._only: list[Batch] | None = None
+        self._looked = False
         check_held(model, dict(self.parameters))
         names = {id(tensor): name for name, tensor in held(model).items()}
         self._names = [names[id(tensor)] for _, tensor in self.parameters]
@@ -57,18 +63,29 @@ class Objective:
     def values(self) -> list[Tensor]:
         """The selected parameters as the model reads them now."""
         own, instead = held(self.model), read_instead(self.model)
-        return [instead[name].now() if name in instead else own[name].detach() for name in self._names]
+        return [instead[name].now() if name in instead else constant(own[name]) for name in self._names]
+
+    def only(self, batch: Batch) -> Objective:
+        """Return the sum over one batch alone."""
+        part = copy.copy(self)
+        part._only = [batch]
+        return part
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether the sum is over one batch."""
+        return self._only is not None or len(self.data) == 1
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the batches on the model's device.
+        """Yield the batches on the model's device, as tensors that autograd can save.
 
         Raises:
             InputError: there are none.
         """
         device, empty = next(self.model.parameters()).device, True
-        for batch in self.data:
+        for batch in self.data if self._only is None else self._only:
             empty = False
-            yield to_device(batch, device)
+            yield each_tensor(to_device(batch, device), _saveable)
         if empty:
             raise InputError(
                 "data that yields no batch",
@@ -87,16 +104,32 @@ class Objective:
         Raises:
             InputError: the task returns something else than one loss per example.
         """
-        present = zip(values, self.values, strict=True)
-        wider = next((value.dtype for value, now in present if value.dtype != now.dtype), None)
+        wider = self._wider(values)
 
         def losses(batch: Batch) -> Float[Tensor, " b"]:
-            batch = each_tensor(batch, lambda tensor: _widened(tensor, wider))
-            return _one_per_example(self.task.losses(self.model, batch), self.task)
+            found = _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
+            return self._without_reentrant(found)
 
         chosen = dict(zip(self._names, values, strict=True))
-        with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model):
+        # Compiled code has no double backward; what was compiled holds what it was made from.
+        with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model), uncompiled(self.model):
             yield losses
+
+    def _without_reentrant(self, losses: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Refuse layers checkpointed in the re-entrant way, once: where no leaf is before them their rows are zero."""
+        if not self._looked and losses.grad_fn is not None:
+            self._looked = True
+            if REENTRANT in operations([losses.grad_fn]):
+                raise reentrant(self.model)
+        return losses
+
+    def widened(self, batch: Batch, values: Sequence[Tensor]) -> Batch:
+        """Return the batch as the model needs it where ``values`` stand: widened if they are wider than its own."""
+        return _batch_in(batch, self._wider(values))
+
+    def _wider(self, values: Sequence[Tensor]) -> torch.dtype | None:
+        present = zip(values, self.values, strict=True)
+        return next((value.dtype for value, now in present if value.dtype != now.dtype), None)
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the loss and its derivatives: all weights and buffers, modes, task, data, parameters."""
@@ -115,8 +148,8 @@ class Objective:
         constants = {}
         for name, tensor in own.items():
             # What needs no change stays: tensors of a kind of their own, such as quantised weights, lose it by detach.
-            if id(tensor) not in chosen and (name in outside or tensor.requires_grad or _is_narrow(tensor, wider)):
-                now = outside[name].now() if name in outside else tensor.detach()
+            if id(tensor) not in chosen and (name in outside or _must_change(tensor, wider)):
+                now = outside[name].now() if name in outside else constant(tensor)
                 constants[name] = _widened(now, wider)
         return constants
 
@@ -129,11 +162,8 @@ class Objective:
         return {n: reading for n, reading in read_instead(self.model).items() if reading.source.owner not in inside}
 
     def state(self) -> tuple[Any, ...]:
-        """Return what shows whether the model still is as it was: memory, in-place changes, train or eval."""
-        read = [reading.now() for reading in self._read_from_outside().values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *read]
-        modes = tuple(module.training for module in self.model.modules())
-        return tuple((t.data_ptr(), t._version) for t in tensors), modes
+        """Return what shows whether the model and the task still are as they were."""
+        return state_of(self.model, self.task, [reading.now() for reading in self._read_from_outside().values()])
 
     def check_reached(self, reached: bool) -> None:
         """Refuse a loss that no selected parameter has a part in.
@@ -186,6 +216,23 @@ def check_finite(losses: Float[Tensor, " b"], batch: int) -> None:
             "finite losses",
             f"Look at that example, or leave it out; {len(bad)} of the {len(losses)} in its batch are not finite",
         )
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph, as a copy where it was made in inference mode: autograd saves no other."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _saveable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _must_change(tensor: Tensor, wider: torch.dtype | None) -> bool:
+    return tensor.requires_grad or tensor.is_inference() or _is_narrow(tensor, wider)
+
+
+def _batch_in(batch: Batch, dtype: torch.dtype | None) -> Batch:
+    return batch if dtype is None else each_tensor(batch, lambda tensor: _widened(tensor, dtype))
 
 
 def _is_narrow(tensor: Tensor, dtype: torch.dtype | None) -> bool:

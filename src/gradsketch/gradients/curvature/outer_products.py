@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
@@ -16,12 +16,13 @@ from torch.utils import _pytree as pytree
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
+from gradsketch.gradients.curvature.graph import operations
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.data import batch_slice
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import Batch, TaskLike
-from gradsketch.linear_map import LinearMap
+from gradsketch.linear_map import LinearMap, widened
 
 __all__ = ["fisher", "gauss_newton"]
 
@@ -106,6 +107,7 @@ class _Outputs(ABC):
 
     values: list[Tensor]
     examples: int
+    loss_operations: frozenset[str] = frozenset()
 
     @abstractmethod
     def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
@@ -118,6 +120,10 @@ class _Outputs(ABC):
     @abstractmethod
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
         """Multiply directions in output space by A."""
+
+    @abstractmethod
+    def curve_by_differences(self, directions: list[Tensor], step: float) -> list[Tensor]:
+        """Multiply directions in output space by A with first derivatives of the loss alone."""
 
 
 class _Losses(_Outputs):
@@ -132,6 +138,9 @@ class _Losses(_Outputs):
         return [losses_of(self._batch)]
 
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
+        return directions
+
+    def curve_by_differences(self, directions: list[Tensor], step: float) -> list[Tensor]:
         return directions
 
 
@@ -164,20 +173,43 @@ class _ModelOutputs(_Outputs):
         return [tensors[i] for i in self._places]
 
     def curve(self, directions: list[Tensor]) -> list[Tensor]:
+        return self._by_rows(self._curve_rows, directions)
+
+    def curve_by_differences(self, directions: list[Tensor], step: float) -> list[Tensor]:
+        length = math.sqrt(sum(float(d.double().square().sum()) for d in directions))
+        if length == 0:
+            return directions
+
+        def differences(rows: slice, batch: Batch, directions: list[Tensor]) -> list[Tensor]:
+            ahead, behind = (self._slopes(rows, batch, directions, h * step / length) for h in (1, -1))
+            return [(a - b) * (length / (2 * step)) for a, b in zip(ahead, behind, strict=True)]
+
+        return self._by_rows(differences, directions)
+
+    def _by_rows(
+        self, work: Callable[[slice, Batch, list[Tensor]], list[Tensor]], directions: list[Tensor]
+    ) -> list[Tensor]:
+        """Do work on directions, a few examples at a time where outputs are large."""
         rows = self._rows_at_once(directions)
         if rows >= self.examples:
-            return self._curve_rows(slice(None), self._batch, directions)
+            return work(slice(None), self._batch, directions)
         parts = []
         for start in range(0, self.examples, rows):
             stop = min(start + rows, self.examples)
             sliced = [d[start:stop] for d in directions]
-            parts.append(self._curve_rows(slice(start, stop), batch_slice(self._batch, start, stop), sliced))
+            parts.append(work(slice(start, stop), batch_slice(self._batch, start, stop), sliced))
         return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _slopes(self, rows: slice, batch: Batch, directions: list[Tensor], scale: float) -> list[Tensor]:
+        heads, losses = self._losses_of(rows, batch, [d * scale for d in directions])
+        grads = torch.autograd.grad(losses.sum(), heads, allow_unused=True, materialize_grads=True)
+        return [grad.detach() for grad in grads]
 
     def _used(self) -> list[int]:
         heads, losses = self._losses_of(slice(None), self._batch)
         if not losses.requires_grad:  # no output does, or the loss uses none of them
             return []
+        self.loss_operations = frozenset(operations([losses.grad_fn]))
         grads = torch.autograd.grad(losses.sum(), heads, allow_unused=True)
         return [place for place, grad in zip(self._places, grads, strict=True) if grad is not None]
 
@@ -196,11 +228,14 @@ class _ModelOutputs(_Outputs):
         roots, vectors = [grads[i] for i in curved], [directions[i] for i in curved]
         return list(torch.autograd.grad(roots, heads, vectors, materialize_grads=True))
 
-    def _losses_of(self, rows: slice, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """Return fresh leaves for the outputs of some examples, and those examples' losses."""
+    def _losses_of(
+        self, rows: slice, batch: Batch, shifts: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return fresh leaves for the outputs of some examples, moved by ``shifts``, and those examples' losses."""
         tree = [t[rows] if isinstance(t, Tensor) and t.ndim > 0 else t for t in self._constant]
-        for place in self._places:
-            tree[place] = tree[place].detach().requires_grad_()
+        for index, place in enumerate(self._places):
+            moved = tree[place].detach() if shifts is None else tree[place].detach() + shifts[index]
+            tree[place] = moved.requires_grad_()
         answer = _Answer(self._objective.model, pytree.tree_unflatten(tree, self._structure))
         return [tree[place] for place in self._places], self._objective.task.losses(answer, batch)
 
@@ -262,7 +297,8 @@ class OuterProducts(Curvature):
         duals = [torch.zeros_like(value).requires_grad_() for value in outputs.values]
         grads = torch.autograd.grad(outputs.values, leaves.tensors, duals, create_graph=True, allow_unused=True)
         edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None]
-        return Recorded(leaves, edges, outputs.examples, True, (outputs, duals))
+        roots = tuple(value.grad_fn for value in outputs.values)
+        return Recorded(leaves, edges, outputs.examples, True, (outputs, duals), roots, outputs.loss_operations)
 
     def _replay(self, recorded: Recorded, vector: list[Tensor], *, retain: bool) -> None:
         if recorded.reached:
@@ -280,31 +316,35 @@ class OuterProducts(Curvature):
             with self.objective.at(duals) as losses_of:
                 unpacked = [forward_ad.unpack_dual(value) for value in outputs.again(losses_of)]
             directions = [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
-        self._pull(leaves, outputs, directions)
+        if _reached(outputs):
+            directions = [d.to(value.dtype) for d, value in zip(directions, outputs.values, strict=True)]
+            self._pull(leaves, outputs, outputs.curve(directions))
         return outputs.examples, _reached(outputs)
 
-    def _difference(self, vector: list[Tensor], step: float, target: Float[Tensor, " n"]) -> tuple[int, bool]:
-        ahead, behind = self._shifted(vector, step), self._shifted(vector, -step)
-        leaves, examples, reached = Leaves(self.objective.values), 0, False
+    def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
+        ahead, behind = self._shifted(vector, step, dtype), self._shifted(vector, -step, dtype)
+        leaves, examples, reached = self._shifted(vector, 0.0, dtype), 0, False
+        out = torch.zeros_like(vector, dtype=widened(leaves.tensors[0].dtype))
         for batch in self.objective.batches():
+            wide = self.objective.widened(batch, leaves.tensors)
             with self.objective.at(leaves.tensors) as losses_of:
-                outputs = self._outputs(self.objective, losses_of, batch)
+                outputs = self._outputs(self.objective, losses_of, wide)
             values = zip(self._values_at(ahead, outputs), self._values_at(behind, outputs), strict=True)
-            with leaves.adding_to(target):
-                self._pull(leaves, outputs, [(high - low) / (2 * step) for high, low in values])
+            directions = [(high - low) / (2 * step) for high, low in values]
+            if _reached(outputs):
+                with leaves.adding_to(out):
+                    self._pull(leaves, outputs, outputs.curve_by_differences(directions, step))
             examples, reached = examples + outputs.examples, reached or _reached(outputs)
-        return examples, reached
+        return out, examples, reached
 
     def _values_at(self, leaves: Leaves, outputs: _Outputs) -> list[Tensor]:
         with torch.no_grad(), self.objective.at(leaves.tensors) as losses_of:
             return outputs.again(losses_of)
 
-    def _pull(self, leaves: Leaves, outputs: _Outputs, directions: list[Tensor]) -> None:
-        """Add Jᵀ A times the directions to the leaves' target."""
-        if _reached(outputs):
-            directions = [d.to(value.dtype) for d, value in zip(directions, outputs.values, strict=True)]
-            with self.objective.at(leaves.tensors):  # checkpointed layers run again
-                leaves.backward(outputs.values, outputs.curve(directions))
+    def _pull(self, leaves: Leaves, outputs: _Outputs, curved: list[Tensor]) -> None:
+        """Add Jᵀ times vectors in output space to the leaves' target."""
+        with self.objective.at(leaves.tensors):  # checkpointed layers run again
+            leaves.backward(outputs.values, [c.to(v.dtype) for c, v in zip(curved, outputs.values, strict=True)])
 
 
 def _reached(outputs: _Outputs) -> bool:

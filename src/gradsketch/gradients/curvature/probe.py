@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective, check_finite
+from gradsketch.gradients.data import tensors_of
+from gradsketch.gradients.fingerprints import digest
+from gradsketch.gradients.tasks import Batch, Task
 
-__all__ = ["check_deterministic"]
+__all__ = ["check_deterministic", "refuse_listed_batches"]
 
 
 def check_deterministic(objective: Objective) -> bool:
@@ -38,14 +42,18 @@ def check_deterministic(objective: Objective) -> bool:
         )
     tolerance = torch.finfo(first.dtype).eps ** 0.5
     if not torch.allclose(first, second, rtol=tolerance, atol=tolerance):
-        raise _difference(objective.model, first, second, tolerance)
+        raise _difference(objective, first, second, tolerance)
     return watch.seen
 
 
 def _all_losses(objective: Objective) -> Float[Tensor, " N"]:
     # With gradients on, as in a product: some layers take another path without.
-    leaves, parts, reached = Leaves(objective.values), [], False
-    with torch.inference_mode(False), torch.enable_grad(), objective.at(leaves.tensors) as losses_of:
+    parts, reached = [], False
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        objective.at(Leaves(objective.values).tensors) as losses_of,
+    ):
         for index, batch in enumerate(objective.batches()):
             losses = losses_of(batch)
             check_finite(losses, index)
@@ -56,17 +64,58 @@ def _all_losses(objective: Objective) -> Float[Tensor, " N"]:
     return torch.cat(parts)
 
 
-def _difference(model: nn.Module, first: Tensor, second: Tensor, tolerance: float) -> InputError:
+def _difference(objective: Objective, first: Tensor, second: Tensor, tolerance: float) -> InputError:
+    model = objective.model
     change = float((first - second).abs().max())
     came = f"losses that change by up to {change:.2g} from one pass over the data to the next"
     wanted = "the same losses in the same order, or curvature products would belong to no function"
     random_layers = [n for n, m in model.named_modules() if m.training and "Dropout" in type(m).__name__]
     if torch.allclose(first.sort().values, second.sort().values, rtol=tolerance, atol=tolerance):
         return InputError(f"{came}: the order of the data changes", wanted, "Build the DataLoader with shuffle=False")
+    if len({digest(next(objective.batches())) for _ in range(3)}) > 1:
+        came = f"{came}: the data is another at every reading"
+        return InputError(came, wanted, "Switch random augmentation off, or read the data once: list(dataset)")
     if model.training:
         layers = f" with {len(random_layers)} dropout layers, {random_layers[0]!r} first" if random_layers else ""
         return InputError(f"{came}: the model is in train mode{layers}", wanted, "Call model.eval() first")
     return InputError(f"{came}: the loss or the model is random", wanted, "Fix its seed inside the loss function")
+
+
+def refuse_listed_batches(objective: Objective) -> None:
+    """Refuse a list of batches where examples are expected: every row would count as a part of one example.
+
+    The example of a sequence may have the same shapes. So an item counts as a batch only where the loss takes it as
+    one, and as an example either cannot be taken or comes to the sum or the mean of its rows.
+
+    Raises:
+        InputError: a list of batches.
+    """
+    data, task = objective.data, objective.task
+    if not data.is_raw or type(task).collate is not Task.collate:
+        return
+    item = data.data[0]
+    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(item)}
+    if isinstance(item, Tensor) or len(sizes) != 1 or min(sizes) < 2:
+        return
+    rows = _losses_or_none(objective, lambda: item)
+    if rows is None or len(rows) != min(sizes):
+        return
+    example = _losses_or_none(objective, lambda: task.collate([item]))
+    if example is None or any(torch.allclose(example, rows_as_one) for rows_as_one in (rows.sum(), rows.mean())):
+        raise InputError(
+            f"a list whose items the loss takes as batches, of {len(rows)} rows the first",
+            "a list of examples, a DataLoader, or one batch",
+            "Several batches need a DataLoader(dataset, batch_size=...), one batch is a tuple or a dict by itself;"
+            " for examples that are sequences, collate them into one batch first",
+        )
+
+
+def _losses_or_none(objective: Objective, make: Callable[[], Batch]) -> Tensor | None:
+    try:
+        with torch.inference_mode(False), torch.no_grad(), objective.at(objective.values) as losses_of:
+            return losses_of(next(objective.only(make()).batches()))
+    except Exception:  # the task's own, whatever it raises for what it cannot take
+        return None
 
 
 class _AttentionWatch(TorchFunctionMode):

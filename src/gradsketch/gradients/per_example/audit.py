@@ -49,6 +49,11 @@ class Audit:
         if name not in self._residuals:
             return
         residual, weights = self._residuals[name], self.weights[examples].to(self._residuals[name].device)
+        weighty = weights.nonzero()[:, 0]
+        if not len(weighty):
+            return
+        if len(weighty) < len(weights):
+            contribution, weights = contribution.of(weighty), weights[weighty]
         rows = residual.shape[0] if residual.ndim > 1 else 1
         columns = residual.numel() // max(1, rows)
         residual -= contribution.weighted(weights, rows, columns).view(residual.shape)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompiled
 from gradsketch.errors import InputError
-from gradsketch.gradients.per_example.rules import coupled
+from gradsketch.gradients.per_example.refusals import coupled, reentrant
 from gradsketch.stand_ins import read_instead
 
-__all__ = ["differentiating", "reentrant"]
+__all__ = ["differentiating"]
 
 
 @contextmanager
@@ -43,6 +43,11 @@ def _refuse_coupled(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise coupled("a BatchNorm in training mode")
+        if getattr(module, "scale_grad_by_freq", False):
+            raise coupled(
+                f"a {type(module).__name__} with scale_grad_by_freq=True, which counts tokens of the whole batch",
+                "Set its scale_grad_by_freq = False",
+            )
 
 
 def _refuse_stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -70,12 +75,3 @@ def _faults_named() -> Iterator[None]:
         if "use_reentrant=True" not in str(error):
             raise
         raise reentrant() from error
-
-
-def reentrant() -> InputError:
-    """Return the error for checkpoints of the old kind, whose parameters no graph shows."""
-    return InputError(
-        "a model that checkpoints activations with use_reentrant=True",
-        "checkpoints that know torch.autograd.grad",
-        'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
-    )

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.as_found import buffers_aside
+from gradsketch.gradients.data import batch_length, batch_slice, differentiable
+from gradsketch.gradients.per_example.refusals import running_alone
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
@@ -22,21 +24,22 @@ _CHUNK_BYTES = 1 << 28
 
 def gradients_by_loop(
     model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[int, Gradients]]:
-    """Yield (first position, gradients ``[1, *shape]`` by name), running every example alone.
+) -> Iterator[tuple[int, Tensor, Gradients]]:
+    """Yield (first position, its loss, gradients ``[1, *shape]`` by name), running every example alone.
 
     Call it where ``.grad`` is set aside.
     """
     for position in range(batch_length(batch)):
-        losses = task.losses(model, batch_slice(batch, position, position + 1))
+        with running_alone(position), buffers_aside(model):
+            losses = task.losses(model, differentiable(batch_slice(batch, position, position + 1)))
         parts = accumulated(losses, torch.ones_like(losses), tensors)
-        yield position, {name: part[None] for name, part in parts.items()}
+        yield position, losses.detach(), {name: part[None] for name, part in parts.items()}
 
 
 def gradients_by_vmap(
     model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[int, Gradients]]:
-    """Yield (first position, gradients ``[chunk, *shape]`` by name), vmap of grad over chunks of the batch."""
+) -> Iterator[tuple[int, Tensor, Gradients]]:
+    """Yield (first position, losses, gradients ``[chunk, *shape]`` by name), vmap of grad over chunks of the batch."""
     runner = _Runner(model, task)
     detached = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
 
@@ -45,13 +48,13 @@ def gradients_by_vmap(
         losses: Tensor = torch.func.functional_call(runner, values, (alone,))
         return losses.sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
+    each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     chunk = max(1, _CHUNK_BYTES // size)
     for start in range(0, batch_length(batch), chunk):
         stop = min(start + chunk, batch_length(batch))
-        parts = each(detached, batch_slice(batch, start, stop))
-        yield start, {name: parts[f"model.{name}"] for name in tensors}
+        parts, losses = each(detached, differentiable(batch_slice(batch, start, stop)))
+        yield start, losses.detach(), {name: parts[f"model.{name}"] for name in tensors}
 
 
 def implicit_sketches(
@@ -59,16 +62,17 @@ def implicit_sketches(
 ) -> Iterator[tuple[int, Float[Tensor, "1 d"]]]:
     """Yield (position, sketch): the gradient at w = 0 of w ↦ L(theta0 + Phiᵀ w), [P] eq. 5."""
     runner = _Runner(model, task)
-    example = next(iter(tensors.values()))
-    dtype = widened(example.dtype)
+    like = next(iter(tensors.values()))
+    dtype = widened(like.dtype)
     for position in range(batch_length(batch)):
-        w = torch.zeros(sketch.d, dtype=dtype, device=example.device, requires_grad=True)
+        w = torch.zeros(sketch.d, dtype=dtype, device=like.device, requires_grad=True)
         steps = sketch.lift(w).split([t.numel() for t in tensors.values()])
         moved = {
             f"model.{name}": tensor.detach() + step.view_as(tensor).to(tensor.dtype)
             for (name, tensor), step in zip(tensors.items(), steps, strict=True)
         }
-        losses = torch.func.functional_call(runner, moved, (batch_slice(batch, position, position + 1),))
+        example = differentiable(batch_slice(batch, position, position + 1))
+        losses = torch.func.functional_call(runner, moved, (example,))
         yield position, accumulated(losses, torch.ones_like(losses), {"w": w})["w"][None]
 
 

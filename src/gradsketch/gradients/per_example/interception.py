@@ -25,10 +25,10 @@ from gradsketch.gradients.per_example.owners import (
     owners_of,
     projected,
 )
-from gradsketch.gradients.per_example.provenance import SHARED, Axis, Provenance, function_name, tensors_in
+from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["DifferentiatedError", "Interception", "Rule", "coarser", "nodes_outside_rules"]
+__all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "nodes_outside_rules"]
 
 # A parameter, or a tensor made of parameters alone; what it gets; and which examples that is for (None: all).
 Report = tuple[Tensor, Contribution] | tuple[Tensor, Contribution, slice]
@@ -38,6 +38,8 @@ Contributions = Callable[..., Iterable[Report]]
 Rule = Callable[..., Any]
 # Takes what a derived tensor gets, returns what one of its parameters gets.
 Passing = Callable[[Contribution], Contribution]
+# Of a use of parameters: function and parameters, dim of the examples, leading dims, whether there were several.
+Kind = tuple[str, Axis, int, bool]
 
 
 class DifferentiatedError(Exception):
@@ -103,14 +105,14 @@ class Interception(TorchFunctionMode):
         self.examples, self.transparent = provenance.examples, transparent
         self.slow: Mapping[str, str] = {}
         self.mixed: dict[str, str] = {}
-        self.seen: set[tuple[str, bool, bool]] = set()
+        self.seen: set[Kind] = set()
         self.differentiated = False
         self.unmeasurable = False  # whether gradients that are not finite hide whose rows are whose
         self.calls: list[_Call] = []
         self.unrecorded: set[str] = set()  # parameters used where no gradient is recorded
         self.uses: dict[str, str] = {}  # of each parameter that a function outside the rules used: that function
         self._call = ""
-        self._placed: Tensor | None = None
+        self._placed: Tensor | tuple[Tensor, ...] | None = None
         self._derived: dict[int, _Derived] = {}
         self._gates: dict[int, Tensor] = {}
         self.slot = torch.zeros((), requires_grad=True)
@@ -127,7 +129,7 @@ class Interception(TorchFunctionMode):
             unrecorded = {name for tensor in used for name in self._origin(tensor)}
             self.unrecorded |= unrecorded
             # A function that runs a backward pass of its own may hide these uses, which an audit finds.
-            self.seen |= {(f"unrecorded({name})", False, self.examples > 1) for name in unrecorded}
+            self.seen |= {(f"unrecorded({name})", UNKNOWN, 0, self.examples > 1) for name in unrecorded}
             used = []
         result = self._use(func, args, kwargs, used) if used else func(*args, **kwargs)
         if isinstance(result, Tensor) and result.dtype is not self.dtype and result.requires_grad:
@@ -196,9 +198,10 @@ class Interception(TorchFunctionMode):
         axis = self.provenance.axis(tensor)
         return 0 if self.examples == 1 and axis != SHARED else axis
 
-    def place(self, result: Tensor, axis: Axis) -> None:
-        """Say where the examples stand in the result of a rule, where the function alone does not tell."""
-        self.provenance.place(result, axis)
+    def place(self, result: Tensor | tuple[Tensor, ...], *axes: Axis) -> None:
+        """Say where the examples stand in the results of a rule, where the function alone does not tell."""
+        for tensor, axis in zip(tensors_in((result,)), axes, strict=True):
+            self.provenance.place(tensor, axis)
         self._placed = result
 
     def watch(
@@ -215,7 +218,7 @@ class Interception(TorchFunctionMode):
         ``rows`` groups the first ``leading`` dims of the result by example; ``axis`` is the one that counts the
         examples, or ``UNKNOWN``. A result that has its leading dims flattened says what ``shape`` they have.
         """
-        self.seen.add((self._call, axis >= 0, self.examples > 1))  # a batch of one proves nothing of more
+        self.seen.add((self._call, axis, leading, self.examples > 1))  # a batch of one proves nothing of more
         names = tuple(self._call.partition("(")[2][:-1].split(","))
         call = _Call(self._call, axis, leading, contributions, names, shape)
         self.calls.append(call)

@@ -8,6 +8,7 @@ to know must measure (see ``owners``).
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gradsketch.gradients.data import tensors_of
 
-__all__ = ["SHARED", "UNKNOWN", "Axis", "Provenance", "function_name", "tensors_in"]
+__all__ = ["SHARED", "UNKNOWN", "Axis", "Provenance", "einsum_letters", "function_name", "is_full", "tensors_in"]
 
 # The dim that counts examples, or one of the two states below.
 Axis = int
@@ -192,10 +193,11 @@ def _is_whole(index: Any, axis: Axis) -> bool:
     """Whether places are chosen by numbers along other dims than that of the examples."""
     places = index if isinstance(index, tuple) else (index,)
     plain = not any(isinstance(i, Tensor | list) or i is None or i is Ellipsis for i in places[: axis + 1])
-    return plain and len(places) > axis and _is_full(places[axis]) and not any(isinstance(i, Tensor) for i in places)
+    return plain and len(places) > axis and is_full(places[axis]) and not any(isinstance(i, Tensor) for i in places)
 
 
-def _is_full(index: Any) -> bool:
+def is_full(index: Any) -> bool:
+    """Whether an index takes all there is."""
     return isinstance(index, slice) and index.start in (None, 0) and index.stop is None and index.step in (None, 1)
 
 
@@ -281,6 +283,7 @@ _DIM_POSITION = {
         _words("""softmax log_softmax softmin cumsum cumprod sort argsort cat concat concatenate stack gather"""), 1
     ),
     **dict.fromkeys(_words("sum mean amax amin max min argmax argmin prod var std logsumexp any all nansum median"), 1),
+    "index_select": 1,
     **dict.fromkeys(_words("topk roll take_along_dim"), 2),
 }
 _DIM_DEFAULT = {"sort": -1, "argsort": -1, "topk": -1, "cat": 0, "concat": 0, "concatenate": 0, "stack": 0}
@@ -367,7 +370,7 @@ def _repeat_interleaved(
 
 
 def _product(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
-    """Matrix products: a leading dim of all factors that hold examples, or the rows of the first alone."""
+    """Matrix products: a leading dim of all factors that hold examples, or rows of the first or columns of the last."""
     factors = [t for t in tensors_in((*args, *kwargs.values())) if t.ndim > 1]
     if len(factors) < 2 or result.ndim < 2:
         return UNKNOWN
@@ -375,21 +378,40 @@ def _product(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list
     if len(places) != 1 or any(self.axis(t) < 0 for t in relevant):
         return UNKNOWN
     place = places.pop()
-    rows = place == -2 and len(relevant) == 1 and relevant[0] is factors[-2]
-    if not (place <= -3 or rows) or -place > result.ndim:
+    alone = len(relevant) == 1 and relevant[0] is (factors[-2] if place == -2 else factors[-1])
+    if not (place <= -3 or alone) or -place > result.ndim:
         return UNKNOWN
     return result.ndim + place if result.shape[place] == relevant[0].shape[place] else UNKNOWN
 
 
+def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str]:
+    """Return a letter for each dim of the operands and of the result, also of dims that dots or nothing stand for."""
+    left, arrow, right = args[0].replace(" ", "").partition("->")
+    given = list(zip(left.split(","), tensors_in(args[1:]), strict=True))
+    unused = [letter for letter in string.ascii_letters if letter not in args[0]]
+    most = max((t.ndim - len(letters.replace("...", "")) for letters, t in given if "..." in letters), default=0)
+    dots = "".join(unused[:most])
+    operands = [
+        letters.replace("...", dots[most - (t.ndim - len(letters.replace("...", ""))) :])
+        if "..." in letters
+        else letters
+        for letters, t in given
+    ]
+    if not arrow:
+        named = left.replace("...", "").replace(",", "")
+        right = "..." + "".join(sorted(letter for letter in set(named) if named.count(letter) == 1))
+    return operands, right.replace("...", dots)
+
+
 def _einsum(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
     """The letter of the examples, in every operand that holds some and in the result."""
-    if not isinstance(args[0], str) or "..." in args[0] or "->" not in args[0]:
+    if not isinstance(args[0], str):
         return UNKNOWN
-    left, right = args[0].replace(" ", "").split("->")
+    left, right = einsum_letters(args)
     operands = list(tensors_in(args[1:]))
     letters = {
         letter[self.axis(t)]
-        for letter, t in zip(left.split(","), operands, strict=True)
+        for letter, t in zip(left, operands, strict=True)
         if any(t is r for r in relevant) and self.axis(t) >= 0
     }
     if len(letters) != 1 or any(self.axis(t) < 0 for t in relevant):
@@ -404,6 +426,14 @@ def _gathered(self: Provenance, name: str, args: Any, kwargs: Any, relevant: lis
     dims = _dims(name, args, kwargs, result.ndim)
     axis = _same_dim(self, name, args, kwargs, given, result)
     return axis if dims is not None and axis not in dims else UNKNOWN
+
+
+def _along_another(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Entries of another dim, at places that all examples share."""
+    source, dims = args[0], _dims(name, args, kwargs, result.ndim)
+    shared = all(t is source or self.axis(t) == SHARED for t in tensors_in((*args, *kwargs.values())))
+    axis = self.axis(source)
+    return axis if shared and axis >= 0 and dims is not None and axis not in dims else UNKNOWN
 
 
 def _selected(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
@@ -477,6 +507,7 @@ _HANDLERS: dict[str, Callable[..., Axis]] = {
     "einsum": _einsum,
     **dict.fromkeys(("gather", "take_along_dim"), _gathered),
     "embedding": _selected,
+    "index_select": _along_another,
     **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
     **dict.fromkeys(
         _words("""scaled_dot_product_attention conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradsketch.errors import InputError
 from gradsketch.gradients.per_example.contributions import (
     Contribution,
     Direct,
@@ -29,30 +28,37 @@ from gradsketch.gradients.per_example.contributions import (
 )
 from gradsketch.gradients.per_example.interception import Interception, Report, Rule
 from gradsketch.gradients.per_example.owners import Grouping
-from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, tensors_in
+from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, einsum_letters, is_full, tensors_in
+from gradsketch.gradients.per_example.recurrent import RECURRENT
 
-__all__ = ["RULES", "TRANSPARENT", "coupled"]
+__all__ = ["RULES", "TRANSPARENT"]
 
 Reports = Iterator[Report]
 
 
 def _linear(tap: Interception, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if weight.ndim == 1 and bias is None and tap.chosen(weight):
+        return _with_vector(tap, func, input, weight)
     if weight.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return NotImplemented
     flat = func(input.flatten(0, -2), tap.gate(weight), tap.gate(bias))
     return _product(tap, flat, input, weight, bias, transposed=False)
 
 
-def _addmm(tap: Interception, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
-    plain = all(options.get(name, 1) == 1 for name in ("alpha", "beta")) and not set(options) - {"alpha", "beta"}
-    if not plain or input.ndim != 1 or not _has_examples(tap, mat1, 1) or not tap.chosen(mat2):
+def _addmm(
+    tap: Interception, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Any:
+    if input.ndim != 1 or not _has_examples(tap, mat1, 1) or not tap.chosen(mat2):
         return NotImplemented
-    return _product(tap, func(tap.gate(input), mat1, tap.gate(mat2)), mat1, mat2, input, transposed=True)
+    flat = func(tap.gate(input), mat1, tap.gate(mat2), beta=beta, alpha=alpha)
+    return _product(tap, flat, mat1, mat2, input, transposed=True, alpha=alpha, beta=beta)
 
 
 def _matmul(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
     if isinstance(other, Tensor) and other.ndim == 3 and input.ndim == 3:
         return _bmm(tap, func, input, other)
+    if other.ndim == 1:
+        return _with_vector(tap, func, input, other) if tap.chosen(other) else _mv(tap, func, input, other)
     if not tap.chosen(other) or other.ndim != 2 or input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
         return _replay(tap, func, input, other)
     flat = torch.mm(input.flatten(0, -2), tap.gate(other))
@@ -60,23 +66,63 @@ def _matmul(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
 
 
 def _product(
-    tap: Interception, flat: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
+    tap: Interception,
+    flat: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool,
+    alpha: Any = 1,
+    beta: Any = 1,
 ) -> Tensor:
-    """Watch [r, o], the product of the flattened input with a matrix, which is no view."""
+    """Watch [r, o], alpha times the product of the flattened input with a matrix plus beta times a bias, no view."""
     leading, width = input.shape[:-1], flat.shape[-1]
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
         errors = rows(gradient.reshape(*leading, width))
         for inputs in kept:
-            factors = errors, rows(inputs)
+            factors = errors if alpha == 1 else alpha * errors, rows(inputs)
             yield weight, Outer(*factors[::-1]) if transposed else Outer(*factors)
         if tap.chosen(bias):
             assert bias is not None
-            yield bias, Sum(errors)
+            yield bias, Sum(errors if beta == 1 else beta * errors)
 
     keep = (input,) if tap.chosen(weight) else ()
     watched = tap.watch(flat, tap.axis(input), len(leading), keep, contributions, leading)
     return watched.view(*leading, width)
+
+
+def _with_vector(tap: Interception, func: Any, input: Tensor, vector: Tensor) -> Any:
+    """[…, i] times a vector [i]."""
+    if input.ndim < 2 or not _has_examples(tap, input, input.ndim - 1):
+        return NotImplemented
+    flat = torch.mv(input.flatten(0, -2), tap.gate(vector))[:, None].clone()
+    result = _product(tap, flat, input, vector, None, transposed=False)[..., 0]
+    tap.place(result, tap.axis(input))
+    return result
+
+
+def _inner(tap: Interception, func: Any, input: Tensor, other: Tensor) -> Any:
+    fits = tap.chosen(other) and not tap.chosen(input) and other.ndim in (1, 2)
+    rule = _linear if fits and other.ndim == 2 else _with_vector
+    result = rule(tap, functional.linear, input, other) if fits else NotImplemented
+    if isinstance(result, Tensor):
+        tap.place(result, tap.axis(input))
+    return result
+
+
+def _mv(tap: Interception, func: Any, input: Tensor, vec: Tensor) -> Any:
+    """A matrix times the vector of one example, as in a loop over the examples."""
+    if not tap.chosen(input) or tap.chosen(vec) or tap.axis(vec) == SHARED:
+        return NotImplemented
+    axis = 0 if tap.examples == 1 else UNKNOWN
+
+    def contributions(rows: Grouping, gradient: Tensor, inputs: Tensor) -> Reports:
+        yield input, Outer(rows(gradient), rows(inputs))
+
+    watched = tap.watch(func(tap.gate(input), vec)[None].clone(), axis, 1, (vec[None],), contributions)
+    return watched[0]
 
 
 def _grouped_mm(
@@ -173,14 +219,43 @@ def _embedding(
 
 def _item(tap: Interception, func: Any, table: Tensor, index: Any) -> Any:
     """Rows of a table, chosen by an index of the examples."""
+    places = (
+        index[0] if isinstance(index, tuple) and index and all(i is ... or is_full(i) for i in index[1:]) else index
+    )
+    return _chosen_rows(tap, lambda table: func(table, index), table, places)
+
+
+def _chosen_rows(tap: Interception, choose: Callable[[Tensor], Tensor], table: Tensor, index: Any) -> Any:
     whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype not in (torch.bool, torch.uint8)
     if not whole or not tap.chosen(table) or not _has_examples(tap, index, index.ndim):
         return NotImplemented
-    return _rows_of(tap, func(tap.gate(table), index), index, table, None)
+    return _rows_of(tap, choose(tap.gate(table)), index, table, None)
 
 
 def _index_select(tap: Interception, func: Any, input: Tensor, dim: int, index: Tensor) -> Any:
-    return _item(tap, lambda table, index: func(table, 0, index), input, index) if dim == 0 else NotImplemented
+    return _chosen_rows(tap, lambda table: func(table, 0, index), input, index) if dim == 0 else NotImplemented
+
+
+def _gather(tap: Interception, func: Any, input: Tensor, dim: int, index: Tensor, **options: Any) -> Any:
+    """Entries of a table [n, c] at places [r, c] of the examples: one from each column."""
+    fits = tap.chosen(input) and input.ndim == index.ndim == 2 and dim in (0, -2) and index.shape[1] == input.shape[1]
+    if not fits or not _has_examples(tap, index, 1):
+        return NotImplemented
+    columns = torch.arange(input.shape[1], device=index.device)
+
+    def contributions(rows: Grouping, gradient: Tensor, index: Tensor) -> Reports:
+        places, errors = rows(index) * input.shape[1] + columns, rows(gradient)
+        yield input, Direct(_scattered(places.flatten(1), errors.flatten(1)[..., None], input.numel()))
+
+    return tap.watch(func(tap.gate(input), dim, index, **options), tap.axis(index), 1, (index,), contributions)
+
+
+def _take_along_dim(tap: Interception, func: Any, input: Tensor, indices: Tensor, dim: int | None = None) -> Any:
+    if dim is None or input.ndim != 2 or indices.ndim != 2:
+        return NotImplemented
+    expanded, axis = indices.expand(-1, input.shape[1]), tap.axis(indices)
+    tap.provenance.place(expanded, axis)
+    return _gather(tap, torch.gather, input, dim, expanded)
 
 
 def _rows_of(tap: Interception, result: Tensor, index: Tensor, table: Tensor, padding: int | None) -> Tensor:
@@ -211,6 +286,11 @@ def _convolution(dims: int) -> Rule:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
+        if input.ndim == dims + 1 and not tap.chosen(input) and tap.axis(input) != SHARED:
+            # Without a dim for the batch, as in a loop over the examples.
+            alone = input[None]
+            tap.provenance.place(alone, UNKNOWN)
+            return rule(tap, func, alone, weight, bias, stride, padding, dilation, groups)[0]
         if input.ndim != dims + 2 or not _has_examples(tap, input, 1):
             return NotImplemented
         result = func(input, tap.gate(weight), tap.gate(bias), stride, padding, dilation, groups)
@@ -356,15 +436,6 @@ def _batch_norm(
     return _channels(tap, result, input, weight, bias, normalise)
 
 
-def coupled(what: str) -> InputError:
-    """Return the error for a layer in which an example's loss depends on its batch mates."""
-    return InputError(
-        what,
-        "layers in which no example sees another, so that each has a gradient of its own",
-        "Call model.eval() first, or use GroupNorm",
-    )
-
-
 def _channels(
     tap: Interception,
     result: Tensor,
@@ -458,23 +529,23 @@ def _terms(rows: Grouping, given: Tensor, axis: Axis, leading: int, shape: list[
 
 
 def _expand(tap: Interception, func: Any, input: Tensor, *sizes: Any, **named: Any) -> Any:
-    """A parameter repeated for every example, in a first dim of its own."""
+    """A parameter repeated for every example, in a dim of its own behind others of size 1."""
     if not tap.chosen(input):
         return NotImplemented
     result = func(tap.gate(input), *sizes, **named)
-    new = result.ndim > input.ndim or (input.ndim > 0 and input.shape[0] == 1)
-    if not new or result.ndim == 0 or result.shape[0] != tap.examples or result.numel() == 0:
+    axis = next((dim for dim, size in enumerate(result.shape) if size != 1), 0) if tap.examples > 1 else 0
+    shape, leading = _aligned(input.shape, result.ndim, axis)
+    if result.ndim == 0 or result.shape[axis] != tap.examples or not leading or result.numel() == 0:
         return NotImplemented
-    shape, leading = _aligned(input.shape, result.ndim, 0)
     if any(size not in (1, whole) for size, whole in zip(shape, result.shape, strict=True)):
         return NotImplemented  # repeated along a dim that is not constant
 
     def contributions(rows: Grouping, gradient: Tensor) -> Reports:
-        terms = _terms(rows, gradient, 0, leading, shape)
+        terms = _terms(rows, gradient, axis, leading, shape)
         yield input, Sum(terms.reshape(*terms.shape[:2], *input.shape))
 
-    watched = tap.watch(result.clone(), 0, 1, (), contributions)
-    tap.place(watched, 0)
+    watched = tap.watch(result.clone(), axis, axis + 1, (), contributions)
+    tap.place(watched, axis)
     return watched
 
 
@@ -544,10 +615,11 @@ def _axis_beside(tap: Interception, func: Any, args: Any, tensor: Tensor, result
     known = tap.axis(tensor)
     if known >= 0 or tap.examples == 1:
         return known if tap.examples > 1 else SHARED
-    if isinstance(args[0], str) and "->" in args[0]:
-        left, right = args[0].replace(" ", "").split("->")
-        letters = next((p for p, t in zip(left.split(","), tensors_in(args), strict=False) if t is tensor), "")
-        return letters.find(right[axis])
+    if isinstance(args[0], str):
+        left, right = einsum_letters(args)
+        letters = next((p for p, t in zip(left, tensors_in(args), strict=True) if t is tensor), "")
+        place = letters.find(right[axis])
+        return place if place >= 0 and tensor.shape[place] == result.shape[axis] else SHARED
     place = axis - result.ndim
     alike = tap.provenance.cuts_alike(func, place) and tensor.ndim >= -place and result.shape[axis] > 1
     return tensor.ndim + place if alike and tensor.shape[place] == result.shape[axis] else SHARED
@@ -607,9 +679,13 @@ RULES: dict[Any, Rule] = {
     Tensor.__getitem__: _item,
     **{owner._grouped_mm: _grouped_mm for owner in (torch,) if hasattr(owner, "_grouped_mm")},
     **_named(_bmm, "bmm"),
+    **_named(_mv, "mv"),
+    **_named(_inner, "inner"),
     **_named(_baddbmm, "baddbmm"),
     **_named(_cat, "cat", "concat", "concatenate"),
     **_named(_index_select, "index_select"),
+    **_named(_gather, "gather"),
+    **_named(_take_along_dim, "take_along_dim"),
     functional.conv1d: _convolution(1),
     functional.conv2d: _convolution(2),
     functional.conv3d: _convolution(3),
@@ -623,6 +699,7 @@ RULES: dict[Any, Rule] = {
     **_named(_MULTIPLIED, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"),
     **_named(_DIVIDED, "div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"),
     functional.multi_head_attention_forward: _opened,
+    **RECURRENT,
     None: _replay,
 }
 TRANSPARENT = frozenset({functional.multi_head_attention_forward})

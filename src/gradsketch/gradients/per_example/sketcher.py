@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.gradients.data import batch_length, batch_slice, differentiable
+from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.capture import Capture
@@ -98,7 +98,6 @@ class GradientSketcher:
         """Sketch one batch."""
         start = time.perf_counter()
         with differentiating(self.model, self._tensors):
-            batch = differentiable(batch)
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
@@ -160,7 +159,7 @@ class GradientSketcher:
     def _culprit(self, batch: Batch, position: int) -> str:
         """Return the first parameter, in the order of the model, whose gradient is not finite for one example."""
         alone = batch_slice(batch, position, position + 1)
-        _, gradients = next(gradients_by_loop(self.model, self.task, alone, self._tensors))
+        _, _, gradients = next(gradients_by_loop(self.model, self.task, alone, self._tensors))
         return next((name for name, g in gradients.items() if not torch.isfinite(g).all()), "no single parameter")
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import Encoded, encode_one
+from gradsketch.gradients.tasks.pieces import Piece
 
 __all__ = ["Batch", "Function", "LossFunction", "Task", "TaskLike", "as_task"]
 
@@ -37,10 +38,27 @@ class Task(ABC):
         # A class that writes ``collate`` or ``length`` and inherits ``encode`` expects raw examples in them.
         if {"encode", "collate", "length"} & vars(cls).keys():
             cls._encodes = "encode" in vars(cls)
+        # A class that writes another loss inherits no split of the old one.
+        if "losses" in vars(cls) and "token_losses" not in vars(cls):
+            cls.token_losses = Task.token_losses  # type: ignore[method-assign]
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
         """Return one loss per example, in float32 or wider; an example's loss depends on no other example."""
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b t"] | None:
+        """Return what predicting each token of ``input_ids`` adds to its example's loss (0: it does not count).
+
+        None, the default, where a loss is no sum over predicted tokens.
+        """
+        return None
+
+    def pieces(self, example: Any) -> list[Piece] | None:
+        """Return the text of each token of an example, in the order of its batch: those of ``input_ids``, then targets.
+
+        None, the default, where that is not known.
+        """
+        return None
 
     def encode(self, example: Any) -> Encoded:
         """Read one example into a row that ``collate`` can stack; by default only its cost of one is known."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import logits_of
@@ -63,6 +63,14 @@ class CausalLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        return tokens.sequence_losses(*self._predictions(model, batch), self.reduction)
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b t"]:
+        following = tokens.each_loss(*self._predictions(model, batch), self.reduction)
+        return torch.cat([torch.zeros_like(following[:, :1]), following[:, :-1]], dim=1)
+
+    def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
+        """Return logits and, at the place of each token, the label that follows it."""
         batch = right_padded(batch)
         labels, mask, positions = _labels(batch), batch.get("attention_mask"), batch.get("position_ids")
         # A token counts where it and the token before it are shown, and stand in one document.
@@ -73,8 +81,12 @@ class CausalLM(Task):
             labels = labels.masked_fill(positions == 0, IGNORED)
         logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, labels.shape, causal=True)
         # Moving the labels, not the logits, saves a copy of [b, t, vocabulary].
-        following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-        return tokens.sequence_losses(logits, following, self.reduction)
+        return logits, torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+
+    def pieces(self, example: Any) -> list[pieces.Piece]:
+        if isinstance(example, Mapping) and "input_ids" in example:
+            return pieces.decoded(self.tokenizer, self.encode(example).sequences["input_ids"].tolist())
+        return pieces.of_text(self.tokenizer, "".join(_prompt_and_answer(example)), limit=self.max_length)
 
     def encode(self, example: Any) -> Encoded:
         if isinstance(example, Mapping) and "input_ids" in example:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import check_ids, logits_of
@@ -79,6 +79,16 @@ class Classification(Task):
         row = self._inputs(x)
         values: dict[str, Any] = {**row.values, **tensor_inputs(others), "labels": self._class(label)}
         return Encoded(len(row.sequences.get("input_ids", (1,))), row.sequences, values)
+
+    def pieces(self, example: Any) -> list[pieces.Piece] | None:
+        x = _parts(example)[0]
+        if isinstance(x, Mapping) and "input_ids" in x:
+            return pieces.decoded(self.processor, self._inputs(x).sequences["input_ids"].tolist())
+        if isinstance(x, str):
+            return pieces.of_text(self.processor, x, limit=self.max_length)
+        if isinstance(x, tuple | list) and len(x) == 2 and all(isinstance(part, str) for part in x):
+            return pieces.of_text(self.processor, *x, limit=self.max_length)
+        return None
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         batch = stack(encode_all(self.encode, examples), self.processor)

@@ -13,7 +13,7 @@ from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import IGNORED
 from gradsketch.gradients.tasks.model_inputs import arguments, check_mask, check_positions
 
-__all__ = ["IGNORED", "check_ids", "check_token_ids", "logits_of"]
+__all__ = ["IGNORED", "check_ids", "check_token_ids", "known_tokens", "logits_of"]
 
 
 def logits_of(
@@ -30,6 +30,14 @@ def logits_of(
         InputError: an input that the model does not take or is too long for it, no logits, or some of another shape.
     """
     logits = _logits(model, _call(model, inputs, causal))
+    if len(leading) == 2 and logits.ndim == 3 and len(logits) == leading[0] and logits.shape[1] > leading[1]:
+        more = logits.shape[1] - leading[1]
+        raise InputError(
+            f"{type(model).__name__} returned logits for {more} more positions than there are labels",
+            "one position per label, which virtual tokens in front, as prompt tuning puts them, do not have",
+            "Write the loss as a function (model, batch) → losses [b] that drops what belongs to no label: "
+            f"logits[:, {more}:]",
+        )
     if list(logits.shape[:-1]) != list(leading):
         raise InputError(
             f"{type(model).__name__} returned logits of shape {list(logits.shape)} for labels of shape {list(leading)}",
@@ -93,10 +101,16 @@ def check_ids(ids: Int[Tensor, ...], size: int, what: str) -> None:
 
 def check_token_ids(model: nn.Module, ids: Int[Tensor, "b t"]) -> None:
     """Refuse token ids that the model's input embedding does not have, where it tells which one that is."""
+    known = known_tokens(model)
+    if known is not None:
+        check_ids(ids, known, "token")
+
+
+def known_tokens(model: nn.Module) -> int | None:
+    """Return how many token ids a model has an embedding for; None where it does not tell, or has no table."""
     find = getattr(model, "get_input_embeddings", None)
     try:
         embedding = find() if callable(find) else None
     except NotImplementedError:  # models that hash characters have no table
-        return
-    if isinstance(embedding, nn.Embedding):
-        check_ids(ids, embedding.num_embeddings, "token")
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None

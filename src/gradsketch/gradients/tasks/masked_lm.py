@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import logits_of
@@ -70,6 +70,12 @@ class MaskedLM(Task):
         batch = right_padded(batch)
         logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, batch["labels"].shape)
         return tokens.sequence_losses(logits, batch["labels"], self.reduction)
+
+    def pieces(self, example: Any) -> list[pieces.Piece]:
+        if isinstance(example, Mapping) and "input_ids" in example:
+            return pieces.decoded(self.tokenizer, self._tokens(example).sequences["input_ids"].tolist())
+        text = example["text"] if isinstance(example, Mapping) else example
+        return pieces.of_text(self.tokenizer, text, limit=self.max_length)
 
     def encode(self, example: Any) -> Encoded:
         row = self._tokens(example)

@@ -1,4 +1,8 @@
-"""What a model takes: every field of a batch reaches it, or is refused by name."""
+"""What a model takes: every field of a batch reaches it, or is refused by name.
+
+Padding stands on the right before a model sees it. Some models count positions from the left edge, some from the mask,
+and some know no mask at all; ``right_padded`` turns each row instead of asking which kind a model is.
+"""
 
 from __future__ import annotations
 

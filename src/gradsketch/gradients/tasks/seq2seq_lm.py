@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.tasks import tokens
+from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import check_token_ids, logits_of
@@ -82,6 +82,17 @@ class Seq2SeqLM(Task):
         length = len(row.sequences.get("input_ids", ())) + len(targets["labels"])
         return Encoded(length, {**row.sequences, **targets}, row.values)
 
+    def pieces(self, example: Any) -> list[pieces.Piece] | None:
+        if isinstance(example, Mapping) and example.get("labels") is not None:
+            row = self.encode(example).sequences
+            labels = [max(label, 0) for label in row["labels"].tolist()]
+            ids = row["input_ids"].tolist() if "input_ids" in row else []
+            return pieces.decoded(self.tokenizer, ids) + pieces.decoded(self.tokenizer, labels)
+        source, target = _source_and_target(example)
+        encoded = self._target(target, **pieces.with_offsets(self.tokenizer))
+        first = pieces.of_text(self.tokenizer, source, limit=self.max_length)
+        return first + pieces.pieces(self.tokenizer, encoded, target)
+
     def collate(self, examples: Sequence[Any]) -> Batch:
         return stack(encode_all(self.encode, examples), self.tokenizer)
 
@@ -117,14 +128,17 @@ class Seq2SeqLM(Task):
                 )
         return {name: values[: self.max_target_length] for name, values in given.items()}
 
+    def _target(self, target: str, **options: Any) -> Any:
+        cut = {} if self.max_target_length is None else {"truncation": True, "max_length": self.max_target_length}
+        return self.tokenizer(text_target=target, **cut, **options)
+
     def _texts(self, example: Any) -> tuple[Row, dict[str, np.ndarray]]:
         source, target = _source_and_target(example)
         for text, name in ((source, "source"), (target, "target")):
             if not text:
                 raise InputError(f"an empty {name}", "a source and a target of at least one character", "Drop it")
         ids = tokens.encode(self.tokenizer, source, limit=self.max_length)["input_ids"]
-        cut = {} if self.max_target_length is None else {"truncation": True, "max_length": self.max_target_length}
-        labels = self.tokenizer(text_target=target, **cut)["input_ids"]
+        labels = self._target(target)["input_ids"]
         return Row({"input_ids": integers(ids)}, {}), {"labels": integers(labels)}
 
 

@@ -16,8 +16,10 @@ from gradsketch.gradients.tasks.logits import check_ids
 from gradsketch.linear_map import widened
 
 __all__ = [
+    "PROBES",
     "Reduction",
     "check_reduction",
+    "each_loss",
     "encode",
     "limit_of",
     "sequence_losses",
@@ -27,6 +29,19 @@ __all__ = [
 
 Reduction = Literal["sum", "mean"]
 
+# Texts whose ids tell tokenizers of one vocabulary apart: first and last tokens, the space before a text, spaces, case,
+# accents, compatibility forms, digits, scripts, special tokens in the text.
+PROBES = (
+    "a",
+    " a",
+    "A b  c\n\td ",
+    "e\u0301 \u00e9 na\u00efve Stra\u00dfe",
+    "\ufb01 \uff11\u00b2 \u2126",
+    "don't, 12,345.6!",
+    "\u65e5\u672c \u0627\u0644\u0639 \U0001f642",
+    "<s>a</s> [CLS] <pad>",
+)
+
 
 def sequence_losses(
     logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], reduction: Reduction
@@ -35,12 +50,26 @@ def sequence_losses(
 
     ``logits[:, t]`` predicts ``labels[:, t]``.
     """
+    total = _cross_entropies(logits, labels).sum(-1)
+    return total if reduction == "sum" else total / _counted(labels)
+
+
+def each_loss(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"], reduction: Reduction) -> Float[Tensor, "b t"]:
+    """Return the terms of ``sequence_losses``: what each label adds to its sequence's loss."""
+    losses = _cross_entropies(logits, labels)
+    return losses if reduction == "sum" else losses / _counted(labels)[:, None]
+
+
+def _cross_entropies(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     check_ids(labels, logits.shape[-1], "label")
     losses = functional.cross_entropy(
         logits.to(widened(logits.dtype)).flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
     )
-    total = losses.view(labels.shape).sum(-1)
-    return total if reduction == "sum" else total / (labels != IGNORED).sum(-1).clamp(min=1)
+    return losses.view(labels.shape)
+
+
+def _counted(labels: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
+    return (labels != IGNORED).sum(-1).clamp(min=1)
 
 
 def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | None, **options: Any) -> Any:
@@ -94,6 +123,15 @@ def unknown_example(example: Any, wanted: str) -> InputError:
 
 
 def vocabulary(tokenizer: Any) -> str:
-    """Hash a tokenizer's vocabulary: the same on every machine, whatever folder it was loaded from."""
+    """Hash a tokenizer's words and how it uses them: the same on every machine, wherever it was loaded from."""
     words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-    return hashlib.sha256(repr((type(tokenizer).__name__, words)).encode()).hexdigest()[:16]
+    probes = [_ids(tokenizer, text) for text in PROBES]
+    return hashlib.sha256(repr((type(tokenizer).__name__, words, probes)).encode()).hexdigest()[:16]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int] | None:
+    """Return a text's ids, or None of what reads no plain text, such as a processor of images."""
+    try:
+        return [int(i) for i in tokenizer(text)["input_ids"]]
+    except Exception:  # what is no tokenizer raises whatever it likes
+        return None

@@ -2,37 +2,63 @@
 const $ = (id) => document.getElementById(id);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
+// Light or dark: the system's choice until the button is pressed, and then the reader's, where a browser may remember.
+const root = document.documentElement;
+const remembered = (theme) => {
+  try {
+    if (theme) localStorage.setItem("gradsketch-theme", theme);
+    return localStorage.getItem("gradsketch-theme");
+  } catch { return null; }
+};
+if (["light", "dark"].includes(remembered())) root.dataset.theme = remembered();
+
+function switchTheme() {
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  remembered(root.dataset.theme);
+}
+
 // Search: an example stays when it holds every word, in its text or its metadata.
-const examples = all(".hit").map((element) => ({ element, text: element.textContent.toLowerCase() }));
+let examples = null; // read when first needed
+let opened = null; // which folded lists were open before the search, which opens and closes them
 
 function search() {
+  examples ??= all(".hit").map((element) => ({ element, text: element.textContent.toLowerCase() }));
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   let found = 0;
   for (const { element, text } of examples) {
     element.hidden = !words.every((word) => text.includes(word));
     found += !element.hidden;
   }
-  for (const query of all(".query")) query.hidden = words.length > 0 && !query.querySelector(".hit:not([hidden])");
-  for (const list of all("details")) list.open = words.length > 0 ? !!list.querySelector(".hit:not([hidden])") : false;
+  const holds = (part) => part.querySelector(".hit:not([hidden])") !== null;
+  for (const query of all(".query")) query.hidden = words.length > 0 && !holds(query);
+  const lists = all("details");
+  if (words.length) {
+    opened ??= new Map(lists.map((list) => [list, list.open]));
+    for (const list of lists) list.open = holds(list);
+  } else if (opened) {
+    for (const list of lists) list.open = opened.get(list);
+    opened = null;
+  }
   $("count").textContent = words.length ? `${found} of ${examples.length}` : "";
   $("nothing").hidden = found > 0 || !words.length;
   highlight(words);
 }
 
-// Words run across the tokens' elements, so they are marked by ranges, in browsers that can.
+// Words run across the tokens' elements, so they are marked by ranges, in browsers that can; so many that a screen is full.
+const MOST_MARKS = 4000;
+
 function highlight(words) {
   if (!CSS.highlights) return;
   const ranges = [];
   for (const text of words.length ? all(".hit:not([hidden]) .text") : []) {
-    const walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
-    const places = [];
-    while (walker.nextNode()) for (let i = 0; i < walker.currentNode.length; i++) places.push([walker.currentNode, i]);
-    const lower = places.map(([node, i]) => node.data[i].toLowerCase()[0] ?? " ").join("");
+    if (ranges.length >= MOST_MARKS) break;
+    const { nodes, starts, lower } = letters(text);
     for (const word of words) {
       for (let at = lower.indexOf(word); at >= 0; at = lower.indexOf(word, at + word.length)) {
         const range = new Range();
-        const [last, end] = places[at + word.length - 1];
-        range.setStart(...places[at]);
+        range.setStart(...place(nodes, starts, at));
+        const [last, end] = place(nodes, starts, at + word.length - 1);
         range.setEnd(last, end + 1);
         ranges.push(range);
       }
@@ -41,31 +67,100 @@ function highlight(words) {
   CSS.highlights.set("found", new Highlight(...ranges));
 }
 
-$("search").addEventListener("input", search);
-$("search").form.addEventListener("submit", (event) => event.preventDefault());
-addEventListener("keydown", (event) => {
-  if (event.key === "/" && document.activeElement !== $("search")) { event.preventDefault(); $("search").focus(); }
-  if (event.key === "Escape") { $("search").value = ""; search(); }
-});
-
-// Long texts are folded to six lines.
-for (const text of all(".text")) {
-  text.classList.add("long");
-  if (text.scrollHeight <= text.clientHeight + 4) { text.classList.remove("long"); continue; }
-  const button = Object.assign(document.createElement("button"), { className: "more", textContent: "Show all" });
-  button.addEventListener("click", () => { button.textContent = text.classList.toggle("open") ? "Show less" : "Show all"; });
-  text.after(button);
+// A text's nodes, where each begins, and all letters in lower case, as many as there are.
+function letters(text) {
+  const walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
+  const nodes = [], starts = [];
+  let lower = "";
+  while (walker.nextNode()) {
+    const { data } = walker.currentNode;
+    nodes.push(walker.currentNode);
+    starts.push(lower.length);
+    const small = data.toLowerCase();
+    lower += small.length === data.length ? small : data.replace(/[^]/g, (letter) => letter.toLowerCase()[0] ?? letter);
+  }
+  return { nodes, starts, lower };
 }
 
-// A token's number, where there is no pointer to hover with.
-document.addEventListener("click", ({ target }) => {
-  const token = target.closest?.(".text span[title]");
-  $("value").textContent = token ? `${token.textContent.trim()}  ${token.title}` : "";
+function place(nodes, starts, at) {
+  let low = 0, high = starts.length - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (starts[middle] <= at) low = middle; else high = middle - 1;
+  }
+  return [nodes[low], at - starts[low]];
+}
+
+// Long texts are folded to six lines: all are marked, then all are measured, then all are changed, for one layout.
+function fold() {
+  const texts = all(".text");
+  for (const text of texts) text.classList.add("long");
+  const long = texts.map((text) => text.scrollHeight > text.clientHeight + 4);
+  texts.forEach((text, i) => {
+    if (!long[i]) { text.classList.remove("long"); return; }
+    const button = Object.assign(document.createElement("button"), { type: "button", className: "more", textContent: "Show all" });
+    button.setAttribute("aria-expanded", "false");
+    button.addEventListener("click", () => {
+      const open = text.classList.toggle("open");
+      button.textContent = open ? "Show less" : "Show all";
+      button.setAttribute("aria-expanded", String(open));
+    });
+    text.after(button);
+  });
+}
+
+// A token's number: where there is no pointer to hover with, a touch shows it, and so do the arrow keys in a text.
+let current = null;
+
+function show(token) {
+  current?.classList.remove("at");
+  current = token ?? null;
+  current?.classList.add("at");
+  $("value").textContent = token ? `${token.textContent.trim() || "space"}  ${token.title}` : "";
+}
+
+function step(event) {
+  const text = event.target.closest?.(".text[tabindex]");
+  const keys = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity };
+  if (!text || !(event.key in keys)) return;
+  event.preventDefault();
+  const tokens = all("span[title]", text), at = tokens.indexOf(current);
+  const forward = getComputedStyle(text).direction === "rtl" && event.key.startsWith("Arrow") ? -1 : 1;
+  const to = at < 0 && keys[event.key] === 1 ? 0 : at + forward * keys[event.key];
+  show(tokens[Math.min(Math.max(to, 0), tokens.length - 1)]);
+  current.scrollIntoView({ block: "nearest" });
+}
+
+let waiting;
+addEventListener("input", ({ target }) => {
+  if (target.id === "search") { clearTimeout(waiting); waiting = setTimeout(search, 120); }
+});
+addEventListener("submit", (event) => event.preventDefault());
+addEventListener("click", ({ target }) => {
+  if (target.closest?.("#theme")) switchTheme();
+  show(target.closest?.(".text span[title]"));
+});
+addEventListener("focusout", () => show(null));
+addEventListener("keydown", (event) => {
+  if (event.key === "/" && document.activeElement !== $("search")) { event.preventDefault(); $("search").focus(); }
+  if (event.key === "Escape") show(null);
+  if (event.key === "Escape" && $("search").value) { $("search").value = ""; search(); }
+  step(event);
 });
 
-// Light or dark: the system's choice until the button is pressed.
-$("theme").addEventListener("click", () => {
-  const root = document.documentElement;
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
+// Paper has no lists to open.
+let closed = [];
+addEventListener("beforeprint", () => {
+  closed = all("details:not([open])");
+  for (const list of closed) list.open = true;
+});
+addEventListener("afterprint", () => { for (const list of closed) list.open = false; });
+
+addEventListener("DOMContentLoaded", () => {
+  for (const text of all(".text:has(span[title])")) {
+    text.tabIndex = 0;
+    text.setAttribute("aria-describedby", "keys");
+  }
+  fold();
+  requestAnimationFrame(() => requestAnimationFrame(() => root.classList.add("measured")));
 });

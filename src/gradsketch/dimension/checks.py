@@ -1,0 +1,95 @@
+"""What a Subspace cannot be made of, each refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.sketches.base import Sketch
+
+__all__ = ["check_held_whole", "check_not_transformed", "device_of"]
+
+# By name, so that nothing of torch.distributed is imported for models that do without it.
+_TRAIN_APART = "DistributedDataParallel"
+_SHARD = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def device_of(parameters: Parameters, sketch: Sketch) -> torch.device:
+    """Return the device of parameters that this sketch can move.
+
+    Raises:
+        InputError: another n, parameters of whole numbers, of several devices, or sharded.
+    """
+    if sketch.n != parameters.n:
+        raise InputError(
+            f"{sketch!r} for {parameters!r}",
+            f"a sketch with n={parameters.n}",
+            f"Type {type(sketch).__name__}(parameters.n, {sketch.d})",
+        )
+    for name, tensor in parameters:
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"the parameter {name!r} of {tensor.dtype}, whose numbers are packed",
+                "parameters of floating-point numbers",
+                f"Leave it out: Parameters(model, exclude={name!r}), or glob all of its kind",
+            )
+        if hasattr(tensor, "device_mesh"):
+            raise _sharded(f"the parameter {name!r}, which is sharded over processes")
+    devices = sorted({str(t.device) for _, t in parameters})
+    if len(devices) > 1:
+        raise InputError(
+            f"parameters on {', '.join(devices)}", "parameters on one device", "Move the model with model.to(device)"
+        )
+    return torch.device(devices[0])
+
+
+def check_held_whole(model: nn.Module) -> None:
+    """Refuse a model inside which processes train apart, or share out the parameters that a Subspace reads.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for module in model.modules():
+        kinds = set(_names(module))
+        if _TRAIN_APART in kinds:
+            raise InputError(
+                f"a {_TRAIN_APART} inside a Subspace, whose w every process would train by itself",
+                f"a Subspace inside {_TRAIN_APART}",
+                f"Wrap the other way round: {_TRAIN_APART}(Subspace(model, ...))",
+            )
+        if not kinds.isdisjoint(_SHARD):
+            raise _sharded("FSDP, which shares out the parameters that a Subspace reads")
+
+
+def check_not_transformed(w: Tensor) -> None:
+    """Refuse a w that ``torch.func`` wraps, because its transforms cannot enter the map from w to theta.
+
+    Raises:
+        InputError: it does.
+    """
+    if is_functorch_wrapped_tensor(w):
+        raise InputError(
+            "a Subspace inside torch.func.grad, vmap, or another of its transforms",
+            "plain autograd",
+            "For gradients per example type gs.sketch_gradients(subspace, ...), for curvature gs.hessian(subspace, ...)",
+        )
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    return (cls.__name__ for cls in type(module).__mro__)
+
+
+def _sharded(came: str) -> InputError:
+    return InputError(
+        came,
+        "a model that every process holds whole",
+        f"Use {_TRAIN_APART}(Subspace(model, ...)), or call merge() before you shard the model",
+    )

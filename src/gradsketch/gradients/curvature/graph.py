@@ -1,0 +1,58 @@
+"""Which operations an autograd graph is made of, and which of them cannot be trusted to be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+__all__ = ["REENTRANT", "causes", "counted_bytes", "operations", "suspects"]
+
+# Operations of PyTorch's own whose double backward is wrong without an error (2.13, on the CPU).
+_WRONG_IN_PYTORCH = frozenset({"WeightNormInterfaceBackward0"})
+_HAND_WRITTEN = "hand-written "
+# The node of a layer that is checkpointed in the re-entrant way.
+REENTRANT = _HAND_WRITTEN + "CheckpointFunctionBackward"
+
+
+def operations(nodes: Iterable[Any]) -> set[str]:
+    """Return the names of all operations in a graph."""
+    seen: set[Any] = set()
+    left, names = list(nodes), set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add((_HAND_WRITTEN if isinstance(node, BackwardCFunction) else "") + type(node).__name__)
+            left.extend(following for following, _ in node.next_functions)
+    return names
+
+
+def suspects(names: Iterable[str]) -> set[str]:
+    """Return the operations whose double backward cannot be taken on trust."""
+    return {name for name in names if name.startswith(_HAND_WRITTEN) or name in _WRONG_IN_PYTORCH}
+
+
+def causes(suspected: Iterable[str]) -> str:
+    """Return a clause that names operations that may be why a product is wrong."""
+    named = {name.removeprefix(_HAND_WRITTEN): name.startswith(_HAND_WRITTEN) for name in sorted(suspected)}
+    why = {True: "a hand-written function", False: "whose double backward is wrong in PyTorch"}
+    return "".join(f"; the loss goes through {name}, {why[own]}" for name, own in named.items())
+
+
+@contextmanager
+def counted_bytes() -> Iterator[dict[int, int]]:
+    """Yield the bytes of each memory block that graphs built inside keep."""
+    blocks: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        blocks[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # or an output that its own node keeps would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        yield blocks

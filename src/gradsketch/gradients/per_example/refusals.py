@@ -1,0 +1,182 @@
+"""What has no exact per-example gradients, each refused in one clear message."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from gradsketch.errors import GradsketchError, InputError
+from gradsketch.gradients.data import is_out_of_memory
+from gradsketch.gradients.tasks import Task
+from gradsketch.stand_ins import read_instead
+
+__all__ = [
+    "INDEPENDENT",
+    "coupled",
+    "reentrant",
+    "refuse_coupling",
+    "refuse_none",
+    "refuse_other_gradients",
+    "refuse_replaced",
+    "refuse_strangers",
+    "refuse_unsupported",
+    "refuse_without_graph",
+    "running_alone",
+]
+
+# What was wanted where examples depend on each other, and what to do.
+INDEPENDENT = (
+    "a loss in which no example depends on its batch mates",
+    "Call model.eval() where dropout or BatchNorm is the cause, or write the loss per example",
+)
+
+
+def coupled(what: str, fix: str = "Call model.eval() first, or use GroupNorm") -> InputError:
+    """Return the error for a layer in which an example's loss or gradient depends on its batch mates."""
+    return InputError(what, "layers in which no example sees another, so that each has a gradient of its own", fix)
+
+
+def reentrant() -> InputError:
+    """Return the error for checkpoints of the old kind, whose parameters no graph shows."""
+    return InputError(
+        "a model that checkpoints activations with use_reentrant=True",
+        "checkpoints that know torch.autograd.grad",
+        'Type model.gradient_checkpointing_enable({"use_reentrant": False})',
+    )
+
+
+def refuse_coupling(example: int, together: Tensor, alone: Tensor) -> None:
+    """Refuse a loss that is another alone than in company."""
+    raise InputError(
+        f"the loss of example {example} of the batch is {together.item():.6g} together and {alone.item():.6g} one "
+        "example at a time",
+        *INDEPENDENT,
+    )
+
+
+@contextmanager
+def running_alone(example: int) -> Iterator[None]:
+    """Refuse a loss that fails for one example alone, though it ran in company."""
+    try:
+        yield
+    except GradsketchError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"a loss that cannot be run alone for example {example} of the batch ({type(error).__name__}: {error})",
+            *INDEPENDENT,
+        ) from error
+
+
+def refuse_other_gradients(failed: Mapping[str, float], model: nn.Module) -> None:
+    """Refuse gradients that are others alone than in company, given their errors."""
+    if not failed:
+        return
+    hooked = [name or type(model).__name__ for name, m in model.named_modules() if m._backward_hooks]
+    under = f", under the backward hook of {hooked[0]!r}" if hooked else ""
+    wanted, fix = INDEPENDENT
+    raise InputError(
+        f"gradients of {', '.join(sorted(failed)[:3])} that differ by {max(failed.values()):.1e} between examples "
+        f"together and one example at a time{under}",
+        "backward hooks that are linear in the gradient" if hooked else wanted,
+        "Remove the hook, or let it treat each example alone" if hooked else fix,
+    )
+
+
+def refuse_without_graph(losses: Tensor, task: Task) -> None:
+    """Refuse losses that nothing can be differentiated by."""
+    if not losses.requires_grad:
+        raise InputError(
+            f"losses of {task!r} that carry no gradient",
+            "losses that depend on the chosen parameters",
+            "Leave out .detach(), .item() and torch.no_grad() in the loss, or choose parameters that it uses",
+        )
+
+
+def refuse_none(used: Collection[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse losses in which no chosen parameter is used."""
+    if not used and tensors:
+        raise InputError(
+            f"losses that use none of the {len(tensors)} chosen parameters",
+            "a loss computed by the model whose parameters were chosen",
+            "Build the task, the parameters and the sketch from the same model, or choose other parameters",
+        )
+
+
+def refuse_strangers(
+    model: nn.Module, leaves: Iterable[Tensor], tensors: Mapping[str, Tensor], used: Collection[str]
+) -> None:
+    """Refuse leaves that stand in the place of parameters: their gradients would be taken for zero."""
+    own = {id(t) for t in (*model.parameters(), *tensors.values())}
+    foreign = [t for t in leaves if id(t) not in own]
+    if foreign:  # an open Subspace makes what the model reads; its own parameters are no strangers
+        makers = [reading.source.owner for reading in read_instead(model).values()]
+        known = {id(p) for maker in makers if isinstance(maker, nn.Module) for p in maker.parameters()}
+        foreign = [t for t in foreign if id(t) not in known]
+    shapes = {tuple(t.shape): name for name, t in tensors.items() if name not in used}
+    for leaf in foreign:
+        if isinstance(leaf, nn.Parameter) or tuple(leaf.shape) in shapes:
+            place = shapes.get(tuple(leaf.shape))
+            raise InputError(
+                f"a loss that depends on a parameter of shape {list(leaf.shape)} that is not the model's own"
+                + (f", while {place!r} of that shape is not used" if place else ""),
+                "a forward pass that uses the model's own parameters",
+                "Switch off what swaps them meanwhile (offloading, sharding, functional_call), or move the parameters "
+                "into memory first",
+            )
+
+
+def refuse_replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a chosen parameter in whose place the model has another now: its gradient would be taken for zero."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    present = {id(t) for t in own.values()}
+    for name, tensor in tensors.items():
+        if name in own and id(tensor) not in present:
+            raise InputError(
+                f"{name!r}, which was replaced in the model after it was chosen",
+                "parameters that are the model's own",
+                "Build the parameters, the sketch and the sketcher anew, or load weights without assign=True",
+            )
+
+
+def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of a kind that has no gradients here."""
+    for name, tensor in tensors.items():
+        for found, kind, wanted, fix in _unsupported(tensor):
+            if found:
+                raise InputError(f"parameter {name!r} {kind}", wanted, fix)
+
+
+def _unsupported(tensor: Tensor) -> tuple[tuple[bool, str, str, str], ...]:
+    hooked = bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return (
+        (tensor.is_meta, "on the meta device", "parameters in memory", "Load the weights, or switch off offloading"),
+        (
+            tensor.is_complex(),
+            f"of dtype {tensor.dtype}",
+            "real parameters",
+            "Store real and imaginary parts with torch.view_as_real",
+        ),
+        (
+            tensor.is_inference(),
+            "made in inference mode",
+            "ordinary tensors",
+            "Build or load the model outside torch.inference_mode()",
+        ),
+        (
+            type(tensor.detach()) is not Tensor,
+            f"of type {type(tensor).__name__}",
+            "plain tensors",
+            "Gather sharded and dequantise quantised parameters",
+        ),
+        (
+            hooked,
+            "with a post-accumulate hook",
+            "gradients as autograd computes them, which such a hook would change or use up",
+            "Remove the hook meanwhile, or register it with register_hook",
+        ),
+    )
