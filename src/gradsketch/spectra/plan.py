@@ -151,15 +151,15 @@ def _finish(plan: Plan, method: Method, sketch: Sketch | int | None) -> Plan:
     if method == "sketched-operator":
         phi = sketch if isinstance(sketch, Sketch) else AFFD(n, min(sketch or _operator_d(plan), n), seed=plan.seed)
         return _of_sketched(replace(plan, operator=phi @ plan.operator @ phi.T), phi, plan.operator, method)
-    phi = sketch if isinstance(sketch, Sketch) else _sketch_of_vectors(plan, sketch)
-    d = phi.shape[0]
+    kept = sketch if isinstance(sketch, Sketch) else _sketch_of_vectors(plan, sketch)
+    d = kept.shape[0]
     if method == "sketched-basis" and d < min(plan.steps, n):
         raise InputError(
             f"sketches of d={d} for up to {plan.steps} Krylov vectors",
             "d of at least the number of steps: in fewer dimensions, copies of eigenvalues are not told from others",
             f"Leave the sketch out, or type steps={d}",
         )
-    return replace(plan, method=method, sketch=phi)
+    return replace(plan, method=method, sketch=kept)
 
 
 def _sketch_of_vectors(plan: Plan, d: int | None) -> Sketch | Identity:

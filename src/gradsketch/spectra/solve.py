@@ -329,12 +329,12 @@ class Run:
             overlaps = self._overlaps(self.gradient) @ pairs.coefficients[:, chosen]
             # A length that is known from a sketch only can come out too short.
             shares = list(np.minimum(overlaps**2 / dot(self.gradient, self.gradient), 1.0))
-        truncated = self._truncation(pairs)
+        truncated, rounding = self._truncation(pairs), torch.finfo(self.plan.dtype).eps
         return [
             Eigenvalue(
                 value=float(pairs.values[i]),
                 residual=float(relative[i]),
-                error=float(pairs.errors[i]) + truncated.get(int(i), 0.0),
+                error=float(pairs.errors[i]) + rounding * abs(float(pairs.values[i])) + truncated.get(int(i), 0.0),
                 converged=bool(relative[i] <= self.plan.tolerance),
                 gradient_share=None if share is None else float(share),
             )
