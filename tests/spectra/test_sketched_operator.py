@@ -6,7 +6,7 @@ import torch
 from matrices import rotated
 
 import gradsketch as gs
-from gradsketch.spectra.bias import corrected, detection_threshold, least_d
+from gradsketch.spectra.bias import corrected, detection_threshold, effective_d, least_d
 
 N, D, SEEDS = 2048, 256, 20
 
@@ -76,7 +76,8 @@ def test_moments_and_threshold(runs):
     for run in runs[:3]:
         assert abs(run.trace.value - float(every.sum())) < 5 * run.trace.standard_error
         assert abs(run.squared_norm.value - float(every.square().sum())) < 5 * run.squared_norm.standard_error
-        assert run.threshold == pytest.approx((run.squared_norm.value / D) ** 0.5)
+        # AFFD has orthogonal rows: as a sample without replacement, it makes less noise by 1 − d/n.
+        assert run.threshold == pytest.approx((run.squared_norm.value / D * (1 - D / N)) ** 0.5)
 
 
 def test_values_below_the_threshold_are_marked():
@@ -123,10 +124,10 @@ def test_a_thousand_krylov_vectors():
 def test_the_formula_on_paper():
     """One outlier over a flat rest: λ + tr_rest/d + F_rest/(d λ) exactly, undone."""
     raw = np.array([10 + 4 / 100 + 16 / (100 * 10.0)])
-    values, seen = corrected(raw, 100, 14.0, 116.0)
+    values, seen = corrected(raw, 100.0, 14.0, 116.0)
     assert values[0] == pytest.approx(10.0, rel=1e-6)
     assert seen[0]
-    assert detection_threshold(100.0, 25) == 2.0
+    assert detection_threshold(100.0, 25.0) == 2.0
     assert least_d(1.0, 100.0, 0.1) == 512
 
 
@@ -142,3 +143,40 @@ def test_the_recommended_size_does_what_it_says():
     np.testing.assert_allclose([e.value for e in result.positive[:3]], top, rtol=0.25)
     with pytest.raises(gs.InputError, match="between 0 and 1"):
         gs.recommend_d(operator, share=2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "d", "share"),
+    [
+        (gs.AFFD, 1024, 128, 0.875),
+        (gs.AFFD, 1024, 512, 0.5),
+        (gs.AFJL, 1024, 512, 0.5),
+        (gs.Dense, 1024, 128, 1.0),
+        (gs.Dense, 1024, 512, 1.0),
+        (gs.Dense, 1024, 1024, 1.0),
+    ],
+)
+def test_orthogonal_rows_make_less_noise(kind, n, d, share):
+    assert d / effective_d(kind(n, d), 0) == pytest.approx(share, rel=0.25 if kind is gs.Dense else 1e-6)
+
+
+@pytest.mark.parametrize("kind", [gs.AFFD, gs.AFJL])
+def test_a_sketch_that_is_a_rotation_moves_nothing(kind):
+    values = torch.cat([torch.tensor([30.0, 20, 15, 10]), torch.rand(1020) * 0.6]).double()
+    phi = kind(1024, 1024)
+    result = gs.spectrum(phi @ Diagonal(values) @ phi.T, 4, tolerance=1e-6)
+    np.testing.assert_allclose(result.values, [30, 20, 15, 10], rtol=1e-5)
+    assert result.threshold == 0
+    assert any("method='full' is exact" in note for note in result.notes)
+
+
+@pytest.mark.statistical
+def test_errors_hold_where_d_is_half_of_n():
+    """48 values: two standard errors hold 95 %; fewer than 80 % has P < 0.001."""
+    values = torch.cat([torch.tensor([30.0, 20, 15, 10]), torch.rand(1020) * 0.6]).double()
+    inside = []
+    for seed in range(12):
+        phi = gs.AFFD(1024, 512, seed=seed)
+        result = gs.spectrum(phi @ Diagonal(values) @ phi.T, 4, seed=seed)
+        inside += list(np.abs(np.sort(result.values)[::-1] - [30, 20, 15, 10]) < 2 * np.sort(result.errors)[::-1])
+    assert np.mean(inside) > 0.8

@@ -31,8 +31,9 @@ _LEAST_GAP = 0.25
 def effective_d(phi: LinearMap, seed: int) -> float:
     """Return how many independent rows would make as much noise as a sketch's d rows do.
 
-    The cross terms of PhiᵀPhi that move eigenvalues have the mean square f/d, and ‖PhiPhiᵀ‖_F² = n + f n²/d. Independent
-    rows have f = 1. Orthogonal ones have f = 1 − d/n, as in a sample without replacement, and at d = n they move nothing.
+    The cross terms of PhiᵀPhi, which move eigenvalues, have the mean square f/d, and ‖PhiPhiᵀ‖_F² = n + f n²/d.
+    Independent rows have f = 1. Orthogonal ones have f = 1 − d/n, as in a sample without replacement, and at d = n
+    they move nothing.
     One product with PhiPhiᵀ measures f for any kind of sketch.
     """
     d, n = phi.shape

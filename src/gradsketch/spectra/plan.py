@@ -151,16 +151,21 @@ def _finish(plan: Plan, method: Method, sketch: Sketch | int | None) -> Plan:
     if method == "sketched-operator":
         phi = sketch if isinstance(sketch, Sketch) else AFFD(n, min(sketch or _operator_d(plan), n), seed=plan.seed)
         return _of_sketched(replace(plan, operator=phi @ plan.operator @ phi.T), phi, plan.operator, method)
-    if not isinstance(sketch, Sketch):
-        d = sketch or max(_LEAST_D, 1 << (4 * plan.steps - 1).bit_length())
-        sketch = Identity(n) if d >= n else AFFD(n, d, seed=plan.seed)
-    if method == "sketched-basis" and sketch.shape[0] < min(plan.steps, n):
+    kept = sketch if isinstance(sketch, Sketch) else _sketch_of_vectors(plan, sketch)
+    d = kept.shape[0]
+    if method == "sketched-basis" and d < min(plan.steps, n):
         raise InputError(
-            f"sketches of d={sketch.shape[0]} for up to {plan.steps} Krylov vectors",
-            "d of at least the number of steps, since copies of eigenvalues are not told from others in fewer dimensions",
-            f"Leave the sketch out, or type steps={sketch.shape[0]}",
+            f"sketches of d={d} for up to {plan.steps} Krylov vectors",
+            "d of at least the number of steps: in fewer dimensions, copies of eigenvalues are not told from others",
+            f"Leave the sketch out, or type steps={d}",
         )
-    return replace(plan, method=method, sketch=sketch)
+    return replace(plan, method=method, sketch=kept)
+
+
+def _sketch_of_vectors(plan: Plan, d: int | None) -> Sketch | Identity:
+    n = plan.operator.n
+    d = d or max(_LEAST_D, 1 << (4 * plan.steps - 1).bit_length())
+    return Identity(n) if d >= n else AFFD(n, d, seed=plan.seed)
 
 
 def _operator_d(plan: Plan) -> int:

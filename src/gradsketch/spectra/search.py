@@ -32,7 +32,7 @@ _SHORT = 0.7
 
 @dataclass
 class Trial:
-    """A chain from a random vector of the complement: its coefficients, and what they say about what it did not meet."""
+    """A chain from a random vector of the complement: its coefficients, which also say what it cannot have missed."""
 
     alphas: list[float] = field(default_factory=list)
     betas: list[float] = field(default_factory=list)
@@ -65,9 +65,9 @@ class Search:
 
     H V = V M + W C, with the heads as the columns of W. One step takes the product with one head, which becomes the
     next vector of the basis. Every new head turns the others away from itself, and C with them. So a chain goes through
-    all of the complement of V, other heads included, and no eigenvector can hide behind those. A thick restart (Wu & Simon 2000) turns V into some of its
-    Ritz vectors, M into their values and C accordingly, so that at most ``room`` vectors and two heads or three are
-    held.
+    all of the complement of V, other heads included, and no eigenvector can hide behind those. A thick restart (Wu &
+    Simon 2000) turns V into some of its Ritz vectors, M into their values and C accordingly. So at most ``room``
+    vectors are held, and one head for every chain.
     """
 
     def __init__(self, operator: LinearMap, start: Float[Tensor, " n"], seed: int, room: int, which: Which) -> None:
@@ -274,4 +274,5 @@ def outermost(values: Float[np.ndarray, " r"], count: int, which: Which) -> Int[
     if which == "magnitude":
         return np.sort(np.argsort(-np.abs(values), kind="stable")[:count])
     top = (count + 1) // 2
-    return np.r_[np.arange(top), np.arange(len(values) - (count - top), len(values))]
+    places: Int[np.ndarray, " c"] = np.r_[np.arange(top), np.arange(len(values) - (count - top), len(values))]
+    return places

@@ -189,7 +189,8 @@ class Run:
         if len(unsettled):
             self.lanczos.choose_head(pairs, unsettled)
             return False
-        return (self.plan.method != "full" and enough) or self._searched(pairs, wanted)
+        # Sketching H splits repeated eigenvalues, so that there are no copies to search for.
+        return (enough and self.plan.method != "full") or self._searched(pairs, wanted)
 
     def _searched(self, pairs: RitzPairs, wanted: Int[np.ndarray, " c"]) -> bool:
         """Whether the complement holds no more of what is wanted; if that is not sure, see to it that it gets so."""
@@ -328,12 +329,12 @@ class Run:
             overlaps = self._overlaps(self.gradient) @ pairs.coefficients[:, chosen]
             # A length that is known from a sketch only can come out too short.
             shares = list(np.minimum(overlaps**2 / dot(self.gradient, self.gradient), 1.0))
-        truncated = self._truncation(pairs)
+        truncated, rounding = self._truncation(pairs), torch.finfo(self.plan.dtype).eps
         return [
             Eigenvalue(
                 value=float(pairs.values[i]),
                 residual=float(relative[i]),
-                error=float(pairs.errors[i]) + truncated.get(int(i), 0.0),
+                error=float(pairs.errors[i]) + rounding * abs(float(pairs.values[i])) + truncated.get(int(i), 0.0),
                 converged=bool(relative[i] <= self.plan.tolerance),
                 gradient_share=None if share is None else float(share),
             )
@@ -428,13 +429,13 @@ class Run:
             )
         if plan.method != "full" and differenced(plan.inner) is not None:
             notes.append(
-                "Products are central differences, whose truncation the errors stated do not hold: method='full' measures"
-                " it."
+                "Products are central differences. The errors stated leave out their truncation, which method='full'"
+                " measures."
             )
         if plan.method == "sketched-operator" and 2 * plan.sketch.shape[0] >= plan.inner.n:
             notes.append(
-                f"d = {plan.sketch.shape[0]} is no less than half of n = {plan.inner.n}: method='full' is exact, and each"
-                " of its products costs no more."
+                f"d = {plan.sketch.shape[0]} is no less than half of n = {plan.inner.n}: method='full' is exact, and"
+                " its products cost no more."
             )
         if confidence is not None and confidence < 1 - _DOUBT:
             notes.append(f"The search for further copies was cut short after {steps} products; raise steps.")
