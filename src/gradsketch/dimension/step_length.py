@@ -43,14 +43,20 @@ def _losses(training: Training) -> Iterator[float]:
 
 
 def _lowest(loss_after: Callable[[float], float]) -> float:
-    """Walk from the first learning rate by factors of two as long as the loss falls; NaN is no fall."""
-    best, lowest = _FIRST, loss_after(_FIRST)
-    for factor in (2.0, 0.5):
+    """Walk from the first learning rate by factors of two as long as the loss falls, or is not finite."""
+    best, lowest = _FIRST, _or_infinite(loss_after(_FIRST))
+    for factor in (2.0, 0.5) if math.isfinite(lowest) else (0.5,):
         for tries in range(1, _TRIES):
-            loss = loss_after(_FIRST * factor**tries)
-            if not loss < lowest and not math.isnan(lowest):
+            lr = _FIRST * factor**tries
+            loss = _or_infinite(loss_after(lr))
+            if loss < lowest:
+                best, lowest = lr, loss
+            elif math.isfinite(lowest):
                 break
-            best, lowest = _FIRST * factor**tries, loss
         if best != _FIRST:
             break
     return best
+
+
+def _or_infinite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
