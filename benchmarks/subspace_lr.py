@@ -1,6 +1,6 @@
 """Does the default learning rate of a subspace fit every model? Against a grid, in few and in many dimensions.
 
-The default is measured along Adam's first step (gradsketch.dimension.step_length). Each cell trains from theta0 with a
+The default is the best of a few short tries (gradsketch.dimension.step_length). Each cell trains from theta0 with a
 learning rate that falls linearly to zero. A random net on digits, MiniLM on spam, SmolLM2's last 8 layers on countries.
 
 Run: python benchmarks/subspace_lr.py [--only digits spam countries] [--grid 0.001 0.002 0.005]

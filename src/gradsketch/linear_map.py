@@ -2,6 +2,9 @@
 
 Vectors are the last dim and the batch leads: a map of shape (rows, columns) takes ``[..., columns]`` to
 ``[..., rows]``.
+
+An empty batch is an error, not an empty result: nothing in the package makes one, and a caller's mostly comes from a
+filter that let nothing through.
 """
 
 from __future__ import annotations

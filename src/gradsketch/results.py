@@ -1,4 +1,8 @@
-"""The grammar that all results share: a figure, JSON and back, one line, a table."""
+"""The grammar that all results share: a figure, JSON and back, one line, a table.
+
+Results are equal if they would be written alike, because tensors have no equality of their own and NaN is not NaN. JSON
+has no NaN and no infinity; they are the texts of Protocol Buffers' JSON, which lose nothing, where null would.
+"""
 
 from __future__ import annotations
 

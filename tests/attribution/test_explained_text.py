@@ -230,7 +230,7 @@ def test_a_score_stands_at_the_token_that_is_predicted(tmp_path):
 
 
 class LosesTerms(torch.autograd.Function):
-    """x², whose hand-written backward cannot be differentiated: its graph ends without a word."""
+    """x², whose hand-written backward loses half of its graph without a word."""
 
     @staticmethod
     def forward(context, x):
@@ -240,7 +240,7 @@ class LosesTerms(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         (x,) = context.saved_tensors
-        return 2 * x * gradient.detach()
+        return x * gradient + x * gradient.detach()
 
 
 class Once(LosesTerms):

@@ -57,6 +57,20 @@ def test_finds_a_dimension_and_leaves_result_figure_and_run_file(folder, tmp_pat
     assert again["seconds"] == printed["seconds"]
 
 
+def test_a_target_met_before_training_is_told(folder, capsys) -> None:
+    assert main(arguments(folder, "--target", "0.01")) == 0
+    assert "d = 0: the target 0.01 was met before any training (metric 0." in capsys.readouterr().out
+
+
+def test_the_learning_rate_is_measured_where_none_is_given(folder, capsys) -> None:
+    line = arguments(folder, "--json", "--target", "0.9")
+    place = line.index("--lr")
+    assert main(line[:place] + line[place + 2 :]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert 1e-4 < printed["settings"]["lr"] < 1
+    assert printed["reached"]
+
+
 def test_a_target_out_of_reach(folder, capsys) -> None:
     assert main(arguments(folder, "--target", "1.5", "--d-min", "2", "--d-max", "4")) == 0
     assert "target 1.5 not reached up to d = 4: best" in capsys.readouterr().out
@@ -69,6 +83,8 @@ def test_a_target_out_of_reach(folder, capsys) -> None:
         (["--include", "nothing*"], "matches no parameter"),
         (["--d-max", "99999999", "--full-steps", "100000"], "d=99999999"),
         (["--test", "/nowhere.jsonl"], "does not exist"),
+        (["--metric", "loss", "--full-lr", "100"], "did not improve the metric: from 0."),
+        (["--full-lr", "1e-12"], "lower --full-lr, such as 1e-13"),
     ],
 )
 def test_wrong_usage_is_told_in_one_message(folder, capsys, more: list[str], words: str) -> None:

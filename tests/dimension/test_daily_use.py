@@ -297,8 +297,8 @@ def test_packed_weights_are_left_alone() -> None:
     model = nn.Sequential(Packed(), nn.Tanh(), nn.Linear(8, 3))
     packed = model[0].weight
     before = packed.clone()
+    everything = gs.Parameters(model, frozen=True)
     with pytest.raises(gs.InputError, match=r"'0\.weight' of torch\.int8.*exclude='0\.weight'"):
-        everything = gs.Parameters(model, frozen=True)
         gs.Subspace(model, everything, gs.AFFD(everything.n, 8))
     assert type(model[0]) is Packed
     subspace = opened(model)

@@ -159,7 +159,7 @@ def test_answers_end_where_positions_end(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", ["GPT-2", "Bart"])
 def test_a_prompt_beyond_the_positions_is_named(name: str) -> None:
     metric = gs.ExactMatch(Letters(), [("a" * 30, "b")], max_new_tokens=5)
-    with pytest.raises(gs.InputError, match="a prompt of 30 tokens and max_new_tokens=5 for .* has 24 positions"):
+    with pytest.raises(gs.InputError, match=r"a prompt of 30 tokens and max_new_tokens=5 for .* has 24 positions"):
         metric(family(name))
 
 
@@ -203,7 +203,7 @@ def token_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 )
 def test_every_mean_counts_examples(use: Callable[[nn.Module, object], object]) -> None:
     model, batch = Says(torch.randn(2, 3, 4)), (torch.zeros(2, 1), torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(gs.InputError, match="6 losses from .* for a batch of 2 examples"):
+    with pytest.raises(gs.InputError, match=r"6 losses from .* for a batch of 2 examples"):
         use(model, batch)
 
 

@@ -311,6 +311,7 @@ def test_a_target_reached_before_training() -> None:
     result = search(Hidden(300, 10), target=1e9)
     assert result.d == 0
     assert result.steps == 0
+    assert "was met before any training" in result.summary()
 
 
 def test_a_metric_that_is_not_a_number_ends_the_search_and_keeps_the_curve(tmp_path: Path) -> None:
@@ -399,20 +400,9 @@ def test_results_over_seeds() -> None:
     assert (result(16, None, 32).d, result(16, None, 32).spread) == (32, None)
     assert result(16, None, None).d is None
     assert result(16, 64, 32).summary() == "d = 32 (from 16 to 64), 3.2 % of n = 1,000 (30 steps, 3 seeds, 6 s)"
-    assert result(16, None, 32).summary().startswith("d = 32 (not all),")
+    assert result(16, None, 32).summary().startswith("inconclusive: d from 16 to beyond 64, in the median 32,")
     assert json.loads(result(16, 64, 32).to_json())["d"] == 32
     assert result(16, None).best.value == 1.5
-
-
-def test_a_search_that_loses_what_it_gained_says_that_its_steps_were_too_long() -> None:
-    def words(*values: float) -> str:
-        checks = tuple(Check(10 * i, 2**i if i else 0, value, 1.0, 2.0) for i, value in enumerate(values))
-        return str(IntrinsicDimension(1000, 0.9, (Search(0, None, checks),), {"metric": "Accuracy", "lr": 0.02}))
-
-    assert words(0.5, 0.6, 0.8, 0.6).endswith("it then fell to 0.6, so the steps were too long: type lr=0.005")
-    assert "fell to 0.4" in words(0.5, 0.4, 0.4)
-    assert "fell" not in words(0.5, 0.6, 0.8, 0.7)
-    assert "fell" not in words(0.5, 0.6, 0.8)
 
 
 def test_confirmation_runs_are_made_once(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_gradients_formed_one_after_another_count_in_every_form():
 
     batch = torch.randn(5, 3, 2).double()
     rows = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(one, [model.a, model.b])]) for one in losses(model, batch)
+        torch.cat([g.flatten() for g in torch.autograd.grad(one, [model.a, model.b], retain_graph=True)])
+        for one in losses(model, batch)
     ]
     want = torch.stack(rows) @ torch.stack(rows).T
     torch.testing.assert_close(gradient_gram(model, losses, batch), want)

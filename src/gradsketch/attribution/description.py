@@ -1,4 +1,9 @@
-"""What an index is: the contents of its own ``index.json``, above those of its checkpoints' stores."""
+"""What an index is: the contents of its own ``index.json``, above those of its checkpoints' stores.
+
+What was indexed (weights and buffers by hash, task, sketch, parameters, data) is recorded as facts. A resumed build or
+a query compares them one by one, so a refusal names what differs. All of the data is read and hashed once before a
+build starts: bad rows are listed before hours are spent, and a changed file cannot be resumed.
+"""
 
 from __future__ import annotations
 

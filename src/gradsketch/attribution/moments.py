@@ -3,6 +3,9 @@
 The file is written whole or not at all, so that a kill or another process at the same work can do no harm. It is used
 only where the store is complete, is the very store it was made from (by fingerprint) and the bytes are sound (CRC-32);
 otherwise the rows are read again.
+
+One product over all rows takes nearly all of the time (5.9 s for 20,000 rows of d = 4096, 0.5 s once it is kept) and
+does not depend on λ, so F is fitted once an index and a query only factors it.
 """
 
 from __future__ import annotations

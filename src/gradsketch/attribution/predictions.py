@@ -4,6 +4,9 @@ The loss of a causal language model is a sum over the tokens that it predicts, L
 each predicted token has its own part, and the others have none. With weights w on the terms, ⟨∇ Σ w_t ℓ_t, V⟩ is
 linear in w, and its derivative with respect to w is all parts at once: two backward passes, whatever the number of
 tokens.
+
+Gates, which say where in the layers a gradient flows, put the weight on the word *before* the one that was learned.
+Readers then took "Lima" in the colour of "lowered the score" for what it says.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from gradsketch.durable import record_of
 from gradsketch.errors import DamageError
 from gradsketch.store import Store, Verification, verify
 from gradsketch.store.folder import Folder
+from gradsketch.table import printable
 
 __all__ = ["IndexVerification", "verify_index"]
 
@@ -32,7 +33,7 @@ class IndexVerification:
         return all(found.sound for found in self.stores) and not self.beside
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.stores), *self.beside, *(["NOT SOUND"] * bool(self.beside))])
+        return "\n".join([*map(str, self.stores), *map(printable, self.beside), *(["NOT SOUND"] * bool(self.beside))])
 
 
 def verify_index(folder: Folder, *beside: str) -> IndexVerification:

@@ -60,7 +60,7 @@ class Options:
     min_gain: float | None = None
     """d doubles where the metric gained less than this (default: 2 % of the way from the start to the target)."""
     lr: float | None = None
-    """About how far one step moves a parameter, in every dimension (default: measured along the first step)."""
+    """About how far one step moves a parameter, in every dimension (default: the best of a few short tries)."""
     batch_size: int = 32
     """Examples a step."""
     seeds: tuple[int, ...] = (0,)

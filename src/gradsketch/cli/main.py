@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _run(arguments, name)
         finally:
-            sys.stdout.flush()
+            sys.stdout.flush()  # here, where what it raises is caught, and not when Python ends
     except Terminated:
         print(f"\n{name}: terminated", file=sys.stderr)
         return TERMINATED
@@ -70,14 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # | head
-        _give_up_output()
         return 141
     except Exception as error:  # whatever a file system, a parser or torch raises: nobody should have to read its trace
         if os.environ.get(_DEBUG):
             traceback.print_exc()
         print(f"{name}: {_sentence(error)}", file=sys.stderr)
-        if isinstance(error, OSError):
-            _give_up_output()
         return 1
 
 
@@ -118,14 +115,6 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
-
-
-def _give_up_output() -> None:
-    """Let what is still to be written go nowhere: Python would try again at its end, and complain."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # a stream that is no file
-        return
 
 
 def _say_warnings_plainly(name: str) -> None:

@@ -79,7 +79,7 @@ def check_not_transformed(w: Tensor) -> None:
         raise InputError(
             "a Subspace inside torch.func.grad, vmap, or another of its transforms",
             "plain autograd",
-            "For gradients per example type gs.sketch_gradients(subspace, ...), for curvature gs.hessian(subspace, ...)",
+            "Per example type gs.sketch_gradients(subspace, ...); for curvature gs.hessian(subspace, ...)",
         )
 
 

@@ -93,16 +93,27 @@ class Experiment:
         """Return the same with a learning rate: the one given, or else measured in ``d_max`` dimensions."""
         if self.lr is not None:
             return self
-        with self.training(d_max, d_max, seed) as training:
-            return replace(self, lr=measured_lr(training))
+        with self._subspace(d_max, seed) as subspace:
+            start = subspace.w.detach().clone()
+
+            def begun(lr: float) -> Training:
+                subspace.w.detach().copy_(start)
+                return replace(self, lr=lr)._training(subspace, d_max, seed)
+
+            return replace(self, lr=measured_lr(begun))
 
     @contextmanager
     def training(self, d_max: int, d: int, seed: int) -> Iterator[Training]:
         """Open a subspace of d_max dimensions of which the first d train; the model is left as found at the end."""
-        sketch = prefix_nested(self.sketch(self.n, d_max, seed=seed))
-        with Subspace(self.model, self.parameters, sketch) as subspace:
-            lr = float("nan") if self.lr is None else self.lr
-            yield Training(subspace, self.task, self.train, lr=lr, d=d, batch_size=self.batch_size, seed=seed)
+        with self._subspace(d_max, seed) as subspace:
+            yield self._training(subspace, d, seed)
+
+    def _subspace(self, d_max: int, seed: int) -> Subspace:
+        return Subspace(self.model, self.parameters, prefix_nested(self.sketch(self.n, d_max, seed=seed)))
+
+    def _training(self, subspace: Subspace, d: int, seed: int) -> Training:
+        assert self.lr is not None
+        return Training(subspace, self.task, self.train, lr=self.lr, d=d, batch_size=self.batch_size, seed=seed)
 
     def evaluated(self, where: str) -> float:
         """Return the metric of the model as it stands."""

@@ -31,5 +31,8 @@ def noise_about(*pieces: tuple[Sequence[float], Sequence[float]]) -> float:
     0 where every value is fitted: a metric that only rises shows no noise.
     """
     squares = sum((v - f) ** 2 for values, fit in pieces for v, f in zip(values, fit, strict=True))
-    left = sum(len(values) - _FREEDOM * len(set(fit)) for values, fit in pieces)
-    return math.sqrt(squares / max(1.0, left))
+    count = sum(len(values) for values, _ in pieces)
+    levels = sum(len(set(fit)) for _, fit in pieces)
+    # Where the metric rises steeply, most levels are one value, which costs one degree of freedom and no more.
+    left = max(count - _FREEDOM * levels, (count - levels) / 2)
+    return math.sqrt(squares / left) if left else 0.0

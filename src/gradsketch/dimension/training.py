@@ -61,7 +61,7 @@ class Training:
         total = torch.zeros((), dtype=torch.float64, device=self.subspace.w.device)
         first = self.step
         for _ in range(steps):
-            total += self._step(schedule(self.step))
+            total += self.take_step(schedule(self.step))
             if bar is not None:
                 bar.update()
         mean = float(total / steps)
@@ -73,39 +73,27 @@ class Training:
             )
         return mean
 
-    def _step(self, factor: float) -> Tensor:
+    def take_step(self, factor: float = 1.0) -> Tensor:
+        """Take one step and return its loss, finite or not."""
         w = self.subspace.w
         if self._reader is None:
             self._reader = shuffled(self.batches, self.seed, self.step)
         batch = to_device(next(self._reader), w.device)
         # So that dropout does not depend on what was drawn before, or on where a run was interrupted.
         with seeded(int(self._dropout.words(self.step, 1)), w.device), torch.enable_grad():
-            loss = self.backward(batch)
-        self._move(self.take_gradient(), factor)
-        self.step += 1
-        return loss.detach().double()
-
-    def backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of a batch's mean loss, and return that loss.
-
-        Raises:
-            InputError: the loss depends on none of the parameters.
-        """
-        loss = per_example(self.task, self.subspace, batch).mean()
-        if not loss.requires_grad:
-            raise InputError(
-                "a loss that depends on none of the chosen parameters",
-                "parameters that the task uses",
-                "Choose others: Parameters(model, include=...)",
-            )
-        loss.backward()
-        return loss
-
-    def take_gradient(self) -> Float[Tensor, " D"]:
-        """Return the gradient that came together, and begin anew."""
+            loss = per_example(self.task, self.subspace, batch).mean()
+            if not loss.requires_grad:
+                raise InputError(
+                    "a loss that depends on none of the chosen parameters",
+                    "parameters that the task uses",
+                    "Choose others: Parameters(model, include=...)",
+                )
+            loss.backward()
         gradient, self.subspace.w.grad = self.subspace.w.grad, None
         assert gradient is not None
-        return gradient
+        self._move(gradient, factor)
+        self.step += 1
+        return loss.detach().double()
 
     def _move(self, gradient: Float[Tensor, " D"], factor: float) -> None:
         start = 0

@@ -1,4 +1,8 @@
-"""From a user's data to batches: the same at every pass, or as large as memory takes."""
+"""From a user's data to batches: the same at every pass, or as large as memory takes.
+
+``Batcher`` sorts by length, longest first, so what does not fit fails in the first seconds; the budget of tokens that
+fitted is kept for the rest of the run.
+"""
 
 from __future__ import annotations
 

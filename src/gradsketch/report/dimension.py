@@ -77,7 +77,7 @@ class DimensionCurve(Protocol):
 
 
 def search_figure(result: IntrinsicDimension) -> Figure:
-    """Return the figure of a search: every evaluation of every seed, full fine-tuning, the target, d, and its interval."""
+    """Return the figure of a search: every evaluation of every seed, full fine-tuning, the target, d, its interval."""
     figure, axes = _axes(result.settings)
     for i, search in enumerate(result.searches):
         _draw_search(axes, search, COLOURS[i % len(COLOURS)])

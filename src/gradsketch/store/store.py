@@ -1,4 +1,10 @@
-"""A sketch store: one folder, one ``index.json``, and one immutable shard per range of rows."""
+"""A sketch store: one folder, one ``index.json``, and one immutable shard per range of rows.
+
+The listing of shards, named by their row range, is the commit log. So there is no journal, no lock and no manifest to
+rewrite, and several writers or a kill -9 can at worst leave a temporary file (tests/store/test_kills.py). A shard is 16
+MB of sketches or a twentieth of the run, so a killed run loses at most that. A query lists the folder once, and
+moments, preconditioner and scan take their rows from that listing, because a builder may write meanwhile.
+"""
 
 from __future__ import annotations
 

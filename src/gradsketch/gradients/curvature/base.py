@@ -1,4 +1,11 @@
-"""What the Hessian, the Gauss–Newton matrix and the Fisher share: batches, three ways to differentiate, fall-backs."""
+"""What the Hessian, the Gauss–Newton matrix and the Fisher share: batches, three ways to differentiate, fall-backs.
+
+Reverse over reverse is the default. Its graphs are kept where there is one batch, or where those of all batches fit
+into 512 MiB: a product then costs two gradients instead of three. Forward over reverse and central differences are the
+other modes. Reverse over forward is left out, because PyTorch's fused normalisation layers get it wrong. An embedding's
+``padding_idx`` row counts as frozen in reverse over reverse; the other two modes see its forward effect, so padding
+must not reach the loss.
+"""
 
 from __future__ import annotations
 

@@ -36,18 +36,21 @@ def hessian(
     The model is used as it is when a product is taken, and left as it was. Vectors of one call share the forward pass
     and its graph. ``parameters`` (default: all trainable ones) choose the block, e.g. ``Parameters(model, "h.0.*")``.
 
-    Modes: "grad-of-grad" (reverse over reverse; with one batch the graph is kept from product to product),
-    "jvp-of-grad" (forward over reverse), "central-difference" of gradients with a step scaled by 1/‖v‖ (for kernels
-    without double backward; about four digits in float32). "auto" is the first, or the last where it must. The
-    first two take scaled-dot-product attention by its math path. Differentiating a forward-mode product once more is
-    not offered: PyTorch's fused normalisation layers get it wrong.
+    Modes: "grad-of-grad" (reverse over reverse; graphs are kept from product to product if they fit into 512 MiB,
+    that of a single batch always), "jvp-of-grad" (forward over reverse), "central-difference" of gradients at weights
+    in float64 (two such gradients; for kernels without double backward). "auto" is the first, or the last where
+    double backward is missing or wrong. The first two take scaled-dot-product attention by its math path and run what
+    is compiled uncompiled. Differentiating a forward-mode product once more is not offered: PyTorch's fused
+    normalisation layers get it wrong.
+
+    The first product is held against central differences with several step lengths; ``H.check`` is what was found, a
+    warning says what matters, and ``H.error_along(v)`` measures the error of a product along a vector.
 
     Rows that an embedding's ``padding_idx`` freezes count as frozen in "grad-of-grad"; in the other two modes padding
     must not reach the loss.
 
-    Weights in half precision are differentiated as they are and summed over batches in float32; differences of
-    gradients are taken at float32 copies. Weights changed through ``.data`` go unnoticed by a kept graph: change them
-    in place under ``torch.no_grad()``, as optimizers and ``load_state_dict`` do.
+    Weights in half precision are differentiated as they are and summed over batches in float32. A change of the model,
+    the task or the batch between products is seen, however it was made.
 
     Args:
         model: any module.
@@ -56,7 +59,8 @@ def hessian(
         parameters: those to differentiate by, a selection or globs of names; by default all that are trainable.
         mode: how products are computed.
         batch_size: examples a batch, for sequences of examples.
-        check: evaluate the losses twice first, and refuse data or models that give other losses the second time.
+        check: evaluate the losses twice first, and refuse data or models that give other losses the second time; hold
+            the first product against differences. Without it only hand-written functions are.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -1,4 +1,9 @@
-"""The Gauss–Newton matrix and the empirical Fisher: Jᵀ A J with another J and A each, as maps."""
+"""The Gauss–Newton matrix and the empirical Fisher: Jᵀ A J with another J and A each, as maps.
+
+One map serves both: J of the model's output and A the loss's Hessian in it, or J of the losses and A = I. No
+per-example gradient is formed. A comes from the task's own loss, evaluated on stored outputs a few examples at a time:
+that takes little beside the model, so a closed form was not worth a second definition of the loss.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -122,8 +123,20 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     flat = _plain(tensor).contiguous().view(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
-    words, rest = flat[: len(flat) // 8 * 8].view(torch.int64), flat[len(flat) // 8 * 8 :]
-    table, last = words[: len(words) // _WIDTH * _WIDTH].view(-1, _WIDTH), words[len(words) // _WIDTH * _WIDTH :]
-    weights = torch.arange(1, 2 * _WIDTH + 1, 2, device=flat.device)
-    total = (table.sum(0) * weights).sum() + (last * weights[: len(last)]).sum()
-    return total * 3 + (rest.long() * weights[: len(rest)]).sum()
+    whole = len(flat) // 8
+    words, weights = flat[: whole * 8].view(torch.int64), _weights(flat.device)
+    rows = whole // _WIDTH
+    total = _dot(words[rows * _WIDTH :], weights)
+    if rows:
+        total = total + _dot(words[: rows * _WIDTH].view(rows, _WIDTH).sum(0), weights)
+    return total if whole * 8 == len(flat) else total * 3 + _dot(flat[whole * 8 :].long(), weights)
+
+
+def _dot(words: Tensor, weights: Tensor) -> Tensor:
+    weights = weights[: len(words)]
+    return torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum()
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * _WIDTH + 1, 2, device=device)

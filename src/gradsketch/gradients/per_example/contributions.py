@@ -1,4 +1,9 @@
-"""What one use of a parameter adds to its per-example gradients, in the cheapest form that is known."""
+"""What one use of a parameter adds to its per-example gradients, in the cheapest form that is known.
+
+What is done with a contribution is the consumer's: sketches, flat gradients, or the lists from which ``gradient_gram``
+takes exact inner products, by pairs of positions or by blocks of columns, whichever is fewer multiplications. No
+gradient is held whole.
+"""
 
 from __future__ import annotations
 

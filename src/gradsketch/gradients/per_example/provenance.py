@@ -457,7 +457,7 @@ _ELEMENTWISE = frozenset(
     contiguous to float double half bfloat16 type type_as long int bool detach requires_grad eq ne lt le gt ge
     equal isnan isinf isfinite logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not
     and or xor invert sign round floor ceil trunc frac nan_to_num rsub subtract multiply divide negative data real
-    cpu cuda alias copy positive heaviside xlogy erfinv angle sinc log_sigmoid fill zero""")
+    cpu cuda copy positive heaviside xlogy erfinv angle sinc fill zero""")
 )
 
 # Their values are constants, whatever they are shaped after.
@@ -472,7 +472,7 @@ _VIEWS = frozenset(
     squeeze expand expand_as broadcast_to unbind chunk split tensor_split unfold diagonal""")
 )
 
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "unsafe_view")
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as")
 
 _HANDLERS: dict[str, Callable[..., Axis]] = {
     **dict.fromkeys(_RESHAPES, _reshaped),
@@ -517,5 +517,3 @@ _HANDLERS: dict[str, Callable[..., Axis]] = {
         _first_dim,
     ),
 }
-
-_FOLLOWED = _ELEMENTWISE | _VIEWS | _CONSTANT | frozenset(_HANDLERS)

@@ -1,4 +1,10 @@
-"""Calling a model for its logits, with every mismatch between model and batch named."""
+"""Calling a model for its logits, with every mismatch between model and batch named.
+
+Losses are computed from logits, not asked of the model. Hugging Face narrows its own loss to float32 and averages over
+the batch; here cross-entropy is per example, in the logits' precision or float32, with the labels moved instead of the
+logits (no copy of batch × tokens × vocabulary). Ids out of range are refused before the model sees them, because on a
+GPU they abort the process.
+"""
 
 from __future__ import annotations
 
