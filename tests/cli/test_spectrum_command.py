@@ -89,7 +89,7 @@ def test_a_block_without_gradient(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "answer"),
     [
-        ("--batch-size", "0", "at least one example a batch"),
+        ("--batch-size", "0", "Type --batch-size 8"),
         ("--d", "0", "at least one dimension"),
         ("--d", "1", "copies of eigenvalues are not told"),
         ("--k", "0", "1 ≤ k ≤ n"),

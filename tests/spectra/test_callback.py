@@ -167,6 +167,27 @@ def test_a_training_may_begin_where_its_loss_is_not_finite(tmp_path):
         begun(tmp_path, model)
 
 
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")
+def test_a_training_of_a_subspace_is_watched_in_its_own_coordinates(tmp_path):
+    """Phi H Phiᵀ, which is small enough to be written down."""
+    torch.manual_seed(0)
+    model, data = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)), torch.randn(9, 4)
+    parameters = gs.Parameters(model)
+    phi = gs.AFFD(parameters.n, 12)
+    matrix = (phi @ gs.hessian(model, squared, data, parameters) @ phi.T).dense()
+    expected = torch.linalg.eigvalsh(matrix).numpy()
+    callback = gs.SpectrumCallback(squared, data, k=3, at=(0,), every=0, progress=False)
+    subspace = gs.Subspace(model, parameters, phi)
+    arguments, state = SimpleNamespace(output_dir=tmp_path), transformers.TrainerState(global_step=0)
+    callback.on_train_begin(arguments, state, None, model=subspace)
+    found = callback.evolution.spectra[0].values
+    np.testing.assert_allclose(np.sort(np.abs(found)), np.sort(np.abs(expected))[-3:], rtol=1e-3)
+
+
+def squared(model, batch):
+    return model(batch).square().sum(1)
+
+
 def test_one_callback_writes_each_training_to_its_own_output(tmp_path):
     callback = begun(tmp_path / "a", Toy())
     state = transformers.TrainerState(global_step=0)
