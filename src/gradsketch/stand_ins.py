@@ -222,7 +222,7 @@ def made_again(reduced: Any, make: Callable[..., type], *arguments: Any) -> Any:
 
 
 def _blank(make: Callable[..., type], *arguments: Any) -> Any:
-    cls = make(*arguments)
+    cls: Any = make(*arguments)
     return cls.__new__(cls)
 
 

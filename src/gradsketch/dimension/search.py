@@ -77,8 +77,8 @@ def intrinsic_dimension(
         min_gain: by default 2 % of the way from the metric at the start to the target.
         lr: about how far one step moves a parameter, like Adam's learning rate in full training, and of one meaning
             for every d: coordinates get the learning rate lr·√d_max/√d. One learning rate for all d would move theta
-            √d times as far, and diverge at large d. By default the one whose first steps in all d_max dimensions
-            lower the training loss most, found by doubling and halving; ``settings["lr"]`` says which.
+            √d times as far, and diverge at large d. By default the largest whose first steps in all d_max
+            dimensions lower the training loss as much as any; ``settings["lr"]`` says which.
         parameters: those that may move, a selection or globs of names; by default all that are trainable.
         sketch: the kind of subspace: AFFD, AFJL, FFD, QK, Dense, SJLT, or a function (n, d, seed=...) → sketch, such
             as ``lambda n, d, seed: BlockSum(parameters, d, seed=seed)``.

@@ -17,11 +17,11 @@ __all__ = ["measured_lr"]
 # A range test in the manner of Smith (arXiv 1506.01186). The best of these is within a factor of four of the best for
 # a whole training of digits (a random net), MiniLM and SmolLM2, and diverges on none (benchmarks/subspace_lr.py). One
 # line search along the first step did not do: Adam bears ten times its best length on SmolLM2.
-_FIRST, _TRIES, _STEPS, _BATCHES = 2e-3, 14, 6, 3
+_FIRST, _TRIES, _STEPS, _BATCHES, _SAME = 2e-3, 14, 6, 3, 0.01
 
 
 def measured_lr(begun: Callable[[float], Training]) -> float:
-    """Return the learning rate whose first steps lower the training loss most; costs about 40 steps.
+    """Return the largest learning rate whose first steps lower the training loss as much as any; costs some 40 steps.
 
     ``begun`` returns a training at theta0 with a given learning rate.
     """
@@ -33,7 +33,7 @@ def measured_lr(begun: Callable[[float], Training]) -> float:
         with seeded(training.seed, training.w.device), torch.no_grad():  # the same dropout for every learning rate
             return sum(_losses(training)) / _BATCHES
 
-    return _lowest(loss_after)
+    return _longest(loss_after)
 
 
 def _losses(training: Training) -> Iterator[float]:
@@ -42,15 +42,19 @@ def _losses(training: Training) -> Iterator[float]:
         yield float(per_example(training.task, training.subspace, batch).double().mean())
 
 
-def _lowest(loss_after: Callable[[float], float]) -> float:
-    """Walk from the first learning rate by factors of two as long as the loss falls, or is not finite."""
+def _longest(loss_after: Callable[[float], float]) -> float:
+    """Return the largest learning rate that is as good as the best: double it as long as the loss rises by 1 % at most.
+
+    Where doubling does no good, halve it as long as that lowers the loss by more than 1 %, or until it is finite.
+    """
     best, lowest = _FIRST, _or_infinite(loss_after(_FIRST))
-    for factor in (2.0, 0.5) if math.isfinite(lowest) else (0.5,):
+    same = _SAME * abs(lowest) if math.isfinite(lowest) else 0.0
+    for factor, margin in ((2.0, same), (0.5, -same)) if math.isfinite(lowest) else ((0.5, 0.0),):
         for tries in range(1, _TRIES):
             lr = _FIRST * factor**tries
             loss = _or_infinite(loss_after(lr))
-            if loss < lowest:
-                best, lowest = lr, loss
+            if loss < lowest + margin:
+                best, lowest = lr, min(loss, lowest)
             elif math.isfinite(lowest):
                 break
         if best != _FIRST:
