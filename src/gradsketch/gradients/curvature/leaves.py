@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ class Leaves:
         self.tensors: list[Tensor] = [value.detach().requires_grad_() for value in values]
         self._sink = _Sink()
         for index, leaf in enumerate(self.tensors):
-            leaf.register_post_accumulate_grad_hook(self._sink.collector(index))
+            leaf.register_post_accumulate_grad_hook(partial(self._sink.collect, index))
 
     @contextmanager
     def adding_to(self, target: Float[Tensor, " n"], scale: float = 1.0) -> Iterator[None]:
@@ -63,13 +64,11 @@ class _Sink:
         piece = self.pieces[index]
         piece.add_(tensor.detach().to(piece.device), alpha=self.scale)
 
-    def collector(self, index: int) -> Callable[[Tensor], None]:
-        def collect(leaf: Tensor) -> None:
-            assert leaf.grad is not None
-            self.add(index, leaf.grad)
-            leaf.grad = None
-
-        return collect
+    def collect(self, index: int, leaf: Tensor) -> None:
+        """Add a leaf's complete gradient to its place and free it."""
+        assert leaf.grad is not None
+        self.add(index, leaf.grad)
+        leaf.grad = None
 
 
 def split_as(vector: Float[Tensor, " n"], like: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,20 +106,16 @@ class Objective:
             InputError: the task returns something else than one loss per example.
         """
         wider = self._wider(values)
-
-        def losses(batch: Batch) -> Float[Tensor, " b"]:
-            found = _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
-            return self._without_reentrant(found)
-
         chosen = dict(zip(self._names, values, strict=True))
         # Compiled code has no double backward; what was compiled holds what it was made from.
         with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model), uncompiled(self.model):
-            yield losses
+            yield partial(self._losses, wider)
 
-    def _without_reentrant(self, losses: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Refuse layers checkpointed in the re-entrant way, once: where no leaf is before them their rows are zero."""
+    def _losses(self, wider: torch.dtype | None, batch: Batch) -> Float[Tensor, " b"]:
+        losses = _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
         if not self._looked and losses.grad_fn is not None:
             self._looked = True
+            # Where no leaf comes before such a layer, the rows of its parameters would be zero without a word.
             if REENTRANT in operations([losses.grad_fn]):
                 raise reentrant(self.model)
         return losses

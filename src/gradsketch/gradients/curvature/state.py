@@ -5,7 +5,7 @@ Version counters and addresses are not enough: fused optimisers, the default of 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from functools import cache
 from types import FunctionType, MethodType
@@ -19,6 +19,8 @@ from gradsketch.gradients.data import tensors_of
 
 __all__ = ["content_of", "state_of"]
 
+# Modules hold many dicts without an entry, of hooks most of all.
+_DICTS = (dict, OrderedDict, set)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # Containers longer than this are vocabularies rather than settings, and known by their length alone.
 _LONG = 1000
@@ -83,19 +85,26 @@ class _Look:
         if len(value) > _LONG:
             return len(value)
         if isinstance(value, Mapping):
-            return [(key if isinstance(key, str) else id(key), self.at(value[key], depth)) for key in value]
-        return [self.at(item, depth) for item in value]
+            return [key if isinstance(key, str) else id(key) for key in value], self._all(value.values(), depth)
+        return self._all(value, depth)
+
+    def _all(self, values: Iterable[Any], depth: int) -> list[Any]:
+        # Most are plain values or empty, and a module holds dozens: they are told apart here, without a call for each.
+        return [
+            value if isinstance(value, _PLAIN) else [] if type(value) in _DICTS and not value else self.at(value, depth)
+            for value in values
+        ]
 
     def _inside(self, value: Any, depth: int) -> Any:
         if isinstance(value, nn.Module):
-            return [self.at(part, _DEPTH) for part in vars(value).values()]
+            return self._all(vars(value).values(), _DEPTH)
         if isinstance(value, MethodType):
-            return self.at(value.__self__, depth), self.at(value.__func__, depth)
+            return self._all((value.__self__, value.__func__), depth)
         if isinstance(value, FunctionType):
-            return [self.at(part, depth - 1) for part in _read_by(value)]
+            return self._all(_read_by(value), depth - 1)
         if isinstance(value, type):
             return None
-        return [self.at(part, depth - 1) for part in getattr(value, "__dict__", {}).values()]
+        return self._all(getattr(value, "__dict__", {}).values(), depth - 1)
 
 
 def _read_by(function: FunctionType) -> list[Any]:
