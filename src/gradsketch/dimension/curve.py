@@ -68,6 +68,7 @@ def dimension_curve(
         FingerprintError: the file in ``resume`` belongs to another curve: other weights, data, metric or options.
         StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
+    lr = Journal.kept(resume, "lr") if lr is None else lr  # what was measured before, also where dims were added
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     check_positive(steps=steps)
     check_dims(dims, experiment.n)

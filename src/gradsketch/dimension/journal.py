@@ -34,6 +34,13 @@ class Journal:
             except (LookupError, TypeError) as error:
                 raise damaged(self.path, f"{type(error).__name__}: {error}") from error
 
+    @staticmethod
+    def kept(path: str | Path | None, fact: str) -> Any:
+        """Return one fact of the work that a file belongs to; None where there is no file."""
+        if path is None or not Path(path).exists():
+            return None
+        return (read_record(Path(path)).get("facts") or {}).get(fact)
+
     def add(self, point: CurvePoint) -> None:
         """Keep a point, also on the disk.
 

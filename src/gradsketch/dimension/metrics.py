@@ -55,10 +55,9 @@ class Accuracy:
         right, total = torch.zeros(()), 0
         for batch in _on_device_of(model, self.batches):
             inputs, labels = _inputs_and_labels(batch)
-            counted = labels != IGNORED
             right = right.to(labels.device)
-            right += ((logits_of(model, inputs, labels.shape).argmax(-1) == labels) & counted).sum()
-            total += int(counted.sum())
+            right += (logits_of(model, inputs, labels.shape).argmax(-1) == labels).sum()
+            total += int((labels != IGNORED).sum())
         if not total:
             raise InputError("labels that are all −100", "at least one that counts", "Check how the labels were made")
         return float(right / total)
