@@ -1,4 +1,14 @@
-"""theta0 + Phiᵀ w as a differentiable function of w that holds n numbers, and n more while backward runs."""
+"""theta0 + Phiᵀ w as a differentiable function of w that holds n numbers, and n more while backward runs.
+
+Three designs were weighed. Adding the lift of each change of w to the live weights drifts, and loses the bits of
+theta0. ``functional_call`` is over before the recomputation of activation checkpointing runs, which then reads theta0
+in silence. A parametrisation that adds theta0 and delta at each reading holds one n-vector more. So modules read from
+one buffer theta0 + Phiᵀ w, and the Parameter objects stay where they are. Gradients are gathered by an identity node
+made at each reading: autograd runs the nodes made last first, so each layer's gradient is copied and freed when it
+comes. Hooks on the outputs of the lift all run at the end, and held 2n. The gradient's memory is kept from step to
+step, because a CPU pays for fresh pages (benchmarks/subspace_cost.py); the lift's buffer is not, because old graphs may
+read it.
+"""
 
 from __future__ import annotations
 

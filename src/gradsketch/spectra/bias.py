@@ -4,6 +4,11 @@ For Phi with E[PhiᵀPhi] = I and rows that behave like independent ones, an iso
 eigenvalue of Phi H Phiᵀ, to λ_i + (λ_i/d) Σ_{j≠i} λ_j / (λ_i − λ_j), up to noise of standard deviation |λ_i| √(2/d).
 This is the spiked-covariance map of Bai & Yao (2012), which [P] (arXiv 2402.03994) leaves out. It has an inverse only
 where the moved value stands outside the bulk that the other eigenvalues form: λ² > ‖H‖_F²/d.
+
+A value counts as found only outside the bulk. Everything in H that is not an outlier becomes a bulk of half-width
+2‖H‖_F/√d, and its edge, corrected to first order, looks like an eigenvalue above the detection threshold. So values are
+taken strongest first, each compared with the edge that those not yet taken form, widened by Tracy and Widom's d^(−2/3).
+Repulsion between values closer than a quarter of their noise is not undone, because the gap itself is noise then.
 """
 
 from __future__ import annotations

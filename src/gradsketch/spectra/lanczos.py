@@ -1,4 +1,9 @@
-"""The Lanczos recurrence: from products with a self-adjoint map to a tridiagonal matrix."""
+"""The Lanczos recurrence: from products with a self-adjoint map to a tridiagonal matrix.
+
+Symmetry is checked at every step: ⟨q_{j−1}, H q_j⟩ must equal β_{j−1}. One extra dot product a step finds dropout,
+another operator behind a resumed run and a wrong derivative, and its median is the noise floor that residuals and
+errors carry.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""From a tridiagonal matrix to eigenvalues: residuals, error bounds, and copies told from multiplicities."""
+"""From a tridiagonal matrix to eigenvalues: residuals, error bounds, and copies told from multiplicities.
+
+Copies ("ghosts") are recognised in sketches of the Krylov vectors: in order of convergence a Ritz vector is kept if at
+least half its squared length lies outside the span of those kept before. Against the Cullum–Willoughby test on T alone
+this needs no tolerance, also catches copies still on their way, and keeps second eigenvectors of repeated eigenvalues.
+A multiplicity found is a lower bound. Nothing is re-orthogonalised from sketches: their inner products are noisy at
+1/√d, so loss of orthogonality shows long after it could have been prevented.
+"""
 
 from __future__ import annotations
 
