@@ -40,9 +40,9 @@ class Counting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if len(x) > self.made_for:
-            self.made_for = len(x)
-            self.register_buffer("steps", torch.full((len(x),), 0.5, dtype=x.dtype), persistent=False)
+        if x.shape[1] > self.made_for:
+            self.made_for = x.shape[1]
+            self.register_buffer("steps", torch.full((x.shape[1],), 0.5, dtype=x.dtype), persistent=False)
         return self.last(torch.tanh(self.first(x)) * self.steps.mean())
 
 

@@ -13,8 +13,7 @@ REFUSED = {
 # At least a twentieth of the parameters takes the exact path.
 SLOW = frozenset(
     """
-    causal/reformer causal/xlnet encoder/mra encoder/reformer encoder/xlnet-classes multimodal/kosmos-2.5
-    speech/encodec-bare
+    causal/reformer encoder/mra encoder/reformer multimodal/kosmos-2.5
     """.split()
 )
 

@@ -123,7 +123,7 @@ def test_files_that_are_damaged_are_one_line(base, data, capsys):
     ("command", "message"),
     [
         (["check", "--data", "DATA", "--examples", "-3"], "--examples -3. Wanted: at least 1"),
-        (["spectrum", "--data", "DATA", "--batch-size", "0"], "--batch-size 0. Wanted: at least one"),
+        (["spectrum", "--data", "DATA", "--batch-size", "0"], "--batch-size 0. Wanted: at least 1"),
         (["dimension", "--train", "DATA", "--test", "DATA", "--seeds"], "--seeds without a number"),
     ],
 )

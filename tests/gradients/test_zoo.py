@@ -24,7 +24,6 @@ from gradsketch.sketches.base import Sketch
 # What cannot be captured in one backward pass, and says so.
 SLOW = {
     "t5": "relative_attention_bias",
-    "lstm": "lstm",
 }
 BLOCKS = 96
 

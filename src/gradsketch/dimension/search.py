@@ -4,7 +4,7 @@ The search trains a prefix of one sketch of size D, and lr means one thing in ev
 learning rate lr on d coordinates moves each parameter by about lr a step, whatever d is. Inside a sketch of size D that
 reads lr·√D/√d. Coordinates that join late are a parameter group of their own in Adam, because with one common count of
 steps their bias correction would be that of veterans. d doubles where the gain over the best evaluation so far is below
-min_gain; the last evaluation would be beaten by noise for ever.
+min_gain. It is not compared with the last one, which noise can beat for ever.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from situations import Applies, FusedCrossEntropy, FusedSwish, cross_entropy, fused_cross_entropy, mlp, points
-from test_situations import gradient, trained
+from curvature_situations import Applies, FusedCrossEntropy, FusedSwish, cross_entropy, fused_cross_entropy, mlp, points
+from test_curvature_situations import gradient, trained
 from torch import Tensor, nn
 
 import gradsketch as gs
@@ -177,15 +177,16 @@ def test_results_keep_float64() -> None:
     assert gs.hessian(mlp(), cross_entropy, (x, y)).to_scipy().dtype == "float32"
 
 
-def test_loss_and_curvature_count_alike() -> None:
-    """One loss a token: the metric, the gradient and the Hessian all divide by their number."""
+def test_losses_per_token_are_averaged_by_curvature_and_refused_by_the_metric() -> None:
+    """One loss a token: the gradient and the Hessian divide by their number, and no metric divides by another."""
 
     def per_token(model: Any, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="none")
 
     model, batch = mlp(), (torch.randn(4, 5, 4), torch.randint(0, 3, (4, 5)))
     mean = per_token(model, batch).mean()
-    assert gs.Loss(per_token, batch)(model) == pytest.approx(float(mean), rel=1e-6)
+    with pytest.raises(InputError, match="20 losses from .* for a batch of 4 examples"):
+        gs.Loss(per_token, batch)(model)
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(mean, list(model.parameters()))])
     torch.testing.assert_close(gs.loss_gradient(model, per_token, batch), wanted)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from situations import LoRA, cross_entropy, mlp, points
+from curvature_situations import LoRA, cross_entropy, mlp, points
 from torch import Tensor, nn
 
 import gradsketch as gs

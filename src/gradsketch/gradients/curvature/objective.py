@@ -141,7 +141,9 @@ class Objective:
     def _constants(self, wider: torch.dtype | None) -> dict[str, Tensor]:
         """Return what stands for the parameters that are not selected, and for buffers to be widened."""
         own, outside = held(self.model), self._read_from_outside()
-        chosen = {id(own[name]) for name in self._names}
+        # A stand-in over what an open Subspace answers for would cut it off: the loss would not depend on w.
+        inside = read_instead(self.model).keys() - outside.keys()
+        chosen = {id(own[name]) for name in [*self._names, *inside]}
         constants = {}
         for name, tensor in own.items():
             # What needs no change stays: tensors of a kind of their own, such as quantised weights, lose it by detach.

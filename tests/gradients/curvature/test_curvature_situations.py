@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from situations import SITUATIONS, Setting, Situation
+from curvature_situations import SITUATIONS, Setting, Situation
 from torch import Tensor, nn
 
 import gradsketch as gs
