@@ -90,6 +90,8 @@ def test_adapters_in_a_subspace() -> None:
     torch.testing.assert_close(merged(**BATCH).logits, point(**BATCH).logits, rtol=1e-4, atol=1e-5)
 
 
+# bfloat16 leaves no difference steady enough to check products of the subspace against, and they say so.
+@pytest.mark.filterwarnings("ignore:.*not checked:gradsketch.errors.GradsketchWarning")
 @pytest.mark.parametrize("build", [gs.hessian, gs.gauss_newton, gs.fisher])
 def test_curvature_under_autocast_is_that_of_the_point_under_autocast(build) -> None:
     def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

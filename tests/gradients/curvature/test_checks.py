@@ -185,7 +185,7 @@ def test_losses_per_token_are_averaged_by_curvature_and_refused_by_the_metric() 
 
     model, batch = mlp(), (torch.randn(4, 5, 4), torch.randint(0, 3, (4, 5)))
     mean = per_token(model, batch).mean()
-    with pytest.raises(InputError, match="20 losses from .* for a batch of 4 examples"):
+    with pytest.raises(InputError, match=r"20 losses from .* for a batch of 4 examples"):
         gs.Loss(per_token, batch)(model)
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(mean, list(model.parameters()))])
     torch.testing.assert_close(gs.loss_gradient(model, per_token, batch), wanted)
