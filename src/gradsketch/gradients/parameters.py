@@ -51,7 +51,7 @@ class Parameters:
         chosen = {
             names[0]: tensor
             for tensor, names in aliases.items()
-            if tensor.is_floating_point() and _matches(names, include) and not _matches(names, exclude)
+            if _is_differentiable(tensor) and _matches(names, include) and not _matches(names, exclude)
         }
         self._tensors = {name: t for name, t in chosen.items() if frozen or t.requires_grad}
         if not self._tensors:
@@ -161,7 +161,7 @@ def _check_glob(model: nn.Module, glob: str, aliases: Mapping[Tensor, list[str]]
             f"globs of names such as {', '.join(names[0] for names in list(aliases.values())[:3])}",
             "List them with [name for name, _ in model.named_parameters()]",
         )
-    if matched and not any(tensor.is_floating_point() for tensor in matched):
+    if matched and not any(map(_is_differentiable, matched)):
         raise InputError(
             f"the glob {glob!r} matches only integers, in which quantised weights are stored",
             "parameters that can be differentiated by",
@@ -173,6 +173,11 @@ def _check_glob(model: nn.Module, glob: str, aliases: Mapping[Tensor, list[str]]
             "at least one trainable parameter for every glob",
             "Call .requires_grad_(True) on them, or pass frozen=True",
         )
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    """Whether a tensor holds no integers; complex ones are refused by name where gradients are asked for."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _matches(names: Iterable[str], globs: Iterable[str]) -> bool:
