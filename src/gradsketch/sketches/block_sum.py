@@ -50,7 +50,7 @@ class BlockSum(Sketch):
         InputError: no tensors, an unknown kind, or d is not a positive integer ≤ n.
     """
 
-    version = 2
+    version = 3
     least_n = 1  # a selection may be one number
     from_sizes = False
 

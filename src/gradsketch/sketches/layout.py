@@ -1,18 +1,19 @@
 """Which coordinates and pairs a tiled sketch of a matrix computes: a model of its noise, and the choice made from it.
 
-X̂ = S_r X S_cᵀ with a randomised Hadamard transform on each side is an isometric image of X. The sketch computes
-R of the r' coordinates of the rows and C of the c' of the columns, multiplies P pairs of them, and adds those up with
-random signs in d numbers, m = P/d in each. The error of an inner product ⟨X, Y⟩ then has four parts:
+X̂ = S_r X S_cᵀ with a randomised Hadamard transform on each side is an isometric image of X, r × c, where a side has as
+many coordinates as entries or more. A side of fewer, R < r, is folded first. The sketch multiplies P of the RC pairs
+of coordinates, and adds those up with random signs in d numbers, m = P/d in each. The error of an inner product ⟨X, Y⟩
+then has four parts:
 
-* coordinates of a side that are left out: (1 − R/r')/R · (‖XYᵀ‖² + tr (XYᵀ)²), and likewise for the columns. Real
-  gradients have few directions, so this part is large: on SmolLM2-135M's embedding, with 512 of 65,536 coordinates and
-  d = 65,536, it was three times the rest. With all coordinates it is zero, because the side is an isometry.
-* pairs that are left out: (1 − P/r'c')/P · (‖X‖²‖Y‖² + ⟨X, Y⟩² + ‖XYᵀ‖² + ‖XᵀY‖²);
+* sides that are folded: (1/R − 1/r) · (‖XYᵀ‖² + tr (XYᵀ)²), and likewise for the columns. Real gradients have few
+  directions, so this part is large: on SmolLM2-135M's embedding, with 512 of 49,152 coordinates and d = 65,536, it was
+  three times the rest.
+* pairs that are left out: (1/P − 1/RC) · (‖X‖²‖Y‖² + ⟨X, Y⟩² + ‖XYᵀ‖² + ‖XᵀY‖²);
 * pairs that share a number: (1/d − 1/P) · (‖X‖²‖Y‖² + ⟨X, Y⟩²), a little more where d does not divide P.
 
 A dense sketch has (‖X‖²‖Y‖² + ⟨X, Y⟩²)/d. So with all coordinates the noise is at most √(1 + 1/m) of a dense sketch's,
 for any gradients whatsoever: 1.12 for m = 4 and 1.22 for m = 2. Both sides' coordinates cost little beside the layer
-itself (16 + R/16 multiplications an entry, or some 60 by fast transforms), P multiplications a token do not.
+itself (2√R multiplications an entry and one read for the fold), P multiplications a token do not.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ _COORDINATES = 1 << 12
 
 @dataclass(frozen=True)
 class Layout:
-    """Counts of coordinates and products of a tiled sketch of a padded matrix, and the shape of its tiles.
+    """Counts of coordinates and products of a tiled sketch of a matrix of a shape, and the shape of its tiles.
 
     Tile j is group j of the row coordinates times group j of the column coordinates, so that every coordinate is used
     equally often. Where all pairs are products, group j meets group j + k in round k.
     """
 
-    padded: tuple[int, int]
+    shape: tuple[int, int]
     d: int
     counts: tuple[int, int]
     products: int
@@ -56,27 +57,25 @@ class Layout:
         products = min(pairs, d if 1 in padded else _products(d))
         counts = _counts(padded, products, d)
         tile = _tile(counts, products)
-        tiles = -(-products // math.prod(tile))
-        used = min(counts[0], tiles * tile[0]), min(counts[1], tiles * tile[1])
-        return cls(padded, d, used, products, tile)
+        return cls((rows, columns), d, counts, products, tile)
 
     @property
     def keeps_all(self) -> bool:
         """Whether every pair of both sides' coordinates is a product."""
-        return self.products == math.prod(self.padded)
+        return self.products == math.prod(self.counts)
 
     def variance(self, x: Float[Tensor, "rows columns"], y: Float[Tensor, "rows columns"]) -> float:
         """Return the variance of the sketched inner product of two matrices that the model predicts."""
         dense = float(x.square().sum() * y.square().sum() + (x * y).sum().square())
         over_rows, over_columns, trace = _squared_norms(x, y)
-        p, pairs = self.products, math.prod(self.padded)
-        sides = zip(self.counts, self.padded, (over_rows, over_columns), strict=True)
-        left_out = sum((1 / count - 1 / padded) * (over + trace) for count, padded, over in sides if padded > 1)
-        if 1 in self.padded:  # the other side's coordinates are all there is
-            return left_out
+        p, pairs = self.products, math.prod(self.counts)
+        sides = zip(self.counts, self.shape, (over_rows, over_columns), strict=True)
+        folded = sum((1 / count - 1 / size) * (over + trace) for count, size, over in sides if size > count)
+        if 1 in self.counts:  # a product is a coordinate
+            return folded + (1 / p - 1 / pairs) * dense
         least, more = divmod(p, self.d)
         sharing = more * (least + 1) * least + (self.d - more) * least * (least - 1)
-        return left_out + (1 / p - 1 / pairs) * (dense + over_rows + over_columns) + sharing / p**2 * dense
+        return folded + (1 / p - 1 / pairs) * (dense + over_rows + over_columns) + sharing / p**2 * dense
 
 
 def _squared_norms(x: Float[Tensor, "rows columns"], y: Float[Tensor, "rows columns"]) -> tuple[float, float, float]:

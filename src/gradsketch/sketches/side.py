@@ -1,4 +1,4 @@
-"""Some rows of a randomised Hadamard transform, laid out for products with the other side of a matrix."""
+"""A randomised Hadamard transform of one side of a matrix, laid out for products with the other side."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ from torch.nn import functional
 
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
-from gradsketch.sketches.forms import power_of_two_at_least
 from gradsketch.transforms.hadamard import hadamard_matrix
 
 __all__ = ["Side"]
 
-_LENGTH = 16  # of a block: the first stage is a product with 16 × 16 matrices
-# Numbers transformed at once, so that what lies between the two stages stays in cache, or within bounds on a GPU.
-_AT_ONCE, _AT_ONCE_GPU = 1 << 20, 1 << 27
-# Up to so many entries the second stage is one product with the wanted rows of its Hadamard matrix: as fast at 64 of
-# 512 rows as all of them by a fast transform, and 2 to 5 times as fast below (one CPU thread).
-_SECOND_STAGE = 1 << 15
+# Numbers folded at once, so that they stay in cache, or within bounds on a GPU.
+_AT_ONCE, _AT_ONCE_GPU = 1 << 18, 1 << 27
+# The second stage is one product up to so many blocks, and a fast transform in steps of _STEP beyond.
+_ONE_PRODUCT, _STEP = 128, 16
+_SHORTEST, _LONGEST = 16, 64  # lengths of a block
 
 
 class Side:
-    """``count`` rows of √n'·(H_blocks ⊗ I)(I ⊗ H_16) P B: n' is the padded size, B random signs, P a shuffle.
+    """``count`` coordinates √count·(H_blocks ⊗ I)(I ⊗ H_length) P B F of a vector; ``count`` is a power of two.
 
-    Two stages: within blocks of 16 neighbours, shuffled in each block, then across blocks, of which only a random
-    selection of rows is made. Coordinate c is row ``chosen[c // 16]`` of the second stage at place c mod 16 of the
-    first. That costs 16 + count/16 multiplications an entry where a product with the rows would cost ``count``.
+    F folds a vector that is longer: stretches of ``count`` numbers get random signs, are rotated at random, and add up.
+    That is one read of the vector, and a count sketch: two entries meet with probability 1/count or never. A shorter
+    vector is continued by zeros, and F is an isometry. Then come random signs B, a shuffle P within blocks, and a
+    Hadamard transform in two stages, within blocks and across them, at length + blocks multiplications a coordinate.
+    Coordinate c is row ``order[c // length]`` of the second stage at place c mod length of the first.
     """
 
-    def __init__(self, size: int, count: int, stream: Stream) -> None:
+    def __init__(self, size: int, count: int, stream: Stream, group: int = 1) -> None:
         self.size, self.count, self.stream = size, count, stream
-        self.padded = power_of_two_at_least(size)
-        self.length = min(_LENGTH, self.padded)
-        self.blocks = self.padded // self.length
-        self.made_rows = -(-count // self.length)
-        self._one_product = self.made_rows * self.blocks <= _SECOND_STAGE
-        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        balanced = max(_SHORTEST, 1 << (count.bit_length() - 1) // 2)
+        # A block as long as the groups that are asked for saves a copy.
+        self.length = min(max(balanced, group), _LONGEST, count)
+        self.blocks = count // self.length
+        self._one_product = self.blocks <= _ONE_PRODUCT
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     @cached_property
-    def chosen(self) -> Int64[Tensor, " rows"]:
-        """Rows of the second stage that are made, in order."""
-        return self.stream.child("order").permutation(self.blocks)[: self.made_rows]
+    def order(self) -> Int64[Tensor, " blocks"]:
+        """Rows of the second stage, in the order of the coordinates."""
+        return self.stream.child("order").permutation(self.blocks)
 
     def groups(self, x: Float[Tensor, "m size"], group: int, number: int) -> Float[Tensor, "number m group"]:
         """Return the first ``number`` groups of ``group`` coordinates of each vector, in float32 or wider."""
-        limit = _AT_ONCE if x.device.type == "cpu" else _AT_ONCE_GPU
-        parts = [self._stages(part) for part in x.split(max(1, limit // self.size))]
-        return self._grouped(parts[0] if len(parts) == 1 else torch.cat(parts, 1), group, number)
+        return self._grouped(self._stages(self._folded(x)), group, number)
 
     def group_rows(
         self, index: Int64[Tensor, " m"], like: Tensor, group: int, number: int
     ) -> Float[Tensor, "number m group"]:
         """Return ``groups`` of one-hot vectors."""
         first, _ = self._matrices(like)
-        across = self._across(like.device)[:, index // self.length].to(like.dtype)
-        rows = across[..., None] * first.flatten(0, 1)[index]
+        stretch, place = index // self.count, index % self.count
+        place = (place + self._rotations.to(like.device)[stretch]) % self.count
+        across = self._across(like.device)[:, place // self.length].to(like.dtype)
+        if self.size > self.count:
+            across *= self._fold_signs(like)[index]
+        rows = across[..., None] * first.flatten(0, 1)[place]
         return self._grouped(rows, group, number)
 
     def transform(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch count"]:
@@ -67,30 +69,73 @@ class Side:
 
     def adjoint(self, y: Float[Tensor, "*batch count"]) -> Float[Tensor, "*batch size"]:
         """Apply the adjoint of ``transform``."""
-        z = functional.pad(y.reshape(-1, self.count), (0, self.made_rows * self.length - self.count))
+        z = y.reshape(-1, self.count)
         rows = z.view(len(z), -1, self.length).movedim(1, 0)
         first, across = self._matrices(y)
         if self._one_product:
             blocks = across.T @ rows.reshape(len(rows), -1)
         else:
-            every = y.new_zeros(self.blocks, *rows.shape[1:])
-            every[self.chosen.to(y.device)] = rows
+            every = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            every[self.order.to(y.device)] = rows
             blocks = _hadamard(every.view(self.blocks, -1))
         x = (blocks.view(self.blocks, len(z), self.length) @ first.mT).movedim(0, 1)
-        return x.flatten(1)[:, : self.size].reshape(*y.shape[:-1], self.size)
+        return self._unfolded(x.flatten(1)).reshape(*y.shape[:-1], self.size)
 
-    def _stages(self, x: Float[Tensor, "m size"]) -> Float[Tensor, "rows m length"]:
-        x = x.to(widened(x.dtype))
-        used = -(-self.size // self.length)
-        if used * self.length != self.size:
-            x = functional.pad(x, (0, used * self.length - self.size))
+    def _folded(self, x: Float[Tensor, "m size"]) -> Float[Tensor, "m at_most_count"]:
+        wide = widened(x.dtype)
+        if self.size <= self.count:
+            return x.to(wide)
+        out = x.new_zeros(len(x), self.count, dtype=wide)
+        signs = self._fold_signs(out)
+        step = max(1, (_AT_ONCE if x.device.type == "cpu" else _AT_ONCE_GPU) // self.size)
+        for part, sums in zip(x.split(step), out.split(step), strict=True):
+            for source, target in self._runs:
+                sums[:, target].addcmul_(part[:, source].to(wide), signs[source])
+        return out
+
+    def _unfolded(self, y: Float[Tensor, "m count"]) -> Float[Tensor, "m size"]:
+        if self.size <= self.count:
+            return y[:, : self.size]
+        x = y.new_empty(len(y), self.size)
+        for source, target in self._runs:
+            x[:, source] = y[:, target]
+        return x.mul_(self._fold_signs(y))
+
+    @cached_property
+    def _rotations(self) -> Int64[Tensor, " stretches"]:
+        stretches = -(-self.size // self.count)
+        if stretches == 1:
+            return torch.zeros(1, dtype=torch.int64)
+        return self.stream.child("rotations").integers(0, stretches, self.count)
+
+    @cached_property
+    def _runs(self) -> list[tuple[slice, slice]]:
+        """Runs of entries of a vector, and the places that the fold adds them to."""
+        runs = []
+        for stretch, rotation in enumerate(self._rotations.tolist()):
+            begin, end = stretch * self.count, min((stretch + 1) * self.count, self.size)
+            turn = min(begin + self.count - rotation, end)
+            runs.append((slice(begin, turn), slice(rotation, rotation + turn - begin)))
+            runs.append((slice(turn, end), slice(0, end - turn)))
+        return [(source, target) for source, target in runs if source.stop > source.start]
+
+    def _fold_signs(self, like: Tensor) -> Float[Tensor, " size"]:
+        key = "fold", like.dtype, like.device
+        if key not in self._tables:
+            signs = self.stream.child("fold").signs(0, self.size, dtype=like.dtype, device=like.device)
+            self._tables[key] = signs, signs
+        return self._tables[key][0]
+
+    def _stages(self, x: Float[Tensor, "m at_most_count"]) -> Float[Tensor, "blocks m length"]:
+        used = -(-x.shape[1] // self.length)
+        x = functional.pad(x, (0, used * self.length - x.shape[1]))
         first, across = self._matrices(x)
         blocks = torch.bmm(x.view(len(x), used, self.length).transpose(0, 1), first[:used]).view(used, -1)
         if self._one_product:
             rows = across[:, :used] @ blocks
         else:
-            rows = _hadamard(functional.pad(blocks, (0, 0, 0, self.blocks - used)))[self.chosen.to(x.device)]
-        return rows.view(self.made_rows, len(x), self.length)
+            rows = _hadamard(functional.pad(blocks, (0, 0, 0, self.blocks - used)))[self.order.to(x.device)]
+        return rows.view(self.blocks, len(x), self.length)
 
     def _grouped(self, rows: Float[Tensor, "rows m length"], group: int, number: int) -> Tensor:
         """Regroup coordinates, [row, m, place] to [group, m, place in group]."""
@@ -105,7 +150,7 @@ class Side:
         flat = rows.transpose(0, 1).reshape(rows.shape[1], -1)[:, : number * group]
         return flat.view(-1, number, group).transpose(0, 1)
 
-    def _matrices(self, like: Tensor) -> tuple[Float[Tensor, "blocks length length"], Float[Tensor, "rows blocks"]]:
+    def _matrices(self, like: Tensor) -> tuple[Float[Tensor, "blocks length length"], Float[Tensor, "blocks blocks"]]:
         """Return the ±1 matrices of both stages; the second's is empty where it is not one product."""
         key = like.dtype, like.device
         if key not in self._tables:
@@ -113,7 +158,7 @@ class Side:
             self._tables[key] = self._first_stage(like), second
         return self._tables[key]
 
-    def _across(self, device: torch.device) -> Int8[Tensor, "rows blocks"]:
+    def _across(self, device: torch.device) -> Int8[Tensor, "blocks blocks"]:
         """Return the second stage's ±1 matrix in few bytes, for look-ups."""
         key = torch.int8, device
         if key not in self._tables:
@@ -124,15 +169,15 @@ class Side:
     def _first_stage(self, like: Tensor) -> Float[Tensor, "blocks length length"]:
         """Return the matrix of every block, for vectors from the left."""
         order = self.stream.child("within").permutation(self.length)
-        keys: Tensor = self.stream.child("places").words(0, 2 * self.padded).view(torch.int64)
+        keys: Tensor = self.stream.child("places").words(0, 2 * self.count).view(torch.int64)
         places = torch.argsort(keys.view(self.blocks, self.length), dim=1, stable=True)
-        signs = self.stream.child("signs").signs(0, self.padded, dtype=like.dtype, device=like.device)
+        signs = self.stream.child("signs").signs(0, self.count, dtype=like.dtype, device=like.device)
         shuffled = hadamard(self.length, like)[:, order.to(like.device)][places.to(like.device)]
         return shuffled * signs.view(self.blocks, self.length, 1)
 
-    def _second_stage(self, like: Tensor) -> Num[Tensor, "rows blocks"]:
-        """Return the wanted rows of the matrix across blocks."""
-        bits = self.chosen[:, None] & torch.arange(self.blocks)
+    def _second_stage(self, like: Tensor) -> Num[Tensor, "blocks blocks"]:
+        """Return the matrix across blocks."""
+        bits = self.order[:, None] & torch.arange(self.blocks)
         for shift in (16, 8, 4, 2, 1):
             bits = bits ^ (bits >> shift)
         return (1 - 2 * (bits & 1)).to(device=like.device, dtype=like.dtype)
@@ -146,11 +191,11 @@ def hadamard(n: int, like: Tensor) -> Float[Tensor, "n n"]:
 
 
 def _hadamard(x: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-    """Return √n·H_n x, n a power of two, sixteen rows at a time."""
+    """Return √n·H_n x, n a power of two, in steps of sixteen."""
     n, inner = len(x), x.shape[1]
     done = 1
     while done < n:
-        factor = min(_LENGTH, n // done)
+        factor = min(_STEP, n // done)
         x = (hadamard(factor, x) @ x.view(-1, factor, done * inner)).view(n, inner)
         done *= factor
     return x

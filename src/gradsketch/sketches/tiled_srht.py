@@ -40,7 +40,7 @@ class TiledSRHT(Sketch):
         InputError: rows, columns or d is not a positive integer, or d > rows·columns.
     """
 
-    version = 2
+    version = 3
     nesting = "prefix"
     least_n = 1  # a parameter may be one number
     from_sizes = False

@@ -18,7 +18,7 @@ from gradsketch.sketches.side import Side
 __all__ = ["Block", "Tiling"]
 
 # Transformed numbers held at once, in examples as a whole: what a batch takes beside a model stays within bounds.
-_AT_ONCE, _AT_ONCE_GPU = 1 << 24, 1 << 28
+_AT_ONCE, _AT_ONCE_GPU = 1 << 19, 1 << 28
 
 
 class Block(ABC):
@@ -59,8 +59,8 @@ class Tiling(Block):
         self.rows, self.columns, self.d, self.layout_d = rows, columns, d, layout_d or d
         self.stream = stream
         self.layout = Layout.of(rows, columns, self.layout_d)
-        self.row_side = Side(rows, self.layout.counts[0], stream.child("rows"))
-        self.column_side = Side(columns, self.layout.counts[1], stream.child("columns"))
+        self.row_side = Side(rows, self.layout.counts[0], stream.child("rows"), self.layout.tile[0])
+        self.column_side = Side(columns, self.layout.counts[1], stream.child("columns"), self.layout.tile[1])
         self.scale = math.sqrt(self.layout_d / (d * self.layout.products))
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
