@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import types
 import typing
+import warnings
 
 import numpy
 import pytest
@@ -594,6 +595,20 @@ def test_an_index_is_asked_by_the_model_that_built_it_though_forward_writes_buff
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     hits = index.query(model, rows[2:4], k=1)
     assert [found.proponents[0].row for found in hits] == [2, 3]
+
+
+@pytest.mark.parametrize(("lengths", "told"), [((20, 5), True), ((20, 20), False), ((8, 5), False)])
+def test_outputs_that_depend_on_padding_are_told(lengths, told):
+    """Short rows take the frequencies of the longest row of their batch, so no row of their own has this gradient."""
+    model = dynamic_rope().double()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # attention that is neither even nor all on one token
+    batch = CausalLM().collate([{"input_ids": (IDS * 3)[:length]} for length in lengths])
+    phi = gs.BlockSum(gs.Parameters(model), 64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gs.sketch_gradients(model, CausalLM(), batch, phi)
+    assert sum("with its padding" in str(warning.message) for warning in caught) == told
 
 
 class TestCollators:

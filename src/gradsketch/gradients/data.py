@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ __all__ = [
     "read_all",
     "tensors_of",
     "to_device",
+    "without_padding",
 ]
 
 Result = TypeVar("Result")
@@ -265,6 +266,26 @@ def batch_slice(batch: Batch, start: int, stop: int) -> Batch:
         )
 
     return _mapped(batch, cut)
+
+
+def without_padding(row: Batch, keep: Collection[str] = ()) -> Batch | None:
+    """Return a batch of one row without the columns at its ends that its ``attention_mask`` leaves out.
+
+    Every field ``[1, t, …]`` is cut, but for those named in ``keep``. None where there is no padding or no mask.
+    """
+    mask = row.get("attention_mask") if isinstance(row, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[0].bool().all()) or not bool(mask.any()):
+        return None
+    columns = mask[0].nonzero()[:, 0]
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    if last - first == mask.shape[1]:
+        return None
+
+    def cut(value: Any, name: str) -> Any:
+        along = isinstance(value, Tensor) and value.shape[:2] == mask.shape and name not in keep
+        return value[:, first:last] if along else value
+
+    return _mapped(row, cut)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

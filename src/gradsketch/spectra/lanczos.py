@@ -20,7 +20,7 @@ from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
 from gradsketch.spectra.krylov import KrylovBasis
 
-__all__ = ["Lanczos", "check_self_adjoint", "dot", "norm", "require_unchanged", "start_vector"]
+__all__ = ["Lanczos", "Steps", "check_self_adjoint", "dot", "norm", "require_unchanged", "start_vector"]
 
 # Single-precision sums stay this short; longer ones are added up in double precision.
 _PIECE, _PIECE_GPU = 1 << 16, 1 << 22
@@ -64,8 +64,7 @@ def check_self_adjoint(operator: LinearMap, x: Float[Tensor, " n"], product: Flo
         raise InputError(
             f"{operator!r} is not self-adjoint: <y, Hx> and <Hy, x> differ by {difference / scale:.1%} of |Hx|",
             "the same operator at every product, with <y, Hx> = <x, Hy>",
-            "Check for dropout, batch order and a forward-mode derivative through normalisation layers;"
-            " gradsketch.hessian has none of them",
+            "Check for dropout, the order of batches and forward-mode derivatives through normalisation layers",
         )
 
 
@@ -84,21 +83,13 @@ def require_unchanged(operator: LinearMap, product: int, found: float, expected:
         )
 
 
-class Lanczos:
-    """State of one run: q_{j−1}, q_j, the coefficients so far, and a basis that remembers what it can.
+class Steps:
+    """What a run has seen so far: its coefficients, and how far each product was from that of a symmetric map."""
 
-    H q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}, evaluated as Paige (1972) advises: subtract the old direction
-    before measuring α. Holds two vectors between steps and three within one, besides the basis and the operator.
-    """
-
-    def __init__(self, operator: LinearMap, basis: KrylovBasis, start: Float[Tensor, " n"], seed: int = 0) -> None:
-        self.operator, self.basis, self.seed = operator, basis, seed
-        self.q: Tensor = start
-        self.previous: Tensor | None = None
+    def __init__(self) -> None:
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self.drifts: list[float] = []
-        self.closed = False
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -110,8 +101,23 @@ class Lanczos:
 
     @property
     def noise(self) -> float:
-        """Typical |⟨q_{j−1}, H q_j⟩ − β_{j−1}|: how far the products are from those of one symmetric map."""
+        """Typical difference of ⟨p, Hq⟩ and ⟨q, Hp⟩: how far the products are from those of one symmetric map."""
         return statistics.median(map(abs, self.drifts)) if self.drifts else 0.0
+
+
+class Lanczos(Steps):
+    """State of one run: q_{j−1}, q_j, the coefficients so far, and a basis that remembers what it can.
+
+    H q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}, evaluated as Paige (1972) advises: subtract the old direction
+    before measuring α. Holds two vectors between steps and three within one, besides the basis and the operator.
+    """
+
+    def __init__(self, operator: LinearMap, basis: KrylovBasis, start: Float[Tensor, " n"], seed: int = 0) -> None:
+        super().__init__()
+        self.operator, self.basis, self.seed = operator, basis, seed
+        self.q: Tensor = start
+        self.previous: Tensor | None = None
+        self.closed = False
 
     def step(self, product: Float[Tensor, " n"] | None = None) -> None:
         """Take one product and one step; ``product`` is H q_j where the caller has it already.

@@ -9,7 +9,6 @@ shows in that chain within a few products, because nothing else in the complemen
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from gradsketch.linear_map import LinearMap
 from gradsketch.spectra.krylov import FullBasis
-from gradsketch.spectra.lanczos import dot, norm, require_unchanged, start_vector
+from gradsketch.spectra.lanczos import Steps, dot, norm, require_unchanged, start_vector
 from gradsketch.spectra.results import Which
 from gradsketch.spectra.ritz import RitzPairs, error_bounds
 
@@ -60,7 +59,7 @@ class Trial:
         return Trial([-alpha for alpha in self.alphas], self.betas)
 
 
-class Search:
+class Search(Steps):
     """A basis V with M = VᵀHV, and heads: unit vectors orthogonal to V and to one another that hold the rest of HV.
 
     H V = V M + W C, with the heads as the columns of W. One step takes the product with one head, which becomes the
@@ -71,6 +70,7 @@ class Search:
     """
 
     def __init__(self, operator: LinearMap, start: Float[Tensor, " n"], seed: int, room: int, which: Which) -> None:
+        super().__init__()
         self.operator, self.seed, self.room, self.which = operator, seed, room, which
         self.n, self.basis = operator.n, FullBasis()
         self.matrix = np.zeros((0, 0))
@@ -79,12 +79,6 @@ class Search:
         self.active = 0
         self.trials = [Trial()]
         self.on_trial = True
-        self.alphas: list[float] = []
-        self.betas: list[float] = []
-        self.drifts: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self.alphas)
 
     @property
     def q(self) -> Float[Tensor, " n"]:
@@ -95,16 +89,6 @@ class Search:
     def closed(self) -> bool:
         """Whether all of R^n has been searched."""
         return len(self.basis.rows) == self.n or not self.heads
-
-    @property
-    def scale(self) -> float:
-        """Largest coefficient so far, a stand-in for ‖H‖."""
-        return max((abs(c) for c in (*self.alphas, *self.betas)), default=0.0)
-
-    @property
-    def noise(self) -> float:
-        """Typical difference of ⟨p, Hq⟩ and ⟨q, Hp⟩: how far the products are from those of one symmetric map."""
-        return statistics.median(map(abs, self.drifts)) if self.drifts else 0.0
 
     def step(self, product: Float[Tensor, " n"] | None = None) -> None:
         """Take the product with the active head, or use it where the caller has it already, and go on from there.

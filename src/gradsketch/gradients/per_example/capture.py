@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory
+from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
 from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
 from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap
@@ -365,9 +365,9 @@ class Capture:
             f"{self._known.exact}: the gradients of all parameters are formed one example after another (exact, slower)"
         )
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+    def _warn_once(self, text: str, key: str = "") -> None:
+        if (key or text) not in self._told:
+            self._told.add(key or text)
             warnings.warn(text, GradsketchWarning, stacklevel=2)
 
     # Proofs.
@@ -427,11 +427,31 @@ class Capture:
         if any(not _close(loss, losses[place], tap.dtype) for place, loss in zip(places, alone, strict=True)):
             self._compare_with_plain(tap, batch, losses)
         self._compare(places, alone, losses, tap.dtype)
+        self._warn_of_padding(batch, places, alone, tap.dtype)
         weights = torch.zeros(len(losses), dtype=torch.float64)
         weights[places] = torch.tensor([1.0, -0.7], dtype=torch.float64)
         audit = Audit(weights, self._gradients(alone, weights[places]), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit
+
+    def _warn_of_padding(self, batch: Batch, places: Sequence[int], alone: Tensor, dtype: torch.dtype) -> None:
+        """Warn where a row's loss depends on its padding, as with positions scaled by the length of the batch."""
+        if self.task.not_padded is None:
+            return
+        for place, loss in zip(places, alone.detach(), strict=True):
+            shorter = without_padding(batch_slice(batch, place, place + 1), self.task.not_padded)
+            if shorter is None:
+                continue
+            with running_alone(place), torch.no_grad():
+                other = self.losses(shorter)[0]
+            if not _close(other, loss, dtype, digits=0.7):
+                self._warn_once(
+                    f"the loss of example {place} of the batch is {loss.item():.6g} with its padding and "
+                    f"{other.item():.6g} without: this model's outputs depend on how long the batch is, and so do "
+                    "sketches; put rows of equal length together, or one row into a batch",
+                    key="padding",
+                )
+                return
 
     def _loss_alone(self, batch: Batch, place: int) -> Tensor:
         with running_alone(place):
@@ -481,10 +501,11 @@ def _listed(slow: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({reason})" for name, reason in sorted(slow.items())[:5]) + more
 
 
-def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+def _close(one: Tensor, other: Tensor, dtype: torch.dtype, digits: float = 0.5) -> bool:
+    """Whether two losses agree to a share of the digits of the dtype; losses that are not finite do."""
     if not bool(torch.isfinite(one)) or not bool(torch.isfinite(other)):
         return True  # whoever sums up says so
-    return bool((one - other).abs() <= torch.finfo(dtype).eps ** 0.5 * (1 + other.abs()))
+    return bool((one - other).abs() <= torch.finfo(dtype).eps ** digits * (1 + other.abs()))
 
 
 def _leaves(nodes: Iterable[Any]) -> list[Tensor]:

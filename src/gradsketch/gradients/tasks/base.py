@@ -32,6 +32,8 @@ class Task(ABC):
     """
 
     _encodes: ClassVar[bool] = False
+    # Fields of a batch that stay whole where a row loses its padding; None where a loss may count padding.
+    not_padded: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -41,6 +43,9 @@ class Task(ABC):
         # A class that writes another loss inherits no split of the old one.
         if "losses" in vars(cls) and "token_losses" not in vars(cls):
             cls.token_losses = Task.token_losses  # type: ignore[method-assign]
+        # Nor the promise that padding never counts.
+        if "losses" in vars(cls) and "not_padded" not in vars(cls):
+            cls.not_padded = None
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:

@@ -57,6 +57,8 @@ class CausalLM(Task):
             or position the model does not have, logits of another shape.
     """
 
+    not_padded = ()
+
     def __init__(self, tokenizer: Any = None, *, max_length: int | None = None, reduction: Reduction = "mean") -> None:
         tokens.check_reduction(reduction)
         self.tokenizer, self.reduction = tokenizer, reduction

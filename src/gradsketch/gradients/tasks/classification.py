@@ -49,6 +49,8 @@ class Classification(Task):
             another shape.
     """
 
+    not_padded = ("labels",)
+
     def __init__(
         self, processor: Any = None, *, classes: Sequence[str] | None = None, max_length: int | None = None
     ) -> None:

@@ -51,6 +51,8 @@ class MaskedLM(Task):
             of another shape.
     """
 
+    not_padded = ()
+
     def __init__(
         self,
         tokenizer: Any = None,

@@ -51,6 +51,8 @@ class Seq2SeqLM(Task):
             another shape.
     """
 
+    not_padded = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
     def __init__(
         self,
         tokenizer: Any = None,
