@@ -202,7 +202,8 @@ def buffers_aside(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for note in notes:
-                note.put_back_described()
+                # A forward pass moves no module: a model cast to bfloat16 gets its frequencies back in float32.
+                note.put_back_described(moved=True)
     written = [name for name, buffer, version in watched if _version(buffer) != version]
     if written:
         warnings.warn(
@@ -224,9 +225,9 @@ class _Notes(NamedTuple):
         plain = {name: value for name, value in vars(module).items() if name != "training" and name[0] != "_"}
         return cls(module, dict(module._buffers), plain)
 
-    def put_back_described(self) -> None:
-        """Where a buffer was replaced, put back what describes it."""
-        if self._replaced():
+    def put_back_described(self, *, moved: bool = False) -> None:
+        """Where a buffer was replaced, put back what describes it; ``moved`` counts what was merely moved or cast."""
+        if self._replaced(moved=moved):
             vars(self.module).update(self.attributes)
 
     def put_back(self) -> None:
@@ -236,13 +237,13 @@ class _Notes(NamedTuple):
             now = self.module._buffers.get(name)
             self.module._buffers[name] = old if now is None or old is None else old.to(now.device, now.dtype)
 
-    def _replaced(self) -> dict[str, Tensor | None]:
-        """Return buffers in whose place is now another, or none; one that was merely moved or cast does not count."""
+    def _replaced(self, *, moved: bool = False) -> dict[str, Tensor | None]:
+        """Return buffers in whose place is now another, or none; one that was merely moved or cast counts if told."""
         now = self.module._buffers
         return {
             name: old
             for name, old in self.buffers.items()
-            if now.get(name) is not old and not _is_moved(now.get(name), old)
+            if now.get(name) is not old and (moved or not _is_moved(now.get(name), old))
         }
 
 
