@@ -597,8 +597,9 @@ def test_an_index_is_asked_by_the_model_that_built_it_though_forward_writes_buff
     assert [found.proponents[0].row for found in hits] == [2, 3]
 
 
+@pytest.mark.parametrize("method", ["auto", "loop"])
 @pytest.mark.parametrize(("lengths", "told"), [((20, 5), True), ((20, 20), False), ((8, 5), False)])
-def test_outputs_that_depend_on_padding_are_told(lengths, told):
+def test_outputs_that_depend_on_padding_are_told(lengths, told, method):
     """Short rows take the frequencies of the longest row of their batch, so no row of their own has this gradient."""
     model = dynamic_rope().double()
     for parameter in model.parameters():
@@ -607,7 +608,7 @@ def test_outputs_that_depend_on_padding_are_told(lengths, told):
     phi = gs.BlockSum(gs.Parameters(model), 64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        gs.sketch_gradients(model, CausalLM(), batch, phi)
+        gs.sketch_gradients(model, CausalLM(), batch, phi, method=method)
     assert sum("with its padding" in str(warning.message) for warning in caught) == told
 
 

@@ -296,6 +296,8 @@ class Capture:
 
         self._explicit(batch, self.tensors, everybody, losses.detach())
         if audit is not None:
+            ends = sorted({0, len(losses) - 1})
+            self._warn_of_padding(batch, ends, losses[ends], self._dtype)
             self._judge(audit, set(), self.tensors)
         return losses.detach()
 
