@@ -6,8 +6,7 @@ of coordinates, and adds those up with random signs in d numbers, m = P/d in eac
 then has four parts:
 
 * sides that are folded: (1/R − 1/r) · (‖XYᵀ‖² + tr (XYᵀ)²), and likewise for the columns. Real gradients have few
-  directions, so this part is large: on SmolLM2-135M's embedding, with 512 of 49,152 coordinates and d = 65,536, it was
-  three times the rest.
+  directions, so this part is large where few coordinates are kept.
 * pairs that are left out: (1/P − 1/RC) · (‖X‖²‖Y‖² + ⟨X, Y⟩² + ‖XYᵀ‖² + ‖XᵀY‖²);
 * pairs that share a number: (1/d − 1/P) · (‖X‖²‖Y‖² + ⟨X, Y⟩²), a little more where d does not divide P.
 

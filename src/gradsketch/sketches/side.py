@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int8, Int64, Num
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,7 +40,7 @@ class Side:
         self.length = min(max(balanced, group), _LONGEST, count)
         self.blocks = count // self.length
         self._one_product = self.blocks <= _ONE_PRODUCT
-        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     @cached_property
     def order(self) -> Int64[Tensor, " blocks"]:
@@ -54,13 +55,13 @@ class Side:
         self, index: Int64[Tensor, " m"], like: Tensor, group: int, number: int
     ) -> Float[Tensor, "number m group"]:
         """Return ``groups`` of one-hot vectors."""
-        first, _ = self._matrices(like)
-        stretch, place = index // self.count, index % self.count
-        place = (place + self._rotations.to(like.device)[stretch]) % self.count
-        across = self._across(like.device)[:, place // self.length].to(like.dtype)
+        place = self._places_in_fold(index) if self.size > self.count else index
+        # Looked up in few bytes.
+        across = self._table(self._second_stage, like.new_empty(0, dtype=torch.int8))
+        across = across[:, place // self.length].to(like.dtype)
         if self.size > self.count:
-            across *= self._fold_signs(like)[index]
-        rows = across[..., None] * first.flatten(0, 1)[place]
+            across *= self._table(self._fold_signs, like)[index]
+        rows = across[..., None] * self._table(self._first_stage, like).flatten(0, 1)[place]
         return self._grouped(rows, group, number)
 
     def transform(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch count"]:
@@ -71,14 +72,13 @@ class Side:
         """Apply the adjoint of ``transform``."""
         z = y.reshape(-1, self.count)
         rows = z.view(len(z), -1, self.length).movedim(1, 0)
-        first, across = self._matrices(y)
         if self._one_product:
-            blocks = across.T @ rows.reshape(len(rows), -1)
+            blocks = self._table(self._second_stage, y).T @ rows.reshape(len(rows), -1)
         else:
             every = torch.empty_like(rows, memory_format=torch.contiguous_format)
             every[self.order.to(y.device)] = rows
             blocks = _hadamard(every.view(self.blocks, -1))
-        x = (blocks.view(self.blocks, len(z), self.length) @ first.mT).movedim(0, 1)
+        x = (blocks.view(self.blocks, len(z), self.length) @ self._table(self._first_stage, y).mT).movedim(0, 1)
         return self._unfolded(x.flatten(1)).reshape(*y.shape[:-1], self.size)
 
     def _folded(self, x: Float[Tensor, "m size"]) -> Float[Tensor, "m at_most_count"]:
@@ -86,7 +86,7 @@ class Side:
         if self.size <= self.count:
             return x.to(wide)
         out = x.new_zeros(len(x), self.count, dtype=wide)
-        signs = self._fold_signs(out)
+        signs = self._table(self._fold_signs, out)
         step = max(1, (_AT_ONCE if x.device.type == "cpu" else _AT_ONCE_GPU) // self.size)
         for part, sums in zip(x.split(step), out.split(step), strict=True):
             for source, target in self._runs:
@@ -99,72 +99,57 @@ class Side:
         x = y.new_empty(len(y), self.size)
         for source, target in self._runs:
             x[:, source] = y[:, target]
-        return x.mul_(self._fold_signs(y))
-
-    @cached_property
-    def _rotations(self) -> Int64[Tensor, " stretches"]:
-        stretches = -(-self.size // self.count)
-        if stretches == 1:
-            return torch.zeros(1, dtype=torch.int64)
-        return self.stream.child("rotations").integers(0, stretches, self.count)
+        return x.mul_(self._table(self._fold_signs, y))
 
     @cached_property
     def _runs(self) -> list[tuple[slice, slice]]:
         """Runs of entries of a vector, and the places that the fold adds them to."""
         runs = []
-        for stretch, rotation in enumerate(self._rotations.tolist()):
+        for stretch, rotation in enumerate(self._rotations(torch.empty(0)).tolist()):
             begin, end = stretch * self.count, min((stretch + 1) * self.count, self.size)
             turn = min(begin + self.count - rotation, end)
             runs.append((slice(begin, turn), slice(rotation, rotation + turn - begin)))
             runs.append((slice(turn, end), slice(0, end - turn)))
         return [(source, target) for source, target in runs if source.stop > source.start]
 
-    def _fold_signs(self, like: Tensor) -> Float[Tensor, " size"]:
-        key = "fold", like.dtype, like.device
-        if key not in self._tables:
-            signs = self.stream.child("fold").signs(0, self.size, dtype=like.dtype, device=like.device)
-            self._tables[key] = signs, signs
-        return self._tables[key][0]
+    def _places_in_fold(self, index: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
+        return (index + self._table(self._rotations, index)[index // self.count]) % self.count
 
     def _stages(self, x: Float[Tensor, "m at_most_count"]) -> Float[Tensor, "blocks m length"]:
         used = -(-x.shape[1] // self.length)
         x = functional.pad(x, (0, used * self.length - x.shape[1]))
-        first, across = self._matrices(x)
-        blocks = torch.bmm(x.view(len(x), used, self.length).transpose(0, 1), first[:used]).view(used, -1)
+        first = self._table(self._first_stage, x)[:used]
+        blocks = torch.bmm(x.view(len(x), used, self.length).transpose(0, 1), first).view(used, -1)
         if self._one_product:
-            rows = across[:, :used] @ blocks
+            rows = self._table(self._second_stage, x)[:, :used] @ blocks
         else:
             rows = _hadamard(functional.pad(blocks, (0, 0, 0, self.blocks - used)))[self.order.to(x.device)]
         return rows.view(self.blocks, len(x), self.length)
 
     def _grouped(self, rows: Float[Tensor, "rows m length"], group: int, number: int) -> Tensor:
-        """Regroup coordinates, [row, m, place] to [group, m, place in group]."""
+        """Regroup coordinates, [row, m, place] to [group, m, place in group]; all sizes are powers of two."""
         length = self.length
         if group % length == 0:
             several = rows[: number * group // length].view(number, group // length, -1, length)
             return several.transpose(1, 2).reshape(number, -1, group)
-        if length % group == 0:
-            needed = rows[: -(-number * group // length)]
-            halves = needed.view(len(needed), -1, length // group, group).transpose(1, 2)
-            return halves.reshape(-1, rows.shape[1], group)[:number]
-        flat = rows.transpose(0, 1).reshape(rows.shape[1], -1)[:, : number * group]
-        return flat.view(-1, number, group).transpose(0, 1)
+        needed = rows[: -(-number * group // length)]
+        parts = needed.view(len(needed), -1, length // group, group).transpose(1, 2)
+        return parts.reshape(-1, rows.shape[1], group)[:number]
 
-    def _matrices(self, like: Tensor) -> tuple[Float[Tensor, "blocks length length"], Float[Tensor, "blocks blocks"]]:
-        """Return the ±1 matrices of both stages; the second's is empty where it is not one product."""
-        key = like.dtype, like.device
+    def _table(self, make: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+        """Return what ``make`` returns for this dtype and device, made once."""
+        key = make.__name__, like.dtype, like.device
         if key not in self._tables:
-            second = self._second_stage(like) if self._one_product else like.new_empty(0, self.blocks)
-            self._tables[key] = self._first_stage(like), second
+            self._tables[key] = make(like)
         return self._tables[key]
 
-    def _across(self, device: torch.device) -> Int8[Tensor, "blocks blocks"]:
-        """Return the second stage's ±1 matrix in few bytes, for look-ups."""
-        key = torch.int8, device
-        if key not in self._tables:
-            table = self._second_stage(torch.empty(0, dtype=torch.int8, device=device))
-            self._tables[key] = table, table
-        return self._tables[key][1]
+    def _rotations(self, like: Tensor) -> Int64[Tensor, " stretches"]:
+        """Return how far each stretch of the fold is rotated."""
+        stretches = -(-self.size // self.count)
+        return self.stream.child("rotations").integers(0, stretches, self.count).to(like.device)
+
+    def _fold_signs(self, like: Tensor) -> Float[Tensor, " size"]:
+        return self.stream.child("fold").signs(0, self.size, dtype=like.dtype, device=like.device)
 
     def _first_stage(self, like: Tensor) -> Float[Tensor, "blocks length length"]:
         """Return the matrix of every block, for vectors from the left."""

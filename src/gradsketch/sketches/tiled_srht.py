@@ -24,9 +24,9 @@ class TiledSRHT(Sketch):
 
     For X = Σ_t g_t a_tᵀ, the gradient of a linear layer, ``outer`` transforms the factors and multiplies only the
     tiles that are kept: X is never formed. For d up to 16,384 a number is the sum of up to four entries, beyond of two;
-    sides of up to 4096 or d/2 coordinates are transformed whole. Then the noise is at most 1.12 of a dense sketch's,
-    or 1.22, whatever X is; ``sketches/layout.py`` states the model. One entry a number, in tiles of 1 × 1, would make
-    it a TensorSRHT, one tile a Kronecker SRHT.
+    sides of up to 4096 or d/2 coordinates are transformed whole, longer ones folded first. Without a fold the noise is
+    at most 1.12 of a dense sketch's, or 1.22, whatever X is; ``sketches/layout.py`` states the model. One entry a
+    number, in tiles of 1 × 1, would make it a TensorSRHT, one tile a Kronecker SRHT.
 
     Source: T. Ahle et al., "Oblivious Sketching of High-Degree Polynomial Kernels", SODA 2020 (TensorSRHT).
 
