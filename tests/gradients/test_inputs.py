@@ -612,6 +612,26 @@ def test_outputs_that_depend_on_padding_are_told(lengths, told, method):
     assert sum("with its padding" in str(warning.message) for warning in caught) == told
 
 
+class Shifted(torch.nn.Module):
+    """A language model that also takes a number for each token, in a field of another shape than the ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(41, 41)
+
+    def forward(self, input_ids, attention_mask, shifts):
+        return types.SimpleNamespace(logits=self.table(input_ids) + shifts.mT)
+
+
+def test_a_field_whose_padding_nobody_knows_is_no_reason_to_refuse_a_batch():
+    torch.manual_seed(0)
+    batch = CausalLM().collate([{"input_ids": IDS}, {"input_ids": IDS[:4]}])
+    batch["shifts"] = torch.randn(2, 1, batch["input_ids"].shape[1])
+    model = Shifted()
+    phi = gs.BlockSum(gs.Parameters(model), 64)
+    assert gs.sketch_gradients(model, CausalLM(), batch, phi).shape == (2, 64)
+
+
 class TestCollators:
     """Batches as the collators of training libraries make them."""
 

@@ -274,7 +274,7 @@ def without_padding(row: Batch, keep: Collection[str] = ()) -> Batch | None:
     Every field ``[1, t, …]`` is cut, but for those named in ``keep``. None where there is no padding or no mask.
     """
     mask = row.get("attention_mask") if isinstance(row, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[0].bool().all()) or not bool(mask.any()):
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask.any()):
         return None
     columns = mask[0].nonzero()[:, 0]
     first, last = int(columns[0]), int(columns[-1]) + 1
