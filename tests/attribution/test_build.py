@@ -69,7 +69,7 @@ def test_every_form_of_data_gives_the_same_rows(tmp_path):
     built = [build(tmp_path / f"index-{i}", form) for i, form in enumerate(forms)]
     for index in built:
         assert torch.equal(sketches(index), sketches(built[0]))
-    assert built[1].stores[0].manifest.columns == {"text": "string", "n": "int", "tags": "json"}
+    assert built[1].stores[0].columns() == {"text": {"string"}, "n": {"int"}, "tags": {"json"}}
     assert built[1].stores[0].records([3])[0]["tags"] == ["é", 3]
 
 
@@ -86,8 +86,8 @@ def test_tensors_as_data(tmp_path):
 def test_columns_of_mixed_types(tmp_path):
     rows = [{"text": "ab", "id": "x", "a": 1, "b": 1, "loss": 0.5}, {"text": "cd", "a": 0.5, "b": "two", "c": None}]
     index = build(tmp_path, rows)
-    assert index.stores[0].manifest.columns == {
-        "text": "string", "a": "float", "b": "json", "data_loss": "float", "c": "string",
+    assert index.stores[0].columns() == {
+        "text": {"string"}, "a": {"float"}, "b": {"json"}, "data_loss": {"float"}, "c": {"null"},
     }  # fmt: skip
     first, second = index.stores[0].records([0, 1])
     assert (first["id"], first["a"], first["b"], first["data_loss"]) == ("x", 1.0, 1, 0.5)
@@ -235,7 +235,7 @@ CHANGES = {
     "dtype": ({"dtype": "int8"}, "dtype is now"),
     "parameters": ({"parameters": "head.*"}, "parameters is now"),
     "checkpoints": ({"weights": [2.0]}, "checkpoints is now"),
-    "columns": ({"data": [{"text": t, "n": 1} for t in toys.texts(20)]}, "columns is now"),
+    "columns": ({"data": [{"text": t, "n": 1} for t in toys.texts(20)]}, "data is now"),
 }
 
 
@@ -276,8 +276,11 @@ class TestBadRows:
 
     def test_are_left_out_on_request(self, tmp_path, file):
         index = build(tmp_path / "index", file, skip_bad=True)
-        assert [r["text"] for r in index.stores[0].records([0, 1, 2])] == ["one", "two", "three"]
-        assert [r["id"] for r in index.stores[0].records([0, 1, 2])] == ["0", "2", "4"]
+        assert [r["text"] for r in index.stores[0].records(range(5))] == ["one", None, "two", None, "three"]
+        assert [hit.id for hit in index.query(toys.TinyLM(), "one", k=5)[0]] == ["0", "4", "2"]
+        assert list(index.left_out) == [1, 3]
+        assert index.left_out[1].startswith("data.jsonl, line 2: ")
+        assert "an empty text" in index.left_out[3]
 
     def test_a_gradient_that_is_not_finite(self, tmp_path):
         data, model = toys.vectors(8), toys.classifier()
@@ -419,7 +422,9 @@ def test_an_example_that_a_data_set_cannot_read_is_a_bad_row(tmp_path):
     data = Damaged(toys.texts(4))
     with pytest.raises(InputError, match=r"1 of 4 rows .*example 2 .*OSError: no such image"):
         build(tmp_path / "a", data)
-    assert build(tmp_path / "b", data, skip_bad=True).rows == 3
+    assert build(tmp_path / "b", data, skip_bad=True).left_out == {
+        2: "example 2: an example that cannot be read (OSError: no such image)"
+    }
 
 
 def test_one_signature():

@@ -5,7 +5,7 @@ import torch
 import toys
 
 import gradsketch as gs
-from gradsketch.attribution import examples as examples_module
+from gradsketch.attribution import build as build_module
 from gradsketch.attribution.build import Build, build_index
 from gradsketch.attribution.index import Index
 
@@ -26,11 +26,19 @@ def sketches(index):
     return torch.cat([shard.decoded() for shard in index.stores[0]])
 
 
-@pytest.mark.parametrize("progress", [False, True])
-def test_once_a_build(tmp_path, counting, progress, capsys):
-    """Survey, estimate of the time, batching by length and collating share one reading."""
-    build(tmp_path, counting, batch_tokens=100, progress=progress)
+def test_once_a_build(tmp_path, counting):
+    """Checking, batching by length and collating share one reading."""
+    build(tmp_path, counting, batch_tokens=100)
     assert counting.tokenizer.seen == TEXTS
+
+
+def test_a_plan_reads_a_few_rows_spread_over_the_data(tmp_path, counting):
+    many = [f"{text} {i}" for i in range(200) for text in TEXTS]
+    plan = Build(tmp_path, toys.TinyLM(), counting, many, d=D).plan()
+    assert len(counting.tokenizer.seen) == plan.sampled == 256
+    assert {many.index(text) // 500 for text in counting.tokenizer.seen} == set(range(8))
+    assert plan.tokens == pytest.approx(sum(map(len, many)), rel=0.05)
+    assert f"about {plan.tokens:,} tokens (from 256 rows)" in str(plan)
 
 
 def two_states():
@@ -50,7 +58,7 @@ def test_once_a_resumed_build(tmp_path, counting):
     before = sketches(index)
     (tmp_path / "checkpoint-0/part-000000000008-000008.arrow").unlink()
     assert torch.equal(sketches(build(tmp_path, counting)), before)
-    assert counting.tokenizer.seen == TEXTS
+    assert counting.tokenizer.seen == TEXTS[8:16]
 
 
 def test_once_a_query(tmp_path, counting):
@@ -61,14 +69,15 @@ def test_once_a_query(tmp_path, counting):
 
 
 def test_rows_beyond_the_memory_kept_for_them_are_read_again(tmp_path, counting, monkeypatch):
-    whole = build(tmp_path / "a", toys.language_task())
-    monkeypatch.setattr(examples_module, "_KEPT_BYTES", 4000)
-    index = build(tmp_path / "b", counting)
+    """For every further checkpoint."""
+    whole = build(tmp_path / "a", toys.language_task(), checkpoints=two_states())
+    monkeypatch.setattr(build_module, "_KEPT_BYTES", 4000)
+    index = build(tmp_path / "b", counting, checkpoints=two_states())
     assert torch.equal(sketches(index), sketches(whole))
     assert counting.tokenizer.seen[:20] == TEXTS
     again = counting.tokenizer.seen[20:]
+    assert again == TEXTS[-len(again) :]
     assert 0 < len(again) < 20
-    assert sorted(again) == sorted(TEXTS[-len(again) :])
 
 
 class Reversed(gs.CausalLM):
@@ -111,4 +120,4 @@ def test_a_task_of_losses_and_length_alone(tmp_path):
     index = build_index(tmp_path, toys.classifier(), Plain(), rows, d=40, dtype="float32", progress=False)
     expected = build_index(tmp_path / "b", toys.classifier(), toys.vector_task(), rows, d=40, dtype="float32")
     assert torch.equal(sketches(index), sketches(expected))
-    assert Build(tmp_path / "c", toys.classifier(), Plain(), rows, d=40).survey.tokens == 60
+    assert Build(tmp_path / "c", toys.classifier(), Plain(), rows, d=40).plan().tokens == 60

@@ -198,7 +198,11 @@ def test_printable():
 def test_a_command_to_copy_is_quoted():
     from gradsketch.cli.index import _sentence
 
-    sentence = _sentence({"index": "runs/my facts; rm -rf", "rows": 1, "bad_rows": 1, "d": 4, "seconds": 0.1})
+    sentence = _sentence(
+        {"index": "runs/my facts; rm -rf", "rows": 1, "bad_rows": 1, "d": 4, "seconds": 0.1}, ["row 7: \x1b[2J"]
+    )
     command = shlex.split(sentence.split("Now ask: ")[1])
     assert command == ["gradsketch", "query", "runs/my facts; rm -rf", "--text", "..."]
     assert "1 row, d = 4, 1 bad row left out" in sentence
+    assert "left out: row 7: " in sentence
+    assert "\x1b" not in sentence

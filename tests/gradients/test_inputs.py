@@ -41,7 +41,6 @@ from transformers import (
 
 import gradsketch as gs
 from gradsketch import CausalLM, Classification, InputError, MaskedLM, Seq2SeqLM
-from gradsketch.attribution.build import Build
 from gradsketch.gradients.data import batch_length, batch_slice, to_device
 
 IDS = [7, 11, 5, 30, 9, 22, 8, 13, 6]
@@ -159,8 +158,8 @@ class TestFieldsOfRows:
         with pytest.raises(InputError, match="'surprise', which LlamaForCausalLM does not take"):
             loss(CausalLM(), llama, rows[1])
         with pytest.raises(InputError, match=r"1 of 2 rows that cannot be used: example 1 .*'surprise'"):
-            Build(tmp_path, llama, CausalLM(), rows, d=16)
-        assert len(Build(tmp_path, llama, CausalLM(), rows, d=16, skip_bad=True).survey.places) == 1
+            gs.build_index(tmp_path, llama, CausalLM(), rows, d=16)
+        assert list(gs.build_index(tmp_path, llama, CausalLM(), rows, d=16, skip_bad=True).left_out) == [1]
 
     def test_facts_about_a_row_are_no_inputs(self, llama):
         row = {"input_ids": IDS, "source": "a.txt", "page": 7, "tags": ["x"] * 9, "offset_mapping": [(0, 1)] * 9}
@@ -240,7 +239,8 @@ class TestFieldsOfRows:
 
     def test_metadata_holds_no_inputs(self, llama, tmp_path):
         row = {"input_ids": IDS, "position_ids": list(range(9)), "completion_mask": [1] * 9, "page": 3, "tags": [1, 2]}
-        assert set(Build(tmp_path, llama, CausalLM(), [row] * 2, d=16).survey.columns) == {"page", "tags"}
+        index = gs.build_index(tmp_path, llama, CausalLM(), [row] * 2, d=16)
+        assert set(index.stores[0].columns()) == {"page", "tags"}
 
     def test_numbers_of_another_kind(self):
         for ids in ([1.5, 2], [float("nan"), 2], [2**40, 1]):
@@ -367,7 +367,7 @@ class TestPositions:
         with pytest.raises(InputError, match=r"18 tokens for GPT2LMHeadModel, which has 16 positions.*max_length=16"):
             loss(CausalLM(), gpt2, *rows)
         with pytest.raises(InputError, match=r"example 1 \(18 tokens"):
-            Build(tmp_path, gpt2, CausalLM(), rows, d=16)
+            gs.build_index(tmp_path, gpt2, CausalLM(), rows, d=16)
         assert loss(CausalLM(max_length=16), gpt2, *rows).shape == (2,)
 
     @pytest.mark.parametrize(("model", "limit"), [
@@ -512,7 +512,7 @@ def test_a_text_that_the_tokenizer_rejects_is_a_bad_row(gpt2, tmp_path):
 
     rows = ["fine words here", "a lone \ud800 surrogate"]
     with pytest.raises(InputError, match=r"example 1 .*cannot be read \(UnicodeEncodeError"):
-        Build(tmp_path, gpt2, CausalLM(Strict()), rows, d=16)
+        gs.build_index(tmp_path, gpt2, CausalLM(Strict()), rows, d=16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ PROGRAM = """
 
     path, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     D, SHARD, ROWS = 256, 64, 64 * 40 + 3
-    manifest = Manifest(d=D, rows=ROWS, shard_rows=SHARD, columns={"text": "string"})
+    manifest = Manifest(d=D, rows=ROWS, shard_rows=SHARD)
 
     @functools.cache
     def rows(start, count):

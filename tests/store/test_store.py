@@ -1,5 +1,6 @@
 """Every store, wherever it lives: rows come back as written, damage and disagreement are named."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -32,7 +33,7 @@ PRECISION = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.51 
 
 
 def manifest(**changes):
-    return Manifest(**({"d": D, "rows": ROWS, "shard_rows": SHARD, "columns": COLUMNS, "facts": {"seed": 0}} | changes))
+    return Manifest(**({"d": D, "rows": ROWS, "shard_rows": SHARD, "facts": {"seed": 0}} | changes))
 
 
 def make_rows(start, count, scale=1.0):
@@ -179,16 +180,39 @@ def test_only_whole_shards_are_taken(tmp_path):
         store.write(0, Rows(["a"] * 64, torch.zeros(64, D + 1), torch.zeros(64), {}))
 
 
-def test_a_value_of_the_wrong_type_names_its_column(tmp_path):
+def test_a_column_is_of_the_kind_its_values_have_in_the_shard(tmp_path):
+    store = Store.create(tmp_path, manifest(rows=128))
+    first, second = make_rows(0, 64), make_rows(64, 64)
+    second.columns["label"][9] = "nine"
+    del second.columns["seen"]
+    second.columns["weight"][:] = [None] * 64
+    for start, rows in ((0, first), (64, second)):
+        store.write(start, rows)
+    assert store.columns()["label"] == {"int", "json"}
+    assert store.columns()["weight"] == {"float", "null"}
+    assert store.columns()["seen"] == {"bool"}
+    for shard, rows in zip(store, (first, second), strict=True):
+        assert all(shard.column(name) == values for name, values in rows.columns.items())
+    assert list(store)[1].column("seen") == [None] * 64
+
+
+def test_a_reserved_name_is_refused(tmp_path):
     rows = make_rows(0, 64)
-    rows.columns["label"][9] = "nine"
-    with pytest.raises(InputError, match=r"'label'.*int"):
+    rows.columns["loss"] = [0.0] * 64
+    with pytest.raises(InputError, match="a metadata column 'loss'"):
         Store.create(tmp_path, manifest()).write(0, rows)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"d": 0}, {"rows": -1}, {"shard_rows": 0}, {"dtype": "float8"}, {"columns": {"loss": "float"}}]
-)
+def test_why_rows_are_left_out_is_kept(tmp_path):
+    store = Store.create(tmp_path, manifest(rows=64))
+    rows = make_rows(0, 64)
+    rows.losses[[3, 60]] = torch.nan
+    store.write(0, dataclasses.replace(rows, left_out={60: "no text", 3: "ünfinished"}, digest="abc"))
+    assert Store.open(tmp_path).left_out() == {3: "ünfinished", 60: "no text"}
+    assert next(iter(store)).digest == "abc"
+
+
+@pytest.mark.parametrize("changes", [{"d": 0}, {"rows": -1}, {"shard_rows": 0}, {"dtype": "float8"}])
 def test_impossible_manifests(changes):
     with pytest.raises(InputError):
         manifest(**changes)
@@ -196,7 +220,7 @@ def test_impossible_manifests(changes):
 
 def test_long_texts(tmp_path):
     text = "長" * 100_000
-    one = manifest(rows=2, columns={"text": "string"})
+    one = manifest(rows=2)
     store = Store.create(tmp_path, one)
     store.write(0, Rows(["a", "b"], torch.ones(2, D), torch.zeros(2), {"text": [text, ""]}))
     assert [r["text"] for r in store.records([0, 1])] == [text, ""]
@@ -205,7 +229,7 @@ def test_long_texts(tmp_path):
 class TestDamage:
     def test_every_flipped_byte_is_found(self, tmp_path):
         """Every byte of a small shard, header and padding included."""
-        small = manifest(d=3, rows=2, columns={"text": "string"})
+        small = manifest(d=3, rows=2)
         store = Store.create(tmp_path, small)
         store.write(0, Rows(["a", "b"], torch.ones(2, 3), torch.zeros(2), {"text": ["x", None]}))
         file = tmp_path / "part-000000000000-000002.arrow"
@@ -221,7 +245,7 @@ class TestDamage:
         assert verify(store).sound
 
     def test_the_rows_of_a_flipped_byte_are_named(self, tmp_path):
-        big = manifest(d=256, rows=1000, shard_rows=500, columns={})
+        big = manifest(d=256, rows=1000, shard_rows=500)
         store = Store.create(tmp_path, big)
         for start, count in store.missing():
             store.write(start, Rows(["i"] * count, torch.ones(count, 256), torch.zeros(count), {}))
@@ -295,8 +319,8 @@ class TestDamage:
     def test_a_newer_format(self, tmp_path):
         Store.create(tmp_path, manifest())
         file = tmp_path / "index.json"
-        file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
-        with pytest.raises(StoreError, match="format version 2"):
+        file.write_text(file.read_text().replace('"version": 2', '"version": 3'))
+        with pytest.raises(StoreError, match="format version 3"):
             Store.open(tmp_path)
 
 
@@ -373,11 +397,11 @@ class TestFaults:
 class TestHostile:
     """Files whose author computed the right checksums for them."""
 
-    @pytest.mark.parametrize("change", [{"rows": 10**13}, {"d": 2**40}, {"rows": -1}, {"d": "3"}, {"columns": 3}])
+    @pytest.mark.parametrize("change", [{"rows": 10**13}, {"d": 2**40}, {"rows": -1}, {"d": "3"}])
     def test_sizes_are_bounded_before_they_are_believed(self, tmp_path, change):
         fill(Store.create(tmp_path, manifest()))
         body = json.loads((tmp_path / "index.json").read_text()) | change
-        fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "columns", "facts")}
+        fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "facts")}
         text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
         body["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         (tmp_path / "index.json").write_text(json.dumps(body))
@@ -386,7 +410,7 @@ class TestHostile:
 
     def test_most_rows_take_no_time(self, tmp_path):
         """Nothing walks over rows that are claimed: one shard of one row, and 10^12 rows."""
-        store = Store.create(tmp_path, manifest(rows=10**12, shard_rows=1, columns={}))
+        store = Store.create(tmp_path, manifest(rows=10**12, shard_rows=1))
         store.write(5, Rows(["a"], torch.ones(1, D), torch.zeros(1), {}))
         found = verify(Store.open(tmp_path))
         assert (found.rows, found.missing) == (1, ((0, 5), (6, 10**12 - 6)))

@@ -1,4 +1,8 @@
-"""Build an index: one pass over the training data, resumable at any moment, by any number of processes at once."""
+"""Build an index: one pass over the training data, resumable at any moment, by any number of processes at once.
+
+The data is read shard by shard, so the first gradients are formed at once and memory is bounded by a shard. A run that
+goes on with an index compares the data of a finished shard with the hash that the shard carries.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, weights_of
 from gradsketch.attribution.description import Description, StoredCheckpoint, comparable_facts
-from gradsketch.attribution.examples import as_examples, fields, refuse_bad_rows, survey, where
+from gradsketch.attribution.examples import as_examples, where
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
+from gradsketch.attribution.parts import Part, Sample, digest_of, ends_of, read_part, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.durable import record_text
-from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
+from gradsketch.errors import DamageError, FingerprintError, GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
@@ -36,13 +42,16 @@ __all__ = ["Build", "build_index"]
 
 Arguments = ParamSpec("Arguments")
 
+# Encoded rows that are kept where there are several checkpoints, so that they are not tokenised again for each.
+_KEPT_BYTES = 1 << 30
 # The estimate of a run's time comes from so many rows, or from fewer that take so long.
 _TIMED_ROWS, _TIMED_SECONDS = 32, 0.5
 _BYTES_BESIDE_SKETCH = 64  # id, scale, norm, loss and Arrow's bookkeeping
+_TEXT_BYTES_A_TOKEN = 5
 
 
 class Build:
-    """A run of :func:`build_index` whose data has been surveyed: ``plan()`` says what it will do, ``run()`` does it.
+    """A run of :func:`build_index`: ``plan()`` says what it will do, ``run()`` does it.
 
     Its signature is that of ``build_index``, which explains the arguments.
     """
@@ -73,36 +82,35 @@ class Build:
         self.sketch = BlockSum(selected(model, parameters), d, seed=seed)
         self.checkpoints = as_checkpoints(checkpoints, weights)
         self._seen: dict[str, str] = {}  # the checkpoint that has these weights
+        self._digests: dict[int, str] = {}  # of the data of finished shards, by their first row
+        self._parts: dict[int, Part] = {}  # the first, and for further checkpoints as many as memory is kept for
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
-        self.survey = survey(self.examples, self.task, model)
-        if not skip_bad or not self.survey.places:
-            refuse_bad_rows(self.survey.bad, len(self.examples))
-        rows = len(self.survey.places)
+        rows = len(self.examples)
         self.shape = Manifest(
             d=d,
             rows=rows,
             shard_rows=default_shard_rows(rows, d, dtype) if shard_rows is None else shard_rows,
             dtype=dtype,
-            columns=self.survey.columns,
         )
         source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
         self.description = Description(d, seed, self.sketch.names, stored, source)
 
     def plan(self, *, timed: bool = True) -> Plan:
-        """Return what the run will do; with ``timed``, the gradients of a few examples are timed to estimate it."""
-        missing = sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))
-        timed = timed and missing > 0
+        """Return what the run will do, estimated from rows spread over the data; ``timed`` says how long, too."""
+        missing = self._rows_missing()
+        found = sample(self.examples, self.task, self.model)
+        timed = timed and missing > 0 and bool(found.encoded)
         source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
-        seconds = self._seconds_a_row(source) * missing if timed else None
-        row_bytes = self.shape.d * bytes_per_entry(self.shape.dtype) + _BYTES_BESIDE_SKETCH + 5 * self._tokens_a_row
+        row_bytes = self._row_bytes() + _TEXT_BYTES_A_TOKEN * found.tokens_a_row
         return Plan(
             path=self.folder.uri,
             rows=self.shape.rows,
             missing=missing,
-            bad=self.survey.bad,
-            tokens=self.survey.tokens,
+            sampled=found.read,
+            bad=found.bad,
+            tokens=round(found.tokens_a_row * self.shape.rows * (1 - len(found.bad) / max(1, found.read))),
             d=self.shape.d,
             n=self.sketch.n,
             tensors=len(self.sketch.names),
@@ -110,8 +118,8 @@ class Build:
             checkpoints=len(self.checkpoints),
             shard_rows=self.shape.shard_rows,
             bytes=round(missing * row_bytes),
-            bytes_free=bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None,
-            seconds=seconds,
+            bytes_free=self._bytes_free(),
+            seconds=_seconds_a_row(source, found) * missing if timed else None,
             slow=source.sketcher.slow,
             audits=source.sketcher.audits if timed else None,
         )
@@ -121,20 +129,35 @@ class Build:
 
         ``accepted`` is called once what lies in the folder is known to be of this very work, before anything long.
         """
+        for start, count in self._missing(self.description.checkpoints[0].folder)[:1]:
+            self._part(start, count)  # data that cannot be used leaves no folder behind
         self._create()
-        plan = self.plan(timed=self.progress)
-        if plan.bytes_free is not None and plan.bytes > plan.bytes_free:
-            raise StoreError(
-                f"{size_text(plan.bytes_free)} free where {self.folder.uri} lies",
-                f"{size_text(plan.bytes)} for {plan.missing:,} rows of d = {plan.d} in {plan.dtype}",
-                "Free some space, or pass a smaller d or dtype",
-            )
+        missing = self._rows_missing()
+        self._require_space(missing)
         if self.progress:
-            print(plan, file=sys.stderr)
-        with tqdm(total=plan.missing, unit="ex", disable=not self.progress, desc=f"d={plan.d}", smoothing=0.1) as bar:
+            print(self.plan(), file=sys.stderr)
+        with tqdm(total=missing, unit="ex", disable=not self.progress, desc=f"d={self.shape.d}", smoothing=0.1) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
                 self._index(checkpoint, number, accepted, bar)
         return Index(self.folder, self.description, self.task, self.checkpoints)
+
+    def _rows_missing(self) -> int:
+        return sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))
+
+    def _row_bytes(self) -> int:
+        return self.shape.d * bytes_per_entry(self.shape.dtype) + _BYTES_BESIDE_SKETCH
+
+    def _require_space(self, missing: int) -> None:
+        free, wanted = self._bytes_free(), missing * self._row_bytes()
+        if free is not None and wanted > free:
+            raise StoreError(
+                f"{size_text(free)} free where {self.folder.uri} lies",
+                f"{size_text(wanted)} for {missing:,} rows of d = {self.shape.d} in {self.shape.dtype}",
+                "Free some space, or pass a smaller d or dtype",
+            )
+
+    def _bytes_free(self) -> int | None:
+        return bytes_free(self.folder.path) if isinstance(self.folder, LocalFolder) else None
 
     def _create(self) -> None:
         text = self.description.to_json().encode()
@@ -154,21 +177,41 @@ class Build:
     def _index(self, checkpoint: Checkpoint, number: int, accepted: Callable[[], Any], bar: Any) -> None:
         folder = self.description.checkpoints[number].folder
         with weights_of(self.model, checkpoint):
-            store = Store.create(self.folder.child(folder), self._manifest(checkpoint, number == 0))
+            store = Store.create(self.folder.child(folder), self._manifest(checkpoint))
             if number == 0:
                 accepted()
             source = GradientSource(
                 self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
             )
-            for start, count in self._own(store.unfinished()):
-                if (start, count) in store.ranges() and store.is_sound(start, count):  # another process was faster
+            unfinished = set(store.unfinished())
+            for start, count in self._own(store.manifest.shard_ranges()):
+                if (start, count) not in unfinished:
+                    self._require_same_data(store, start, count)
+                elif store.is_sound(start, count):  # another process was faster
                     bar.update(count)
-                    continue
-                self._write(store, source, start, number == 0, bar)
-                self._note(source.sketcher.audits, folder)
+                else:
+                    self._write(store, source, start, count, number == 0, bar)
+                    self._note(source.sketcher.audits, folder)
 
-    def _write(self, store: Store, source: GradientSource, start: int, with_metadata: bool, bar: Any) -> None:
-        _, count = store.manifest.shard_at(start)
+    def _require_same_data(self, store: Store, start: int, count: int) -> None:
+        """Compare a finished shard with the data as it is now.
+
+        Raises:
+            FingerprintError: the shard was made of other data.
+        """
+        if start not in self._digests:
+            self._digests[start] = digest_of(self.examples, start, count)
+        if store.shard(start, count).digest != self._digests[start]:
+            rows = f"{where(self.examples, start)} to {where(self.examples, start + count - 1)}"
+            raise FingerprintError(
+                f"{self.folder.uri} was made of other data: rows {start} to {start + count - 1} differ ({rows})",
+                "the data that the index was begun with",
+                "Restore that data, or build an index of this data in another folder",
+            )
+
+    def _write(
+        self, store: Store, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any
+    ) -> None:
         try:
             store.write(start, self._rows(source, start, count, with_metadata, bar))
         except (RuntimeError, MemoryError) as error:
@@ -185,12 +228,10 @@ class Build:
         name = f"{AUDITS}{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
         self.folder.write(name, record_text(asdict(audits)).encode())
 
-    def _manifest(self, checkpoint: Checkpoint, first: bool) -> Manifest:
-        """Return a checkpoint's manifest; metadata stands in the first checkpoint's store only."""
-        data = {"rows": self.shape.rows, "hash": self.survey.digest}
-        facts = {**comparable_facts(self.model, self.task, self.sketch), "data": data}
+    def _manifest(self, checkpoint: Checkpoint) -> Manifest:
+        facts = comparable_facts(self.model, self.task, self.sketch)
         self._compare(checkpoint.name, facts["model"]["weights"])
-        return replace(self.shape, columns=self.shape.columns if first else {}, facts=facts)
+        return replace(self.shape, facts={**facts, "data": {"rows": self.shape.rows, "ends": ends_of(self.examples)}})
 
     def _compare(self, name: str, weights: str) -> None:
         """Say where two checkpoints hold the same numbers, because they then count twice."""
@@ -203,23 +244,28 @@ class Build:
             )
 
     def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
-        places, lengths = self._places(slice(start, start + count))
-        examples = [self.examples[place] for place in places]
-        encoded = self._encoded(places, examples)
-        sketched = source(encoded, lengths, bar.update, lambda i: where(self.examples, places[i]))
-        described = [fields(example) for example in examples]
-        ids = [id_ if id_ is not None else str(place) for place, (id_, _) in zip(places, described, strict=True)]
-        names = self.shape.columns if with_metadata else {}
-        columns = {name: [columns.get(name) for _, columns in described] for name in names}
-        return Rows(ids, sketched.sketches, sketched.losses, columns)
+        part = self._part(start, count)
+        sketched = source(part.encoded, part.lengths, bar.update, lambda i: where(self.examples, part.places[i]))
+        bar.update(len(part.bad))
+        sketches, losses = torch.zeros(count, self.shape.d), torch.full((count,), torch.nan)
+        positions = [place - start for place in part.places]
+        sketches[positions], losses[positions] = sketched.sketches, sketched.losses
+        left_out = {row.place - start: f"{row.where}: {row.reason}" for row in part.bad}
+        left_out |= {
+            positions[i]: f"{where(self.examples, part.places[i])}: {why}" for i, why in sketched.skipped.items()
+        }
+        return Rows(part.ids, sketches, losses, part.columns if with_metadata else {}, left_out, part.digest)
 
-    def _places(self, rows: slice) -> tuple[Sequence[int], Sequence[int]]:
-        """Return the places of rows in the data, and their lengths."""
-        return self.survey.places[rows], self.survey.lengths[rows]
-
-    def _encoded(self, places: Sequence[int], examples: Sequence[Any]) -> list[Any]:
-        """Return the rows that the survey encoded, and the examples themselves where it kept none."""
-        return [self.survey.encoded.get(place, example) for place, example in zip(places, examples, strict=True)]
+    def _part(self, start: int, count: int) -> Part:
+        """Read some rows of the data; stop where some cannot be used or, with ``skip_bad``, none of the first can."""
+        if start in self._parts:
+            return self._parts[start]
+        part = read_part(self.examples, start, count, self.task, self.model)
+        if not self.skip_bad or (start == 0 and not part.places):
+            refuse_bad_rows(part.bad, count)
+        if not self._parts or (len(self.checkpoints) > 1 and sum(p.bytes for p in self._parts.values()) < _KEPT_BYTES):
+            self._parts[start] = part
+        return part
 
     def _missing(self, folder: str) -> list[tuple[int, int]]:
         """Return the ranges still to be written, of a store whose shape is that of this run."""
@@ -234,9 +280,7 @@ class Build:
     def _opened(self, folder: Folder) -> Store:
         """Open a store, whose shape must be that of this run."""
         store = Store.open(folder)
-        replace(self.shape, columns=store.manifest.columns, facts=store.manifest.facts).require_same(
-            store.manifest, folder.uri
-        )
+        replace(self.shape, facts=store.manifest.facts).require_same(store.manifest, folder.uri)
         return store
 
     def _own(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -244,22 +288,19 @@ class Build:
         number, workers = self.worker
         return (r for r in ranges if r[0] // self.shape.shard_rows % workers == number)
 
-    @property
-    def _tokens_a_row(self) -> float:
-        return self.survey.tokens / max(1, self.shape.rows)
 
-    def _seconds_a_row(self, source: GradientSource) -> float:
-        """Time the gradients of a few examples spread over the data, more of them while that takes next to no time."""
-        count, rows = 2, self.shape.rows
-        while True:
-            places, lengths = self._places(slice(0, rows, max(1, -(-rows // count))))
-            rows_read = self._encoded(places, [self.examples[place] for place in places])
-            began = time.perf_counter()
-            source(rows_read, lengths)
-            seconds = time.perf_counter() - began
-            if (seconds > _TIMED_SECONDS and count > 2) or count >= min(rows, _TIMED_ROWS):
-                return seconds * self._tokens_a_row / max(1, sum(lengths))
-            count *= 4
+def _seconds_a_row(source: GradientSource, found: Sample) -> float:
+    """Time the gradients of a few rows of a sample, more of them while that takes next to no time."""
+    count, rows = 2, len(found.encoded)
+    while True:
+        places = range(0, rows, max(1, -(-rows // count)))
+        lengths = [found.lengths[place] for place in places]
+        began = time.perf_counter()
+        source([found.encoded[place] for place in places], lengths)
+        seconds = time.perf_counter() - began
+        if (seconds > _TIMED_SECONDS and count > 2) or count >= min(rows, _TIMED_ROWS):
+            return seconds * found.tokens_a_row / max(1, sum(lengths))
+        count *= 4
 
 
 def _with_signature_of(

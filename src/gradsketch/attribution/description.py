@@ -1,8 +1,8 @@
 """What an index is: the contents of its own ``index.json``, above those of its checkpoints' stores.
 
 What was indexed (weights and buffers by hash, task, sketch, parameters, data) is recorded as facts. A resumed build or
-a query compares them one by one, so a refusal names what differs. All of the data is read and hashed once before a
-build starts: bad rows are listed before hours are spent, and a changed file cannot be resumed.
+a query compares them one by one, so a refusal names what differs. Of the data the facts hold the number of rows and a
+hash of the first and the last one; each shard holds a hash of its own rows, which a resumed build compares.
 """
 
 from __future__ import annotations

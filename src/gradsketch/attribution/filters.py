@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradsketch.attribution.scan import RowFilter
 from gradsketch.errors import InputError
-from gradsketch.store import Shard
+from gradsketch.store import Shard, Store
 
 __all__ = ["Where", "row_filter"]
 
@@ -33,11 +33,12 @@ _CAN_EQUAL: Mapping[str, Callable[[Any], bool]] = {
     "float": lambda value: _is_number(value) and not math.isnan(value),
     "bool": lambda value: isinstance(value, bool),
     "json": lambda value: True,
+    "null": lambda value: False,
 }
 
 
-def row_filter(where: Where | None, columns: Mapping[str, str]) -> RowFilter | None:
-    """Return the condition as a function of a shard; ``columns`` are the index's, each with its type.
+def row_filter(where: Where | None, store: Store) -> RowFilter | None:
+    """Return the condition as a function of a shard of this store, or of one with the same rows.
 
     Raises:
         InputError: a column the index does not have, or a value that no row of its column can have.
@@ -46,16 +47,17 @@ def row_filter(where: Where | None, columns: Mapping[str, str]) -> RowFilter | N
         return None
     if not isinstance(where, Mapping):
         return lambda shard: torch.tensor([bool(where(shard.record(i))) for i in range(shard.count)])
-    unknown = [name for name in where if name not in ("id", *columns)]
+    columns = {"id": {"string"}, **store.columns()}
+    unknown = [name for name in where if name not in columns]
     if unknown:
         raise InputError(
             f"a condition on {unknown[0]!r}",
-            f"a column of the index: {', '.join(('id', *columns))}",
+            f"a column of the index: {', '.join(columns)}",
             "Check the name, or pass a function of the row's record",
         )
     wanted = {name: _values(value) for name, value in where.items()}
     for name, values in wanted.items():
-        _require_possible(name, values, columns.get(name, "string"))
+        _require_possible(name, values, columns[name])
 
     def keep(shard: Shard) -> Bool[Tensor, " rows"]:
         kept = torch.ones(shard.count, dtype=torch.bool)
@@ -66,8 +68,9 @@ def row_filter(where: Where | None, columns: Mapping[str, str]) -> RowFilter | N
     return keep
 
 
-def _require_possible(name: str, values: list[Any], kind: str) -> None:
-    impossible = [value for value in values if not (value is None or _CAN_EQUAL[kind](value))]
+def _require_possible(name: str, values: list[Any], kinds: Collection[str]) -> None:
+    kind = " or ".join(sorted(kinds))
+    impossible = [v for v in values if not (v is None or any(_CAN_EQUAL[kind](v) for kind in kinds))]
     if impossible or not values:
         came = f"{impossible[0]!r} of type {type(impossible[0]).__name__}" if impossible else "no value"
         raise InputError(

@@ -72,7 +72,7 @@ class Index:
 
     @property
     def rows(self) -> int:
-        """Training examples in the finished index."""
+        """Rows of the data behind the finished index; ``left_out`` says which of them have no sketch."""
         return self.stores[0].rows
 
     @property
@@ -90,6 +90,11 @@ class Index:
             sum(a.audited for a in found),
             max((a.largest_error for a in found), default=0.0),
         )
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Return, by row, why rows have no sketch: they could not be read, encoded or differentiated."""
+        return self.stores[0].left_out()
 
     def __len__(self) -> int:
         return self.rows
@@ -135,7 +140,7 @@ class Index:
         kind = kind_of(score)
         self._check(k, opponents, coarse)
         scorer = self._scorer_of_now()
-        keep = row_filter(where, self.stores[0].manifest.columns)
+        keep = row_filter(where, scorer.stores[0])
         examples = as_queries(examples)
         queries = self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
         began = time.perf_counter()

@@ -10,6 +10,7 @@ does not depend on λ, so F is fitted once an index and a query only factors it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from gradsketch.store.shard import UNREADABLE
 
 __all__ = ["Moments", "RowMatrix", "damaged_moments", "moments_of"]
 
-_FOLDER, _FORMAT, _HEADER = "moments", 1, b"gradsketch"
+_FOLDER, _FORMAT, _HEADER = "moments", 2, b"gradsketch"
 # Multiplications from which the pass over the rows takes longer than writing its outcome down.
 _WORTH_KEEPING = 1 << 34
 
@@ -56,11 +57,15 @@ class RowMatrix:
 
     def __init__(self, store: Store, unit_length: bool) -> None:
         self.store, self.unit_length, self.count, self.squared_norm = store, unit_length, 0, 0.0
+        digests = []
         for start, count in store.ranges():
-            norms = store.shard(start, count).numbers("gradient_norm").double()
+            shard = store.shard(start, count)
+            digests.append(shard.digest)
+            norms = shard.numbers("gradient_norm").double()
             norms = norms[torch.isfinite(norms)]
             self.count += len(norms)
             self.squared_norm += float((norms > 0).sum() if unit_length else norms.square().sum())
+        self.digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]  # of the data behind the rows
 
     def blocks(self) -> Iterator[Float[Tensor, "rows d"]]:
         """Yield X piece by piece, in float32."""
@@ -143,6 +148,7 @@ def moments_of(rows: RowMatrix, *, exact_size: int, rank: int) -> Moments:
     facts = {
         "format": _FORMAT,
         "fingerprint": store.manifest.fingerprint,
+        "data": rows.digest,
         "unit_length": rows.unit_length,
         "method": method,
         "rows": rows.count,

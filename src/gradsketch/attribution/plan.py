@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradsketch.attribution.examples import BadRow
+from gradsketch.attribution.parts import BadRow
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.table import printable
 
@@ -22,7 +22,8 @@ class Plan:
     path: str
     rows: int
     missing: int
-    bad: tuple[BadRow, ...]
+    sampled: int  # rows that were read for this plan; the tokens are an estimate where that is not all
+    bad: tuple[BadRow, ...]  # among those
     tokens: int
     d: int
     n: int
@@ -38,9 +39,16 @@ class Plan:
 
     def __str__(self) -> str:
         selection = f"{self.n:,} parameters in {self.tensors} tensors → d = {self.d:,} ({self.dtype})"
+        estimated = self.sampled < self.rows
+        bad = f", {len(self.bad):,} bad" * bool(self.bad) + f" of {self.sampled:,} sampled" * (
+            estimated and bool(self.bad)
+        )
+        tokens = (
+            f"about {self.tokens:,} tokens (from {self.sampled:,} rows)" if estimated else f"{self.tokens:,} tokens"
+        )
         lines = [
             f"index       {printable(self.path)}",
-            f"data        {self.rows:,} examples, {self.tokens:,} tokens" + (f", {len(self.bad)} bad" * bool(self.bad)),
+            f"data        {self.rows:,} examples, {tokens}{bad}",
             f"sketch      {selection}" + f", {self.checkpoints} checkpoints" * (self.checkpoints > 1),
             f"to do       {self.missing:,} rows, {self.shard_rows} a shard",
             f"disk        {size_text(self.bytes)}"

@@ -21,6 +21,7 @@ from gradsketch.table import printable
 __all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
 
 RUN_FILE = "run.json"
+_LEFT_OUT_SHOWN = 5
 # What the options of build_index are called here.
 _FLAGS = {"skip_bad=True": "--skip-bad", "shard_rows": "--shard-rows", "a smaller d": "a smaller --d"}
 
@@ -110,9 +111,10 @@ def _run(options: IndexOptions) -> int:
     except KeyboardInterrupt:
         print("\nFinished rows are kept: type the same command to go on.", file=sys.stderr)
         raise
-    outcome: dict[str, Any] = {"index": options.path, "rows": index.rows, "d": index.d}
-    outcome |= {"bad_rows": len(build.survey.bad), "seconds": round(time.perf_counter() - began, 2)}
-    print(as_json(outcome, indent=None) if options.json else _sentence(outcome))
+    left_out = index.left_out
+    outcome: dict[str, Any] = {"index": options.path, "rows": index.rows - len(left_out), "d": index.d}
+    outcome |= {"bad_rows": len(left_out), "seconds": round(time.perf_counter() - began, 2)}
+    print(as_json(outcome, indent=None) if options.json else _sentence(outcome, list(left_out.values())))
     return 0
 
 
@@ -130,11 +132,14 @@ def _in_flags(error: GradsketchError) -> GradsketchError:
     return type(error)(error.came, error.wanted, fix)
 
 
-def _sentence(outcome: dict[str, Any]) -> str:
+def _sentence(outcome: dict[str, Any], left_out: list[str]) -> str:
     rows, bad = (f"{count} {name}{'s' * (count != 1)}" for count, name in
                  ((outcome["rows"], "row"), (outcome["bad_rows"], "bad row")))  # fmt: skip
-    left_out = f", {bad} left out" if outcome["bad_rows"] else ""
-    done = printable(f"{outcome['index']}: {rows}, d = {outcome['d']}{left_out}, {outcome['seconds']} s")
+    told = f", {bad} left out" if left_out else ""
+    done = printable(f"{outcome['index']}: {rows}, d = {outcome['d']}{told}, {outcome['seconds']} s")
+    for reason in left_out[:_LEFT_OUT_SHOWN]:
+        done += f"\nleft out: {printable(reason)}"
+    done += f"\n… and {len(left_out) - _LEFT_OUT_SHOWN} more" * (len(left_out) > _LEFT_OUT_SHOWN)
     return f"{done}\nNow ask: {printable(shlex.join(['gradsketch', 'query', outcome['index'], '--text', '...']))}"
 
 

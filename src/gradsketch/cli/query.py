@@ -133,30 +133,34 @@ def _damping(text: str) -> float | str:
 
 
 def _where(conditions: tuple[str, ...], index: Any) -> dict[str, list[Any]] | None:
-    """Return {column: values}, each value of its column's type."""
-    columns: dict[str, str] = index.stores[0].manifest.columns
+    """Return {column: values}, each value of every type that its column has."""
+    columns: dict[str, set[str]] = index.stores[0].columns() if conditions else {}
     where: dict[str, list[Any]] = {}
     for condition in conditions:
         name, equals, value = condition.partition("=")
         if not equals:
             raise InputError(f"--where {condition}", "column=value", "Type --where label=spam")
-        try:
-            where.setdefault(name, []).extend(_typed(value, columns.get(name, "string")))
-        except ValueError as error:
-            raise InputError(f"--where {condition}", f"a value of type {columns[name]}", "Check the value") from error
+        kinds = columns.get(name, {"string"})
+        values = [meant for kind in sorted(kinds) for meant in _typed(value, kind)]
+        if not values:
+            came = f"--where {condition}"
+            raise InputError(came, f"a value of type {' or '.join(sorted(kinds))}", "Check the value")
+        where.setdefault(name, []).extend(values)
     return where or None
 
 
 def _typed(text: str, kind: str) -> list[Any]:
     """Return the values that a text can stand for in a column; in one of JSON, itself or what it says as JSON."""
     if kind == "bool":
-        if text.lower() not in _TRUTH:
-            raise ValueError(text)
-        return [_TRUTH[text.lower()]]
+        return [_TRUTH[text.lower()]] if text.lower() in _TRUTH else []
     if kind == "json":
         with suppress(ValueError, RecursionError):
             return [text, json.loads(text)]
-    return [int(text) if kind == "int" else float(text) if kind == "float" else text]
+    if kind in ("int", "float"):
+        with suppress(ValueError):
+            return [int(text) if kind == "int" else float(text)]
+        return []
+    return [text]
 
 
 COMMAND = Command("query", "which training examples made the model say this?", QueryOptions, run)

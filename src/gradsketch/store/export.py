@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from gradsketch.durable import written_whole
 from gradsketch.errors import InputError
+from gradsketch.store.columns import COLUMN_TYPES, common_kind
 from gradsketch.store.shard import Shard
 from gradsketch.store.store import Store
 
@@ -27,13 +29,14 @@ def to_parquet(store: Store, path: str | Path) -> Path:
         InputError: the store is empty.
         StoreError: a shard is damaged, or the file cannot be written.
     """
-    path, shards = Path(path), iter(store)
-    first = next(shards, None)
-    if first is None:
+    path, store = Path(path), store.snapshot()
+    if not store.ranges():
         raise _empty(store)
-    with written_whole(path) as temporary, pq.ParquetWriter(temporary, _table(first).schema, compression="zstd") as out:
-        for shard in itertools.chain([first], shards):
-            out.write_table(_table(shard))
+    kinds = {name: common_kind(found) for name, found in store.columns().items()}
+    schema = _schema(store.d, kinds)
+    with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as out:
+        for shard in store:
+            out.write_table(_table(shard, kinds).cast(schema))
     return path
 
 
@@ -67,13 +70,31 @@ def to_faiss(store: Store, path: str | Path, *, normalize: bool = True) -> Path:
     return Path(path)
 
 
-def _table(shard: Shard) -> pa.Table:
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(shard.decoded().numpy().reshape(-1)), shard.sketches.shape[1])
-    columns = {"row": pa.array(range(shard.start, shard.start + shard.count), pa.int64())}
-    for name in shard.batch.schema.names:
-        if name != "scale":
-            columns[name] = vectors if name == "sketch" else shard.batch.column(name)
-    return pa.table(columns)
+def _schema(d: int, kinds: Mapping[str, str]) -> pa.Schema:
+    numbers = [pa.field(name, pa.float32()) for name in ("gradient_norm", "loss")]
+    metadata = [pa.field(name, COLUMN_TYPES[kind]) for name, kind in kinds.items()]
+    first = [pa.field("row", pa.int64()), pa.field("id", COLUMN_TYPES["string"])]
+    return pa.schema([*first, pa.field("sketch", pa.list_(pa.float32(), d)), *numbers, *metadata])
+
+
+def _table(shard: Shard, kinds: Mapping[str, str]) -> pa.Table:
+    columns = {
+        "row": pa.array(range(shard.start, shard.start + shard.count), pa.int64()),
+        "id": shard.batch.column("id"),
+        "sketch": pa.FixedSizeListArray.from_arrays(pa.array(shard.decoded().numpy().reshape(-1)), shard.d),
+        **{name: shard.batch.column(name) for name in ("gradient_norm", "loss")},
+    }
+    return pa.table({**columns, **{name: _metadata(shard, name, kind) for name, kind in kinds.items()}})
+
+
+def _metadata(shard: Shard, name: str, kind: str) -> pa.Array:
+    """Return a shard's column in the one kind that the columns of all shards have."""
+    if name in shard.columns and (kind != "json" or shard.columns[name] == "json"):
+        return shard.batch.column(name)
+    values = shard.column(name)
+    if kind == "json":
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    return pa.array(values, COLUMN_TYPES[kind])
 
 
 def _empty(store: Store) -> InputError:

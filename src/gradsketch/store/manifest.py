@@ -10,20 +10,14 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-
 from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
 
-__all__ = ["COLUMN_TYPES", "DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "parse_shard_name"]
+__all__ = ["DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "parse_shard_name"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "index.json"
 DTYPES = ("float16", "bfloat16", "float32", "int8")
-# Metadata columns hold these; anything else is stored as JSON text, and read back from it.
-COLUMN_TYPES = {"string": pa.large_string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-COLUMN_TYPES["json"] = pa.large_string()
-RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss")
 
 # What Arrow's lists and the names of shards can hold.
 _MOST_D, _MOST_ROWS = 2**31 - 1, 10**12
@@ -32,20 +26,19 @@ _SHARD_NAME = re.compile(r"part-([0-9]{12})-([0-9]{6,12})\.arrow")
 
 @dataclass(frozen=True)
 class Manifest:
-    """The fixed facts of a store: length and dtype of a sketch, rows in all, rows a shard, metadata columns.
+    """The fixed facts of a store: length and dtype of a sketch, rows in all, rows a shard.
 
     ``facts`` says what the sketches were made of (model, task, sketch, parameters, data), as plain JSON values; two
     manifests with equal fingerprints describe interchangeable stores.
 
     Raises:
-        InputError: a number out of range, an unknown dtype or column type, a reserved column name.
+        InputError: a number out of range, or an unknown dtype.
     """
 
     d: int
     rows: int
     shard_rows: int
     dtype: str = "float16"
-    columns: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,13 +48,6 @@ class Manifest:
                 raise InputError(f"{name}={value}", f"from {least} to {most}", f"Pass another {name}")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype={self.dtype!r}", f"one of {', '.join(DTYPES)}", 'Pass dtype="float16"')
-        for name, kind in self.columns.items():
-            if name in RESERVED or kind not in COLUMN_TYPES:
-                raise InputError(
-                    f"a metadata column {name!r} of type {kind!r}",
-                    f"a name other than {', '.join(RESERVED)} and a type among {', '.join(COLUMN_TYPES)}",
-                    "Rename the column in your data",
-                )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,7 +89,7 @@ class Manifest:
         try:
             body = json.loads(text)
             version = body["version"] if body["format"] == "gradsketch-store" else None
-            fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "columns", "facts")}
+            fields = {name: body[name] for name in ("d", "rows", "shard_rows", "dtype", "facts")}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _unreadable(source, f"is not a store's {MANIFEST_NAME} ({type(error).__name__}: {error})") from error
         if version != FORMAT_VERSION:

@@ -12,7 +12,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -23,8 +23,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from gradsketch.errors import DamageError, FingerprintError, InputError, StoreError
+from gradsketch.store.columns import COLUMN_TYPES, RESERVED, kind_of
 from gradsketch.store.encoding import decode, encode, torch_dtype
-from gradsketch.store.manifest import COLUMN_TYPES, Manifest
+from gradsketch.store.manifest import FORMAT_VERSION, Manifest
 
 __all__ = ["CHECKSUM_ROWS", "UNREADABLE", "Rows", "Shard", "damage", "encode_shard", "open_shard", "require_sound"]
 
@@ -51,25 +52,41 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to be written: ids, float sketches [rows, d], losses, and metadata columns by name (None = missing)."""
+    """Rows to be written: ids, float sketches [rows, d], losses, and metadata columns by name (None = missing).
+
+    ``left_out`` says by position why a row has no sketch; its loss is NaN. ``digest``: hash of the data behind them.
+    """
 
     ids: Sequence[str]
     sketches: Float[Tensor, "rows d"]
     losses: Float[Tensor, " rows"]
     columns: Mapping[str, Sequence[Any]]
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard opened for reading. ``sketches`` and ``scale`` are views of the mapped file: do not write to them."""
+    """A shard opened for reading. ``sketches`` and ``scale`` are views of the mapped file: do not write to them.
+
+    ``columns`` gives the kind of each metadata column, ``left_out`` by position why a row has no sketch, and ``digest``
+    a hash of the data that the rows were made of.
+    """
 
     name: str
     start: int
     count: int
     batch: pa.RecordBatch
     columns: Mapping[str, str]
+    left_out: Mapping[int, str]
+    digest: str
     sketches: Shaped[Tensor, "rows d"]
     scale: Float[Tensor, " rows"]
+
+    @property
+    def d(self) -> int:
+        """Length of a sketch."""
+        return self.sketches.shape[1]
 
     def decoded(self, rows: slice | list[int] | Tensor = slice(None)) -> Float[Tensor, "rows d"]:
         """Return sketches in float32; ``rows`` count from the shard's first."""
@@ -80,7 +97,9 @@ class Shard:
         return _view(self.batch.column(name).buffers()[1], torch.float32, self.count)
 
     def column(self, name: str) -> list[Any]:
-        """Return the ids or a metadata column as Python values."""
+        """Return the ids or a metadata column as Python values; None where a row, or the whole shard, has no value."""
+        if name != "id" and name not in self.columns:
+            return [None] * self.count
         values: list[Any] = self.batch.column(name).to_pylist()
         return [self._parsed(v) for v in values] if self.columns.get(name) == "json" else values
 
@@ -104,17 +123,26 @@ def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
     """Return the bytes of a shard.
 
     Raises:
-        InputError: the parts disagree in length, or a metadata value does not fit its column.
+        InputError: the parts disagree in length, or a metadata column has a reserved name or a value that no column
+            can hold.
         NonFiniteError: a sketch holds a NaN or an infinity.
     """
     count = len(rows.ids)
     lengths = {len(rows.sketches), len(rows.losses), *(len(column) for column in rows.columns.values())}
-    if lengths != {count} or rows.sketches.shape[1] != manifest.d or set(rows.columns) != set(manifest.columns):
+    if lengths != {count} or rows.sketches.shape[1] != manifest.d:
         raise InputError(
             f"{count} ids, sketches {list(rows.sketches.shape)}, columns {sorted(rows.columns)}",
-            f"as many of each, sketches of length {manifest.d}, columns {sorted(manifest.columns)}",
+            f"as many of each, sketches of length {manifest.d}",
             "Pass one entry a row in every part",
         )
+    reserved = sorted(set(rows.columns) & set(RESERVED))
+    if reserved:
+        raise InputError(
+            f"a metadata column {reserved[0]!r}",
+            f"a name other than {', '.join(RESERVED)}",
+            "Rename the column in your data",
+        )
+    kinds = {name: kind_of(values) for name, values in rows.columns.items()}
     stored, scale = encode(rows.sketches, manifest.dtype)
     losses = rows.losses.detach().to("cpu", torch.float32)
     norms = torch.linalg.vector_norm(rows.sketches.detach().to("cpu", torch.float64), dim=-1).float()
@@ -125,14 +153,17 @@ def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
         "scale": _floats(scale),
         "gradient_norm": _floats(norms),
         "loss": _floats(losses),
-        **{name: _metadata(name, kind, rows.columns[name]) for name, kind in manifest.columns.items()},
+        **{name: _metadata(name, kind, rows.columns[name]) for name, kind in kinds.items()},
     }
     header = {
-        "format": 1,
+        "format": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
         "start": start,
         "count": count,
         "dtype": manifest.dtype,
+        "columns": kinds,
+        "left_out": {str(position): reason for position, reason in sorted(rows.left_out.items())},
+        "data": rows.digest,
         "crc32": {name: _column_checksums(name, array) for name, array in arrays.items()},
     }
     metadata = {_HEADER: json.dumps(header).encode(), b"checksum": _CRC_MARK + _CRC_BLANK}
@@ -177,7 +208,9 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
         batch = reader.get_batch(0)
         vectors = batch.column("sketch")
         sound = header["start"] == start and header["count"] == count == batch.num_rows
-        sound = sound and header["dtype"] == manifest.dtype and _types(batch) == _expected_types(manifest)
+        columns, left_out = header["columns"], {int(at): str(why) for at, why in header["left_out"].items()}
+        sound = sound and header["dtype"] == manifest.dtype and _types(batch) == _expected_types(manifest, columns)
+        sound = sound and isinstance(header["data"], str) and all(0 <= position < count for position in left_out)
         fingerprint = header["fingerprint"]
         sketches = _view(vectors.values.buffers()[1], torch_dtype(manifest.dtype), count * manifest.d)
         scale = _view(batch.column("scale").buffers()[1], torch.float32, count)
@@ -191,7 +224,8 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
         )
     if not sound:
         raise _broken(name, "its header and its rows do not agree")
-    return Shard(name, start, count, batch, manifest.columns, sketches.view(count, manifest.d), scale)
+    sketches = sketches.view(count, manifest.d)
+    return Shard(name, start, count, batch, columns, left_out, header["data"], sketches, scale)
 
 
 def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> list[str]:
@@ -229,9 +263,9 @@ def _types(batch: pa.RecordBatch) -> list[tuple[str, pa.DataType]]:
     return sorted(((field.name, field.type) for field in batch.schema), key=itemgetter(0))
 
 
-def _expected_types(manifest: Manifest) -> list[tuple[str, pa.DataType]]:
+def _expected_types(manifest: Manifest, columns: Mapping[str, str]) -> list[tuple[str, pa.DataType]]:
     numbers = dict.fromkeys(("scale", "gradient_norm", "loss"), pa.float32())
-    metadata = {name: COLUMN_TYPES[kind] for name, kind in manifest.columns.items()}
+    metadata = {name: COLUMN_TYPES[kind] for name, kind in columns.items()}
     sketch = pa.list_(_NUMBERS[manifest.dtype], manifest.d)
     types = {"id": COLUMN_TYPES["string"], "sketch": sketch, **numbers, **metadata}
     return sorted(types.items(), key=itemgetter(0))
@@ -257,8 +291,8 @@ def _metadata(name: str, kind: str, values: Sequence[Any]) -> pa.Array:
         return pa.array(values, COLUMN_TYPES[kind])
     except (pa.ArrowException, OverflowError, UnicodeError, ValueError, TypeError) as error:
         raise InputError(
-            f"a value of metadata column {name!r} that is no {kind} ({error})",
-            f"values of type {kind}, as in the index's other rows",
+            f"a value of metadata column {name!r} that cannot be stored ({error})",
+            "text in UTF-8, numbers, or JSON made of them",
             "Correct the data, or leave the column out",
         ) from error
 

@@ -151,14 +151,14 @@ class Store:
         return sorted([*self.missing(), *self.damaged()])
 
     def is_sound(self, start: int, count: int) -> bool:
-        """Whether a shard that is there holds the bytes that were written.
+        """Whether a shard is there, and holds the bytes that were written.
 
         Raises:
             FingerprintError: it belongs to another store.
         """
         try:
             self.shard(start, count)
-        except DamageError:
+        except StoreError:
             return False
         return True
 
@@ -190,6 +190,19 @@ class Store:
         file = f"{self.folder.uri}/{name}"
         data = self.folder.read(name, whole=whole, check=lambda data: require_sound(data, file))
         return open_shard(data, file, start, count, self.manifest)
+
+    def columns(self) -> dict[str, set[str]]:
+        """Return the metadata columns, each with the kinds of values that shards hold in it."""
+        found: dict[str, set[str]] = {}
+        for start, count in self.ranges():
+            for name, kind in self.shard(start, count).columns.items():
+                found.setdefault(name, set()).add(kind)
+        return found
+
+    def left_out(self) -> dict[int, str]:
+        """Return why rows have no sketch, by row."""
+        shards = (self.shard(start, count) for start, count in self.ranges())
+        return {shard.start + at: reason for shard in shards for at, reason in shard.left_out.items()}
 
     def __iter__(self) -> Iterator[Shard]:
         """Yield the shards in order, each opened when its turn comes."""

@@ -1,9 +1,8 @@
 """An example as its task reads it: made once, kept small, and stacked with others into a batch.
 
-A row is data alone, so what a model does not take is found before a build starts. The survey of a build keeps up to a
-gigabyte of rows, four bytes a number; its batches, the estimate of its time and all checkpoints use them. Beyond that,
-rows are encoded again in their turn, because by then the gradients before them have taken hours. This halved what a
-build of short rows spends on encoding (benchmarks/results/build_overhead.json).
+A row is data alone, so a build finds what a model does not take before it forms a gradient. It encodes a row when the
+row's part has its turn; checking, batching by length and collating use the same row. Where there are several
+checkpoints, up to a gigabyte of rows, four bytes a number, is kept for the next one.
 """
 
 from __future__ import annotations

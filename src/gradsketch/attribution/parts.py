@@ -1,0 +1,191 @@
+"""A build reads its data part by part, because no pass over all of it should come first. A part is a shard's rows.
+
+Each row is read and encoded when its part's turn comes, so memory is bounded by a part. A row that cannot be used keeps
+its place: the shard says why it is left out. So a row's number is its place in the data, whatever is found on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gradsketch.attribution.examples import fields, where
+from gradsketch.errors import InputError
+from gradsketch.gradients.fingerprints import canonical
+from gradsketch.gradients.tasks import Encoded, Task
+
+__all__ = ["BadRow", "Part", "Sample", "digest_of", "ends_of", "read_part", "refuse_bad_rows", "sample"]
+
+_BAD_ROWS_SHOWN = 5
+_BYTES_A_ROW = 700  # of Python's objects around a row's numbers
+# What a plan is made from: so many stretches of so many rows, spread over the data.
+_STRETCHES, _STRETCH_ROWS = 8, 32
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that the task cannot use: its place in the data, where it stands, why, and what the task takes."""
+
+    place: int
+    where: str
+    reason: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start … start+count-1`` of the data; of those that can be used the places, encoded rows and lengths.
+
+    ``ids`` and ``columns`` (metadata by name) have an entry per row. ``digest`` is a hash of the content.
+    """
+
+    start: int
+    count: int
+    places: Sequence[int]
+    encoded: Sequence[Any]
+    lengths: Sequence[int]
+    ids: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+    bad: Sequence[BadRow]
+    digest: str
+
+    @property
+    def bytes(self) -> int:
+        """Roughly the memory it takes."""
+        return sum(row.bytes + _BYTES_A_ROW for row in self.encoded if isinstance(row, Encoded))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows spread over the data: encoded, with their lengths; how many were read, and which of them are bad."""
+
+    encoded: Sequence[Any]
+    lengths: Sequence[int]
+    read: int
+    bad: tuple[BadRow, ...]
+
+    @property
+    def tokens_a_row(self) -> float:
+        """Mean tokens of a row that can be used."""
+        return sum(self.lengths) / max(1, len(self.lengths))
+
+
+def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Module) -> Part:
+    """Read and encode some rows of the data, and see that the model takes them."""
+    places, encoded, lengths, bad = [], [], [], []
+    ids = [str(place) for place in range(start, start + count)]
+    columns: dict[str, list[Any]] = {}
+    hashed = hashlib.sha256()
+    for place, example in enumerate(_read(examples, start, count), start):
+        for part in _content(example):
+            hashed.update(part)
+        try:
+            row, length = _encoded(example, task, model)
+            id_, metadata = _storable(example)
+        except InputError as error:
+            stands = where(examples, place)
+            bad.append(BadRow(place, stands, error.came.removeprefix(f"{stands}: "), error.wanted))
+            continue
+        places.append(place)
+        encoded.append(row)
+        lengths.append(length)
+        if id_ is not None:
+            ids[place - start] = id_
+        for name, value in metadata.items():
+            columns.setdefault(name, [None] * count)[place - start] = value
+    return Part(start, count, places, encoded, lengths, ids, columns, bad, hashed.hexdigest()[:16])
+
+
+def ends_of(examples: Any) -> str:
+    """Return a hash of the first and the last row, which tells data from other data without a pass over it."""
+    return " ".join(digest_of(examples, place, 1) for place in (0, len(examples) - 1) if len(examples))
+
+
+def digest_of(examples: Any, start: int, count: int) -> str:
+    """Return the hash of some rows' content, as ``read_part`` finds it; nothing is encoded."""
+    hashed = hashlib.sha256()
+    for example in _read(examples, start, count):
+        for part in _content(example):
+            hashed.update(part)
+    return hashed.hexdigest()[:16]
+
+
+def sample(examples: Any, task: Task, model: nn.Module) -> Sample:
+    """Read a few rows spread over the data."""
+    total = len(examples)
+    step = max(_STRETCH_ROWS, -(-total // _STRETCHES))
+    parts = [
+        read_part(examples, start, min(_STRETCH_ROWS, total - start), task, model) for start in range(0, total, step)
+    ]
+    return Sample(
+        [row for part in parts for row in part.encoded],
+        [length for part in parts for length in part.lengths],
+        sum(part.count for part in parts),
+        tuple(row for part in parts for row in part.bad),
+    )
+
+
+def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
+    """Stop where rows cannot be used.
+
+    Raises:
+        InputError: with the place and reason of the first few.
+    """
+    if bad:
+        shown = "; ".join(f"{row.where} ({row.reason})" for row in bad[:_BAD_ROWS_SHOWN])
+        more = f" and {len(bad) - _BAD_ROWS_SHOWN} more" if len(bad) > _BAD_ROWS_SHOWN else ""
+        raise InputError(
+            f"{len(bad)} of {total} rows that cannot be used: {shown}{more}",
+            "; ".join(dict.fromkeys(row.wanted for row in bad[:_BAD_ROWS_SHOWN])),
+            "Repair them, or leave them out with skip_bad=True" if len(bad) < total else "Repair them",
+        )
+
+
+def _read(examples: Any, start: int, count: int) -> Iterator[Any]:
+    """Yield some examples; one that cannot be read is yielded as the error that says so."""
+    if hasattr(examples, "read_range"):
+        yield from examples.read_range(start, start + count)
+        return
+    for place in range(start, start + count):
+        try:
+            yield examples[place]
+        except InputError as error:
+            yield error
+        except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
+            came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
+            yield InputError(came, "data whose examples can be read", "Repair or drop it")
+
+
+def _content(example: Any) -> list[bytes]:
+    try:
+        return list(canonical(str(example) if isinstance(example, InputError) else example))
+    except (ValueError, RecursionError):  # lists within lists without end: a bad row, whatever else it holds
+        return [b"!"]
+
+
+def _encoded(example: Any, task: Task, model: nn.Module) -> tuple[Any, int]:
+    if isinstance(example, InputError):
+        raise example
+    row = task.read(example)
+    if isinstance(row, Encoded):
+        task.check(model, row)
+    return row, task.length(row)
+
+
+def _storable(example: Any) -> tuple[str | None, dict[str, Any]]:
+    """Return an example's id and metadata, which a shard must be able to hold."""
+    try:
+        id_, metadata = fields(example)
+        json.dumps([id_, metadata], ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair; lists within lists without end
+        raise InputError(
+            f"a value that cannot be stored ({type(error).__name__}: {str(error)[:200]})",
+            "metadata in UTF-8, nested less deep",
+            "Repair or drop it",
+        ) from error
+    return id_, metadata

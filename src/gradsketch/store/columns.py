@@ -1,0 +1,42 @@
+"""What a shard's metadata columns hold. Each shard says it of its own rows: no pass over the data comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+__all__ = ["COLUMN_TYPES", "RESERVED", "common_kind", "kind_of"]
+
+# Columns hold values of one of these kinds; values of several kinds are stored as JSON text, and read back from it.
+COLUMN_TYPES: Mapping[str, pa.DataType] = {
+    "string": pa.large_string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "json": pa.large_string(),
+    "null": pa.null(),
+}
+RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss")
+
+_KINDS = {str: "string", bool: "bool", int: "int", float: "float", type(None): "null"}
+
+
+def kind_of(values: Iterable[Any]) -> str:
+    """Return the kind of a column that holds these values; None, for a value that is missing, fits every kind."""
+    return common_kind({_kind(value) for value in values})
+
+
+def common_kind(kinds: Collection[str]) -> str:
+    """Return the kind of a column that holds values of all these kinds."""
+    found = set(kinds) - {"null"}
+    if found == {"int", "float"}:
+        return "float"
+    return found.pop() if len(found) == 1 else "json" if found else "null"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return "json"
+    return _KINDS.get(type(value), "json")
