@@ -98,7 +98,7 @@ def test_explained_rows_are_those_of_the_data_where_some_are_left_out(tmp_path):
     hits = index.query(model, data[3:4], k=1, score="cosine")
     assert hits[0][0].row == 3
     explained = index.explain(model, hits, data=data)[0][0]
-    assert sum(t.contribution for t in explained.tokens) + explained.beyond_tokens == pytest.approx(1, abs=1e-3)
+    assert sum(t.value for t in explained.tokens) + explained.beyond_tokens == pytest.approx(1, abs=1e-3)
 
 
 def test_a_shard_of_an_older_format_is_not_mixed_with_new_ones(tmp_path):
