@@ -13,6 +13,7 @@ from gradsketch.evaluation.lds import LinearDatamodelingScore
 from gradsketch.evaluation.mislabelled import AreaUnderCurve, Mislabelled
 from gradsketch.evaluation.quality import Quality
 from gradsketch.evaluation.retraining import Retrainings
+from gradsketch.evaluation.stored import DTYPES, Stored
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.spectra import Density, Diagonal, Eigenvalue, Estimate, Evolution, Recommendation, Spectrum
 
@@ -121,6 +122,13 @@ RESULTS: list[gs.Result] = [
         AUDITS,
         {"r.weight": "lstm in LSTM"},
         0.25,
+        (
+            *(
+                Stored(256, dtype, 512 >> i, 0.97 - i / 100, (0.96 - i / 100, 0.98))
+                for i, dtype in enumerate(DTYPES[:3])
+            ),
+            Stored(256, "sign", 32, math.nan, (math.nan, math.nan)),
+        ),
     ),
     QUALITIES[0],
     LinearDatamodelingScore(0.4, 0.05, (0.3, 0.5), 50, 12.0),

@@ -120,3 +120,26 @@ def test_a_size_that_was_measured_to_do_is_recommended_over_a_larger_prediction(
     assert found.sufficient == found.recommended == next(q.d for q in enough if q.pearson_interval[0] >= wanted)
     assert f"d = {found.recommended:,} for r ≥ {wanted:g} (measured" in str(found)
     assert replace(found, needed=100.0).recommended == 128
+
+
+class TestFewBits:
+    def test_r_falls_with_the_bits_and_grows_with_the_size(self, result):
+        found = {(each.d, each.dtype): each for each in result.stored}
+        assert [found[256, dtype].bytes for dtype in ("float16", "int8", "int4", "sign")] == [512, 256, 128, 32]
+        for d in (256, 512, 1024):
+            r = [found[d, dtype].pearson for dtype in ("float16", "int8", "int4", "sign")]
+            assert r[0] == pytest.approx(next(q.pearson for q in result.qualities if q.d == d), abs=1e-3)
+            assert r[1] == pytest.approx(r[0], abs=0.005)
+            assert abs(r[0] - r[2]) < 0.05
+            assert 0.01 < r[2] - r[3] < 0.4
+        assert found[1024, "int4"].pearson > found[256, "float16"].pearson
+
+    def test_the_cheapest_that_is_sure_to_do(self, result):
+        wanted = replace(result, wanted=0.8)
+        assert wanted.cheapest.pearson_interval[0] >= 0.8
+        assert not [
+            each for each in result.stored if each.bytes < wanted.cheapest.bytes and each.pearson_interval[0] >= 0.8
+        ]
+        assert f"--store {wanted.cheapest.dtype}: {wanted.cheapest.bytes} bytes a row" in str(wanted)
+        assert replace(result, wanted=0.9999).cheapest is None
+        assert "none of these is sure to reach" in str(replace(result, wanted=0.9999))

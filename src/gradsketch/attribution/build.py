@@ -34,7 +34,7 @@ from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows
-from gradsketch.store.encoding import bytes_per_entry
+from gradsketch.store.encoding import row_bytes
 from gradsketch.store.folder import Folder, LocalFolder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME
 
@@ -145,7 +145,7 @@ class Build:
         return sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))
 
     def _row_bytes(self) -> int:
-        return self.shape.d * bytes_per_entry(self.shape.dtype) + _BYTES_BESIDE_SKETCH
+        return row_bytes(self.shape.d, self.shape.dtype) + _BYTES_BESIDE_SKETCH
 
     def _require_space(self, missing: int) -> None:
         free, wanted = self._bytes_free(), missing * self._row_bytes()
@@ -331,7 +331,7 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         d: numbers kept of every gradient.
         parameters: the selection, or globs of names; by default all that are trainable.
         seed: of the sketch.
-        dtype: of stored numbers: float16, bfloat16, float32 or int8.
+        dtype: of stored numbers: float16, bfloat16, float32, int8, int4 or sign.
         checkpoints: state dicts, or paths of them, whose scores are added up (TracIn); by default the model as it is.
         weights: one a checkpoint, such as its learning rate; by default equal, adding up to one.
         shard_rows: rows a shard; by default 16 MB, or a twentieth of the run.

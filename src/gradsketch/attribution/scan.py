@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from gradsketch.store import Shard, Store
+from gradsketch.store.encoding import stored_count, turned, unpacked
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["Probe", "RowFilter", "Top", "rescore", "scan", "top"]
@@ -100,10 +101,10 @@ def _combined(
     """Weighted sum over checkpoints of the scores of a shard's rows, or of some of them."""
     total: Tensor | None = None
     for probe, shard in zip(probes, shards, strict=True):
-        sketches = shard.sketches if places is None else shard.sketches[places]
+        stored = shard.sketches if places is None else shard.sketches[places]
         factors = _factors(probe, shard) if places is None else _factors(probe, shard)[places]
-        out = torch.empty(len(probe.directions), len(sketches))
-        for at, product in _products(sketches, probe.directions, width):
+        out = torch.empty(len(probe.directions), len(stored))
+        for at, product in _products(stored, shard.dtype, probe.directions, width):
             out[:, at] = product
         out *= factors * probe.weight
         total = out if total is None else total.add_(out)
@@ -120,17 +121,17 @@ def _factors(probe: Probe, shard: Shard) -> Float[Tensor, " rows"]:
 
 
 def _products(
-    sketches: Shaped[Tensor, "rows d"], directions: Float[Tensor, "m d"], width: int | None
+    stored: Shaped[Tensor, "rows width"], dtype: str, directions: Float[Tensor, "m d"], width: int | None
 ) -> Iterator[tuple[slice, Float[Tensor, "m block"]]]:
     """Yield row ranges and their products with the directions, in cache-sized blocks of float32."""
-    rows, d = sketches.shape
-    device, width = directions.device, width or d
-    used = directions[:, :width] * (d / width)
-    step = max(1, (_BLOCK_ENTRIES if device.type == "cpu" else _BLOCK_ENTRIES_GPU) // width)
-    buffer = torch.empty(min(step, rows), width, device=device)
+    rows, d, device = len(stored), directions.shape[1], directions.device
+    count = stored_count(width or d, d, dtype)
+    used = turned(directions, dtype)[:, :count] * (d / count if width else 1)
+    step = max(1, (_BLOCK_ENTRIES if device.type == "cpu" else _BLOCK_ENTRIES_GPU) // count)
+    buffer = torch.empty(min(step, rows), count, device=device)
     for start in range(0, rows, step):
-        block = sketches[start : start + step, :width]
-        floats = buffer[: len(block)].copy_(block)
+        block = stored[start : start + step].to(device)
+        floats = unpacked(block, count, dtype, buffer[: len(block)])
         with full_precision(device):
             product = used @ floats.T  # the few queries on the left: a third faster than on the right
         yield slice(start, start + len(block)), product.cpu()

@@ -16,7 +16,7 @@ from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top
 from gradsketch.attribution.scores import Kind
 from gradsketch.errors import InputError
 from gradsketch.store import Store
-from gradsketch.store.encoding import bytes_per_entry
+from gradsketch.store.encoding import row_bytes
 
 __all__ = ["DAMPING", "Scorer", "best", "bytes_read"]
 
@@ -51,7 +51,18 @@ class Scorer:
         return self._preconditioner(len(self.stores) - 1, kind, damping).damping
 
     def self_influence(self, kind: Kind, damping: float | str) -> SelfInfluence:
-        """Return every row's score for itself."""
+        """Return every row's score for itself.
+
+        Raises:
+            InputError: the rows are stored as int4 or signs, and a row's product with itself would count the rounding.
+        """
+        dtype = self.stores[0].manifest.dtype
+        if dtype in ("int4", "sign"):
+            raise InputError(
+                f"self-influence of rows stored as {dtype}, in which rounding counts as part of a row",
+                "rows stored as int8 or finer",
+                'Build the index with dtype="int8" (--store int8)',
+            )
         began, values = time.perf_counter(), torch.zeros(self.rows)
         ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan)
         for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
@@ -98,4 +109,4 @@ def best(probes: Sequence[Probe], k: int, *, sign: int, keep: RowFilter | None, 
 
 def bytes_read(stores: Sequence[Store], width: int) -> int:
     """Return the bytes of a scan over so many numbers of each sketch."""
-    return sum(store.rows * width * bytes_per_entry(store.manifest.dtype) for store in stores)
+    return sum(store.rows * row_bytes(width, store.manifest.dtype) for store in stores)

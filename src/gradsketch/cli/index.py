@@ -49,8 +49,8 @@ class IndexOptions:
     """Globs of the parameters to leave out."""
     seed: int = 0
     """Seed of the sketch."""
-    store: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """Type of the stored numbers."""
+    store: Literal["float16", "bfloat16", "float32", "int8", "int4", "sign"] = "float16"
+    """Type of the stored numbers; gradsketch check says what each costs in fidelity."""
     checkpoints: tuple[str, ...] = ()
     """Files or folders of weights whose scores are added up (TracIn); by default the model's own."""
     weights: tuple[float, ...] = ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradsketch.evaluation.cost import interleaved_seconds, peak_bytes
 from gradsketch.evaluation.quality import Quality, check_wanted, needed_size, sketch_quality
+from gradsketch.evaluation.stored import Stored, cheapest, stored_qualities, stored_table
 from gradsketch.gradients.data import Batcher, to_device
 from gradsketch.gradients.gram import gradient_gram
 from gradsketch.gradients.parameters import Parameters, Selection, selected
@@ -46,10 +47,11 @@ class Distortion(Result):
     of the sketches and of a plain forward + backward, interleaved; ``peak_bytes`` likewise (None where memory cannot be
     measured). ``needed`` is the d, unrounded, at which r would be ``wanted``. ``audits`` says how many batches were
     held against autograd's gradients; ``slow`` maps each parameter whose gradients are formed one example after another
-    to the operation and the module's class, and ``slow_share`` is their share of all entries.
+    to the operation and the module's class, and ``slow_share`` is their share of all entries. ``stored`` says what r is
+    left at each size where an index stores rows in fewer bits.
     """
 
-    derived = ("right", "cost_ratio", "sufficient", "recommended")
+    derived = ("right", "cost_ratio", "sufficient", "recommended", "cheapest")
 
     parameters: int
     examples: int
@@ -67,6 +69,7 @@ class Distortion(Result):
     audits: Audits
     slow: dict[str, str]
     slow_share: float
+    stored: tuple[Stored, ...] = ()
 
     @property
     def right(self) -> bool:
@@ -94,6 +97,11 @@ class Distortion(Result):
         if self.needed < self.parameters:
             predicted = min(self.parameters, 1 << max(0, math.ceil(math.log2(max(1.0, self.needed)))))
         return predicted if self.sufficient is None else min(predicted, self.sufficient)
+
+    @property
+    def cheapest(self) -> Stored | None:
+        """The fewest bytes per row, among the sizes and dtypes measured, whose interval for r lies above ``wanted``."""
+        return cheapest(self.stored, self.wanted)
 
     def summary(self) -> str:
         sound = "right" if self.right else "WRONG"
@@ -149,7 +157,8 @@ def distortion(
     check_wanted(wanted)
     check = _Check(model, as_task(task), examples, sketch, parameters)
     sketches, exact = check.sketches(), check.exact()
-    qualities = tuple(sketch_quality(exact, part) for part in _sizes(sketch, sketches))
+    sizes = list(_sizes(sketch, sketches))
+    qualities = tuple(sketch_quality(exact, part) for part in sizes)
     noise = math.sqrt(sum(q.noise**2 for q in qualities) / len(qualities))
     seconds, memory = check.cost(repeats)
     return Distortion(
@@ -169,6 +178,7 @@ def distortion(
         audits=check.sketcher.audits,
         slow=dict(check.sketcher.slow),
         slow_share=sum(check.tensors[name].numel() for name in check.sketcher.slow) / sketch.n,
+        stored=stored_qualities(exact, sizes),
     )
 
 
@@ -287,6 +297,22 @@ def _table(result: Distortion) -> Iterator[str]:
         if result.recommended == result.sufficient:
             why = "measured: its interval lies above that"
         yield f"recommended  d = {result.recommended:,} for r ≥ {result.wanted:g} ({why})"
+    if result.stored:
+        yield from ("", *stored_table(result.stored), "")
+        yield _cheapest_line(result)
+
+
+def _cheapest_line(result: Distortion) -> str:
+    found = result.cheapest
+    if found is None:
+        return (
+            f"cheapest     none of these is sure to reach r ≥ {result.wanted:g}: try a larger --d, or more --examples"
+        )
+    low, high = found.pearson_interval
+    return (
+        f"cheapest     --d {found.d} --store {found.dtype}: {found.bytes:,} bytes a row for r {found.pearson:.4f} "
+        f"({low:.4f} – {high:.4f})"
+    )
 
 
 def _megabytes(count: int) -> str:

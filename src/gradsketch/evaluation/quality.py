@@ -63,13 +63,17 @@ class Quality(Result):
         return numbers_figure(self._named, f"d = {self.d:,}, 95 % intervals", at=1.0)
 
 
-def sketch_quality(exact: Float[Tensor, "b b"], sketches: Float[Tensor, "b d"]) -> Quality:
+def sketch_quality(
+    exact: Float[Tensor, "b b"], sketches: Float[Tensor, "b d"], stored: Float[Tensor, "b d"] | None = None
+) -> Quality:
     """Compare the sketches' inner products with the exact ones, in float64, over pairs i < j.
+
+    With ``stored``, the sketches as an index holds them, products are of the i-th sketch and the j-th stored one.
 
     Raises:
         InputError: fewer than three examples with a gradient.
     """
-    pairs = _Pairs(exact, sketches)
+    pairs = _Pairs(exact, sketches, sketches if stored is None else stored)
     noise, pearson = pairs.statistics(torch.ones(1, len(exact), dtype=torch.float64))
     intervals = [_interval(values) for values in pairs.statistics(_resamples(len(exact)))]
     return Quality(sketches.shape[1], float(noise), intervals[0], float(pearson), intervals[1])
@@ -105,9 +109,9 @@ def check_wanted(pearson: float) -> None:
 class _Pairs:
     """Exact and estimated inner products of all pairs i < j of examples that have a gradient."""
 
-    def __init__(self, exact: Tensor, sketches: Tensor) -> None:
+    def __init__(self, exact: Tensor, sketches: Tensor, stored: Tensor) -> None:
         exact = exact.double().cpu()
-        wide = sketches.double().cpu()
+        wide, other = sketches.double().cpu(), stored.double().cpu()
         self.first, self.second = torch.triu_indices(len(exact), len(exact), 1)
         norms = exact.diagonal().clamp(min=0).sqrt()
         kept = (norms[self.first] > 0) & (norms[self.second] > 0)
@@ -119,7 +123,7 @@ class _Pairs:
             )
         self.first, self.second = self.first[kept], self.second[kept]
         self.exact = exact[self.first, self.second]
-        self.estimate = (wide @ wide.T)[self.first, self.second]
+        self.estimate = (wide @ other.T)[self.first, self.second]
         relative = (self.estimate - self.exact) / (norms[self.first] * norms[self.second])
         self.squared_noise = relative.square() * sketches.shape[1]
 

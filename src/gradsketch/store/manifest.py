@@ -12,12 +12,12 @@ from typing import Any
 
 from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
+from gradsketch.store.encoding import DTYPES
 
-__all__ = ["DTYPES", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "parse_shard_name"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "parse_shard_name"]
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "index.json"
-DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 # What Arrow's lists and the names of shards can hold.
 _MOST_D, _MOST_ROWS = 2**31 - 1, 10**12

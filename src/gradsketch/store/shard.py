@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gradsketch.errors import DamageError, FingerprintError, InputError, StoreError
 from gradsketch.store.columns import COLUMN_TYPES, RESERVED, kind_of
-from gradsketch.store.encoding import decode, encode, torch_dtype
+from gradsketch.store.encoding import decode, encode, stored_type, stored_width
 from gradsketch.store.manifest import FORMAT_VERSION, Manifest
 
 __all__ = ["CHECKSUM_ROWS", "UNREADABLE", "Rows", "Shard", "damage", "encode_shard", "open_shard", "require_sound"]
@@ -34,7 +34,13 @@ CHECKSUM_ROWS = 64
 _HEADER = b"gradsketch"
 _CRC_MARK = b"gradsketch-crc32="
 _CRC_BLANK = b"00000000"
-_NUMBERS = {"float16": pa.float16(), "bfloat16": pa.uint16(), "float32": pa.float32(), "int8": pa.int8()}
+_NUMBERS = {
+    torch.float16: pa.float16(),
+    torch.bfloat16: pa.uint16(),
+    torch.float32: pa.float32(),
+    torch.int8: pa.int8(),
+    torch.uint8: pa.uint8(),
+}
 # What reading a damaged Arrow file can raise.
 UNREADABLE = (
     OSError,
@@ -80,17 +86,14 @@ class Shard:
     columns: Mapping[str, str]
     left_out: Mapping[int, str]
     digest: str
-    sketches: Shaped[Tensor, "rows d"]
+    d: int
+    dtype: str
+    sketches: Shaped[Tensor, "rows width"]
     scale: Float[Tensor, " rows"]
-
-    @property
-    def d(self) -> int:
-        """Length of a sketch."""
-        return self.sketches.shape[1]
 
     def decoded(self, rows: slice | list[int] | Tensor = slice(None)) -> Float[Tensor, "rows d"]:
         """Return sketches in float32; ``rows`` count from the shard's first."""
-        return decode(self.sketches[rows], self.scale[rows])
+        return decode(self.sketches[rows], self.scale[rows], self.d, self.dtype)
 
     def numbers(self, name: str) -> Float[Tensor, " rows"]:
         """Return ``gradient_norm`` or ``loss``."""
@@ -212,7 +215,8 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
         sound = sound and header["dtype"] == manifest.dtype and _types(batch) == _expected_types(manifest, columns)
         sound = sound and isinstance(header["data"], str) and all(0 <= position < count for position in left_out)
         fingerprint = header["fingerprint"]
-        sketches = _view(vectors.values.buffers()[1], torch_dtype(manifest.dtype), count * manifest.d)
+        width = stored_width(manifest.d, manifest.dtype)
+        sketches = _view(vectors.values.buffers()[1], stored_type(manifest.dtype), count * width)
         scale = _view(batch.column("scale").buffers()[1], torch.float32, count)
     except UNREADABLE as error:
         raise _broken(name, f"{type(error).__name__}: {error}") from error
@@ -224,8 +228,8 @@ def open_shard(data: pa.Buffer, name: str, start: int, count: int, manifest: Man
         )
     if not sound:
         raise _broken(name, "its header and its rows do not agree")
-    sketches = sketches.view(count, manifest.d)
-    return Shard(name, start, count, batch, columns, left_out, header["data"], sketches, scale)
+    sketches, digest = sketches.view(count, width), header["data"]
+    return Shard(name, start, count, batch, columns, left_out, digest, manifest.d, manifest.dtype, sketches, scale)
 
 
 def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifest) -> list[str]:
@@ -266,12 +270,12 @@ def _types(batch: pa.RecordBatch) -> list[tuple[str, pa.DataType]]:
 def _expected_types(manifest: Manifest, columns: Mapping[str, str]) -> list[tuple[str, pa.DataType]]:
     numbers = dict.fromkeys(("scale", "gradient_norm", "loss"), pa.float32())
     metadata = {name: COLUMN_TYPES[kind] for name, kind in columns.items()}
-    sketch = pa.list_(_NUMBERS[manifest.dtype], manifest.d)
+    sketch = pa.list_(_NUMBERS[stored_type(manifest.dtype)], stored_width(manifest.d, manifest.dtype))
     types = {"id": COLUMN_TYPES["string"], "sketch": sketch, **numbers, **metadata}
     return sorted(types.items(), key=itemgetter(0))
 
 
-def _vectors(stored: Shaped[Tensor, "rows d"]) -> pa.Array:
+def _vectors(stored: Shaped[Tensor, "rows width"]) -> pa.Array:
     width = stored.shape[1]
     array = stored.contiguous().view(torch.uint16 if stored.dtype == torch.bfloat16 else stored.dtype).numpy()
     kind = pa.from_numpy_dtype(array.dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsketch.errors import DamageError, InputError, StoreError
-from gradsketch.store.encoding import bytes_per_entry
+from gradsketch.store.encoding import row_bytes
 from gradsketch.store.folder import Folder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME, Manifest, parse_shard_name, shard_name
 from gradsketch.store.shard import Rows, Shard, encode_shard, open_shard, require_sound
@@ -30,7 +30,7 @@ def default_shard_rows(rows: int, d: int, dtype: str) -> int:
 
     A run that is killed loses at most the shard it was working on.
     """
-    by_bytes = max(1, _SHARD_BYTES // (d * bytes_per_entry(dtype)))
+    by_bytes = max(1, _SHARD_BYTES // row_bytes(d, dtype))
     return min(by_bytes, max(_ROWS_AT_LEAST, -(-rows // _SHARDS_AT_LEAST)))
 
 
