@@ -26,6 +26,7 @@ _HOME = {
     "ExactMatch": "gradsketch.dimension.metrics",
     "FFD": "gradsketch.sketches.ffd",
     "FJL": "gradsketch.sketches.fjl",
+    "Factors": "gradsketch.gradients.factors.factors",
     "FingerprintError": "gradsketch.errors",
     "Function": "gradsketch.gradients.tasks",
     "GradientSketcher": "gradsketch.gradients.per_example",
@@ -73,6 +74,7 @@ _HOME = {
     "gradient_gram": "gradsketch.gradients.gram",
     "hessian": "gradsketch.gradients.curvature",
     "intrinsic_dimension": "gradsketch.dimension.search",
+    "kfac": "gradsketch.gradients.factors.kfac",
     "linear_datamodeling_score": "gradsketch.evaluation.lds",
     "loss_gradient": "gradsketch.gradients.curvature",
     "mislabelled_auc": "gradsketch.evaluation.mislabelled",
@@ -113,6 +115,8 @@ if TYPE_CHECKING:
     from gradsketch.evaluation.quality import Quality
     from gradsketch.evaluation.retraining import Retrainings, retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
+    from gradsketch.gradients.factors.factors import Factors
+    from gradsketch.gradients.factors.kfac import kfac
     from gradsketch.gradients.gram import gradient_gram
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.per_example import GradientSketcher, SketchedGradients, sketch_gradients

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import json
 import os
@@ -30,11 +31,14 @@ __all__ = [
     "damaged",
     "failed",
     "is_temporary",
+    "packed_tensors",
+    "read_bytes",
     "read_record",
     "read_tensors",
     "record_of",
     "record_text",
     "require_same",
+    "unpacked_tensors",
     "write_file",
     "write_record",
     "write_tensors",
@@ -207,9 +211,17 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: it is damaged, or cannot be read.
     """
+    return record_of(read_bytes(path), path)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
     with _explained("read", str(path)):
-        data = Path(path).read_bytes()
-    return record_of(data, path)
+        return Path(path).read_bytes()
 
 
 def record_text(record: Mapping[str, Any]) -> str:
@@ -271,7 +283,32 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
         return torch.load(file, map_location=device, weights_only=True)
 
 
-def _seal(file: IO[bytes]) -> None:
+def packed_tensors(content: Any) -> bytes:
+    """Return the bytes of the file that ``write_tensors`` would write, for folders that are no local paths."""
+    import torch
+
+    file = io.BytesIO()
+    torch.save(content, file)
+    _seal(file)
+    return file.getvalue()
+
+
+def unpacked_tensors(data: bytes, source: str | Path) -> Any:
+    """Return what ``packed_tensors`` was given.
+
+    Raises:
+        DamageError: the checksum does not match.
+    """
+    import torch
+
+    file = io.BytesIO(data)
+    if not _is_sealed(file):
+        raise damaged(source, "its checksum does not match")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _seal(file: IO[bytes] | io.BytesIO) -> None:
     """Append the checksum as the comment of the ZIP archive that ``torch.save`` wrote: readers pass over it."""
     file.seek(-2, os.SEEK_END)  # the archive's last two bytes are the length of its comment
     file.write((len(_CRC_MARK) + _CRC_BYTES).to_bytes(2, "little") + _CRC_MARK)
@@ -279,7 +316,7 @@ def _seal(file: IO[bytes]) -> None:
     file.write(b"%08x" % _checksum_of(file, size))
 
 
-def _is_sealed(file: IO[bytes]) -> bool:
+def _is_sealed(file: IO[bytes] | io.BytesIO) -> bool:
     size = file.seek(0, os.SEEK_END) - _CRC_BYTES
     if size < len(_CRC_MARK):
         return False
@@ -288,7 +325,7 @@ def _is_sealed(file: IO[bytes]) -> bool:
     return mark == _CRC_MARK and stored == b"%08x" % _checksum_of(file, size)
 
 
-def _checksum_of(file: IO[bytes], size: int) -> int:
+def _checksum_of(file: IO[bytes] | io.BytesIO, size: int) -> int:
     """Return the checksum of the first ``size`` bytes, and leave the file where they end."""
     file.seek(0)
     total = 0

@@ -147,6 +147,16 @@ class Batcher:
         Examples may be encoded. Where their lengths are given, those that are not are encoded a batch at a time.
         ``name`` says what a person calls the example at a place, for errors.
         """
+        yield from self.map_placed(lambda batch, _: work(batch), examples, lengths, name)
+
+    def map_placed(
+        self,
+        work: Callable[[Batch, list[int]], Result],
+        examples: Sequence[Any],
+        lengths: Sequence[int] | None = None,
+        name: Callable[[int], str] = "example {}".format,
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Do the same for work that is also told the places of a batch's examples."""
         if lengths is None:
             examples, lengths = read_all(self.task, examples)
         order = sorted(range(len(examples)), key=lambda place: -lengths[place])
@@ -154,7 +164,7 @@ class Batcher:
         while start < len(order):
             longest = max(1, lengths[order[start]])
             places = order[start : start + max(1, min(self.examples, self.tokens // longest))]
-            done, result = self._attempt(work, [examples[place] for place in places])
+            done, result = self._attempt(work, places, [examples[place] for place in places])
             if done:
                 start += len(places)
                 yield places, result
@@ -167,10 +177,12 @@ class Batcher:
                     "Lower the task's max_length, or switch on gradient checkpointing",
                 )
 
-    def _attempt(self, work: Callable[[Batch], Result], examples: list[Any]) -> tuple[bool, Any]:
+    def _attempt(
+        self, work: Callable[[Batch, list[int]], Result], places: list[int], examples: list[Any]
+    ) -> tuple[bool, Any]:
         """Return (True, result), or (False, None) where memory ran out; nothing of the attempt is kept then."""
         try:
-            return True, work(to_device(self.task.collate(examples), self.device))
+            return True, work(to_device(self.task.collate(examples), self.device), places)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

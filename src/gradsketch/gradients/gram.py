@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -19,6 +18,7 @@ from gradsketch.gradients.per_example.contributions import Consumer, Contributio
 from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.tasks import Batch, TaskLike, as_task
 from gradsketch.linear_map import widened
+from gradsketch.sketches.block_sum import as_matrix
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["gradient_gram", "inner_products"]
@@ -92,7 +92,7 @@ def _collected(capture: Capture, batch: Batch) -> tuple[Tensor, dict[str, list[C
         if examples == slice(None):
             terms.setdefault(name, []).append(contribution)
         else:  # formed one example after another
-            part = contribution.dense(*_as_matrix(capture.tensors[name].shape))
+            part = contribution.dense(*as_matrix(capture.tensors[name].shape))
             if name not in formed:
                 formed[name] = part.new_zeros(batch_length(batch), *part.shape[1:])
             formed[name][examples] += part
@@ -114,7 +114,7 @@ def inner_products(x: Sequence[Contribution], y: Sequence[Contribution], shape: 
     The cheaper of two forms, neither of which holds a gradient: pairs of positions,
     Σ_{t,t'} ⟨left_t, left'_t'⟩⟨right_t, right'_t'⟩, where these are few, or blocks of columns of the gradients.
     """
-    rows, columns = _as_matrix(shape)
+    rows, columns = as_matrix(shape)
     left, right = _factors(x), _factors(y)
     if left is None or right is None:
         return _by_columns(x, y, rows, columns)
@@ -122,10 +122,6 @@ def inner_products(x: Sequence[Contribution], y: Sequence[Contribution], shape: 
     cost_by_positions = b * t * c * s * (rows + columns)
     cost_by_columns = (b * t + c * s + b * c) * rows * columns
     return _by_positions(left, right) if cost_by_positions <= cost_by_columns else _by_columns(x, y, rows, columns)
-
-
-def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def _factors(terms: Sequence[Contribution]) -> Outer | None:

@@ -20,7 +20,7 @@ from gradsketch.sketches.recipe import register, vector_kind, vector_kinds
 from gradsketch.sketches.tiling import Block, Tiling
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["BlockSum"]
+__all__ = ["BlockSum", "as_matrix"]
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ class BlockSum(Sketch):
 
     def add_gradient(self, out: Float[Tensor, "b d"], name: str, gradient: Float[Tensor, "b ..."]) -> None:
         """Add the sketches of one tensor's per-example gradients ``[b, *shape]``."""
-        self.blocks[name].add_matrix(out, gradient.reshape(len(gradient), *_matrix(self.shapes[name])))
+        self.blocks[name].add_matrix(out, gradient.reshape(len(gradient), *as_matrix(self.shapes[name])))
 
     def add_outer(
         self, out: Float[Tensor, "b d"], name: str, left: Float[Tensor, "b t r"], right: Float[Tensor, "b t c"]
@@ -134,7 +134,7 @@ class BlockSum(Sketch):
             )
 
     def _block(self, name: str, shape: tuple[int, ...]) -> Block:
-        rows, columns = _matrix(shape)
+        rows, columns = as_matrix(shape)
         stream = self.stream.child(name)
         if self.kind == "auto" or rows * columns <= self.layout_d:
             return Tiling(rows, columns, self.d, stream, self.layout_d)
@@ -162,6 +162,6 @@ class _Vector(Block):
         return self.phi._apply_adjoint(w.contiguous()).view(len(w), self.rows, self.columns)
 
 
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns a tensor is sketched as: the first dim against the rest; a vector is one row."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))

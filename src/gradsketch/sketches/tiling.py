@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache, cached_property, lru_cache
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,10 +17,18 @@ from gradsketch.random import Stream
 from gradsketch.sketches.layout import Layout
 from gradsketch.sketches.side import Side
 
-__all__ = ["Block", "Tiling"]
+__all__ = ["Block", "Coordinates", "Tiling"]
 
 # Transformed numbers held at once, in examples as a whole: what a batch takes beside a model stays within bounds.
 _AT_ONCE, _AT_ONCE_GPU = 1 << 19, 1 << 28
+
+
+@runtime_checkable
+class Coordinates(Protocol):
+    """Gives coordinates of vectors in groups, as a side does."""
+
+    def groups(self, x: Float[Tensor, "m size"], group: int, number: int) -> Float[Tensor, "number m group"]:
+        """Return the first ``number`` groups of ``group`` coordinates of each vector."""
 
 
 class Block(ABC):
@@ -61,7 +71,15 @@ class Tiling(Block):
         self.layout = Layout.of(rows, columns, self.layout_d)
         self.row_side = Side(rows, self.layout.counts[0], stream.child("rows"), self.layout.tile[0])
         self.column_side = Side(columns, self.layout.counts[1], stream.child("columns"), self.layout.tile[1])
+        self._row_coordinates: Coordinates = self.row_side
+        self._column_coordinates: Coordinates = self.column_side
         self.scale = math.sqrt(self.layout_d / (d * self.layout.products))
+
+    def with_sides(self, rows: Coordinates, columns: Coordinates) -> Tiling:
+        """Return it for outer products whose sides' coordinates come from others."""
+        other = copy.copy(self)
+        other._row_coordinates, other._column_coordinates = rows, columns
+        return other
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
         image = self.row_side.transform(self.column_side.transform(x).mT).mT.flatten(1)
@@ -72,8 +90,8 @@ class Tiling(Block):
     ) -> None:
         rows, columns, number = self._groups
         for part in self._parts(left):
-            grouped = self.row_side.groups(left[part].reshape(-1, self.rows), rows, number)
-            other = self.column_side.groups(right[part].reshape(-1, self.columns), columns, number)
+            grouped = self._row_coordinates.groups(left[part].reshape(-1, self.rows), rows, number)
+            other = self._column_coordinates.groups(right[part].reshape(-1, self.columns), columns, number)
             self._add_products(out[part], grouped, other)
 
     def add_rows(

@@ -17,10 +17,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gradsketch.gradients.factors.moments import SideMoments
 from gradsketch.linear_map import widened
 from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.sketches.preconditioned import Preconditioned
 
-__all__ = ["Consumer", "Contribution", "Direct", "IndexedRows", "Inside", "Outer", "Placed", "Sum", "wide"]
+__all__ = [
+    "ByParameter",
+    "Consumer",
+    "Contribution",
+    "Direct",
+    "IndexedRows",
+    "Inside",
+    "Outer",
+    "Placed",
+    "Sum",
+    "wide",
+]
+
+
+# Sketches that take gradients parameter by parameter.
+ByParameter = BlockSum | Preconditioned
 
 
 class Contribution(ABC):
@@ -32,8 +49,12 @@ class Contribution(ABC):
         """How many examples it is for."""
 
     @abstractmethod
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         """Add its sketches to ``out``."""
+
+    @abstractmethod
+    def measure(self, moments: SideMoments) -> None:
+        """Add it to the second moments of both sides."""
 
     @abstractmethod
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -81,8 +102,11 @@ class Outer(Contribution):
     def examples(self) -> int:
         return len(self.left)
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_outer(out, name, self.left, self.right)
+
+    def measure(self, moments: SideMoments) -> None:
+        moments.add_outer(self.left, self.right)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         return wide(self.left).mT @ wide(self.right)
@@ -110,8 +134,11 @@ class IndexedRows(Contribution):
     def examples(self) -> int:
         return len(self.right)
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_rows(out, name, self.index.long(), self.right)
+
+    def measure(self, moments: SideMoments) -> None:
+        moments.add_rows(self.index, self.right)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         right = wide(self.right)
@@ -137,8 +164,11 @@ class Direct(Contribution):
     def examples(self) -> int:
         return len(self.gradient)
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.gradient)
+
+    def measure(self, moments: SideMoments) -> None:
+        moments.add_gradient(self.gradient)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         return wide(self.gradient).reshape(-1, rows, columns)
@@ -161,8 +191,11 @@ class Sum(Contribution):
     def examples(self) -> int:
         return len(self.terms)
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         self.added().sketch(phi, name, out)
+
+    def measure(self, moments: SideMoments) -> None:
+        self.added().measure(moments)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         return self.added().dense(rows, columns)
@@ -192,8 +225,11 @@ class Placed(Contribution):
     def of(self, places: Int[Tensor, " p"]) -> Contribution:
         return Direct(self.dense(1, self.terms.numel())[places])
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.dense(1, self.terms.numel()))
+
+    def measure(self, moments: SideMoments) -> None:
+        moments.add_gradient(self.dense(1, self.terms.numel()))
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         terms = wide(self.terms).flatten(1)
@@ -221,9 +257,12 @@ class Inside(Contribution):
     def examples(self) -> int:
         return self.inner.examples
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         right = self.inner.dense(self.height, math.prod(phi.shapes[name][1:]) // self.height).flatten(1)
         phi.add_rows(out, name, torch.full((len(right), 1), self.index, device=right.device), right[:, None])
+
+    def measure(self, moments: SideMoments) -> None:
+        self.inner.measure(moments.part(self.index, self.height))
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         inner = self.inner.dense(self.height, columns // self.height)
@@ -251,9 +290,12 @@ class _Transposed(Contribution):
     def examples(self) -> int:
         return self.inner.examples
 
-    def sketch(self, phi: BlockSum, name: str, out: Float[Tensor, "b d"]) -> None:
+    def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         rows, columns = phi.shapes[name]
         phi.add_gradient(out, name, self.dense(rows, columns))
+
+    def measure(self, moments: SideMoments) -> None:
+        moments.add_gradient(self.dense(moments.rows, moments.columns))
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
         return self.inner.dense(columns, rows).mT

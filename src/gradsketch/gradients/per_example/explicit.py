@@ -15,6 +15,7 @@ from gradsketch.gradients.per_example.refusals import running_alone
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.preconditioned import Preconditioned
 
 __all__ = ["accumulated", "gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
 
@@ -58,7 +59,7 @@ def gradients_by_vmap(
 
 
 def implicit_sketches(
-    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], sketch: Sketch
+    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], sketch: Sketch | Preconditioned
 ) -> Iterator[tuple[int, Float[Tensor, "1 d"]]]:
     """Yield (position, sketch): the gradient at w = 0 of w ↦ L(theta0 + Phiᵀ w), [P] eq. 5."""
     runner = _Runner(model, task)

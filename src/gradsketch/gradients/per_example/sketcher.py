@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.capture import Capture
-from gradsketch.gradients.per_example.contributions import Consumer, Contribution
+from gradsketch.gradients.per_example.contributions import ByParameter, Consumer, Contribution
 from gradsketch.gradients.per_example.differentiating import differentiating
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, TaskLike, as_task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.sketches.preconditioned import Preconditioned
 
 __all__ = ["GradientSketcher", "Method", "SketchedGradients", "sketch_gradients"]
 
@@ -59,6 +61,8 @@ class GradientSketcher:
         task: a Task, or a function (model, batch) → losses [b] in which no example depends on another.
         sketch: a BlockSum over parameters of the model, or any sketch with n = ``parameters.n``.
         parameters: the selection, or globs of names; by default the BlockSum's own.
+        precondition: factors, as ``kfac`` estimates them: the gradients are multiplied with the roots of their metric
+            first, by their own factors, so that sketches of P g come at little more than sketches of g.
         method: "outer" captures every use of a parameter in one backward pass and refuses what it cannot; "auto" (the
             default) sends such parameters, named in a warning, through "vmap" or, where that fails, "loop". Those two
             form the gradients explicitly; "implicit" differentiates w ↦ L(theta0 + Phiᵀ w) at 0.
@@ -82,16 +86,17 @@ class GradientSketcher:
         self,
         model: nn.Module,
         task: TaskLike,
-        sketch: Sketch,
+        sketch: Sketch | Preconditioned,
         *,
         parameters: Selection = None,
+        precondition: Factors | None = None,
         method: Method = "auto",
         on_non_finite: Literal["raise", "skip"] = "raise",
     ) -> None:
         self.model = bare(model)
-        self.task, self.sketch = as_task(task), sketch
+        self.task, self.sketch = as_task(task), sketch if precondition is None else precondition.before(sketch)
         self.method, self.on_non_finite = method, on_non_finite
-        self._tensors = _tensors_of(self.model, sketch, parameters)
+        self._tensors = _tensors_of(self.model, self.sketch, parameters)
         self._capture = Capture(self.model, self.task, self._tensors, method)
 
     def __call__(self, batch: Batch) -> SketchedGradients:
@@ -118,7 +123,7 @@ class GradientSketcher:
             self._capture.heed_hooks()
             rows = [s for _, s in implicit_sketches(self.model, self.task, batch, self._tensors, self.sketch)]
             return torch.cat(rows), self._capture.losses(batch).detach()
-        if isinstance(self.sketch, BlockSum):
+        if isinstance(self.sketch, ByParameter):
             return self._into(batch, _Sketches(self.sketch))
         size = self.sketch.n * 4
         step = max(1, _FORMED_BYTES // size)
@@ -170,6 +175,7 @@ def sketch_gradients(
     sketch: Sketch,
     *,
     parameters: Selection = None,
+    precondition: Factors | None = None,
     method: Method = "auto",
 ) -> Float[Tensor, "b d"]:
     """Return the sketch of every example's gradient: ``GradientSketcher`` for a single batch.
@@ -186,13 +192,14 @@ def sketch_gradients(
         InputError: see ``GradientSketcher``.
         NonFiniteError: a loss or gradient is not finite.
     """
-    return GradientSketcher(model, task, sketch, parameters=parameters, method=method)(batch).values
+    sketcher = GradientSketcher(model, task, sketch, parameters=parameters, precondition=precondition, method=method)
+    return sketcher(batch).values
 
 
 class _Sketches:
     """Adds contributions up into sketches."""
 
-    def __init__(self, phi: BlockSum) -> None:
+    def __init__(self, phi: ByParameter) -> None:
         self.phi = phi
 
     def begin(self, b: int, like: Tensor) -> None:
@@ -221,7 +228,8 @@ class _Formed:
         self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)
 
 
-def _tensors_of(model: nn.Module, sketch: Sketch, parameters: Selection) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module, sketch: Sketch | Preconditioned, parameters: Selection) -> dict[str, Tensor]:
+    sketch = sketch.sketch if isinstance(sketch, Preconditioned) else sketch
     if parameters is not None:
         tensors = dict(selected(model, parameters))
     elif isinstance(sketch, BlockSum):

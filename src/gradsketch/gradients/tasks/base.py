@@ -43,6 +43,9 @@ class Task(ABC):
         # A class that writes another loss inherits no split of the old one.
         if "losses" in vars(cls) and "token_losses" not in vars(cls):
             cls.token_losses = Task.token_losses  # type: ignore[method-assign]
+        # Nor what its labels are drawn from.
+        if "losses" in vars(cls) and "sampled" not in vars(cls):
+            cls.sampled = Task.sampled  # type: ignore[method-assign]
         # Nor the promise that padding never counts.
         if "losses" in vars(cls) and "not_padded" not in vars(cls):
             cls.not_padded = None
@@ -57,6 +60,18 @@ class Task(ABC):
         None, the default, where a loss is no sum over predicted tokens.
         """
         return None
+
+    def sampled(self, model: nn.Module, batch: Batch, draw: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with labels that the model itself says: ``draw`` takes logits [..., c] to classes [...].
+
+        Raises:
+            InputError: the task cannot, which is the default.
+        """
+        raise InputError(
+            f"labels drawn from the model for {self!r}",
+            "a task whose loss is the log-probability of labels, such as CausalLM or Classification",
+            'Type labels="empirical" to take those of the data, or write sampled(model, batch, draw) for your task',
+        )
 
     def pieces(self, example: Any) -> list[Piece] | None:
         """Return the text of each token of an example, in the order of its batch: those of ``input_ids``, then targets.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,12 @@ class CausalLM(Task):
     def token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b t"]:
         following = tokens.each_loss(*self._predictions(model, batch), self.reduction)
         return torch.cat([torch.zeros_like(following[:, :1]), following[:, :-1]], dim=1)
+
+    def sampled(self, model: nn.Module, batch: Batch, draw: Callable[[Tensor], Tensor]) -> Batch:
+        logits, following = self._predictions(model, batch)
+        drawn = draw(logits).masked_fill(following == IGNORED, IGNORED)
+        labels = torch.cat([torch.full_like(drawn[:, :1], IGNORED), drawn[:, :-1]], dim=1)
+        return {**right_padded(batch), "labels": labels}
 
     def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
         """Return logits and, at the place of each token, the label that follows it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -59,6 +59,16 @@ class Classification(Task):
         self.max_length = tokens.limit_of(processor, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        logits, labels = self._predictions(model, batch)
+        return functional.cross_entropy(logits.to(widened(logits.dtype)), labels.long(), reduction="none")
+
+    def sampled(self, model: nn.Module, batch: Batch, draw: Callable[[Tensor], Tensor]) -> Batch:
+        inputs, _ = _inputs_and_labels(batch)
+        labels = draw(self._predictions(model, batch)[0])
+        return {**inputs, "labels": labels} if isinstance(inputs, Mapping) else (inputs, labels)
+
+    def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b c"], Int[Tensor, " b"]]:
+        """Return logits and labels, once they fit each other."""
         inputs, labels = _inputs_and_labels(batch)
         if labels.is_floating_point() or labels.is_complex():
             raise InputError(
@@ -74,7 +84,7 @@ class Classification(Task):
                 "Load the model with num_labels=2 or more, or write the loss as a function (model, batch) → losses [b]",
             )
         check_ids(labels, logits.shape[-1], "label")
-        return functional.cross_entropy(logits.to(widened(logits.dtype)), labels.long(), reduction="none")
+        return logits, labels
 
     def encode(self, example: Any) -> Encoded:
         x, others, label = _parts(example)

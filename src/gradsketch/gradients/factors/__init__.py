@@ -1,0 +1,1 @@
+"""Kronecker factors of a metric on gradients, from the same captured factors as sketches."""

@@ -1,0 +1,106 @@
+"""Estimated factors of a metric: what they are, what they belong to, and the file that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsketch.durable import damaged, packed_tensors, read_bytes, unpacked_tensors, write_file
+from gradsketch.errors import InputError
+from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.sketches.preconditioned import Preconditioned
+from gradsketch.sketches.roots import Roots, digest_of, roots_of, state_of
+
+__all__ = ["Factors"]
+
+_FORMAT, _VERSION = "gradsketch-factors", 1
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """P = F^(−1/2) for a metric F on gradients, as a matrix on each side of every parameter: see ``kfac``.
+
+    ``facts`` say what decides the numbers (method, model, task, data, options); ``examples`` and ``seconds`` what the
+    estimate took.
+
+    Example:
+        >>> model = torch.nn.Linear(20, 2)
+        >>> factors = gs.kfac(model, gs.Classification(), [(torch.randn(20), i % 2) for i in range(32)])
+        >>> phi = factors.before(gs.BlockSum(gs.Parameters(model), 32))
+        >>> phi(torch.randn(5, 42)).shape
+        torch.Size([5, 32])
+    """
+
+    method: str
+    roots: Roots
+    facts: Mapping[str, Any]
+    examples: int
+    seconds: float
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every number."""
+        return digest_of(self.roots)
+
+    def before(self, sketch: Sketch | Preconditioned) -> Preconditioned:
+        """Return Phi P: the sketch of gradients that P was applied to.
+
+        Raises:
+            InputError: the sketch is no BlockSum, or is over other parameters.
+        """
+        if not isinstance(sketch, BlockSum):
+            raise InputError(
+                f"precondition={self.method!r} with {sketch!r}",
+                "a BlockSum, which takes gradients parameter by parameter",
+                "Type BlockSum(Parameters(model), d)",
+            )
+        missing = [name for name in sketch.blocks if name not in self.roots]
+        if missing:
+            raise InputError(
+                f"factors without {missing[0]!r} ({len(missing)} of {len(sketch.blocks)} parameters)",
+                "factors of all parameters that are sketched",
+                "Make both from one selection: parameters=...",
+            )
+        return Preconditioned(sketch, {name: self.roots[name] for name in sketch.blocks})
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a file, whole or not at all, with its checksum.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        write_file(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Factors:
+        """Return what ``save`` wrote.
+
+        Raises:
+            StoreError: it is damaged, or cannot be read.
+        """
+        return cls.from_bytes(read_bytes(path), path)
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of the file."""
+        head = {"format": _FORMAT, "version": _VERSION, "method": self.method, "facts": dict(self.facts)}
+        return packed_tensors(
+            {**head, "examples": self.examples, "seconds": self.seconds, "roots": state_of(self.roots)}
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str | Path) -> Factors:
+        """Return what ``to_bytes`` returned.
+
+        Raises:
+            DamageError: its checksum does not match, or it is no such file.
+        """
+        body = unpacked_tensors(data, source)
+        try:
+            if (body["format"], body["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"of format {body['format']} version {body['version']}")
+            return cls(body["method"], roots_of(body["roots"]), body["facts"], body["examples"], body["seconds"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise damaged(source, f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,272 @@
+"""K-FAC factors against formulas written out in float64, and sketches with them against gradients formed first."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from zoo import CASES
+
+import gradsketch as gs
+from gradsketch.errors import DamageError, GradsketchWarning, InputError, NonFiniteError
+from gradsketch.gradients.data import batch_slice
+from unchecked import errors_of
+
+
+def whole(root, size):
+    """A root as a matrix, whatever it is kept as."""
+    return torch.eye(size).double() * root.values if root.values.ndim < 2 else root.values
+
+
+def preconditioned(gradients, factors):
+    """P g for the gradients of one example by name, by dense products."""
+    parts = []
+    for name, gradient in gradients.items():
+        root, x = factors.roots[name], gradient.reshape(len(gradient) if gradient.ndim > 1 else 1, -1)
+        if hasattr(root, "pairs"):
+            stack = zip(x, root.pairs, strict=True)
+            x = torch.stack([product(m.view(root.height, -1), pair).flatten() for m, pair in stack])
+        else:
+            x = product(x, root)
+        parts.append(x.flatten())
+    return torch.cat(parts)
+
+
+def product(x, pair):
+    return whole(pair.rows, x.shape[0]) @ x @ whole(pair.columns, x.shape[1])
+
+
+def alone(model, task, batch, parameters):
+    """Gradients of every example by name, one at a time."""
+    for i in range(len(batch["labels"] if isinstance(batch, dict) else batch[0])):
+        loss = task.losses(model, batch_slice(batch, i, i + 1)).sum()
+        found = torch.autograd.grad(loss, [t for _, t in parameters], allow_unused=True)
+        yield {n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, parameters, strict=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_sketch_with_factors_is_that_of_preconditioned_gradients(name):
+    case, model = CASES[name], CASES[name].model()
+    labels = "sampled" if isinstance(case.task, gs.CausalLM | gs.Classification) else "empirical"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradsketchWarning)  # of parameters on the exact path, which count as well
+        factors = gs.kfac(model, case.task, case.examples, labels=labels)
+        parameters = gs.Parameters(model)
+        phi = gs.BlockSum(parameters, 100)
+        batch = case.task.collate(case.examples)
+        got = gs.sketch_gradients(model, case.task, batch, phi, precondition=factors)
+        loop = gs.sketch_gradients(model, case.task, batch, phi, precondition=factors, method="loop")
+    gradients = alone(model, case.task, batch, parameters)
+    expected = phi(torch.stack([preconditioned(g, factors) for g in gradients]))
+    scale = float(expected.norm())
+    assert float((got - expected).norm()) < 1e-12 * scale
+    assert float((loop - expected).norm()) < 1e-12 * scale
+
+
+class Tokens(nn.Module):
+    """One weight per token, and a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def token_losses(model, batch):
+    logits = model(batch["x"])
+    return (functional.cross_entropy(logits.mT, batch["y"], reduction="none") * batch["counts"]).sum(1)
+
+
+def tokens(b=6, t=3):
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.ones(b, t).double()
+    counts[:3, 1:] = 0  # padding: it has inputs, and no gradient
+    x, y = torch.randn(b, t, 5, generator=generator).double(), torch.randint(0, 4, (b, t), generator=generator)
+    return {"x": x, "y": y, "counts": counts}
+
+
+def test_the_roots_are_those_of_the_formula():
+    model, batch, damping = Tokens().double(), tokens(), 0.2
+    factors = gs.kfac(model, token_losses, batch, labels="empirical", damping=damping)
+    errors, inputs, squares = torch.zeros(4, 4).double(), torch.zeros(5, 5).double(), torch.zeros(4).double()
+    for x, y, counts in zip(*batch.values(), strict=True):
+        bias = torch.zeros(4).double()
+        for token in counts.nonzero()[:, 0]:
+            error = model(x[token]).softmax(0) - functional.one_hot(y[token], 4)
+            errors += torch.outer(error, error) / 6
+            inputs += torch.outer(x[token], x[token]) / 6
+            bias += error
+        squares += bias**2 / 6
+    mean_tokens = float(batch["counts"].sum()) / 6
+
+    def damped(m):
+        return m + damping**0.5 * m.trace() / len(m) * torch.eye(len(m)).double()
+
+    expected = torch.linalg.inv(torch.kron(damped(errors), damped(inputs)) / mean_tokens)
+    pair = factors.roots["linear.weight"]
+    found = torch.kron(whole(pair.rows, 4) @ whole(pair.rows, 4), whole(pair.columns, 5) @ whole(pair.columns, 5))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    bias = factors.roots["linear.bias"]
+    found = (whole(bias.rows, 1) * whole(bias.columns, 4)).diagonal() ** -2
+    torch.testing.assert_close(found, squares + damping * squares.mean(), rtol=1e-9, atol=0)
+    assert factors.examples == 6
+
+
+def test_it_is_the_fisher_matrix_where_inputs_and_errors_are_independent():
+    """Every input with every label, and the same probabilities everywhere."""
+    model = nn.Linear(3, 4, bias=False).double()
+    nn.init.zeros_(model.weight)
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double()
+    batch = x.repeat_interleave(4, 0), torch.arange(4).repeat(7)
+    damping = 1e-10
+    pair = gs.kfac(model, gs.Classification(), batch, labels="empirical", damping=damping).roots["weight"]
+    left, right = (torch.linalg.inv(whole(root, n)) for root, n in ((pair.rows, 4), (pair.columns, 3)))
+    gradients = torch.stack(
+        [g["weight"].flatten() for g in alone(model, gs.Classification(), batch, [*gs.Parameters(model)])]
+    )
+    exact = gradients.T @ gradients / len(gradients)
+    torch.testing.assert_close(torch.kron(left @ left, right @ right), exact, rtol=0, atol=1e-4 * float(exact.max()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "vit"])
+def test_factors_do_not_depend_on_the_batches(name):
+    case = CASES[name]
+    one, other = (gs.kfac(case.model(), case.task, case.examples, batch_tokens=tokens) for tokens in (1, 1000))
+    phi = gs.BlockSum(gs.Parameters(case.model()), 100)
+    x = torch.randn(3, phi.n).double()
+    torch.testing.assert_close(one.before(phi)(x), other.before(phi)(x), rtol=1e-6, atol=1e-8)
+    third = gs.kfac(case.model(), case.task, case.examples, seed=1)
+    assert not torch.allclose(third.before(phi)(x), other.before(phi)(x), rtol=1e-2)
+
+
+def test_sampled_labels_are_the_models_own():
+    """The gradient of a bias is p − e_y, whose squares have the mean p (1 − p)."""
+    model = nn.Linear(1, 3).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 1.0, 2.5]))
+    p = model.bias.softmax(0).detach()
+    batch = torch.ones(2000, 1).double(), torch.zeros(2000, dtype=torch.long)
+    root = gs.kfac(model, gs.Classification(), batch, parameters="bias", damping=1e-9).roots["bias"]
+    found = (whole(root.rows, 1) * whole(root.columns, 3)).diagonal() ** -2
+    torch.testing.assert_close(found, p * (1 - p), rtol=0, atol=0.02)  # four standard errors
+
+
+def test_what_cannot_draw_labels_says_so():
+    with pytest.raises(InputError, match="empirical"):
+        gs.kfac(Tokens().double(), token_losses, tokens())
+    masked = CASES["bert"]
+    with pytest.raises(InputError, match="MaskedLM"):
+        gs.kfac(masked.model(), masked.task, masked.examples)
+
+    class Weighted(gs.Classification):
+        def losses(self, model, batch):
+            return 2 * super().losses(model, batch)
+
+    with pytest.raises(InputError, match="Weighted"):  # twice a loss is no log-probability
+        gs.kfac(nn.Linear(2, 2), Weighted(), [(torch.ones(2), 0)])
+
+
+def test_options_are_checked():
+    call = "gs.kfac(torch.nn.Linear(2, 2), gs.Classification(), [(torch.ones(2), 0)], {})"
+    options = ["damping=0.0", "damping=float('nan')", "damping='auto'", "labels='drawn'"]
+    for option, error in zip(options, errors_of([call.format(option) for option in options]), strict=True):
+        assert error.startswith(f"InputError: {option.partition('=')[0]}"), error
+
+
+class Keys(nn.Module):
+    """Attention, whose keys' bias has no gradient but rounding, and a table of which some rows are never used."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(30, 8)
+        self.query, self.key, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 30)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        weights = (self.query(x) @ self.key(x).mT).softmax(-1)
+        return self.head(weights @ x) + 0 * self.unused(x[..., :3]).sum()
+
+
+def test_rounding_is_not_taken_for_a_gradient():
+    model, rows = Keys(), [{"input_ids": [i, 1 + i % 3, 2, 3]} for i in range(12)]
+    factors = gs.kfac(model, gs.CausalLM(), rows)
+    batch = gs.CausalLM().collate(rows)
+    for name, most in (("key.bias", 1e-4), ("unused.weight", 1e-4), ("query.weight", 1e3)):
+        own = gs.BlockSum(gs.Parameters(model, name), 8)
+        norms = gs.sketch_gradients(model, gs.CausalLM(), batch, own, precondition=only(factors, name)).norm(dim=1)
+        assert float(norms.max()) < most, name
+    table = factors.roots["embedding.weight"].rows.values
+    # A row that the sample did not use gets more weight than any other, and not without bound.
+    assert 1 < float(table[25] / table[2]) < (1 + 4 / 12 * 30 / 0.1**0.5) ** 0.5 * 2
+
+
+def only(factors, name):
+    return gs.Factors(factors.method, {name: factors.roots[name]}, factors.facts, factors.examples, factors.seconds)
+
+
+def test_what_is_saved_is_what_comes_back(tmp_path):
+    case = CASES["mixtral"]
+    factors = gs.kfac(case.model(), case.task, case.examples)
+    factors.save(tmp_path / "factors.pt")
+    again = gs.Factors.load(tmp_path / "factors.pt")
+    assert again.fingerprint == factors.fingerprint
+    assert (again.method, again.facts, again.examples) == ("kfac", factors.facts, 5)
+    phi = gs.BlockSum(gs.Parameters(case.model()), 100)
+    x = torch.randn(2, phi.n).double()
+    torch.testing.assert_close(again.before(phi)(x), factors.before(phi)(x), rtol=0, atol=0)
+    data = bytearray((tmp_path / "factors.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "factors.pt").write_bytes(data)
+    with pytest.raises(DamageError, match=r"factors\.pt"):
+        gs.Factors.load(tmp_path / "factors.pt")
+
+
+def test_facts_name_what_decides_the_numbers():
+    case = CASES["mlp"]
+    facts = gs.kfac(case.model(), case.task, case.examples).facts
+    for other in (
+        gs.kfac(case.model(1), case.task, case.examples),
+        gs.kfac(case.model(), case.task, case.examples[:3]),
+        gs.kfac(case.model(), case.task, case.examples, labels="empirical"),
+        gs.kfac(case.model(), case.task, case.examples, seed=4),
+        gs.kfac(case.model(), case.task, case.examples, damping=0.3),
+        gs.kfac(case.model(), case.task, case.examples, parameters="0.*"),
+    ):
+        assert sum(facts[name] != other.facts[name] for name in facts) == 1
+
+
+def test_factors_and_sketches_must_fit():
+    model, other = nn.Linear(4, 3), nn.Linear(4, 5)
+    rows = [(torch.randn(4), i % 3) for i in range(6)]
+    factors = gs.kfac(model, gs.Classification(), rows)
+    with pytest.raises(InputError, match="sides"):
+        factors.before(gs.BlockSum(gs.Parameters(other), 8))
+    with pytest.raises(InputError, match="without"):
+        only(factors, "bias").before(gs.BlockSum(gs.Parameters(model), 8))
+    with pytest.raises(InputError, match="BlockSum"):
+        gs.GradientSketcher(
+            model, gs.Classification(), gs.AFFD(15, 8), parameters=gs.Parameters(model), precondition=factors
+        )
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+    model = nn.Linear(4, 3)
+    with pytest.raises(NonFiniteError, match="weight"):
+        gs.kfac(model, gs.Classification(), [(torch.full((4,), torch.inf), 0)], labels="empirical")
+
+
+def test_the_model_is_left_as_it_was():
+    model = CASES["gpt2"].model().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    gs.kfac(model, CASES["gpt2"].task, CASES["gpt2"].examples)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert bool((model.lm_head.weight.grad == 1).all())
