@@ -24,11 +24,13 @@ from gradsketch.attribution.description import Description, StoredCheckpoint, co
 from gradsketch.attribution.examples import as_examples, where
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
+from gradsketch.attribution.metric import checked_metric, made_factors, timed_like
 from gradsketch.attribution.parts import Part, Sample, digest_of, ends_of, read_part, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.durable import record_text
 from gradsketch.errors import DamageError, FingerprintError, GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.data import is_out_of_memory
+from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
@@ -44,6 +46,8 @@ Arguments = ParamSpec("Arguments")
 
 # Encoded rows that are kept where there are several checkpoints, so that they are not tokenised again for each.
 _KEPT_BYTES = 1 << 30
+# A metric is estimated from so many stretches of 32 rows, spread over the data.
+_FACTOR_STRETCHES = 32
 # The estimate of a run's time comes from so many rows, or from fewer that take so long.
 _TIMED_ROWS, _TIMED_SECONDS = 32, 0.5
 _BYTES_BESIDE_SKETCH = 64  # id, scale, norm, loss and Arrow's bookkeeping
@@ -69,6 +73,7 @@ class Build:
         dtype: str = "float16",
         checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
         weights: Sequence[float] | None = None,
+        precondition: str | None = None,
         shard_rows: int | None = None,
         batch_tokens: int = 4096,
         skip_bad: bool = False,
@@ -95,14 +100,15 @@ class Build:
         )
         source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
-        self.description = Description(d, seed, self.sketch.names, stored, source)
+        self.description = Description(d, seed, self.sketch.names, stored, source, checked_metric(precondition))
 
     def plan(self, *, timed: bool = True) -> Plan:
         """Return what the run will do, estimated from rows spread over the data; ``timed`` says how long, too."""
         missing = self._rows_missing()
         found = sample(self.examples, self.task, self.model)
         timed = timed and missing > 0 and bool(found.encoded)
-        source = GradientSource(self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=True)
+        sketch = self.sketch if self.description.precondition is None else timed_like(self.sketch)
+        source = GradientSource(self.model, self.task, sketch, batch_tokens=self.batch_tokens, skip_bad=True)
         row_bytes = self._row_bytes() + _TEXT_BYTES_A_TOKEN * found.tokens_a_row
         return Plan(
             path=self.folder.uri,
@@ -177,11 +183,13 @@ class Build:
     def _index(self, checkpoint: Checkpoint, number: int, accepted: Callable[[], Any], bar: Any) -> None:
         folder = self.description.checkpoints[number].folder
         with weights_of(self.model, checkpoint):
-            store = Store.create(self.folder.child(folder), self._manifest(checkpoint))
+            factors = self._factors(folder)
+            sketch = self.sketch if factors is None else factors.before(self.sketch)
+            store = Store.create(self.folder.child(folder), self._manifest(checkpoint, factors))
             if number == 0:
                 accepted()
             source = GradientSource(
-                self.model, self.task, self.sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
+                self.model, self.task, sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
             )
             unfinished = set(store.unfinished())
             for start, count in self._own(store.manifest.shard_ranges()):
@@ -192,6 +200,31 @@ class Build:
                 else:
                     self._write(store, source, start, count, number == 0, bar)
                     self._note(source.sketcher.audits, folder)
+
+    def _factors(self, folder: str) -> Factors | None:
+        """Return the factors of the checkpoint whose weights the model has now, estimated where there are none yet."""
+        metric = self.description.precondition
+        if metric is None:
+            return None
+
+        def rows() -> list[Any]:
+            found = sample(self.examples, self.task, self.model, stretches=_FACTOR_STRETCHES)
+            if not self.skip_bad:
+                refuse_bad_rows(found.bad, found.read)
+            return list(found.encoded)
+
+        with tqdm(unit="ex", disable=not self.progress, desc=metric) as bar:
+            return made_factors(
+                self.folder,
+                folder,
+                metric,
+                self.model,
+                self.task,
+                self.sketch,
+                rows,
+                batch_tokens=self.batch_tokens,
+                advance=bar.update,
+            )
 
     def _require_same_data(self, store: Store, start: int, count: int) -> None:
         """Compare a finished shard with the data as it is now.
@@ -228,8 +261,8 @@ class Build:
         name = f"{AUDITS}{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
         self.folder.write(name, record_text(asdict(audits)).encode())
 
-    def _manifest(self, checkpoint: Checkpoint) -> Manifest:
-        facts = comparable_facts(self.model, self.task, self.sketch)
+    def _manifest(self, checkpoint: Checkpoint, factors: Factors | None) -> Manifest:
+        facts = comparable_facts(self.model, self.task, self.sketch, self.description, factors)
         self._compare(checkpoint.name, facts["model"]["weights"])
         return replace(self.shape, facts={**facts, "data": {"rows": self.shape.rows, "ends": ends_of(self.examples)}})
 
@@ -334,6 +367,10 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         dtype: of stored numbers: float16, bfloat16, float32, int8, int4 or sign.
         checkpoints: state dicts, or paths of them, whose scores are added up (TracIn); by default the model as it is.
         weights: one a checkpoint, such as its learning rate; by default equal, adding up to one.
+        precondition: None (default), or the metric in which gradients are sketched: "kfac" (see :func:`kfac`), with
+            factors estimated first from 1,024 rows spread over the data, at each checkpoint, with labels drawn from the
+            model; "empirical-kfac" takes the labels of the data, for losses that are no log-probability. Questions are
+            sketched in the same metric.
         shard_rows: rows a shard; by default 16 MB, or a twentieth of the run.
         batch_tokens: tokens a batch, padding included; halved where memory runs out.
         skip_bad: leave out rows that cannot be used, instead of stopping.

@@ -18,12 +18,16 @@ from typing import Any
 from torch import nn
 
 from gradsketch.attribution.checkpoints import Checkpoint
+from gradsketch.attribution.metric import checked_metric, metric_facts
 from gradsketch.durable import damaged, record_of, record_text, require_same
 from gradsketch.errors import DamageError, FingerprintError, StoreError
+from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.fingerprints import model_facts, task_facts
 from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.per_example.contributions import ByParameter
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.sketches.preconditioned import Preconditioned
 from gradsketch.store.folder import Folder
 from gradsketch.store.manifest import MANIFEST_NAME
 
@@ -50,13 +54,14 @@ class StoredCheckpoint:
 
 @dataclass(frozen=True)
 class Description:
-    """Sketch size and seed, the parameters' names, the checkpoints, and where the data came from."""
+    """Sketch size and seed, the parameters' names, the checkpoints, where the data came from, and the metric's name."""
 
     d: int
     seed: int
     parameters: tuple[str, ...]
     checkpoints: tuple[StoredCheckpoint, ...]
     source: str
+    precondition: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the index's ``index.json``."""
@@ -86,7 +91,8 @@ class Description:
     def _checked(cls, body: Mapping[str, Any]) -> Description:
         """Return the description, every value of which is of its kind, and whose folders lie in the index."""
         checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
-        found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"])
+        metric = checked_metric(body.get("precondition"))
+        found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"], metric)
         sound = all(isinstance(value, int) for value in (found.d, found.seed)) and found.d > 0
         sound = sound and bool(checkpoints) and all(isinstance(name, str) for name in found.parameters)
         for number, checkpoint in enumerate(checkpoints):
@@ -143,8 +149,8 @@ def _without_checksum(data: bytes) -> dict[str, Any] | None:
     return body if sound and (body["format"], body["version"]) != (_FORMAT, _VERSION) else None
 
 
-def sketch_for(model: nn.Module, description: Description) -> BlockSum:
-    """Return the sketch with which an index was made, over this model's parameters.
+def sketch_for(model: nn.Module, description: Description, factors: Factors | None) -> ByParameter:
+    """Return the sketch with which an index was made, over this model's parameters and in its metric.
 
     Raises:
         FingerprintError: the model lacks some of them.
@@ -158,12 +164,18 @@ def sketch_for(model: nn.Module, description: Description) -> BlockSum:
             "Load that model, or build an index for this one",
         )
     parameters = Parameters(model, include=description.parameters, frozen=True)
-    return BlockSum(parameters, description.d, seed=description.seed)
+    sketch = BlockSum(parameters, description.d, seed=description.seed)
+    return sketch if factors is None else factors.before(sketch)
 
 
-def comparable_facts(model: nn.Module, task: Task, sketch: BlockSum) -> dict[str, Any]:
-    """Return what must agree between an index and a query: model, task, sketch and its parameters."""
+def comparable_facts(
+    model: nn.Module, task: Task, sketch: ByParameter, description: Description, factors: Factors | None
+) -> dict[str, Any]:
+    """Return what must agree between an index and a query: model, task, sketch with its parameters, and the metric."""
+    metric = {} if factors is None else {"metric": metric_facts(description.precondition, factors)}
+    sketch = sketch.sketch if isinstance(sketch, Preconditioned) else sketch
     return {
+        **metric,
         "model": model_facts(model),
         "task": task_facts(task),
         "sketch": {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "hash": sketch.fingerprint},

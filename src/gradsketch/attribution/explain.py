@@ -7,7 +7,7 @@ gradient that flows through the token's place in the layers (:mod:`gradsketch.at
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -26,9 +26,10 @@ from gradsketch.attribution.results import Hit, Hits, QueryHits, TokenContributi
 from gradsketch.attribution.scan import Probe
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import to_device
+from gradsketch.gradients.factors.factors import Factors
+from gradsketch.gradients.per_example.contributions import ByParameter
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.gradients.tasks.pieces import Piece, decoded
-from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
 __all__ = ["asked_again", "explain_hits", "training_examples"]
@@ -70,6 +71,7 @@ def explain_hits(
     *,
     description: Description,
     checkpoints: Sequence[Checkpoint],
+    factors: Callable[[int], Factors | None],
     top: int,
 ) -> Hits:
     """Return the hits with the contributions of their tokens, for the first ``top`` of each list."""
@@ -78,9 +80,9 @@ def explain_hits(
     ]
     device = next(model.parameters()).device
     batches = {row: to_device(task.collate([example]), device) for row, example in examples.items()}
-    for probe, checkpoint in zip(probes, checkpoints, strict=True):
+    for number, (probe, checkpoint) in enumerate(zip(probes, checkpoints, strict=True)):
         with weights_of(model, checkpoint), evaluating(model):
-            sketch = sketch_for(model, description)
+            sketch = sketch_for(model, description, factors(number))
             for part, q in zip(explained, probe.directions, strict=True):
                 direction = _lifted(sketch, q)
                 for i, hit in enumerate(part):
@@ -104,8 +106,8 @@ def _factor(probe: Probe, row: int) -> float:
     return probe.weight / norm if norm > 0 else 0.0
 
 
-def _lifted(sketch: BlockSum, direction: Float[Tensor, " d"]) -> dict[str, Tensor]:
-    """Return Phiᵀ q as tensors by parameter name."""
+def _lifted(sketch: ByParameter, direction: Float[Tensor, " d"]) -> dict[str, Tensor]:
+    """Return Phiᵀ q, or P Phiᵀ q in a metric, as tensors by parameter name."""
     vector = sketch.lift(direction)
     sizes = [torch.Size(shape).numel() for shape in sketch.shapes.values()]
     parts = vector.split(sizes)

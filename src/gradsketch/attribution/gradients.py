@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gradsketch.as_found import evaluating
 from gradsketch.errors import NonFiniteError
 from gradsketch.gradients.data import Batcher
+from gradsketch.gradients.per_example.contributions import ByParameter
 from gradsketch.gradients.per_example.sketcher import GradientSketcher
 from gradsketch.gradients.tasks import Task
-from gradsketch.sketches.block_sum import BlockSum
 
 __all__ = ["GradientSource", "Sketched"]
 
@@ -33,7 +33,7 @@ class GradientSource:
     """Sketches examples for one model and sketch; the batch size that memory allows is found once and kept."""
 
     def __init__(
-        self, model: nn.Module, task: Task, sketch: BlockSum, *, batch_tokens: int = 4096, skip_bad: bool = False
+        self, model: nn.Module, task: Task, sketch: ByParameter, *, batch_tokens: int = 4096, skip_bad: bool = False
     ) -> None:
         device = next(model.parameters()).device
         self.model, self.d = model, sketch.d

@@ -15,12 +15,14 @@ from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints
 from gradsketch.attribution.description import Description
 from gradsketch.attribution.explain import asked_again, explain_hits, training_examples
 from gradsketch.attribution.filters import Where, row_filter
+from gradsketch.attribution.metric import read_factors
 from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
+from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.store import Store
@@ -55,6 +57,7 @@ class Index:
         self.stores = tuple(Store.open(folder.child(c.folder)) for c in description.checkpoints)
         _require_alike(self.stores, description)
         self._checkpoints = checkpoints or _stored_checkpoints(description)
+        self._factors: dict[int, Factors] = {}
         self._scorer = Scorer(self.stores, [c.weight for c in description.checkpoints])
 
     @classmethod
@@ -194,6 +197,7 @@ class Index:
             examples,
             description=self.description,
             checkpoints=self._checkpoints,
+            factors=self._factors_of,
             top=top,
         )
 
@@ -217,8 +221,17 @@ class Index:
             description=self.description,
             stores=self.stores,
             checkpoints=self._checkpoints,
+            factors=self._factors_of,
             batch_tokens=batch_tokens,
         )
+
+    def _factors_of(self, number: int) -> Factors | None:
+        """Return the factors of a checkpoint, read once; None where rows were sketched as they are."""
+        if self.description.precondition is None:
+            return None
+        if number not in self._factors:
+            self._factors[number] = read_factors(self.folder, self.description.checkpoints[number].folder)
+        return self._factors[number]
 
     def _scorer_of_now(self) -> Scorer:
         """Return scores of the rows that are there now at every checkpoint, whatever a builder writes meanwhile."""

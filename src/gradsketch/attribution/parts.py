@@ -115,10 +115,10 @@ def digest_of(examples: Any, start: int, count: int) -> str:
     return hashed.hexdigest()[:16]
 
 
-def sample(examples: Any, task: Task, model: nn.Module) -> Sample:
-    """Read a few rows spread over the data."""
+def sample(examples: Any, task: Task, model: nn.Module, *, stretches: int = _STRETCHES) -> Sample:
+    """Read rows spread over the data: so many stretches of 32, or all of it where it has fewer."""
     total = len(examples)
-    step = max(_STRETCH_ROWS, -(-total // _STRETCHES))
+    step = max(_STRETCH_ROWS, -(-total // stretches))
     parts = [
         read_part(examples, start, min(_STRETCH_ROWS, total - start), task, model) for start in range(0, total, step)
     ]

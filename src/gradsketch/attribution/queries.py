@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from gradsketch.attribution.gradients import GradientSource, Sketched
 from gradsketch.durable import require_same
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import read_all
+from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.tasks import Task
 from gradsketch.store import Store
 
@@ -103,9 +104,12 @@ def sketch_queries(
     description: Description,
     stores: Sequence[Store],
     checkpoints: Sequence[Checkpoint],
+    factors: Callable[[int], Factors | None],
     batch_tokens: int,
 ) -> Queries:
     """Sketch the gradients of questions at every checkpoint; each is read and tokenised once.
+
+    ``factors`` returns those of the checkpoint with this number, where the index has a metric.
 
     Raises:
         FingerprintError: model, task or parameters are not those the index was made with.
@@ -114,12 +118,13 @@ def sketch_queries(
     """
     began, sketched = time.perf_counter(), []
     rows, lengths = read_all(task, examples, _name)
-    for store, checkpoint in zip(stores, checkpoints, strict=True):
+    for number, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
         with weights_of(model, checkpoint):
-            sketch = sketch_for(model, description)
+            metric = factors(number)
+            sketch = sketch_for(model, description, metric)
             facts = {name: value for name, value in store.manifest.facts.items() if name != "data"}
             fix = "Query with the model, task and parameters of the index, or build an index for these"
-            require_same(comparable_facts(model, task, sketch), facts, index, fix=fix)
+            require_same(comparable_facts(model, task, sketch, description, metric), facts, index, fix=fix)
             source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
             sketched.append(source(rows, lengths, name=_name))
     return Queries(examples, groups, sketched, time.perf_counter() - began)

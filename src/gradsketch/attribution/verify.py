@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from gradsketch.attribution.description import Description
 from gradsketch.attribution.index import AUDITS
+from gradsketch.attribution.metric import read_factors
 from gradsketch.attribution.moments import damaged_moments
 from gradsketch.durable import record_of
-from gradsketch.errors import DamageError
+from gradsketch.errors import DamageError, StoreError
 from gradsketch.store import Store, Verification, verify
 from gradsketch.store.folder import Folder
 from gradsketch.table import printable
@@ -21,7 +22,7 @@ __all__ = ["IndexVerification", "verify_index"]
 class IndexVerification:
     """What verifying an index found: in the store of each checkpoint, and the damaged files beside them, with reasons.
 
-    The files beside are derived or for information only: no score depends on them.
+    Of the files beside, scores depend on the factors of a metric only; the others are derived, or for information.
     """
 
     stores: tuple[Verification, ...]
@@ -42,9 +43,20 @@ def verify_index(folder: Folder, *beside: str) -> IndexVerification:
     Raises:
         StoreError: an ``index.json`` is missing or damaged, so that nothing can be said of the rest.
     """
-    stores = [Store.open(folder.child(checkpoint.folder)) for checkpoint in Description.read(folder).checkpoints]
+    description = Description.read(folder)
+    stores = [Store.open(folder.child(checkpoint.folder)) for checkpoint in description.checkpoints]
     moments = [f"{file} is damaged: delete it" for store in stores for file in damaged_moments(store)]
-    return IndexVerification(tuple(map(verify, stores)), (*_damaged_records(folder, beside), *moments))
+    return IndexVerification(
+        tuple(map(verify, stores)), (*_damaged_records(folder, beside), *_lost_factors(folder, description), *moments)
+    )
+
+
+def _lost_factors(folder: Folder, description: Description) -> Iterator[str]:
+    for checkpoint in description.checkpoints if description.precondition is not None else ():
+        try:
+            read_factors(folder, checkpoint.folder)
+        except StoreError as error:
+            yield str(error)
 
 
 def _damaged_records(folder: Folder, beside: Collection[str]) -> Iterator[str]:

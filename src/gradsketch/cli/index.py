@@ -55,6 +55,8 @@ class IndexOptions:
     """Files or folders of weights whose scores are added up (TracIn); by default the model's own."""
     weights: tuple[float, ...] = ()
     """One a checkpoint, such as its learning rate; by default equal."""
+    precondition: Literal["none", "kfac", "empirical-kfac"] = "none"
+    """Metric in which gradients are sketched, with labels drawn from the model, or with those of the data."""
     shard_rows: int | None = None
     """Rows a file; by default 16 MB, or a twentieth of the run."""
     batch_tokens: int = 4096
@@ -97,6 +99,7 @@ def _run(options: IndexOptions) -> int:
         dtype=options.store,
         checkpoints=options.checkpoints or None,
         weights=options.weights or None,
+        precondition=None if options.precondition == "none" else options.precondition,
         shard_rows=options.shard_rows,
         batch_tokens=options.batch_tokens,
         skip_bad=options.skip_bad,

@@ -18,14 +18,14 @@ from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.labels import Draws
 from gradsketch.gradients.factors.moments import SideMoments
 from gradsketch.gradients.fingerprints import data_facts, model_facts, task_facts
-from gradsketch.gradients.parameters import Selection, bare, selected
+from gradsketch.gradients.parameters import Parameters, Selection, bare, selected
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution
 from gradsketch.gradients.per_example.differentiating import differentiating
-from gradsketch.gradients.tasks import Batch, TaskLike, as_task
+from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
 from gradsketch.sketches.block_sum import as_matrix
 
-__all__ = ["DAMPING", "Labels", "kfac"]
+__all__ = ["DAMPING", "Labels", "kfac", "kfac_facts"]
 
 Labels = Literal["sampled", "empirical"]
 # Of the mean eigenvalue. Before a sketch .01 to .1 scored best by retraining, and .001 worse than either: the more
@@ -93,19 +93,32 @@ def kfac(
     with evaluating(model), differentiating(bare(model), tensors):
         for count in _mapped(work, batches, batch_tokens):
             advance(count)
-    facts = {
-        "method": "kfac",
-        "model": model_facts(bare(model)),
-        "task": task_facts(task),
-        "data": data_facts(batches),
-        "parameters": list(tensors),
-        "damping": float(damping),
-        "labels": labels if labels == "empirical" else f"sampled with seed {seed}",
-    }
+    facts = kfac_facts(model, task, selected(model, parameters), damping=damping, labels=labels, seed=seed)
+    facts["data"] = data_facts(batches)
     _check_finite(work.moments)
     with torch.no_grad():
         roots = damped_roots(work.moments, work.examples, damping, next(iter(tensors.values())).dtype)
     return Factors("kfac", roots, facts, work.examples, time.perf_counter() - began)
+
+
+def kfac_facts(
+    model: nn.Module,
+    task: Task,
+    parameters: Parameters,
+    *,
+    damping: float = DAMPING,
+    labels: Labels = "sampled",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return what decides the numbers of ``kfac`` besides the data."""
+    return {
+        "method": "kfac",
+        "model": model_facts(bare(model)),
+        "task": task_facts(task),
+        "parameters": list(parameters.names),
+        "damping": float(damping),
+        "labels": labels if labels == "empirical" else f"sampled with seed {seed}",
+    }
 
 
 class _Pass:

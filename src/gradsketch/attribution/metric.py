@@ -1,0 +1,122 @@
+"""The metric of an index: factors that are estimated before the first row is sketched, a file for each checkpoint.
+
+Rows and questions are sketched in the same metric, or their products mean nothing. So the hash of the factors stands
+in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, even the
+process that made it, so that all workers at one index have the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradsketch.durable import require_same
+from gradsketch.errors import DamageError, InputError, StoreError
+from gradsketch.gradients.factors.factors import Factors
+from gradsketch.gradients.factors.kfac import kfac, kfac_facts
+from gradsketch.gradients.factors.moments import WHOLE
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.tasks import Task
+from gradsketch.sketches.block_sum import BlockSum, as_matrix
+from gradsketch.sketches.preconditioned import Preconditioned
+from gradsketch.sketches.roots import Pair, Root
+from gradsketch.store.folder import Folder
+
+__all__ = [
+    "FACTORS",
+    "METRICS",
+    "checked_metric",
+    "factors_name",
+    "made_factors",
+    "metric_facts",
+    "read_factors",
+    "timed_like",
+]
+
+FACTORS = "factors-"  # the beginning of the files' names
+# How each is estimated.
+METRICS: dict[str, dict[str, Any]] = {"kfac": {"labels": "sampled"}, "empirical-kfac": {"labels": "empirical"}}
+
+
+def checked_metric(name: str | None) -> str | None:
+    """Return the name of a metric, or None for none.
+
+    Raises:
+        InputError: there is no such metric.
+    """
+    if name is not None and name not in METRICS:
+        raise InputError(f"precondition={name!r}", f"None, {', '.join(METRICS)}", "Type precondition='kfac'")
+    return name
+
+
+def factors_name(checkpoint: str) -> str:
+    """Return the name of the file with the factors of a checkpoint's folder."""
+    return f"{FACTORS}{checkpoint}.pt"
+
+
+def metric_facts(name: str | None, factors: Factors) -> dict[str, Any]:
+    """Return what an index says of the metric that its rows were sketched in."""
+    options = {key: factors.facts[key] for key in ("labels", "damping")}
+    return {"name": name, **options, "examples": factors.examples, "hash": factors.fingerprint}
+
+
+def read_factors(folder: Folder, checkpoint: str) -> Factors:
+    """Return the factors of an index's checkpoint.
+
+    Raises:
+        StoreError: there are none, or they are damaged.
+    """
+    name = factors_name(checkpoint)
+    if name not in folder.names():
+        raise StoreError(
+            f"{folder.uri} without {name}",
+            "the factors that its rows were sketched with",
+            "Run the command that built the index again, on the same machine",
+        )
+    return Factors.from_bytes(folder.read(name).to_pybytes(), f"{folder.uri}/{name}")
+
+
+def made_factors(
+    folder: Folder,
+    checkpoint: str,
+    metric: str,
+    model: nn.Module,
+    task: Task,
+    sketch: BlockSum,
+    rows: Callable[[], list[Any]],
+    *,
+    batch_tokens: int,
+    advance: Callable[[int], Any],
+) -> Factors:
+    """Return the factors in an index's folder, once they are there: estimated from ``rows`` where they are not.
+
+    Raises:
+        FingerprintError: those that are there were made of something else.
+        InputError, NonFiniteError: see ``kfac``.
+    """
+    name, parameters = factors_name(checkpoint), Parameters(model, include=sketch.names, frozen=True)
+    options, damaged = METRICS[metric], False
+    try:
+        found = read_factors(folder, checkpoint) if name in folder.names() else None
+    except DamageError:
+        found, damaged = None, True
+    if found is None:
+        made = kfac(model, task, rows(), parameters=parameters, batch_tokens=batch_tokens, advance=advance, **options)
+        folder.write(name, made.to_bytes(), replace=damaged)
+        found = read_factors(folder, checkpoint)
+    stored = {key: value for key, value in found.facts.items() if key != "data"}
+    require_same(kfac_facts(model, task, parameters, **options), stored, f"{folder.uri}/{name}")
+    return found
+
+
+def timed_like(sketch: BlockSum) -> Preconditioned:
+    """Return a sketch that takes as long as one with factors, for estimates of time."""
+
+    def root(size: int) -> Root:
+        return Root(torch.eye(size) if size <= WHOLE else torch.ones(size))
+
+    sides = {name: as_matrix(shape) for name, shape in sketch.shapes.items() if name in sketch.blocks}
+    return Preconditioned(sketch, {n: Pair(*map(root, s)) for n, s in sides.items() if min(s) > 1})
