@@ -50,6 +50,7 @@ _HOME = {
     "Result": "gradsketch.results",
     "Retrainings": "gradsketch.evaluation.retraining",
     "Rouge": "gradsketch.dimension.metrics",
+    "Ray": "gradsketch.attribution.engine",
     "SJLT": "gradsketch.sketches.sjlt",
     "SelfInfluence": "gradsketch.attribution.results",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
@@ -93,6 +94,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from gradsketch.attribution.build import build_index
+    from gradsketch.attribution.engine import Ray
     from gradsketch.attribution.index import Index
     from gradsketch.attribution.results import Hits, SelfInfluence
     from gradsketch.dimension.curve import dimension_curve, fine_tune

@@ -5,7 +5,7 @@ import torch
 import toys
 
 import gradsketch as gs
-from gradsketch.attribution import build as build_module
+from gradsketch.attribution import parts as parts_module
 from gradsketch.attribution.build import Build, build_index
 from gradsketch.attribution.index import Index
 
@@ -71,7 +71,7 @@ def test_once_a_query(tmp_path, counting):
 def test_rows_beyond_the_memory_kept_for_them_are_read_again(tmp_path, counting, monkeypatch):
     """For every further checkpoint."""
     whole = build(tmp_path / "a", toys.language_task(), checkpoints=two_states())
-    monkeypatch.setattr(build_module, "_KEPT_BYTES", 4000)
+    monkeypatch.setattr(parts_module, "_KEPT_BYTES", 4000)
     index = build(tmp_path / "b", counting, checkpoints=two_states())
     assert torch.equal(sketches(index), sketches(whole))
     assert counting.tokenizer.seen[:20] == TEXTS

@@ -11,31 +11,32 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, weights_of
 from gradsketch.attribution.description import Description, StoredCheckpoint, comparable_facts
-from gradsketch.attribution.examples import as_examples, where
+from gradsketch.attribution.engine import Engine, Local
+from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
 from gradsketch.attribution.metric import checked_metric, made_factors, timed_like
-from gradsketch.attribution.parts import Part, Sample, digest_of, ends_of, read_part, refuse_bad_rows, sample
+from gradsketch.attribution.parts import PartReader, Sample, ends_of, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
+from gradsketch.attribution.writer import ShardWriter
 from gradsketch.durable import record_text
-from gradsketch.errors import DamageError, FingerprintError, GradsketchWarning, InputError, StoreError
-from gradsketch.gradients.data import is_out_of_memory
+from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
-from gradsketch.store import Manifest, Rows, Store, default_shard_rows
+from gradsketch.store import Manifest, Store, default_shard_rows
 from gradsketch.store.encoding import row_bytes
 from gradsketch.store.folder import Folder, LocalFolder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME
@@ -44,8 +45,6 @@ __all__ = ["Build", "build_index"]
 
 Arguments = ParamSpec("Arguments")
 
-# Encoded rows that are kept where there are several checkpoints, so that they are not tokenised again for each.
-_KEPT_BYTES = 1 << 30
 # A metric is estimated from so many stretches of 32 rows, spread over the data.
 _FACTOR_STRETCHES = 32
 # The estimate of a run's time comes from so many rows, or from fewer that take so long.
@@ -78,8 +77,12 @@ class Build:
         batch_tokens: int = 4096,
         skip_bad: bool = False,
         worker: tuple[int, int] = (0, 1),
+        engine: Engine | None = None,
         progress: bool | None = None,
     ) -> None:
+        # What a worker elsewhere makes the same build of.
+        self.arguments = {n: v for n, v in locals().items() if n not in ("self", "worker", "engine", "progress")}
+        self.engine = Local() if engine is None else engine
         if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
         self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
@@ -87,10 +90,9 @@ class Build:
         self.sketch = BlockSum(selected(model, parameters), d, seed=seed)
         self.checkpoints = as_checkpoints(checkpoints, weights)
         self._seen: dict[str, str] = {}  # the checkpoint that has these weights
-        self._digests: dict[int, str] = {}  # of the data of finished shards, by their first row
-        self._parts: dict[int, Part] = {}  # the first, and for further checkpoints as many as memory is kept for
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
+        self.parts = PartReader(self.examples, self.task, model, skip_bad=skip_bad, keep=len(self.checkpoints) > 1)
         rows = len(self.examples)
         self.shape = Manifest(
             d=d,
@@ -136,15 +138,19 @@ class Build:
         ``accepted`` is called once what lies in the folder is known to be of this very work, before anything long.
         """
         for start, count in self._missing(self.description.checkpoints[0].folder)[:1]:
-            self._part(start, count)  # data that cannot be used leaves no folder behind
+            self.parts.read(start, count)  # data that cannot be used leaves no folder behind
         self._create()
         missing = self._rows_missing()
         self._require_space(missing)
         if self.progress:
             print(self.plan(), file=sys.stderr)
         with tqdm(total=missing, unit="ex", disable=not self.progress, desc=f"d={self.shape.d}", smoothing=0.1) as bar:
-            for number, checkpoint in enumerate(self.checkpoints):
-                self._index(checkpoint, number, accepted, bar)
+            for number in range(len(self.checkpoints)):
+                with self.writer(number) as writer:
+                    if number == 0:
+                        accepted()
+                    ranges = writer.unfinished(self._own(self.shape.shard_ranges()))
+                    self.engine.write(self, number, writer, ranges, bar.update)
         return Index(self.folder, self.description, self.task, self.checkpoints)
 
     def _rows_missing(self) -> int:
@@ -180,26 +186,22 @@ class Build:
         child = self.folder.child(folder)
         return MANIFEST_NAME in child.names() and bool(self._opened(child).ranges())
 
-    def _index(self, checkpoint: Checkpoint, number: int, accepted: Callable[[], Any], bar: Any) -> None:
-        folder = self.description.checkpoints[number].folder
+    @contextmanager
+    def writer(self, number: int) -> Iterator[ShardWriter]:
+        """Yield what writes the shards of a checkpoint, whose weights the model has meanwhile.
+
+        Raises:
+            FingerprintError: there is an index made of something else; it is left alone.
+        """
+        checkpoint, folder = self.checkpoints[number], self.description.checkpoints[number].folder
         with weights_of(self.model, checkpoint):
             factors = self._factors(folder)
             sketch = self.sketch if factors is None else factors.before(self.sketch)
             store = Store.create(self.folder.child(folder), self._manifest(checkpoint, factors))
-            if number == 0:
-                accepted()
             source = GradientSource(
                 self.model, self.task, sketch, batch_tokens=self.batch_tokens, skip_bad=self.skip_bad
             )
-            unfinished = set(store.unfinished())
-            for start, count in self._own(store.manifest.shard_ranges()):
-                if (start, count) not in unfinished:
-                    self._require_same_data(store, start, count)
-                elif store.is_sound(start, count):  # another process was faster
-                    bar.update(count)
-                else:
-                    self._write(store, source, start, count, number == 0, bar)
-                    self._note(source.sketcher.audits, folder)
+            yield ShardWriter(store, self.parts, source, with_metadata=number == 0)
 
     def _factors(self, folder: str) -> Factors | None:
         """Return the factors of the checkpoint whose weights the model has now, estimated where there are none yet."""
@@ -226,38 +228,9 @@ class Build:
                 advance=bar.update,
             )
 
-    def _require_same_data(self, store: Store, start: int, count: int) -> None:
-        """Compare a finished shard with the data as it is now.
-
-        Raises:
-            FingerprintError: the shard was made of other data.
-        """
-        if start not in self._digests:
-            self._digests[start] = digest_of(self.examples, start, count)
-        if store.shard(start, count).digest != self._digests[start]:
-            rows = f"{where(self.examples, start)} to {where(self.examples, start + count - 1)}"
-            raise FingerprintError(
-                f"{self.folder.uri} was made of other data: rows {start} to {start + count - 1} differ ({rows})",
-                "the data that the index was begun with",
-                "Restore that data, or build an index of this data in another folder",
-            )
-
-    def _write(
-        self, store: Store, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any
-    ) -> None:
-        try:
-            store.write(start, self._rows(source, start, count, with_metadata, bar))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"a shard of {count} rows of d = {self.shape.d} does not fit into memory",
-                "one that does, while its rows are made",
-                "Pass a smaller shard_rows, or a smaller d",
-            ) from error
-
-    def _note(self, audits: Audits, checkpoint: str) -> None:
+    def note(self, audits: Audits, number: int) -> None:
         """Keep beside the rows how often their gradients were held against autograd's own."""
+        checkpoint = self.description.checkpoints[number].folder
         name = f"{AUDITS}{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
         self.folder.write(name, record_text(asdict(audits)).encode())
 
@@ -275,30 +248,6 @@ class Build:
                 GradsketchWarning,
                 stacklevel=5,
             )
-
-    def _rows(self, source: GradientSource, start: int, count: int, with_metadata: bool, bar: Any) -> Rows:
-        part = self._part(start, count)
-        sketched = source(part.encoded, part.lengths, bar.update, lambda i: where(self.examples, part.places[i]))
-        bar.update(len(part.bad))
-        sketches, losses = torch.zeros(count, self.shape.d), torch.full((count,), torch.nan)
-        positions = [place - start for place in part.places]
-        sketches[positions], losses[positions] = sketched.sketches, sketched.losses
-        left_out = {row.place - start: f"{row.where}: {row.reason}" for row in part.bad}
-        left_out |= {
-            positions[i]: f"{where(self.examples, part.places[i])}: {why}" for i, why in sketched.skipped.items()
-        }
-        return Rows(part.ids, sketches, losses, part.columns if with_metadata else {}, left_out, part.digest)
-
-    def _part(self, start: int, count: int) -> Part:
-        """Read some rows of the data; stop where some cannot be used or, with ``skip_bad``, none of the first can."""
-        if start in self._parts:
-            return self._parts[start]
-        part = read_part(self.examples, start, count, self.task, self.model)
-        if not self.skip_bad or (start == 0 and not part.places):
-            refuse_bad_rows(part.bad, count)
-        if not self._parts or (len(self.checkpoints) > 1 and sum(p.bytes for p in self._parts.values()) < _KEPT_BYTES):
-            self._parts[start] = part
-        return part
 
     def _missing(self, folder: str) -> list[tuple[int, int]]:
         """Return the ranges still to be written, of a store whose shape is that of this run."""
@@ -375,6 +324,7 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         batch_tokens: tokens a batch, padding included; halved where memory runs out.
         skip_bad: leave out rows that cannot be used, instead of stopping.
         worker: (i, n): of n processes that run this at once, this is the i-th and takes every n-th shard.
+        engine: who writes the shards: by default this process; ``gs.Ray(...)`` for the workers of a Ray cluster.
         progress: whether to say what is planned and show a bar; by default in a terminal.
 
     Example:

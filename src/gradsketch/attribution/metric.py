@@ -1,8 +1,8 @@
 """The metric of an index: factors that are estimated before the first row is sketched, a file for each checkpoint.
 
 Rows and questions are sketched in the same metric, or their products mean nothing. So the hash of the factors stands
-in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, even the
-process that made it, so that all workers at one index have the same bits.
+in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, even
+the process that made it, so that all workers at one index have the same bits.
 """
 
 from __future__ import annotations

@@ -19,9 +19,11 @@ from gradsketch.errors import InputError
 from gradsketch.gradients.fingerprints import canonical
 from gradsketch.gradients.tasks import Encoded, Task
 
-__all__ = ["BadRow", "Part", "Sample", "digest_of", "ends_of", "read_part", "refuse_bad_rows", "sample"]
+__all__ = ["BadRow", "Part", "PartReader", "Sample", "digest_of", "ends_of", "read_part", "refuse_bad_rows", "sample"]
 
 _BAD_ROWS_SHOWN = 5
+# Encoded rows that are kept where there are several checkpoints, so that they are not tokenised again for each.
+_KEPT_BYTES = 1 << 30
 _BYTES_A_ROW = 700  # of Python's objects around a row's numbers
 # What a plan is made from: so many stretches of so many rows, spread over the data.
 _STRETCHES, _STRETCH_ROWS = 8, 32
@@ -73,6 +75,36 @@ class Sample:
     def tokens_a_row(self) -> float:
         """Mean tokens of a row that can be used."""
         return sum(self.lengths) / max(1, len(self.lengths))
+
+
+class PartReader:
+    """Reads parts of one run's data; the first is kept, and with ``keep`` as many as memory is kept for."""
+
+    def __init__(self, examples: Any, task: Task, model: nn.Module, *, skip_bad: bool, keep: bool) -> None:
+        self.examples, self.task, self.model, self.skip_bad, self.keep = examples, task, model, skip_bad, keep
+        self._parts: dict[int, Part] = {}
+        self._digests: dict[int, str] = {}
+
+    def read(self, start: int, count: int) -> Part:
+        """Read and encode some rows.
+
+        Raises:
+            InputError: some cannot be used or, with ``skip_bad``, none of the data's first part can.
+        """
+        if start in self._parts:
+            return self._parts[start]
+        part = read_part(self.examples, start, count, self.task, self.model)
+        if not self.skip_bad or (start == 0 and not part.places):
+            refuse_bad_rows(part.bad, count)
+        if not self._parts or (self.keep and sum(p.bytes for p in self._parts.values()) < _KEPT_BYTES):
+            self._parts[start] = part
+        return part
+
+    def digest(self, start: int, count: int) -> str:
+        """Return the hash of some rows' content."""
+        if start not in self._digests:
+            self._digests[start] = digest_of(self.examples, start, count)
+        return self._digests[start]
 
 
 def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Module) -> Part:

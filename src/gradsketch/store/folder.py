@@ -48,7 +48,7 @@ class Folder(ABC):
             StoreError: it cannot be read.
         """
 
-    def expect(self, name: str) -> None:
+    def expect(self, name: str) -> None:  # noqa: B027  (most folders have nothing to begin)
         """Say that a file will be read soon, where that makes the reading begin; nothing waits for it."""
 
     @abstractmethod

@@ -1,0 +1,181 @@
+"""Who writes the shards of an index: this process, or the workers of a Ray cluster.
+
+A shard on disk is the only state. So a worker that dies is replaced and its shard made again, and a driver that dies is
+started again by the same command. Shards are the same bits whoever writes them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from gradsketch.attribution.writer import ShardWriter
+from gradsketch.errors import GradsketchError, InputError, StoreError
+from gradsketch.gradients.per_example.audit import Audits
+
+__all__ = ["Engine", "Local", "Ray"]
+
+_TRIES = 3  # a shard that ends so many workers is at fault itself
+Advance = Callable[[int], Any]
+Shard = tuple[int, int]  # first row, rows
+
+
+@runtime_checkable
+class Build(Protocol):
+    """What an engine needs of a build: the arguments that make it elsewhere, and what writes a checkpoint's shards."""
+
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+    def writer(self, number: int) -> AbstractContextManager[ShardWriter]: ...
+    def note(self, audits: Audits, number: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """Every shard is written by this process."""
+
+    def write(self, build: Build, number: int, writer: ShardWriter, shards: Iterable[Shard], on: Advance) -> None:
+        """Write some shards of a checkpoint; ``on`` hears of rows done."""
+        for start, count in shards:
+            writer.write(start, count, on)
+            build.note(writer.audits, number)
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Workers of a Ray cluster write the shards: actors that hold the model and take one shard after another.
+
+    Without an address a cluster is started on this machine, and ended with the run. ``workers``: by default one per
+    CPU, or per share of a GPU. Each worker gets the model once, and moves it to its GPU where it has one.
+
+    Example: gs.build_index("runs/facts", model, task, "facts.jsonl", engine=gs.Ray(workers=4))
+
+    Raises:
+        InputError: Ray is not installed, or the cluster has no room for a worker.
+        StoreError: a shard ended three workers.
+    """
+
+    workers: int | None = None
+    gpus_per_worker: float = 0.0
+    address: str | None = None
+
+    def write(self, build: Build, number: int, writer: ShardWriter, shards: Iterable[Shard], on: Advance) -> None:
+        """Write some shards of a checkpoint; ``on`` hears of rows done."""
+        pending = deque(shards)
+        if pending:
+            with self._cluster() as ray:
+                _Pool(ray, self, build, number).write(pending, on)
+
+    @contextmanager
+    def _cluster(self) -> Iterator[Any]:
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("no module named ray", "Ray", "Run pip install 'gradsketch[ray]'") from error
+        own = not ray.is_initialized()
+        if own:
+            options: dict[str, Any] = {"address": self.address} if self.address else {"num_cpus": self.workers}
+            ray.init(
+                include_dashboard=None if self.address else False, log_to_driver=False, logging_level="ERROR", **options
+            )
+        try:
+            yield ray
+        finally:
+            if own:
+                ray.shutdown()
+
+    def count(self, ray: Any, shards: int) -> int:
+        """Return how many workers the cluster has room for, at most one per shard."""
+        kind, share = ("GPU", self.gpus_per_worker) if self.gpus_per_worker else ("CPU", 1)
+        room = int(ray.cluster_resources().get(kind, 0) / share)
+        wanted = room if self.workers is None else self.workers
+        if not 0 < wanted <= room:
+            raise InputError(
+                f"a cluster with room for {room} workers of {share:g} {kind} each, where {wanted} were asked for",
+                "room for every worker",
+                "Pass fewer workers or a smaller gpus_per_worker, or add machines",
+            )
+        return min(wanted, shards)
+
+
+Engine = Local | Ray
+
+
+class _Worker:
+    """What an actor holds: a build, and the checkpoint whose weights its model has."""
+
+    def prepare(self, kind: Any, arguments: dict[str, Any], number: int, name: int, on_gpu: bool) -> int:
+        if on_gpu:
+            arguments["model"].to("cuda")
+        self.build, self.number = kind(**arguments, worker=(name, name + 1), progress=False), number
+        self.writer = ExitStack().enter_context(self.build.writer(number))
+        return 0
+
+    def write(self, start: int, count: int) -> int:
+        self.writer.write(start, count)
+        self.build.note(self.writer.audits, self.number)
+        return count
+
+
+class _Pool:
+    """Actors, each with one shard at a time."""
+
+    def __init__(self, ray: Any, engine: Ray, build: Build, number: int) -> None:
+        self.ray, self.engine, self.kind, self.number = ray, engine, type(build), number
+        self.actor = ray.remote(num_cpus=1, num_gpus=engine.gpus_per_worker, max_restarts=0)(_Worker)
+        self.arguments = ray.put(build.arguments)  # the model is sent once to each machine
+        self.begun = 0
+
+    def write(self, pending: deque[Shard], on: Advance) -> None:
+        """Write the shards; an actor that dies is replaced, and what it was at is made again."""
+        died: Counter[Shard] = Counter()
+        running: dict[Any, tuple[Any, Shard | None]] = {}  # None while an actor prepares
+        for _ in range(self.engine.count(self.ray, len(pending))):
+            running |= self._begun()
+        while running:
+            [done], _ = self.ray.wait(list(running), num_returns=1)
+            actor, shard = running.pop(done)
+            try:
+                on(self.ray.get(done))
+            except self.ray.exceptions.RayTaskError as error:
+                raise _own_error(error) from error
+            except self.ray.exceptions.RayActorError as error:
+                if shard is not None:
+                    pending.appendleft(shard)
+                died[shard or (0, 0)] += 1
+                _refuse_deadly(shard, died[shard or (0, 0)], error)
+                running |= self._begun()
+                continue
+            if pending:
+                shard = pending.popleft()
+                running[actor.write.remote(*shard)] = (actor, shard)
+
+    def _begun(self) -> dict[Any, tuple[Any, Shard | None]]:
+        self.begun += 1
+        actor, on_gpu = self.actor.remote(), bool(self.engine.gpus_per_worker)
+        return {actor.prepare.remote(self.kind, self.arguments, self.number, self.begun, on_gpu): (actor, None)}
+
+
+def _own_error(error: Any) -> Exception:
+    """Return what a worker raised, where it is an error of this library, or one that says what it was."""
+    if isinstance(error.cause, GradsketchError):
+        return error.cause
+    reason = f"{type(error.cause).__name__}: {str(error.cause).strip().splitlines()[0]}"
+    return StoreError(
+        f"a worker ended with {reason}",
+        "workers that can import and run what this process can",
+        "Install the same packages on every machine, and keep the task's class in a module",
+    )
+
+
+def _refuse_deadly(shard: Shard | None, deaths: int, error: Exception) -> None:
+    if deaths >= _TRIES:
+        at = "starting" if shard is None else f"the shard of rows {shard[0]} to {shard[0] + shard[1] - 1}"
+        raise StoreError(
+            f"{at} ended {deaths} workers: {str(error).splitlines()[0]}",
+            "workers that live through every shard",
+            "Look at Ray's logs; where memory ran out, pass a smaller shard_rows or batch_tokens, or fewer workers",
+        ) from error

@@ -1,0 +1,90 @@
+"""The shards of one checkpoint: read a part of the data, sketch its gradients, write them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from gradsketch.attribution.examples import where
+from gradsketch.attribution.gradients import GradientSource
+from gradsketch.attribution.parts import PartReader
+from gradsketch.errors import FingerprintError, InputError
+from gradsketch.gradients.data import is_out_of_memory
+from gradsketch.gradients.per_example.audit import Audits
+from gradsketch.store import Rows, Store
+
+__all__ = ["ShardWriter"]
+
+
+class ShardWriter:
+    """Writes shards of one checkpoint's store; with ``with_metadata`` also what the data says of each row."""
+
+    def __init__(self, store: Store, parts: PartReader, source: GradientSource, *, with_metadata: bool) -> None:
+        self.store, self.parts, self.source, self.with_metadata = store, parts, source, with_metadata
+
+    @property
+    def audits(self) -> Audits:
+        """How often gradients were held against autograd's own, and the largest error."""
+        return self.source.sketcher.audits
+
+    def unfinished(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Yield those of the ranges, in order, whose shards are missing or damaged; compare the data of the others.
+
+        Raises:
+            FingerprintError: a finished shard was made of other data.
+        """
+        unfinished = set(self.store.unfinished())
+        for start, count in ranges:
+            if (start, count) in unfinished:
+                yield start, count
+            else:
+                self._require_same_data(start, count)
+
+    def write(self, start: int, count: int, advance: Callable[[int], Any] = lambda count: None) -> None:
+        """Write one shard, unless another process did so meanwhile; ``advance`` hears of every row done.
+
+        Raises:
+            InputError: rows that cannot be used.
+            NonFiniteError: a loss or gradient is not finite.
+            StoreError: no room, no permission.
+        """
+        if self.store.is_sound(start, count):
+            advance(count)
+            return
+        try:
+            self.store.write(start, self._rows(start, count, advance))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"a shard of {count} rows of d = {self.store.d} does not fit into memory",
+                "one that does, while its rows are made",
+                "Pass a smaller shard_rows, or a smaller d",
+            ) from error
+
+    def _rows(self, start: int, count: int, advance: Callable[[int], Any]) -> Rows:
+        part = self.parts.read(start, count)
+        sketched = self.source(part.encoded, part.lengths, advance, lambda i: self._where(part.places[i]))
+        advance(len(part.bad))
+        sketches, losses = torch.zeros(count, self.store.d), torch.full((count,), torch.nan)
+        positions = [place - start for place in part.places]
+        sketches[positions], losses[positions] = sketched.sketches, sketched.losses
+        left_out = {row.place - start: f"{row.where}: {row.reason}" for row in part.bad}
+        left_out |= {positions[i]: f"{self._where(part.places[i])}: {why}" for i, why in sketched.skipped.items()}
+        columns = part.columns if self.with_metadata else {}
+        return Rows(part.ids, sketches, losses, columns, left_out, part.digest)
+
+    def _where(self, place: int) -> str:
+        return where(self.parts.examples, place)
+
+    def _require_same_data(self, start: int, count: int) -> None:
+        if self.store.shard(start, count).digest != self.parts.digest(start, count):
+            last = start + count - 1
+            raise FingerprintError(
+                f"{self.store.folder.uri} was made of other data: rows {start} to {last} differ "
+                f"({self._where(start)} to {self._where(last)})",
+                "the data that the index was begun with",
+                "Restore that data, or build an index of this data in another folder",
+            )
