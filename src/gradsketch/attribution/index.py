@@ -95,6 +95,11 @@ class Index:
         )
 
     @property
+    def rows_there(self) -> int:
+        """Rows that are finished at every checkpoint, those left out included."""
+        return sum(count for _, count in self._ranges())
+
+    @property
     def left_out(self) -> dict[int, str]:
         """Return, by row, why rows have no sketch: they could not be read, encoded or differentiated."""
         return self.stores[0].left_out()
@@ -235,12 +240,15 @@ class Index:
 
     def _scorer_of_now(self) -> Scorer:
         """Return scores of the rows that are there now at every checkpoint, whatever a builder writes meanwhile."""
-        ranges = sorted(set.intersection(*(set(store.ranges()) for store in self.stores)))
+        ranges = self._ranges()
         self._warn_if_incomplete(sum(count for _, count in ranges))
         if any(store.ranges() != ranges for store in self._scorer.stores):
             stores = [store.snapshot(ranges) for store in self.stores]
             self._scorer = Scorer(stores, [c.weight for c in self.description.checkpoints])
         return self._scorer
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return sorted(set.intersection(*(set(store.ranges()) for store in self.stores)))
 
     def _warn_if_incomplete(self, rows: int) -> None:
         if rows < self.rows:

@@ -15,6 +15,7 @@ import tyro
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
 
@@ -63,8 +64,7 @@ class IndexOptions:
     """Tokens a batch, padding included; halved where memory runs out."""
     skip_bad: bool = False
     """Leave out rows that cannot be used, instead of stopping."""
-    worker: tuple[int, int] = field(default=(0, 1))
-    """I N: of N processes that run this at once, this is number I, counted from 0."""
+    work: Annotated[WorkOptions, tyro.conf.arg(name="")] = field(default_factory=WorkOptions)
     dry_run: bool = False
     """Say what would be done, how large and how long, and stop."""
     json: bool = False
@@ -103,7 +103,8 @@ def _run(options: IndexOptions) -> int:
         shard_rows=options.shard_rows,
         batch_tokens=options.batch_tokens,
         skip_bad=options.skip_bad,
-        worker=options.worker,
+        worker=options.work.share(),
+        engine=options.work.chosen(),
     )
     if options.dry_run:
         plan = build.plan()
@@ -114,8 +115,11 @@ def _run(options: IndexOptions) -> int:
     except KeyboardInterrupt:
         print("\nFinished rows are kept: type the same command to go on.", file=sys.stderr)
         raise
-    left_out = index.left_out
-    outcome: dict[str, Any] = {"index": options.path, "rows": index.rows - len(left_out), "d": index.d}
+    if options.work.share()[0] > 0 and options.work.worker is None:
+        return 0  # under torchrun rank 0 speaks for all
+    left_out, there = index.left_out, index.rows_there
+    outcome: dict[str, Any] = {"index": options.path, "rows": there - len(left_out), "d": index.d}
+    outcome |= {"rows_missing": index.rows - there} if there < index.rows else {}
     outcome |= {"bad_rows": len(left_out), "seconds": round(time.perf_counter() - began, 2)}
     print(as_json(outcome, indent=None) if options.json else _sentence(outcome, list(left_out.values())))
     return 0
@@ -139,6 +143,7 @@ def _sentence(outcome: dict[str, Any], left_out: list[str]) -> str:
     rows, bad = (f"{count} {name}{'s' * (count != 1)}" for count, name in
                  ((outcome["rows"], "row"), (outcome["bad_rows"], "bad row")))  # fmt: skip
     told = f", {bad} left out" if left_out else ""
+    told += f", {outcome['rows_missing']} still to come from other processes" if "rows_missing" in outcome else ""
     done = printable(f"{outcome['index']}: {rows}, d = {outcome['d']}{told}, {outcome['seconds']} s")
     for reason in left_out[:_LEFT_OUT_SHOWN]:
         done += f"\nleft out: {printable(reason)}"

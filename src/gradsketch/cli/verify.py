@@ -11,6 +11,7 @@ import tyro
 
 from gradsketch.cli import index, run_file
 from gradsketch.cli.command import Command
+from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "VerifyOptions"]
@@ -59,7 +60,7 @@ def _repair(options: VerifyOptions) -> None:
         )
     stored = run_file.read(index.IndexOptions, "index", file, untouched=True)
     with redirect_stdout(sys.stderr):
-        index.run(replace(stored, path=options.index, dry_run=False, json=False, worker=(0, 1)))
+        index.run(replace(stored, path=options.index, dry_run=False, json=False, work=WorkOptions()))
 
 
 COMMAND = Command("verify", "read every byte of an index and name what is damaged or missing", VerifyOptions, run)
