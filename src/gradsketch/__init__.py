@@ -52,6 +52,7 @@ _HOME = {
     "Rouge": "gradsketch.dimension.metrics",
     "Ray": "gradsketch.attribution.engine",
     "SJLT": "gradsketch.sketches.sjlt",
+    "Selection": "gradsketch.attribution.select",
     "SelfInfluence": "gradsketch.attribution.results",
     "Seq2SeqLM": "gradsketch.gradients.tasks",
     "Sketch": "gradsketch.sketches.base",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from gradsketch.attribution.engine import Ray
     from gradsketch.attribution.index import Index
     from gradsketch.attribution.results import Hits, SelfInfluence
+    from gradsketch.attribution.select import Selection
     from gradsketch.dimension.curve import dimension_curve, fine_tune
     from gradsketch.dimension.metrics import Accuracy, ExactMatch, Loss, Rouge
     from gradsketch.dimension.results import CurvePoint, DimensionCurve, IntrinsicDimension

@@ -6,6 +6,7 @@ import torch
 
 import gradsketch as gs
 from gradsketch.attribution.results import Cost, Hit, Hits, QueryHits, Score, SelfInfluence, TokenContribution
+from gradsketch.attribution.select import Selection
 from gradsketch.dimension.results import Check, CurvePoint, DimensionCurve, IntrinsicDimension, Search
 from gradsketch.evaluation.causal import Removal
 from gradsketch.evaluation.distortion import Distortion
@@ -97,6 +98,18 @@ RESULTS: list[gs.Result] = [
     POINTS[0],
     hits(),
     Hits((), Score("dot", "qᵀx", "nats"), "runs/facts", 140, 64, Cost(0.1, 0.2, 0.3, 10, 140)),
+    Selection(
+        (7, 3),
+        ("a", "ü"),
+        torch.tensor([0.5, -0.25]),
+        torch.tensor([12.0, math.nan]),
+        1,
+        40,
+        3,
+        "mean",
+        Score("ridge", "q̂ᵀ(F + λI)⁻¹x̂ / N", "weight", 0.1, True),
+        False,
+    ),
     SelfInfluence(
         ("a", "b", "c"),
         torch.tensor([0.5, math.nan, 2.0]),

@@ -258,7 +258,7 @@ class TestDamage:
         assert [(d.file, d.where) for d in found.damaged] == [(str(file), "column 'sketch', rows 628–691")]
         assert "NOT SOUND" in str(found)
 
-    @pytest.mark.parametrize("name", ["id", "scale", "gradient_norm", "loss", *COLUMNS])
+    @pytest.mark.parametrize("name", ["id", "scale", "gradient_norm", "loss", "tokens", *COLUMNS])
     def test_the_column_of_a_flipped_byte_is_named(self, tmp_path, name):
         store = fill(Store.create(tmp_path, manifest()))
         file = tmp_path / "part-000000000064-000064.arrow"
@@ -485,7 +485,7 @@ class TestExport:
     def test_parquet(self, tmp_path):
         store = fill(Store.create(tmp_path / "store", manifest()))
         table = pa.parquet.read_table(to_parquet(store, tmp_path / "out.parquet"))
-        assert table.column_names == ["row", "id", "sketch", "gradient_norm", "loss", *COLUMNS]
+        assert table.column_names == ["row", "id", "sketch", "gradient_norm", "loss", "tokens", *COLUMNS]
         assert table["row"].to_pylist() == list(range(ROWS))
         assert table["text"].to_pylist()[:64] == make_rows(0, 64).columns["text"]
         sketches = torch.tensor(table["sketch"].to_pylist())

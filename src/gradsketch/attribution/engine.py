@@ -51,7 +51,9 @@ class Ray:
     Without an address a cluster is started on this machine, and ended with the run. ``workers``: by default one per
     CPU, or per share of a GPU. Each worker gets the model once, and moves it to its GPU where it has one.
 
-    Example: gs.build_index("runs/facts", model, task, "facts.jsonl", engine=gs.Ray(workers=4))
+    Example:
+        >>> engine = gs.Ray(workers=4)
+        >>> gs.build_index("runs/facts", model, task, "facts.jsonl", engine=engine)  # doctest: +SKIP
 
     Raises:
         InputError: Ray is not installed, or the cluster has no room for a worker.

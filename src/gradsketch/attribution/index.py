@@ -20,6 +20,7 @@ from gradsketch.attribution.queries import Queries, as_queries, checked_groups, 
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
+from gradsketch.attribution.select import Budget, Selection, chosen_rows, described_rows, target_scores
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
@@ -174,6 +175,68 @@ class Index:
         """
         kind = kind_of(score)
         return self._scorer_of_now().self_influence(kind, damping)
+
+    def select(
+        self,
+        model: nn.Module,
+        targets: Any,
+        *,
+        rows: int | None = None,
+        share: float | None = None,
+        tokens: int | None = None,
+        harmful: bool = False,
+        aggregate: str = "mean",
+        alike: float | None = 0.99,
+        score: str = "ridge",
+        damping: float | str = DAMPING,
+        batch_tokens: int = 4096,
+    ) -> Selection:
+        """Return the training rows that help a target set most, within a budget.
+
+        Args:
+            model: the model the index was made with; left as it was.
+            targets: what the task takes: examples that the model should do well on.
+            rows: how many to choose; or
+            share: which share of all; or
+            tokens: rows of so many tokens in all.
+            harmful: the rows that harm the targets most instead.
+            aggregate: "mean" or "max" over the targets, or "rank": the mean place among all rows.
+            alike: a row is passed over where the cosine of its gradient with a chosen one's is above this; None: never.
+            score: "ridge" (default), "influence", "cosine" or "dot".
+            damping: see ``query``.
+            batch_tokens: tokens a batch of targets.
+
+        Example:
+            >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
+            >>> data = [(torch.randn(20), i % 2) for i in range(32)]
+            >>> index = gs.build_index("runs/select", model, task, data, d=32, progress=False)
+            >>> len(index.select(model, data[:4], share=0.25).rows)
+            8
+
+        Raises:
+            FingerprintError: the model, the task or the parameters are not those of the index.
+            InputError: no budget or several, an unknown score or aggregate, no task, a target the task cannot read.
+        """
+        budget, kind, scorer = Budget(rows, share, tokens), kind_of(score), self._scorer_of_now()
+        examples = as_queries(targets)
+        queries = self._sketched(model, examples, [[i] for i in range(len(examples))], batch_tokens)
+        sign = -1 if harmful else 1
+        values = target_scores(scorer.probes(queries, kind, damping), aggregate, sign)
+        store = scorer.stores[0]
+        found, copies = chosen_rows(store, sign * values, budget, alike=alike)
+        ids, lengths = described_rows(store, found)
+        return Selection(
+            rows=tuple(found),
+            ids=ids,
+            values=values[found],
+            tokens=lengths,
+            copies=copies,
+            of=len(values),
+            targets=len(examples),
+            aggregate=aggregate,
+            score=kind.described(scorer.damping(kind, damping)),
+            harmful=harmful,
+        )
 
     def explain(self, model: nn.Module, hits: Hits, *, top: int = 3, data: Any = None) -> Hits:
         """Return the hits with token contributions for the first ``top`` of each query's lists.

@@ -73,8 +73,10 @@ class ShardWriter:
         sketches[positions], losses[positions] = sketched.sketches, sketched.losses
         left_out = {row.place - start: f"{row.where}: {row.reason}" for row in part.bad}
         left_out |= {positions[i]: f"{self._where(part.places[i])}: {why}" for i, why in sketched.skipped.items()}
+        tokens = torch.full((count,), torch.nan)
+        tokens[positions] = torch.tensor(part.lengths, dtype=torch.float32)
         columns = part.columns if self.with_metadata else {}
-        return Rows(part.ids, sketches, losses, columns, left_out, part.digest)
+        return Rows(part.ids, sketches, losses, columns, left_out, part.digest, tokens)
 
     def _where(self, place: int) -> str:
         return where(self.parts.examples, place)

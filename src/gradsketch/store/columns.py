@@ -18,7 +18,7 @@ COLUMN_TYPES: Mapping[str, pa.DataType] = {
     "json": pa.large_string(),
     "null": pa.null(),
 }
-RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss")
+RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss", "tokens")
 
 _KINDS = {str: "string", bool: "bool", int: "int", float: "float", type(None): "null"}
 

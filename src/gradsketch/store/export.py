@@ -19,9 +19,11 @@ from gradsketch.store.store import Store
 
 __all__ = ["to_faiss", "to_parquet"]
 
+_NUMBERS = ("gradient_norm", "loss", "tokens")
+
 
 def to_parquet(store: Store, path: str | Path) -> Path:
-    """Write one Parquet file: row, id, float32 sketch, gradient_norm, loss and the metadata columns.
+    """Write one Parquet file: row, id, float32 sketch, gradient_norm, loss, tokens and the metadata columns.
 
     One row group a shard, so memory stays bounded by a shard. A file at ``path`` is replaced, whole or not at all.
 
@@ -71,7 +73,7 @@ def to_faiss(store: Store, path: str | Path, *, normalize: bool = True) -> Path:
 
 
 def _schema(d: int, kinds: Mapping[str, str]) -> pa.Schema:
-    numbers = [pa.field(name, pa.float32()) for name in ("gradient_norm", "loss")]
+    numbers = [pa.field(name, pa.float32()) for name in _NUMBERS]
     metadata = [pa.field(name, COLUMN_TYPES[kind]) for name, kind in kinds.items()]
     first = [pa.field("row", pa.int64()), pa.field("id", COLUMN_TYPES["string"])]
     return pa.schema([*first, pa.field("sketch", pa.list_(pa.float32(), d)), *numbers, *metadata])
@@ -82,7 +84,7 @@ def _table(shard: Shard, kinds: Mapping[str, str]) -> pa.Table:
         "row": pa.array(range(shard.start, shard.start + shard.count), pa.int64()),
         "id": shard.batch.column("id"),
         "sketch": pa.FixedSizeListArray.from_arrays(pa.array(shard.decoded().numpy().reshape(-1)), shard.d),
-        **{name: shard.batch.column(name) for name in ("gradient_norm", "loss")},
+        **{name: shard.batch.column(name) for name in _NUMBERS},
     }
     return pa.table({**columns, **{name: _metadata(shard, name, kind) for name, kind in kinds.items()}})
 

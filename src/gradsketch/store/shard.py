@@ -69,6 +69,7 @@ class Rows:
     columns: Mapping[str, Sequence[Any]]
     left_out: Mapping[int, str] = field(default_factory=dict)
     digest: str = ""
+    tokens: Float[Tensor, " rows"] | None = None  # of each row; NaN where nobody counted
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Shard:
         return decode(self.sketches[rows], self.scale[rows], self.d, self.dtype)
 
     def numbers(self, name: str) -> Float[Tensor, " rows"]:
-        """Return ``gradient_norm`` or ``loss``."""
+        """Return ``gradient_norm``, ``loss`` or ``tokens``."""
         return _view(self.batch.column(name).buffers()[1], torch.float32, self.count)
 
     def column(self, name: str) -> list[Any]:
@@ -148,6 +149,9 @@ def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
     kinds = {name: kind_of(values) for name, values in rows.columns.items()}
     stored, scale = encode(rows.sketches, manifest.dtype)
     losses = rows.losses.detach().to("cpu", torch.float32)
+    tokens = (
+        torch.full_like(losses, torch.nan) if rows.tokens is None else rows.tokens.detach().to("cpu", torch.float32)
+    )
     norms = torch.linalg.vector_norm(rows.sketches.detach().to("cpu", torch.float64), dim=-1).float()
     norms = torch.where(torch.isfinite(losses), norms, torch.nan)  # a row that was skipped
     arrays: dict[str, pa.Array] = {
@@ -156,6 +160,7 @@ def encode_shard(rows: Rows, start: int, manifest: Manifest) -> pa.Buffer:
         "scale": _floats(scale),
         "gradient_norm": _floats(norms),
         "loss": _floats(losses),
+        "tokens": _floats(tokens),
         **{name: _metadata(name, kind, rows.columns[name]) for name, kind in kinds.items()},
     }
     header = {
@@ -268,7 +273,7 @@ def _types(batch: pa.RecordBatch) -> list[tuple[str, pa.DataType]]:
 
 
 def _expected_types(manifest: Manifest, columns: Mapping[str, str]) -> list[tuple[str, pa.DataType]]:
-    numbers = dict.fromkeys(("scale", "gradient_norm", "loss"), pa.float32())
+    numbers = dict.fromkeys(("scale", "gradient_norm", "loss", "tokens"), pa.float32())
     metadata = {name: COLUMN_TYPES[kind] for name, kind in columns.items()}
     sketch = pa.list_(_NUMBERS[stored_type(manifest.dtype)], stored_width(manifest.d, manifest.dtype))
     types = {"id": COLUMN_TYPES["string"], "sketch": sketch, **numbers, **metadata}

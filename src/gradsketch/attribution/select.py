@@ -1,0 +1,256 @@
+"""Which training rows help a target set: scores of all rows, added up over the targets, and the best within a budget.
+
+Xia et al. 2024 (LESS) choose fine-tuning data in this way: by the agreement of a row's gradient with the targets'. A
+budget is often filled by copies of one row, so a row whose gradient nearly equals a chosen one's is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsketch.attribution.results import Score
+from gradsketch.attribution.scan import Probe, scan
+from gradsketch.durable import written_whole
+from gradsketch.errors import InputError
+from gradsketch.report.numbers import ranked_figure
+from gradsketch.results import Result
+from gradsketch.store import Store
+from gradsketch.table import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["AGGREGATES", "Budget", "Selection", "chosen_rows", "described_rows", "target_scores"]
+
+AGGREGATES = ("mean", "max", "rank")
+# Rows compared with all chosen ones at a time, to find copies.
+_COMPARED = 256
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be chosen: so many rows, this share of all rows, or rows of so many tokens in all.
+
+    Raises:
+        InputError: none of the three, or several, or a number out of range.
+    """
+
+    rows: int | None = None
+    share: float | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        fitting = len(given) == 1 and all(value > 0 for value in given.values()) and (self.share or 0) <= 1
+        if not fitting:
+            raise InputError(
+                f"a budget of {', '.join(f'{n}={v!r}' for n, v in given.items()) or 'nothing'}",
+                "a positive number of rows or tokens, or a share of all rows up to 1",
+                "Pass one of rows=1000, share=0.05 or tokens=100_000",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Selection(Result):
+    """The answer to "which rows shall I train on?": those that help (or harm) a target set most, best first.
+
+    ``rows`` are their places in the data, ``ids`` their names, ``values`` their scores and ``tokens`` their lengths.
+    ``copies`` counts rows that were passed over because a chosen one is alike. ``of`` is how many rows were scored, for
+    how many ``targets``. A score says which rows to try first; what training on them brings, only training shows.
+    """
+
+    rows: tuple[int, ...]
+    ids: tuple[str, ...]
+    values: Float[Tensor, " chosen"]
+    tokens: Float[Tensor, " chosen"]
+    copies: int
+    of: int
+    targets: int
+    aggregate: str
+    score: Score
+    harmful: bool
+
+    def summary(self) -> str:
+        total = float(self.tokens.nansum())
+        kind = "harm" if self.harmful else "help"
+        return (
+            f"{len(self.rows):,} of {self.of:,} rows ({total:,.0f} tokens) that {kind} {self.targets} targets most, "
+            f"by the {self.aggregate} of {self.score.name}; {self.copies:,} passed over as copies"
+        )
+
+    def __str__(self) -> str:
+        """Return the first ten as a table for the terminal."""
+        shown = zip(self.rows[:10], self.ids, self.values.tolist(), self.tokens.tolist(), strict=False)
+        cells = [[str(row), id_, f"{value:+.4g}", f"{tokens:.0f}"] for row, id_, value, tokens in shown]
+        return "\n".join([*aligned(["row", "id", "score", "tokens"], cells), self.summary()])
+
+    def _figure(self) -> Figure:
+        return ranked_figure(self.values.tolist(), f"{self.aggregate} of {self.score.name}", "chosen row")
+
+    def write(self, path: str | Path, data: Sequence[Any], *, drop: bool = False) -> Path:
+        """Write the chosen rows of the data as JSON lines, in the data's order; with ``drop`` all others.
+
+        Raises:
+            InputError: the data is not that of the index, or holds rows that are no JSON.
+            StoreError: the file cannot be written.
+        """
+        if len(data) != self.of:
+            raise InputError(
+                f"data of {len(data):,} rows", f"the {self.of:,} rows of the index", "Pass the data it was built of"
+            )
+        chosen = set(self.rows)
+        with written_whole(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for place in range(len(data)):
+                if (place in chosen) != drop:
+                    file.write(_line(data[place], place))
+        return Path(path)
+
+
+def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Float[Tensor, " rows"]:
+    """Return every row's score for the targets together; NaN for rows that were left out when the index was built.
+
+    "mean" and "max" over the targets ("max" is the least with ``sign=-1``); "rank": the mean place among all rows, from
+    0 (worst) to 1 (best), so that no target with large gradients outvotes the others.
+
+    Raises:
+        InputError: another aggregate.
+    """
+    if aggregate not in AGGREGATES:
+        raise InputError(f"aggregate={aggregate!r}", f"one of {', '.join(AGGREGATES)}", 'Pass aggregate="mean"')
+    total = probes[0].store.rows
+    if aggregate != "rank":
+        out = torch.full((total,), torch.nan)
+        for shards, scores in scan(probes):
+            start = shards[0].start
+            out[start : start + scores.shape[1]] = (
+                scores.mean(0) if aggregate == "mean" else sign * (sign * scores).amax(0)
+            )
+        return out.where(torch.isfinite(out), torch.nan)
+    ranks = torch.zeros(total)
+    every = torch.full((len(probes[0].directions), total), torch.nan)
+    for shards, scores in scan(probes):
+        every[:, shards[0].start : shards[0].start + scores.shape[1]] = scores
+    usable = torch.isfinite(every).all(0)
+    for scores in every:
+        places = scores[usable].argsort(stable=True).argsort()
+        ranks[usable] += places / max(1, len(places) - 1) / len(every)
+    return ranks.where(usable, torch.nan)
+
+
+def chosen_rows(
+    store: Store, values: Float[Tensor, " rows"], budget: Budget, *, alike: float | None
+) -> tuple[list[int], int]:
+    """Return the rows of largest value within the budget, best first, and how many were passed over as copies.
+
+    A row is a copy where the cosine of its gradient with a chosen one's is above ``alike``. A row that would exceed the
+    budget of tokens is left out, and smaller ones may follow.
+
+    Raises:
+        InputError: ``alike`` is out of range, or tokens were not counted when the index was built.
+    """
+    if alike is not None and not 0 < alike <= 1:
+        raise InputError(f"alike={alike!r}", "a cosine above 0, up to 1, or None", "Pass alike=0.99")
+    usable = torch.isfinite(values)
+    order = values.where(usable, -torch.inf).sort(descending=True, stable=True).indices[: int(usable.sum())]
+    tokens = _tokens(store, values) if budget.tokens is not None else torch.ones(len(values))
+    limit = budget.tokens or budget.rows or max(1, round((budget.share or 0) * len(order)))
+    rows: list[int] = []
+    known, copies, spent = _Copies(store, alike), 0, 0.0
+    for block in order.split(_COMPARED):
+        if spent >= limit:
+            break
+        known.begin(block.tolist())
+        for position, row in enumerate(block.tolist()):
+            length = float(tokens[row])
+            if spent + length > limit:
+                continue
+            if known.accepts(position):
+                rows.append(row)
+                spent += length
+            else:
+                copies += 1
+    return rows, copies
+
+
+class _Copies:
+    """Finds rows whose gradients nearly equal those of chosen ones, block after block of candidates."""
+
+    def __init__(self, store: Store, alike: float | None) -> None:
+        self.store, self.alike = store, alike
+        self._chosen: list[Tensor] = []  # unit-length sketches
+        self._accepted: list[int] = []  # of the block
+        self._unit = torch.empty(0, store.d)
+
+    def begin(self, rows: list[int]) -> None:
+        """Take the next block of candidates."""
+        if self.alike is None:
+            return
+        if self._accepted:
+            self._chosen.append(self._unit[self._accepted])
+        self._accepted, self._unit = [], torch.nn.functional.normalize(_sketches(self.store, rows), dim=1)
+        alike = [(self._unit @ part.T).amax(1) > self.alike for part in self._chosen]
+        self._copy = torch.stack(alike).any(0) if alike else torch.zeros(len(rows), dtype=torch.bool)
+
+    def accepts(self, position: int) -> bool:
+        """Return whether a candidate of the block is no copy; it counts as chosen then."""
+        if self.alike is None:
+            return True
+        if bool(self._copy[position]):
+            return False
+        self._copy |= self._unit @ self._unit[position] > self.alike
+        self._accepted.append(position)
+        return True
+
+
+def described_rows(store: Store, rows: Sequence[int]) -> tuple[tuple[str, ...], Float[Tensor, " chosen"]]:
+    """Return the ids of rows, and their tokens."""
+    ids, tokens = [""] * len(rows), torch.full((len(rows),), torch.nan)
+    for shard, positions, places in _by_shard(store, rows):
+        names, lengths = shard.column("id"), shard.numbers("tokens")
+        for position, place in zip(positions, places, strict=True):
+            ids[position], tokens[position] = names[place], lengths[place]
+    return tuple(ids), tokens
+
+
+def _sketches(store: Store, rows: list[int]) -> Float[Tensor, "rows d"]:
+    out = torch.empty(len(rows), store.d)
+    for shard, positions, places in _by_shard(store, rows):
+        out[positions] = shard.decoded(places)
+    return out
+
+
+def _by_shard(store: Store, rows: Sequence[int]) -> Iterator[tuple[Any, list[int], list[int]]]:
+    """Yield shards, with the positions in ``rows`` of the rows they hold, and their places in the shard."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for position, row in enumerate(rows):
+        found.setdefault(store.manifest.shard_at(row), []).append(position)
+    for (start, count), positions in sorted(found.items()):
+        yield store.shard(start, count), positions, [rows[position] - start for position in positions]
+
+
+def _tokens(store: Store, values: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    tokens = torch.full_like(values, torch.nan)
+    for shard in store:
+        tokens[shard.start : shard.start + shard.count] = shard.numbers("tokens")
+    if bool(tokens[torch.isfinite(values)].isnan().any()):
+        raise InputError("rows whose tokens were not counted", "a budget of rows", "Pass rows= or share=")
+    return tokens
+
+
+def _line(example: Any, place: int) -> str:
+    try:
+        return json.dumps(example, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"row {place}, which is no JSON ({error})",
+            "rows of texts, numbers, lists and dicts",
+            "Take selection.rows and write them yourself",
+        ) from error
