@@ -57,8 +57,8 @@ def run(options: Check) -> int:
 
 def _measure(options: Check) -> Distortion:
     from gradsketch.evaluation.distortion import distortion
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.reading import read_examples
     from gradsketch.sketches.block_sum import BlockSum
 
     rows = read_examples(options.data)

@@ -88,8 +88,8 @@ def _search(options: Options) -> IntrinsicDimension:
     from gradsketch.dimension.curve import check_dims, fine_tune
     from gradsketch.dimension.metrics import evaluated, is_lower_better
     from gradsketch.dimension.search import intrinsic_dimension
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.reading import read_examples
     from gradsketch.sketches.recipe import vector_kind
 
     if not options.seeds:

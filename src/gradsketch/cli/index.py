@@ -79,9 +79,9 @@ def run(options: IndexOptions) -> int:
 
 def _run(options: IndexOptions) -> int:
     from gradsketch.attribution.build import Build
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.plain import as_json
+    from gradsketch.reading import read_examples
 
     began = time.perf_counter()
     data = read_examples(options.data)  # before the model, which may take minutes

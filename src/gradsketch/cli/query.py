@@ -102,7 +102,7 @@ def _examples(options: QueryOptions) -> list[Any]:
     if options.prompt is not None:
         examples.append({"prompt": options.prompt, "answer": options.answer})
     if options.data is not None:
-        from gradsketch.gradients.files import read_examples
+        from gradsketch.reading import read_examples
 
         examples += list(read_examples(options.data))
     if not examples:

@@ -131,8 +131,8 @@ def _checkpoints(options: SpectrumOptions) -> Iterator[tuple[int, SpectrumOption
 
 def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
+    from gradsketch.reading import read_examples
 
     rows = read_examples(options.data)
     count = min(options.examples, len(rows))

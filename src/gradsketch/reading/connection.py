@@ -1,0 +1,80 @@
+"""Whether a service can be reached: asked once, in two seconds, where its own client tries for 25 or for 900."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["hub_reached", "offline_where_unreached", "reached"]
+
+_SECONDS = 2.0
+
+
+def hub_reached() -> bool:
+    """Whether the Hugging Face hub can be reached.
+
+    huggingface_hub tries six times with growing pauses where a name cannot be looked up. These tries stay for what
+    they are for, a connection that breaks in the middle of a download: only a hub that is not there at all is found
+    out here. It is taken as not there where HF_HUB_OFFLINE says so.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    return reached(constants.ENDPOINT)
+
+
+def reached(url: str) -> bool:
+    """Whether a connection to a server, or to the proxy on the way to it, opens within two seconds."""
+    return _answers(*_first_stop(url))
+
+
+def _first_stop(url: str) -> tuple[str, int]:
+    """Return host and port of the proxy that a URL is fetched through, or of its own server."""
+    parts = urllib.parse.urlsplit(url)
+    proxies = {} if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy:
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a connection opens in time; looking a name up has no limit of its own, so another thread waits for it."""
+    opened = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), _SECONDS).close()
+        except OSError:
+            return
+        opened.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    return opened.is_set()
+
+
+@contextmanager
+def offline_where_unreached() -> Iterator[bool]:
+    """Keep huggingface_hub and datasets to what this disk has, where the hub is not reached; yield if it is."""
+    from huggingface_hub import constants
+
+    reached = hub_reached()
+    import datasets
+
+    switches: list[tuple[Any, bool]] = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    try:
+        if not reached:
+            for module, _ in switches:
+                module.HF_HUB_OFFLINE = True
+        yield reached
+    finally:
+        for module, before in switches:
+            module.HF_HUB_OFFLINE = before
