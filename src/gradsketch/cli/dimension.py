@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
+from gradsketch.cli.data import DataOptions
 from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import InputError
 
@@ -33,10 +34,13 @@ class Options:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    train: Path
-    """Training examples: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder of texts."""
-    test: Path
-    """Examples for the metric, of the same kinds."""
+    train: str
+    """Training examples: a file, folder, glob, hub name or URI, as of gradsketch index."""
+    test: str
+    """Examples for the metric, likewise."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    test_split: str | None = None
+    """Part of --test (default: that of --split)."""
     metric: Metric = "auto"
     """auto: accuracy for classification, loss otherwise."""
     target: float | None = None
@@ -89,13 +93,12 @@ def _search(options: Options) -> IntrinsicDimension:
     from gradsketch.dimension.metrics import evaluated, is_lower_better
     from gradsketch.dimension.search import intrinsic_dimension
     from gradsketch.gradients.parameters import Parameters
-    from gradsketch.reading import read_examples
     from gradsketch.sketches.recipe import vector_kind
 
     if not options.seeds:
         raise InputError("--seeds without a number", "one search each", "Type --seeds 0 1 2")
     sketch = vector_kind(options.sketch)
-    train, test = read_examples(options.train), read_examples(options.test)
+    train, test = options.part.rows(options.train), options.part.rows(options.test, options.test_split)
     model, task = load(options.model)
     metric = _metric(options.metric, task, test)
     parameters = Parameters(model, options.include)

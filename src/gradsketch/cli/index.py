@@ -14,6 +14,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
+from gradsketch.cli.data import DataOptions
 from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
@@ -39,8 +40,10 @@ class IndexOptions:
     path: tyro.conf.Positional[str]
     """Folder of the index, or a URI such as s3://bucket/facts."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: Path
-    """JSON lines, JSON, CSV, Parquet or text file, or a folder of texts."""
+    data: str
+    """JSON lines, JSON, CSV, TSV, Parquet, Arrow or text file; a folder or glob of them; a hub data set; a URI, as
+    s3://bucket/data; or - for a pipe."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     d: int = 4096
     """Numbers kept of every gradient."""
     include: tuple[str, ...] = ("*",)
@@ -81,10 +84,9 @@ def _run(options: IndexOptions) -> int:
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.plain import as_json
-    from gradsketch.reading import read_examples
 
     began = time.perf_counter()
-    data = read_examples(options.data)  # before the model, which may take minutes
+    data = options.part.rows(options.data)  # before the model, which may take minutes
     model, task = load(options.model)
     build = Build(
         options.path,

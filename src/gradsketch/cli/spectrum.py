@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
+from gradsketch.cli.data import DataOptions
 from gradsketch.cli.loading import ModelOptions, load
 from gradsketch.errors import InputError
 
@@ -33,8 +34,9 @@ class SpectrumOptions:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: Path
-    """JSON lines, CSV, Parquet or text file, or a folder of texts."""
+    data: str
+    """A file, folder, glob, hub name or URI, as of gradsketch index."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     checkpoints: Path | None = None
     """Folder with checkpoint-N folders, as the Hugging Face Trainer writes; --model is step 0, and its task and
     tokenizer are those of all."""
@@ -90,7 +92,7 @@ def run(options: SpectrumOptions) -> int:
 def _at_one_point(options: SpectrumOptions) -> Spectrum:
     from gradsketch.spectra import density, spectrum
 
-    operator, gradient = _operator(options)
+    operator, gradient = _operator(options, _data(options))
     resume = None if options.out is None else options.out / "spectrum.run"
     result = spectrum(operator, options.k, gradient=gradient, resume=resume, **_solver(options))
     if options.out is not None:
@@ -108,7 +110,8 @@ def _over_checkpoints(options: SpectrumOptions) -> Evolution:
     from gradsketch.spectra import spectrum_over
 
     folder = None if options.out is None else options.out / "steps"
-    points = {step: (lambda at=at: _operator(at)) for step, at in _checkpoints(options)}
+    data = _data(options)
+    points = {step: (lambda at=at: _operator(at, data)) for step, at in _checkpoints(options)}
     result = spectrum_over(points, options.k, directory=folder, **_solver(options))
     if options.out is not None:
         result.to_json(options.out / "evolution.json")
@@ -129,14 +132,17 @@ def _checkpoints(options: SpectrumOptions) -> Iterator[tuple[int, SpectrumOption
         yield step, replace(options, model=options.model.at(found[step]))
 
 
-def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
+def _data(options: SpectrumOptions) -> list[Any]:
+    """Return the rows that the loss is taken on, at equal distances."""
+    rows = options.part.rows(options.data)
+    count = min(options.examples, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _operator(options: SpectrumOptions, data: list[Any]) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.parameters import Parameters
-    from gradsketch.reading import read_examples
 
-    rows = read_examples(options.data)
-    count = min(options.examples, len(rows))
-    data = [rows[i * len(rows) // count] for i in range(count)]
     model, task = load(options.model)
     parameters = Parameters(model, options.include, options.exclude)
     make = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher": fisher}[options.curvature]

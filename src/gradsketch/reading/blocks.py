@@ -1,8 +1,12 @@
-"""Rows that are read block by block, forward: one block is held, and reading goes on behind it."""
+"""Rows that are read block by block, forward: a few megabytes of blocks are kept, and reading goes on behind the last.
+
+Who draws rows at random, as training does, reads a small file once, and a large one as often as it must be read.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,12 +17,15 @@ from gradsketch.reading.sources import READ_ERRORS, Source
 
 __all__ = ["Block", "BlockRows"]
 
+_KEPT_BYTES = 1 << 26
+
 
 class Block(ABC):
     """Some rows that follow one another, parsed when asked for."""
 
     first: int
     count: int
+    nbytes: int
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> list[Row | InputError]:
@@ -32,13 +39,14 @@ class Block(ABC):
 class BlockRows(FileRows):
     """Rows of one file, whose blocks come in order from any of the rows in ``restarts``, the first of which is 0.
 
-    Nothing is held but the block that was read last and the open file behind it.
+    Nothing is held but some blocks that were read before and the open file behind the last of them.
     """
 
     def __init__(self, source: Source, count: int, restarts: np.ndarray) -> None:
         super().__init__(source.name)
         self.source, self.restarts, self._count = source, restarts, count
-        self._held: Block | None = None
+        self._kept = _Kept()
+        self._last: Block | None = None
         self._ahead: Iterator[Block] | None = None
 
     @abstractmethod
@@ -77,19 +85,20 @@ class BlockRows(FileRows):
         return {self.source.name: self.source.facts()}
 
     def release(self) -> None:
-        self._held = self._ahead = None
+        self._kept, self._last, self._ahead = _Kept(), None, None
 
     def block(self, i: int) -> Block:
-        """Return the block that holds row i: the one at hand, one further on, or one read from the nearest restart."""
-        held = self._held
-        if held is not None and held.first <= i < held.first + held.count:
-            return held
-        restart = int(np.searchsorted(self.restarts, i, "right")) - 1
-        behind = held is None or i < held.first or self.restarts[restart] > held.first + held.count
-        if behind or self._ahead is None:
+        """Return the block that holds row i: one at hand, one further on, or one read from the nearest restart."""
+        kept = self._kept.holding(i)
+        if kept is not None:
+            return kept
+        restart, last = int(np.searchsorted(self.restarts, i, "right")) - 1, self._last
+        is_behind = last is None or i < last.first or self.restarts[restart] > last.first + last.count
+        if is_behind or self._ahead is None:
             self._ahead = self.blocks(restart)
         for block in self._ahead:
-            self._held = block
+            self._last = block
+            self._kept.add(block)
             if i < block.first + block.count:
                 return block
         self.release()
@@ -98,3 +107,30 @@ class BlockRows(FileRows):
     def _next_restart(self, i: int) -> int:
         after = int(np.searchsorted(self.restarts, i, "right"))
         return int(self.restarts[after]) if after < len(self.restarts) else self._count
+
+
+class _Kept:
+    """Blocks up to a bound of bytes, and always the one that came last; those that came first go first."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Block] = {}
+        self._firsts: list[int] = []
+        self._bytes = 0
+
+    def holding(self, i: int) -> Block | None:
+        """Return the block that holds row i, if it is there."""
+        place = bisect_right(self._firsts, i) - 1
+        block = self._blocks[self._firsts[place]] if place >= 0 else None
+        return block if block is not None and i < block.first + block.count else None
+
+    def add(self, block: Block) -> None:
+        """Keep a block."""
+        if block.count == 0 or block.first in self._blocks:
+            return
+        self._blocks[block.first] = block
+        insort(self._firsts, block.first)
+        self._bytes += block.nbytes
+        while self._bytes > _KEPT_BYTES and len(self._blocks) > 1:
+            oldest = self._blocks.pop(next(iter(self._blocks)))
+            self._firsts.pop(bisect_left(self._firsts, oldest.first))
+            self._bytes -= oldest.nbytes

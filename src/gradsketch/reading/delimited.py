@@ -116,7 +116,7 @@ class _Records(Block):
         self.first, self._source, self._form, self._kinds = first, source, form, kinds
         starts, stops, lines = _records(data, form.ends(data, last=True))
         self._records = [data[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        self.lines, self.count = lines + line, len(lines)
+        self.lines, self.count, self.nbytes = lines + line, len(lines), 2 * len(data)  # as bytes and as a table
 
     def rows(self, start: int, stop: int) -> list[Row | InputError]:
         if self._table is None:  # a record among them is bad: which one shows alone

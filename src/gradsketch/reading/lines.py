@@ -37,7 +37,7 @@ class LineBlock(Block):
         keep = not_blank(data, starts, stops)
         self._starts, self._stops = starts[keep], stops[keep]
         self.lines = np.flatnonzero(keep) + line
-        self.count = len(self.lines)
+        self.count, self.nbytes = len(self.lines), len(data)
 
     def rows(self, start: int, stop: int) -> list[Row | InputError]:
         return [self._row(j) for j in range(start, stop)]

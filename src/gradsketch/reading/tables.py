@@ -27,7 +27,8 @@ class _Batch(Block):
     """A record batch."""
 
     def __init__(self, source: Source, batch: pa.RecordBatch, first: int) -> None:
-        self.first, self.count, self._source, self._batch = first, batch.num_rows, source, batch
+        self.first, self.count, self.nbytes = first, batch.num_rows, batch.nbytes
+        self._source, self._batch = source, batch
 
     def rows(self, start: int, stop: int) -> list[Row | InputError]:
         return list(python_rows(self._batch.slice(start, stop - start)))
