@@ -9,7 +9,8 @@ import tyro
 
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run(options: Check) -> int:
 
 
 def _measure(options: Check) -> Distortion:
+    options.model.find()
     from gradsketch.evaluation.distortion import distortion
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.sketches.block_sum import BlockSum

@@ -12,7 +12,8 @@ import tyro
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def run(options: Options) -> int:
 
 
 def _search(options: Options) -> IntrinsicDimension:
+    options.model.find()
     from gradsketch.dimension.curve import check_dims, fine_tune
     from gradsketch.dimension.metrics import evaluated, is_lower_better
     from gradsketch.dimension.search import intrinsic_dimension

@@ -15,7 +15,8 @@ import tyro
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
 
@@ -81,6 +82,7 @@ def run(options: IndexOptions) -> int:
 
 
 def _run(options: IndexOptions) -> int:
+    options.model.find()
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.plain import as_json

@@ -14,7 +14,8 @@ from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions
 from gradsketch.cli.index import RUN_FILE, IndexOptions
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions"]
