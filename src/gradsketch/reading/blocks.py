@@ -93,7 +93,7 @@ class BlockRows(FileRows):
         if kept is not None:
             return kept
         restart, last = int(np.searchsorted(self.restarts, i, "right")) - 1, self._last
-        is_behind = last is None or i < last.first or self.restarts[restart] > last.first + last.count
+        is_behind = last is None or i < last.first + last.count or self.restarts[restart] > last.first + last.count
         if is_behind or self._ahead is None:
             self._ahead = self.blocks(restart)
         for block in self._ahead:

@@ -154,7 +154,8 @@ def _named(source: Source) -> Source:
                 "JSON lines, Parquet or Arrow, or a name for what it is",
                 "Type --data -.csv, -.tsv or -.txt",
             )
-        source = replace(source, name=f"{source.name}{suffix}")
+        packed = PurePosixPath(source.name).suffix if source.packing else ""  # the kind stands before it
+        source = replace(source, name=f"{source.name.removesuffix(packed)}{suffix}{packed}")
     return source
 
 

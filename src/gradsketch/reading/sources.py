@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs
@@ -135,7 +135,7 @@ def filesystem_of(uri: str) -> tuple[pa.fs.FileSystem, str]:
     return filesystem, path
 
 
-def spooled(stream: BinaryIO, name: str) -> Source:
+def spooled(stream: Any, name: str) -> Source:
     """Copy what comes out of a pipe to a temporary file, which goes when nobody holds it.
 
     Raises:

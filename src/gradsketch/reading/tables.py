@@ -44,10 +44,10 @@ class _Parquet(BlockRows):
         first = int(self.restarts[restart])
         with self.source.open() as raw:
             file = pyarrow.parquet.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
-            groups = list(range(restart, file.num_row_groups))
-            for batch in file.iter_batches(_BATCH, row_groups=groups, use_threads=False):
-                yield _Batch(self.source, batch, first)
-                first += batch.num_rows
+            for group in range(restart, file.num_row_groups):  # one by one: a batch of two would be lost with either
+                for batch in file.iter_batches(_BATCH, row_groups=[group], use_threads=False):
+                    yield _Batch(self.source, batch, first)
+                    first += batch.num_rows
 
 
 class _ArrowFile(BlockRows):
