@@ -88,6 +88,13 @@ def test_split_and_revision(datasets):
     assert not datasets.asked
 
 
+def test_files_of_the_hub_are_one_line_without_a_network():
+    began = time.perf_counter()
+    with pytest.raises(gs.InputError, match="no connection to the hub"):
+        read_examples("hf://datasets/owner/name/data/*.parquet")
+    assert time.perf_counter() - began < 4
+
+
 def test_what_datasets_raises_is_one_line(datasets):
     def refuse(*_, **__):
         raise ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']")

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.fs
 
 from gradsketch.errors import InputError
-from gradsketch.reading.connection import reached
+from gradsketch.reading.connection import hub_reached, reached
 
 __all__ = ["PACKINGS", "READ_ERRORS", "Source", "filesystem_of", "local", "room_for", "spooled", "whole"]
 
 T = TypeVar("T")
-PACKINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+PACKINGS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2"}
 # What libraries raise where a file is damaged, or an object store does not answer.
 READ_ERRORS = (pa.ArrowException, ValueError, OSError, EOFError, RecursionError, OverflowError, zlib.error)
 PIECE = 1 << 20
@@ -112,6 +112,8 @@ def filesystem_of(uri: str) -> tuple[pa.fs.FileSystem, str]:
     is_google = scheme in ("gs", "gcs") and not (_OTHER_GOOGLE & os.environ.keys() or "endpoint_override" in uri)
     if is_google and not reached(_GOOGLE):
         raise InputError(f"{uri}, and no connection to {_GOOGLE}", "a connection", "Check the network")
+    if scheme == "hf" and not hub_reached():
+        raise InputError(f"{uri}, and no connection to the hub", "a connection", "Check the network")
     try:
         if scheme in ("s3", "gs", "gcs", "file", "hdfs", "abfs", "abfss"):
             filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
