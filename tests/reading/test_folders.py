@@ -89,6 +89,20 @@ def test_a_bad_row_of_a_shard_is_named_and_hides_no_other(put):
         list(read_examples("sh"))
 
 
+def test_folders_named_after_columns(put):
+    put("spark/_SUCCESS")
+    put("spark/year=2020/lang=d%20e/part-0.parquet", "a", "b")
+    put("spark/year=2021/lang=en/part-0.parquet", "c")
+    rows = read_examples("spark")
+    assert list(rows)[1:] == [
+        {"year": "2020", "lang": "d e", "text": "b"},
+        {"year": "2021", "lang": "en", "text": "c"},
+    ]
+    assert rows[2]["year"] == "2021"
+    assert rows.where(2) == "spark/year=2021/lang=en/part-0.parquet, row 1"
+    assert len(rows.facts()) == 2
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [

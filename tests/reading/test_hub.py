@@ -32,7 +32,9 @@ def datasets(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = []
     fake = types.ModuleType("datasets")
-    fake.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+    fake.config = types.ModuleType("datasets.config")
+    fake.config.HF_HUB_OFFLINE = False
+    monkeypatch.setitem(sys.modules, "datasets.config", fake.config)
     fake.splits = ["train"]
 
     def load_dataset(*where, **options):
@@ -141,7 +143,12 @@ def test_whether_a_server_answers(monkeypatch):
 
 def test_a_name_server_that_does_not_answer_is_waited_for_two_seconds(monkeypatch):
     monkeypatch.setattr(connection, "_SECONDS", 0.1)
-    monkeypatch.setattr("socket.create_connection", lambda *_: time.sleep(5))
+    monkeypatch.setattr("socket.create_connection", lambda *_: waits())
+
+    def waits():
+        time.sleep(5)
+        raise OSError
+
     began = time.perf_counter()
     assert not connection.reached("https://example.com")
     assert time.perf_counter() - began < 2

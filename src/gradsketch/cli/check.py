@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from gradsketch.cli.command import Command
-from gradsketch.cli.data import DataOptions
+from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
@@ -30,7 +30,7 @@ class Check:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: str
+    data: DataPlace
     """A file, folder, glob, hub name or URI, as of gradsketch index; what a row holds depends on the task: text, prompt
     and answer, source and target, or text and label."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 if TYPE_CHECKING:
     from gradsketch.reading import FileRows
 
-__all__ = ["DataOptions"]
+__all__ = ["DataOptions", "DataPlace"]
+
+# A name or a URI is no path: a Path would lose one of the slashes of "s3://".
+DataPlace = Annotated[str | Path, tyro.conf.arg(metavar="DATA")]
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class DataOptions:
     data_revision: str | None = None
     """Branch, tag or commit of a data set of the Hugging Face hub."""
 
-    def rows(self, source: str, split: str | None = None) -> FileRows:
+    def rows(self, source: str | Path, split: str | None = None) -> FileRows:
         """Open the rows of a path, a name or a pipe; ``split`` goes before the option.
 
         Raises:

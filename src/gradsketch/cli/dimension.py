@@ -11,7 +11,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.data import DataOptions
+from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
@@ -35,9 +35,9 @@ class Options:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    train: str
+    train: DataPlace
     """Training examples: a file, folder, glob, hub name or URI, as of gradsketch index."""
-    test: str
+    test: DataPlace
     """Examples for the metric, likewise."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     test_split: str | None = None

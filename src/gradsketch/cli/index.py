@@ -14,7 +14,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.data import DataOptions
+from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
@@ -41,7 +41,7 @@ class IndexOptions:
     path: tyro.conf.Positional[str]
     """Folder of the index, or a URI such as s3://bucket/facts."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: str
+    data: DataPlace
     """JSON lines, JSON, CSV, TSV, Parquet, Arrow or text file; a folder or glob of them; a hub data set; a URI, as
     s3://bucket/data; or - for a pipe."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)

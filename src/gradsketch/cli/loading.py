@@ -31,13 +31,14 @@ def load(options: ModelOptions) -> tuple[nn.Module, Task]:
         InputError: transformers is missing, nothing of that name can be loaded, it lacks weights for the task, the task
             cannot be told, or there is no such device.
     """
-    options.find()
+    only_here = options.find()
     device = _device(options.device)
     from gradsketch.demo.weights import quiet_transformers
     from gradsketch.gradients.tasks.kinds import task_kind
+    from gradsketch.reading.connection import offline
 
     known = None if options.task == "auto" else task_kind(options.task)
-    with quiet_transformers() as transformers:
+    with offline(only_here), quiet_transformers() as transformers:
         kind = known or _kind_of(transformers, options)
         model = load_weights(options, getattr(transformers, kind.loader), device)
         tokenizer = _tokenizer(options, transformers.AutoTokenizer, model)

@@ -42,12 +42,13 @@ class ModelOptions:
             return replace(self, adapter=str(checkpoint))
         return replace(self, model=str(checkpoint), revision=None, tokenizer=self.tokenizer or self.model)
 
-    def find(self) -> None:
-        """Find out, before anything heavy is imported, whether there is such a model.
+    def find(self) -> bool:
+        """Find out, before anything heavy is imported, whether there is such a model; return if only this disk has it.
 
         Raises:
             InputError: there is none.
         """
-        found(self.model, self.revision)
+        options = found(self.model, self.revision)
         if self.adapter is not None:
-            found(self.adapter, None, (ADAPTER_FILE,))
+            options += found(self.adapter, None, (ADAPTER_FILE,))
+        return ("local_files_only", True) in options

@@ -12,7 +12,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.data import DataOptions
+from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.index import RUN_FILE, IndexOptions
 from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
@@ -40,7 +40,7 @@ class QueryOptions:
     """With --answer: only the answer's tokens count."""
     answer: str | None = None
     """What the model said; begins with its own space."""
-    data: str | None = None
+    data: DataPlace | None = None
     """A file of queries, one a row; or a folder, glob, hub name or URI, as of gradsketch index."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     model: str | None = None

@@ -12,7 +12,7 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.data import DataOptions
+from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
@@ -35,7 +35,7 @@ class SpectrumOptions:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: str
+    data: DataPlace
     """A file, folder, glob, hub name or URI, as of gradsketch index."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     checkpoints: Path | None = None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-__all__ = ["hub_reached", "offline_where_unreached", "reached"]
+__all__ = ["hub_reached", "offline", "reached"]
 
 _SECONDS = 2.0
+_SWITCHED = ("huggingface_hub.constants", "datasets.config")
 
 
 def hub_reached() -> bool:
@@ -65,19 +66,17 @@ def _answers(host: str, port: int) -> bool:
 
 
 @contextmanager
-def offline_where_unreached() -> Iterator[bool]:
-    """Keep huggingface_hub and datasets to what this disk has, where the hub is not reached; yield if it is."""
-    from huggingface_hub import constants
+def offline(is_so: bool) -> Iterator[None]:
+    """Keep the hub's library, and whoever uses it, to what this disk has, where ``is_so``.
 
-    reached = hub_reached()
-    import datasets
-
-    switches: list[tuple[Any, bool]] = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    Their arguments for one call do not reach all the requests that a call makes.
+    """
+    modules = [sys.modules[name] for name in _SWITCHED if name in sys.modules] if is_so else []
+    before = [(module, module.HF_HUB_OFFLINE) for module in modules]
     try:
-        if not reached:
-            for module, _ in switches:
-                module.HF_HUB_OFFLINE = True
-        yield reached
+        for module in modules:
+            module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        yield
     finally:
-        for module, before in switches:
-            module.HF_HUB_OFFLINE = before
+        for module, value in before:
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradsketch.errors import InputError
-from gradsketch.reading.connection import offline_where_unreached
+from gradsketch.reading import connection
 from gradsketch.reading.memory import DatasetRows
 from gradsketch.table import one_line
 
@@ -71,7 +71,8 @@ def hub_rows(name: HubName, split: str | None) -> DatasetRows:
             "a file, a folder, or datasets to load it from the hub",
             "Check the path, or type: pip install 'gradsketch[data]'",
         ) from error
-    with offline_where_unreached() as reached:
+    reached = connection.hub_reached()
+    with connection.offline(not reached):
         if not reached and name.revision is not None:
             raise _refused(name, "the hub is out of reach, and a revision cannot be checked without it", split)
         where = (name.name, name.config) if name.config else (name.name,)

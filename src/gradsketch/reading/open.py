@@ -16,7 +16,7 @@ from gradsketch.reading.folders import DATA_KINDS, TEXT_KINDS, found, no_split, 
 from gradsketch.reading.hub import HubName, hub_name, hub_rows
 from gradsketch.reading.lines import json_lines, text_lines
 from gradsketch.reading.rows import FileRows
-from gradsketch.reading.shards import Shards
+from gradsketch.reading.shards import Shards, with_folders
 from gradsketch.reading.sources import PACKINGS, Source, spooled, whole
 from gradsketch.reading.tables import arrow, parquet
 
@@ -112,7 +112,8 @@ def _opened(place: str, split: str | None) -> FileRows:
         return TextFiles(place, data)
     shards = [_file(source) for source in data]
     share_numbers([shard for shard in shards if isinstance(shard, DelimitedRows)])
-    return Shards(place, shards)
+    named = zip(shards, data, strict=True)
+    return Shards(place, [with_folders(shard, source.name) for shard, source in named])
 
 
 def _file(source: Source) -> FileRows:
