@@ -55,6 +55,12 @@ def test_text_lines_and_folders(tmp_path):
     assert read_examples(tmp_path)[1]["text"] == "three\nlines\n"
 
 
+def test_lines_under_the_name_of_a_list(tmp_path):
+    (tmp_path / "a.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert list(read_examples(tmp_path / "a.json")) == ROWS
+    assert read_examples(tmp_path / "a.json").where(2) == "a.json, line 3"
+
+
 def test_a_string_is_a_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('"hello"\n')
     assert list(read_examples(str(tmp_path / "a.jsonl"))) == [{"text": "hello"}]
@@ -87,6 +93,11 @@ def test_a_bad_row_is_named_and_hides_no_other(tmp_path, name, content, place, w
         ("a.csv", b"", "no names of columns"),
         ("a.json", b'{"text": "a"}', "holds a dict"),
         ("a.json", b"[1,", "cannot be read"),
+        ("a.json", b'{\n"data": [{"text": "a"}]}', "holds a dict"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is in UTF-16.*iconv"),
+        ("a.parquet.gz", b"no", "a packed Parquet file"),
+        ("a.arrow", b"no", "cannot be read"),
+        ("a.jsonl.zst", b"no", "cannot be read"),
         ("a.parquet", b"no", "cannot be read"),
         ("a.jsonl.gz", b"no", "cannot be read"),
         ("a.docx", b"no", "of a kind that is not known"),

@@ -124,10 +124,10 @@ def _file(source: Source) -> FileRows:
             ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, or a folder of files of one kind",
             "Rename it, or convert it: with Hugging Face datasets, dataset.to_json('data.jsonl')",
         )
-    if _head(source).startswith(b"version https://git-lfs"):
-        raise InputError(f"{source.name} is a pointer of git-lfs, without the data", "the data", "Type: git lfs pull")
     if kind in _BINARY and source.packing:
         raise InputError(f"{source.name}, a packed {kind} file", f"{kind} files, which are packed inside", "Unpack it")
+    if _head(source).startswith(b"version https://git-lfs"):
+        raise InputError(f"{source.name} is a pointer of git-lfs, without the data", "the data", "Type: git lfs pull")
     return _READERS[kind](source)
 
 
