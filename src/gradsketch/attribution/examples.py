@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePath
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from torch import Tensor
@@ -12,13 +17,16 @@ from torch.utils.data import DataLoader
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_length, batch_slice
-from gradsketch.gradients.files import read_examples
 from gradsketch.gradients.tasks.rows import is_input
+from gradsketch.reading import by_position, read_examples
 from gradsketch.store.columns import RESERVED
 
 __all__ = ["as_examples", "display", "fields", "rebuild", "where"]
 
 _RENAMED = "data_"
+# Values that JSON has no type for, and that are kept as what they are written as.
+_AS_TEXT = (bytes, bytearray, memoryview, complex, Decimal, Fraction, PurePath, UUID, timedelta)
+_BYTES_SHOWN = 64
 
 
 class _Slices(Sequence[Any]):
@@ -40,7 +48,7 @@ class _Slices(Sequence[Any]):
 
 
 def as_examples(data: Any) -> Any:
-    """Return examples with a length and integer positions, from a path, a sequence, a dataset or a batch of tensors.
+    """Return examples with a length and integer positions, from a path, a sequence, a table or a batch of tensors.
 
     Raises:
         InputError: the data can be read only once, is a DataLoader, or is empty.
@@ -49,12 +57,13 @@ def as_examples(data: Any) -> Any:
         return read_examples(data)
     if isinstance(data, Tensor) or _is_batch(data):
         return _Slices(data)
+    data = by_position(data)
     if isinstance(data, DataLoader):
         raise InputError("a DataLoader", "the examples themselves", "Pass loader.dataset; batches are made inside")
     if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise InputError(
             f"data of type {type(data).__name__}",
-            "a path, a list, a dataset with a length and positions, or a dict of tensors",
+            "a path, a list, a table, a dataset with a length and positions, or a dict of tensors",
             'Pass one part, such as data["train"]' if isinstance(data, Mapping) else "Wrap it in list(...)",
         )
     return data
@@ -116,21 +125,42 @@ def display(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is metadata: text, a number, or JSON made of them; arrays of more than one entry are not."""
+    """Whether a value is metadata: text, a number, what is written as text, or JSON made of them.
+
+    Arrays of more than one entry, images and other objects are not.
+    """
     if hasattr(value, "shape"):
         return int(np.prod(value.shape)) == 1
     if isinstance(value, Mapping):
         return all(_is_plain(v) for v in value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, str | bool | int | float) or hasattr(value, "isoformat")
+    return value is None or isinstance(value, (str, bool, int, float, *_AS_TEXT)) or hasattr(value, "isoformat")
 
 
 def _plain(value: Any) -> Any:
+    if getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M"):  # numpy's nanoseconds would become integers
+        return str(np.asarray(value).reshape(())[()])
     if hasattr(value, "item") and not isinstance(value, Mapping):
-        return value.item()
+        return _plain(value.item())
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value), key=str)
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value.isoformat() if hasattr(value, "isoformat") else value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _bytes_as_text(bytes(value))
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return str(value) if isinstance(value, _AS_TEXT) else value
+
+
+def _bytes_as_text(data: bytes) -> str:
+    """Return bytes as the text that they are in UTF-8, or in hexadecimal; of many, what tells them from others."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        if len(data) <= _BYTES_SHOWN:
+            return data.hex()
+        return f"{data[:8].hex()}… ({len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()[:16]})"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from gradsketch.cli.command import Command
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.data import DataOptions, DataPlace
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ class Check:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: Path
-    """JSON lines, CSV, Parquet or text file, or a folder of texts; what a row holds depends on the task: text, prompt
+    data: DataPlace
+    """A file, folder, glob, hub name or URI, as of gradsketch index; what a row holds depends on the task: text, prompt
     and answer, source and target, or text and label."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     d: int = 4096
     """Largest sketch size; its halves down to 256 are measured too."""
     examples: int = 64
@@ -56,12 +58,12 @@ def run(options: Check) -> int:
 
 
 def _measure(options: Check) -> Distortion:
+    options.model.find()
     from gradsketch.evaluation.distortion import distortion
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.sketches.block_sum import BlockSum
 
-    rows = read_examples(options.data)
+    rows = options.part.rows(options.data)
     model, task = load(options.model)
     parameters = Parameters(model, options.include, options.exclude)
     sketch = BlockSum(parameters, min(options.d, parameters.n), seed=options.seed)

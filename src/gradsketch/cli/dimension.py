@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +11,9 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.data import DataOptions, DataPlace
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,10 +35,13 @@ class Options:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    train: Path
-    """Training examples: .jsonl, .json, .csv, .tsv, .parquet, .txt, or a folder of texts."""
-    test: Path
-    """Examples for the metric, of the same kinds."""
+    train: DataPlace
+    """Training examples: a file, folder, glob, hub name or URI, as of gradsketch index."""
+    test: DataPlace
+    """Examples for the metric, likewise."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
+    test_split: str | None = None
+    """Part of --test (default: that of --split)."""
     metric: Metric = "auto"
     """auto: accuracy for classification, loss otherwise."""
     target: float | None = None
@@ -85,17 +90,17 @@ def run(options: Options) -> int:
 
 
 def _search(options: Options) -> IntrinsicDimension:
+    options.model.find()
     from gradsketch.dimension.curve import check_dims, fine_tune
     from gradsketch.dimension.metrics import evaluated, is_lower_better
     from gradsketch.dimension.search import intrinsic_dimension
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.sketches.recipe import vector_kind
 
     if not options.seeds:
         raise InputError("--seeds without a number", "one search each", "Type --seeds 0 1 2")
     sketch = vector_kind(options.sketch)
-    train, test = read_examples(options.train), read_examples(options.test)
+    train, test = options.part.rows(options.train), options.part.rows(options.test, options.test_split)
     model, task = load(options.model)
     metric = _metric(options.metric, task, test)
     parameters = Parameters(model, options.include)

@@ -14,7 +14,9 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.data import DataOptions, DataPlace
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
@@ -40,8 +42,10 @@ class IndexOptions:
     path: tyro.conf.Positional[str]
     """Folder of the index, or a URI such as s3://bucket/facts."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: Path
-    """JSON lines, JSON, CSV, Parquet or text file, or a folder of texts."""
+    data: DataPlace
+    """JSON lines, JSON, CSV, TSV, Parquet, Arrow or text file; a folder or glob of them; a hub data set; a URI, as
+    s3://bucket/data; or - for a pipe."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     d: int = 4096
     """Numbers kept of every gradient."""
     include: tuple[str, ...] = ("*",)
@@ -80,13 +84,13 @@ def run(options: IndexOptions) -> int:
 
 
 def _run(options: IndexOptions) -> int:
+    options.model.find()
     from gradsketch.attribution.build import Build
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.plain import as_json
 
     began = time.perf_counter()
-    data = read_examples(options.data)  # before the model, which may take minutes
+    data = options.part.rows(options.data)  # before the model, which may take minutes
     model, task = load(options.model)
     build = Build(
         options.path,

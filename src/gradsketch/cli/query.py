@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
+from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.index import RUN_FILE, IndexOptions
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions"]
@@ -38,8 +40,9 @@ class QueryOptions:
     """With --answer: only the answer's tokens count."""
     answer: str | None = None
     """What the model said; begins with its own space."""
-    data: Path | None = None
-    """A file of queries, one a row."""
+    data: DataPlace | None = None
+    """A file of queries, one a row; or a folder, glob, hub name or URI, as of gradsketch index."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     model: str | None = None
     """Name or folder of the model; by default the one the index was made with."""
     device: str = "auto"
@@ -102,9 +105,7 @@ def _examples(options: QueryOptions) -> list[Any]:
     if options.prompt is not None:
         examples.append({"prompt": options.prompt, "answer": options.answer})
     if options.data is not None:
-        from gradsketch.gradients.files import read_examples
-
-        examples += list(read_examples(options.data))
+        examples += list(options.part.rows(options.data))
     if not examples:
         raise InputError("no query", "--text, --prompt and --answer, or --data", 'Type --text "..."')
     return examples

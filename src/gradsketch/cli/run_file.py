@@ -108,7 +108,8 @@ def _value(hint: Any, value: Any) -> Any:
         return _built(hint, value)
     if isinstance(value, list):
         return tuple(value)
-    takes_path = hint is Path or Path in typing.get_args(hint)
+    kinds = typing.get_args(hint) or (hint,)
+    takes_path = Path in kinds and str not in kinds
     return Path(value) if takes_path and isinstance(value, str) else value
 
 

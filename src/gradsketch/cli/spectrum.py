@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +12,9 @@ import tyro
 
 from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
-from gradsketch.cli.loading import ModelOptions, load
+from gradsketch.cli.data import DataOptions, DataPlace
+from gradsketch.cli.loading import load
+from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ class SpectrumOptions:
     """
 
     model: Annotated[ModelOptions, tyro.conf.arg(name="")]
-    data: Path
-    """JSON lines, CSV, Parquet or text file, or a folder of texts."""
+    data: DataPlace
+    """A file, folder, glob, hub name or URI, as of gradsketch index."""
+    part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
     checkpoints: Path | None = None
     """Folder with checkpoint-N folders, as the Hugging Face Trainer writes; --model is step 0, and its task and
     tokenizer are those of all."""
@@ -80,6 +83,7 @@ def run(options: SpectrumOptions) -> int:
         )
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
+    options.model.find()
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
         run_file.write(options, "spectrum", options.out / "run.json")
@@ -90,7 +94,7 @@ def run(options: SpectrumOptions) -> int:
 def _at_one_point(options: SpectrumOptions) -> Spectrum:
     from gradsketch.spectra import density, spectrum
 
-    operator, gradient = _operator(options)
+    operator, gradient = _operator(options, _data(options))
     resume = None if options.out is None else options.out / "spectrum.run"
     result = spectrum(operator, options.k, gradient=gradient, resume=resume, **_solver(options))
     if options.out is not None:
@@ -108,7 +112,8 @@ def _over_checkpoints(options: SpectrumOptions) -> Evolution:
     from gradsketch.spectra import spectrum_over
 
     folder = None if options.out is None else options.out / "steps"
-    points = {step: (lambda at=at: _operator(at)) for step, at in _checkpoints(options)}
+    data = _data(options)
+    points = {step: (lambda at=at: _operator(at, data)) for step, at in _checkpoints(options)}
     result = spectrum_over(points, options.k, directory=folder, **_solver(options))
     if options.out is not None:
         result.to_json(options.out / "evolution.json")
@@ -129,14 +134,17 @@ def _checkpoints(options: SpectrumOptions) -> Iterator[tuple[int, SpectrumOption
         yield step, replace(options, model=options.model.at(found[step]))
 
 
-def _operator(options: SpectrumOptions) -> tuple[LinearMap, Any]:
+def _data(options: SpectrumOptions) -> list[Any]:
+    """Return the rows that the loss is taken on, at equal distances."""
+    rows = options.part.rows(options.data)
+    count = min(options.examples, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _operator(options: SpectrumOptions, data: list[Any]) -> tuple[LinearMap, Any]:
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
-    from gradsketch.gradients.files import read_examples
     from gradsketch.gradients.parameters import Parameters
 
-    rows = read_examples(options.data)
-    count = min(options.examples, len(rows))
-    data = [rows[i * len(rows) // count] for i in range(count)]
     model, task = load(options.model)
     parameters = Parameters(model, options.include, options.exclude)
     make = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher": fisher}[options.curvature]

@@ -99,6 +99,9 @@ def canonical(value: Any) -> Iterator[bytes]:
         yield b"[%d" % len(value)
         for item in value:
             yield from canonical(item)
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biufc":  # texts, times, objects
+        yield f"a{value.dtype}{list(value.shape)}".encode()
+        yield from canonical([str(item) for item in np.atleast_1d(value).ravel()])
     elif isinstance(value, Tensor | np.ndarray | np.generic):
         array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.atleast_1d(value))
         yield f"t{array.dtype}{list(array.shape)}".encode()

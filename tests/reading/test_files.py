@@ -1,8 +1,7 @@
-"""Reading examples: every kind of file gives the same rows, and a bad row is named and hides no other."""
+"""Reading examples from a file: every kind of file gives the same rows, and a bad row is named and hides no other."""
 
 import gzip
 import json
-import os
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -11,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from gradsketch import InputError
-from gradsketch.gradients.files import read_examples
+from gradsketch.reading import read_examples
 
 ROWS = [{"text": "Grüße, 🎈", "label": 1}, {"text": 'two\nlines, "quoted"', "label": 0}, {"text": "7", "label": 2}]
 
@@ -56,6 +55,12 @@ def test_text_lines_and_folders(tmp_path):
     assert read_examples(tmp_path)[1]["text"] == "three\nlines\n"
 
 
+def test_lines_under_the_name_of_a_list(tmp_path):
+    (tmp_path / "a.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert list(read_examples(tmp_path / "a.json")) == ROWS
+    assert read_examples(tmp_path / "a.json").where(2) == "a.json, line 3"
+
+
 def test_a_string_is_a_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('"hello"\n')
     assert list(read_examples(str(tmp_path / "a.jsonl"))) == [{"text": "hello"}]
@@ -68,7 +73,7 @@ def test_a_string_is_a_text(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n[1]\n{"text": "b"}', "a.jsonl, line 2", "a JSON list where an object"),
         ("a.txt", b"a\n\xff\xfe\nb", "a.txt, line 2", "utf-8"),
         ("a.json", b'[{"text": "a"}, 3, {"text": "b"}]', "a.json, entry 2", "a JSON int"),
-        ("a.csv", b'text\na\n"x,y",z\nb\n', "a.csv, row 2", "2 fields under a header of 1"),
+        ("a.csv", b'text\na\n"x,y",z\nb\n', "a.csv, line 3", "Expected 1 columns, got 2"),
     ],
 )
 def test_a_bad_row_is_named_and_hides_no_other(tmp_path, name, content, place, words):
@@ -85,9 +90,14 @@ def test_a_bad_row_is_named_and_hides_no_other(tmp_path, name, content, place, w
         ("a.jsonl", b"", "holds no example"),
         ("a.txt", b"\n\n  \n", "holds no example"),
         ("a.csv", b"text,label\n", "holds no example"),
-        ("a.csv", b"", "cannot be read"),
+        ("a.csv", b"", "no names of columns"),
         ("a.json", b'{"text": "a"}', "holds a dict"),
         ("a.json", b"[1,", "cannot be read"),
+        ("a.json", b'{\n"data": [{"text": "a"}]}', "holds a dict"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is in UTF-16.*iconv"),
+        ("a.parquet.gz", b"no", "a packed Parquet file"),
+        ("a.arrow", b"no", "cannot be read"),
+        ("a.jsonl.zst", b"no", "cannot be read"),
         ("a.parquet", b"no", "cannot be read"),
         ("a.jsonl.gz", b"no", "cannot be read"),
         ("a.docx", b"no", "of a kind that is not known"),
@@ -114,24 +124,24 @@ def test_json_nested_beyond_the_stack_is_told(tmp_path, name):
         list(read_examples(tmp_path / name))
 
 
-@pytest.mark.parametrize("kind", ["named", "of a shell"])
-def test_a_pipe_cannot_be_read_twice(tmp_path, kind):
-    path = tmp_path / "pipe.jsonl"
-    os.mkfifo(path)
-    ends = os.pipe()
-    with pytest.raises(InputError, match="a pipe, which cannot be read twice"):
-        read_examples(path if kind == "named" else f"/dev/fd/{ends[0]}")
-    for end in ends:
-        os.close(end)
-
-
 def test_a_gzipped_file_that_unpacks_beyond_reason_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100_000))
     assert len(read_examples(path)) == 100_000
-    monkeypatch.setattr("gradsketch.gradients.files._INFLATED_BYTES", 1000)
+    monkeypatch.setattr("gradsketch.reading.sources._UNPACKED_BYTES", 1000)
     with pytest.raises(InputError, match=r"unpacks to more than .* bytes"):
         read_examples(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match=r"bomb\.jsonl\.gz cannot be read"):
         read_examples(path)
+
+
+def test_opened_again_in_another_process(tmp_path):
+    import pickle
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    rows = read_examples(tmp_path / "a.jsonl")
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(InputError, match="does not exist"):
+        pickle.loads(pickle.dumps(rows))

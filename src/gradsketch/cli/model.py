@@ -1,0 +1,54 @@
+"""The options by which every command names a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from gradsketch.cli.finding import ADAPTER_FILE, found
+
+__all__ = ["ModelOptions"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and what it is asked to do."""
+
+    model: str
+    """Name on the Hugging Face hub, or a folder written by save_pretrained."""
+    task: str = "auto"
+    """What the loss is: causal-lm, classification, …; auto reads it off the model's architecture."""
+    max_length: int | None = None
+    """Texts are cut to this many tokens (default: the tokenizer's own limit)."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Precision of the weights; sketches accumulate in float32 or wider whatever this is."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the GPU where there is one."""
+    tokenizer: str | None = None
+    """Name or folder of the tokenizer (default: the model's own)."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    adapter: str | None = None
+    """Folder or hub name of a PEFT adapter, such as LoRA; by default its weights are then those that take part."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spread a model over the devices, memory and disk of this machine, by accelerate."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the weights while loading, by bitsandbytes or torchao; with --adapter, as QLoRA does."""
+
+    def at(self, checkpoint: Path) -> ModelOptions:
+        """Return the same for a checkpoint of the model: trainers save weights, and often no tokenizer beside them."""
+        if self.adapter is not None or (checkpoint / ADAPTER_FILE).is_file():
+            return replace(self, adapter=str(checkpoint))
+        return replace(self, model=str(checkpoint), revision=None, tokenizer=self.tokenizer or self.model)
+
+    def find(self) -> bool:
+        """Find out, before anything heavy is imported, whether there is such a model; return if only this disk has it.
+
+        Raises:
+            InputError: there is none.
+        """
+        options = found(self.model, self.revision)
+        if self.adapter is not None:
+            options += found(self.adapter, None, (ADAPTER_FILE,))
+        return ("local_files_only", True) in options

@@ -1,0 +1,105 @@
+"""The rows of any data: a sequence of dicts, each read when asked for, so that a bad row does not hide the others."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from gradsketch.errors import InputError
+
+__all__ = ["FileRows", "Row", "as_row", "bad_row"]
+
+Row = dict[str, Any]
+_ITERATED = 256  # rows read at once by who iterates
+
+
+class FileRows(Sequence[Any]):
+    """Examples as dicts, from a file, many files, a hub data set or a table in memory.
+
+    ``path`` is what they were opened by. Reading in order costs one pass; reading anywhere else costs a block more.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        self.again: Callable[[], FileRows] | None = None  # opens the same data in another process
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self.again is None else (self.again, ())
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, i: int) -> Row:
+        """Return row i, 0 ≤ i < len.
+
+        Raises:
+            InputError: the row cannot be parsed; the message says where it is.
+        """
+
+    @abstractmethod
+    def where(self, i: int) -> str:
+        """Return where row i stands, as a person finds it: "facts.jsonl, line 17"."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, str | int]:
+        """Return what identifies the data without reading it through: names, sizes, hashes of heads and tails."""
+
+    def read_range(self, start: int, stop: int) -> list[Row | InputError]:
+        """Return rows start … stop - 1, 0 ≤ start ≤ stop ≤ len; a row that cannot be parsed is its error."""
+        return [self._row_or_error(i) for i in range(start, stop)]
+
+    def release(self) -> None:
+        """Close files and drop what is held of them; the next read opens them again."""
+        return
+
+    def _row_or_error(self, i: int) -> Row | InputError:
+        try:
+            return self.read(i)
+        except InputError as error:
+            return error
+
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Row]: ...
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
+        if isinstance(i, slice):
+            places = range(*i.indices(len(self)))
+            if places.step == 1:
+                return [_sound(row) for row in self.read_range(places.start, max(places.start, places.stop))]
+            return [self.read(j) for j in places]
+        return self.read(range(len(self))[i])
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _ITERATED):
+            yield from map(_sound, self.read_range(start, min(start + _ITERATED, len(self))))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} rows)"
+
+
+def _sound(row: Row | InputError) -> Row:
+    if isinstance(row, InputError):
+        raise row
+    return row
+
+
+def as_row(value: Any) -> Row:
+    """Return a JSON value as a row; a string is a text.
+
+    Raises:
+        ValueError: it is neither an object nor a string.
+    """
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__} where an object was wanted")
+    return value
+
+
+def bad_row(where: str, error: Exception) -> InputError:
+    """Return the error of a row that cannot be parsed."""
+    return InputError(f"{where}: {error}", "a row that can be parsed, in UTF-8", "Repair or remove the row")
