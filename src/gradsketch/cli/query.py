@@ -18,7 +18,7 @@ from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
-__all__ = ["COMMAND", "QueryOptions"]
+__all__ = ["COMMAND", "QueryOptions", "damping_of"]
 
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -85,7 +85,7 @@ def run(options: QueryOptions) -> int:
         k=options.k,
         opponents=options.opponents,
         score=options.score,
-        damping=_damping(options.damping),
+        damping=damping_of(options.damping),
         where=_where(options.where, index),
         groups=[list(range(len(examples)))] if options.group else None,
         coarse=options.coarse,
@@ -124,7 +124,12 @@ def _model_options(options: QueryOptions) -> ModelOptions:
     return ModelOptions(options.model, device=options.device)
 
 
-def _damping(text: str) -> float | str:
+def damping_of(text: str) -> float | str:
+    """Return the number that was typed, or "auto".
+
+    Raises:
+        InputError: it is neither.
+    """
     if text == "auto":
         return text
     try:
