@@ -159,7 +159,8 @@ def test_ctrl_c_while_it_starts():
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
         assert "Traceback" not in errors or "gradsketch/cli" not in errors
-        assert process.returncode in (130, -signal.SIGINT)
+        over = process.returncode == 1 and "./none" in errors  # on a quick machine, before the signal came
+        assert over or process.returncode in (130, -signal.SIGINT)
 
 
 def hostile_hits():
