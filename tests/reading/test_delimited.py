@@ -61,7 +61,7 @@ def test_a_quote_that_swallows_lines_is_refused_where_it_opened(write, body, lin
 
 
 def test_a_quote_without_an_end_does_not_take_the_memory(write, monkeypatch):
-    monkeypatch.setattr("gradsketch.reading.delimited._LONGEST", 1000)
+    monkeypatch.setattr("gradsketch.reading.delimited.LONGEST_RECORD", 1000)
     path = write("q.csv", 'text\n"' + "x\n" * 2_000_000 + '"\n')
     with pytest.raises(InputError, match=r"q\.csv, line 2"):
         read_examples(path)

@@ -6,21 +6,20 @@ quote that does not close takes the lines behind it into its field, and no parse
 
 from __future__ import annotations
 
-import csv
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.reading.blocks import Block
 from gradsketch.reading.lines import TextRows, refuse_other_text
-from gradsketch.reading.marks import Marker, Marks, newlines, not_blank
+from gradsketch.reading.marks import Marker, Marks
 from gradsketch.reading.numbers import Kind, converted, joined, seen
+from gradsketch.reading.records import LONGEST_RECORD, Format, SwallowedError, header_of, records
 from gradsketch.reading.rows import Row, bad_row
 from gradsketch.reading.sources import Source, whole
 
@@ -29,80 +28,12 @@ __all__ = ["DelimitedRows", "delimited", "share_numbers"]
 # Columns that stay text even where every entry is a number.
 _TEXTS = re.compile(r"(.*_)?(id|text|text_pair|prompt|answer|completion|source|target|question|context)", re.IGNORECASE)
 _LIKE_QUOTED = re.compile(rb'(?:\A|(?<=[\t\n]))"(?:[^"\t\n]|"")*+"(?=[\t\r\n]|\Z)')
-_LONGEST = 1 << 26  # bytes of a record: a quote that is never closed would hold the rest of the file
-
-
-class _Format:
-    """The names of the columns, and what stands between them."""
-
-    def __init__(self, delimiter: str, *, quoting: bool) -> None:
-        self.delimiter, self.quoting, self.names = delimiter, quoting, [""]
-        # A quoted field, or one whose quote does not close; a quote elsewhere in a field is a letter like others.
-        mark = re.escape(delimiter).encode()
-        self._quoted = re.compile(rb'(?:\A|(?<=[%b\n\r]))"[^"]*+(?:""[^"]*+)*+("?)' % mark)
-        self._after = (b"", b"\r", b"\n", delimiter.encode())
-
-    def parse(self, data: bytes, names: Iterable[str], *, skip_bad: bool = False) -> pa.Table:
-        """Return some of the columns as texts."""
-        return pyarrow.csv.read_csv(
-            pa.BufferReader(data),
-            pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=len(data) + 1),
-            pyarrow.csv.ParseOptions(
-                delimiter=self.delimiter,
-                quote_char='"' if self.quoting else False,
-                newlines_in_values=self.quoting,
-                ignore_empty_lines=False,
-                invalid_row_handler=(lambda row: "skip") if skip_bad else None,
-            ),
-            pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(self.names, pa.string()), include_columns=list(names)
-            ),
-        )
-
-    def fields(self, record: bytes) -> int:
-        """Return how many fields a record has."""
-        unquoted = self._quoted.sub(b"", record) if self.quoting else record
-        return unquoted.count(self.delimiter.encode()) + 1
-
-    def ends(self, data: bytes, *, last: bool) -> np.ndarray:
-        """Return the line feeds that end records, of data that begins with one, as far as this is known.
-
-        Raises:
-            _SwallowedError: a quote does not close, or closes in the middle of a text some lines on.
-        """
-        ends, known = newlines(data), len(data)
-        if not self.quoting or b'"' not in data:
-            return ends
-        inside = []
-        for field in self._quoted.finditer(data):
-            begin, end = field.span()
-            if not field[1] or (end == len(data) and not last):
-                if last:
-                    raise _SwallowedError(begin)
-                known = begin
-                break
-            if data.find(b"\n", begin, end) >= 0:
-                if data[end : end + 1] not in self._after:
-                    raise _SwallowedError(begin)
-                inside.append((begin, end))
-        if inside:
-            begins, stops = np.array(inside).T
-            ends = ends[np.searchsorted(begins, ends) == np.searchsorted(stops, ends, "right")]
-        return ends[ends < known]
-
-
-class _SwallowedError(ValueError):
-    """A quoted field that took lines into it which are none of its own; with the place of its quote."""
-
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
 
 
 class DelimitedRows(TextRows):
     """Rows of one CSV or TSV file; ``kinds`` says which columns are numbers."""
 
-    def __init__(self, source: Source, marks: Marks, form: _Format, kinds: dict[str, Kind]) -> None:
+    def __init__(self, source: Source, marks: Marks, form: Format, kinds: dict[str, Kind]) -> None:
         self.kinds = kinds
         super().__init__(source, marks, lambda data, first, line: _Records(source, data, first, line, form, self.kinds))
 
@@ -111,10 +42,10 @@ class _Records(Block):
     """Some bytes of a file that hold whole records."""
 
     def __init__(
-        self, source: Source, data: bytes, first: int, line: int, form: _Format, kinds: dict[str, Kind]
+        self, source: Source, data: bytes, first: int, line: int, form: Format, kinds: dict[str, Kind]
     ) -> None:
         self.first, self._source, self._form, self._kinds = first, source, form, kinds
-        starts, stops, lines = _records(data, form.ends(data, last=True))
+        starts, stops, lines = records(data, form.ends(data, last=True))
         self._records = [data[start:stop] for start, stop in zip(starts, stops, strict=True)]
         self.lines, self.count, self.nbytes = lines + line, len(lines), 2 * len(data)  # as bytes and as a table
 
@@ -160,7 +91,7 @@ def delimited(source: Source, delimiter: str = ",") -> DelimitedRows:
         InputError: no column has a name, two have the same, or a quoted field swallowed lines.
     """
     refuse_other_text(source)
-    return whole(source.name, lambda: _Scan(source, *_header(source, delimiter)).rows())
+    return whole(source.name, lambda: _Scan(source, *header_of(source, delimiter)).rows())
 
 
 def share_numbers(tables: Sequence[DelimitedRows]) -> None:
@@ -171,37 +102,10 @@ def share_numbers(tables: Sequence[DelimitedRows]) -> None:
         table.kinds = shared
 
 
-def _header(source: Source, delimiter: str) -> tuple[_Format, bytes]:
-    """Return the format of a file, and its bytes up to the end of the line that names its columns."""
-    head = b""
-    for piece in source.pieces():
-        head += piece
-        if b"\n" in head.lstrip() or len(head) > _LONGEST:
-            break
-    size = head.find(b"\n", len(head) - len(head.lstrip())) + 1 or len(head)
-    line = head[:size].decode("utf-8-sig").strip("\r\n")
-    if delimiter == "," and "," not in line and ";" in line:
-        delimiter = ";"
-    # Whoever quotes the names of the columns quotes what needs it below them too.
-    form = _Format(delimiter, quoting=delimiter != "\t" or line.lstrip().startswith('"'))
-    names = next(
-        csv.reader([line], delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if form.quoting else csv.QUOTE_NONE), []
-    )
-    form.names = [name.strip() or f"column {i + 1}" for i, name in enumerate(names)]
-    twice = next((name for name in form.names if form.names.count(name) > 1), None)
-    if not names or twice is not None:
-        raise InputError(
-            f"{source.name} with " + ("no names of columns" if not names else f"two columns called {twice!r}"),
-            "a first line that names each column once",
-            "Change the first line",
-        )
-    return form, head[:size]
-
-
 class _Scan:
     """One pass over a file: where its records begin, and which of its columns are numbers."""
 
-    def __init__(self, source: Source, form: _Format, header: bytes) -> None:
+    def __init__(self, source: Source, form: Format, header: bytes) -> None:
         self._source, self._form, self._marker = source, form, Marker()
         self._kinds = {name: Kind("text" if _TEXTS.fullmatch(name) else "empty") for name in form.names}
         self._has_warned = False
@@ -217,12 +121,12 @@ class _Scan:
         """Mark the records that end in the data, and keep what is left of it."""
         try:
             ends = self._form.ends(data, last=last)
-        except _SwallowedError as error:
+        except SwallowedError as error:
             raise self._swallowed(data, error.place) from error
         known = len(data) if last else int(ends[-1]) + 1 if len(ends) else 0
-        if len(data) - known > _LONGEST:
+        if len(data) - known > LONGEST_RECORD:
             raise self._swallowed(data, known)
-        starts, stops, lines = _records(data[:known], ends)
+        starts, stops, lines = records(data[:known], ends)
         self._refuse_swallowed(data, starts, stops)
         self._marker.add(starts + self._offset, lines + self._line)
         self._note_numbers(data[:known])
@@ -276,11 +180,3 @@ class _Scan:
             "a quote that closes where its field ends",
             "Close the quote, double it, or save the file without quoting, as .tsv",
         )
-
-
-def _records(data: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return first bytes, last bytes + 1 and lines, counted from 0, of the records that are not blank."""
-    starts = np.concatenate([[0], ends + 1])
-    stops = np.concatenate([ends + 1, [len(data)]])
-    keep = not_blank(data, starts, stops)
-    return starts[keep], stops[keep], np.searchsorted(newlines(data), starts[keep])

@@ -67,7 +67,7 @@ def hub_rows(name: HubName, split: str | None) -> DatasetRows:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{name}, which the package datasets loads, and a path of that name does not exist",
+            f"{name.name!r} is no file or folder here, and {name} takes the package datasets, which is not installed",
             "a file, a folder, or datasets to load it from the hub",
             "Check the path, or type: pip install 'gradsketch[data]'",
         ) from error

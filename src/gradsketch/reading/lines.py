@@ -137,7 +137,7 @@ def refuse_other_text(source: Source) -> None:
     Raises:
         InputError: the file is in UTF-16, or has the line ends of old Macs.
     """
-    head = whole(source.name, lambda: next(source.pieces(), b""))[: 1 << 16]
+    head = whole(source.name, source.head)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{source.name} is in UTF-16", "UTF-8", "Type: iconv -f UTF-16 -t UTF-8 OLD > NEW")
     if b"\r" in head and b"\n" not in head and head.count(b"\r") > 1:

@@ -33,6 +33,7 @@ _READERS: dict[str, Callable[[Source], FileRows]] = {
     "text": text_lines,
 }
 _BINARY = ("Parquet", "Arrow")
+_POINTER_SIZE = 1024  # of git-lfs
 _STDIN = re.compile(r"-(\.\w+)*")
 # What files that come without a name begin with.
 _MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow", b"\x1f\x8b": ".gz"}
@@ -127,7 +128,7 @@ def _file(source: Source) -> FileRows:
         )
     if kind in _BINARY and source.packing:
         raise InputError(f"{source.name}, a packed {kind} file", f"{kind} files, which are packed inside", "Unpack it")
-    if _head(source).startswith(b"version https://git-lfs"):
+    if source.size < _POINTER_SIZE and whole(source.name, source.head).startswith(b"version https://git-lfs"):
         raise InputError(f"{source.name} is a pointer of git-lfs, without the data", "the data", "Type: git lfs pull")
     return _READERS[kind](source)
 
@@ -148,7 +149,7 @@ def _pipe(place: str) -> Source | None:
 def _named(source: Source) -> Source:
     """Return a source whose name says what it holds, by its first bytes where it does not say so yet."""
     while source.kind not in DATA_KINDS:
-        head = _head(source).lstrip()
+        head = whole(source.name, source.head).lstrip()
         suffix = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), None)
         if suffix is None or PurePosixPath(source.name).suffix == suffix:
             raise InputError(
@@ -159,7 +160,3 @@ def _named(source: Source) -> Source:
         packed = PurePosixPath(source.name).suffix if source.packing else ""  # the kind stands before it
         source = replace(source, name=f"{source.name.removesuffix(packed)}{suffix}{packed}")
     return source
-
-
-def _head(source: Source) -> bytes:
-    return whole(source.name, lambda: next(source.pieces(), b""))

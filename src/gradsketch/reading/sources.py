@@ -80,6 +80,13 @@ class Source:
                     if done > start:
                         yield piece[max(0, len(piece) - (done - start)) :]
 
+    def head(self) -> bytes:
+        """Return the first bytes of its content, 64 kB at most."""
+        if self.packing is not None:
+            return next(self.pieces(), b"")[:_MARKED]
+        with self.open() as file:
+            return bytes(file.read(min(_MARKED, self.size)))
+
     def facts(self) -> str:
         """Return its size and a hash of its first and last bytes, or of a Parquet file's footer."""
         with self.open() as file:
