@@ -58,7 +58,7 @@ def run(options: Check) -> int:
 
 
 def _measure(options: Check) -> Distortion:
-    options.model.find()
+    options.model.find_early()
     from gradsketch.evaluation.distortion import distortion
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.sketches.block_sum import BlockSum

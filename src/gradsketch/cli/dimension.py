@@ -90,7 +90,7 @@ def run(options: Options) -> int:
 
 
 def _search(options: Options) -> IntrinsicDimension:
-    options.model.find()
+    options.model.find_early()
     from gradsketch.dimension.curve import check_dims, fine_tune
     from gradsketch.dimension.metrics import evaluated, is_lower_better
     from gradsketch.dimension.search import intrinsic_dimension

@@ -84,7 +84,7 @@ def run(options: IndexOptions) -> int:
 
 
 def _run(options: IndexOptions) -> int:
-    options.model.find()
+    options.model.find_early()
     from gradsketch.attribution.build import Build
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.plain import as_json

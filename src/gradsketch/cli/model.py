@@ -42,8 +42,17 @@ class ModelOptions:
             return replace(self, adapter=str(checkpoint))
         return replace(self, model=str(checkpoint), revision=None, tokenizer=self.tokenizer or self.model)
 
+    def find_early(self) -> None:
+        """Find out whether the hub has such a model, before anything heavy is imported; a path can wait.
+
+        Raises:
+            InputError: it has none.
+        """
+        if not self.model.startswith((".", "/", "~")):
+            self.find()
+
     def find(self) -> bool:
-        """Find out, before anything heavy is imported, whether there is such a model; return if only this disk has it.
+        """Find out whether there is such a model; return whether only this disk can be asked for it.
 
         Raises:
             InputError: there is none.

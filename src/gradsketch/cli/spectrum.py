@@ -83,7 +83,7 @@ def run(options: SpectrumOptions) -> int:
         )
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
-    options.model.find()
+    options.model.find_early()
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
         run_file.write(options, "spectrum", options.out / "run.json")
