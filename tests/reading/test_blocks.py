@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import random
 import tracemalloc
 
@@ -14,6 +15,7 @@ import pytest
 
 from gradsketch import InputError
 from gradsketch.reading import read_examples
+from gradsketch.reading.lines import LineBlock
 from gradsketch.reading.marks import mark_lines
 
 COUNT = 3000
@@ -72,6 +74,17 @@ def test_row_i_is_row_i_in_any_order(path):
     assert rows[17] == ROWS[17]
 
 
+def test_rows_go_to_another_process(path):
+    """As Ray's workers and DataLoaders get them: without what was read."""
+    rows = read_examples(path)
+    assert rows[1700] == ROWS[1700]
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000
+    there = pickle.loads(sent)
+    assert [there[i] for i in (2999, 5, 1700)] == [ROWS[i] for i in (2999, 5, 1700)]
+    assert there.facts() == rows.facts()
+
+
 def test_facts_tell_other_data_without_reading_it(path, tmp_path):
     before = read_examples(path).facts()
     assert list(before) == [path.name]
@@ -96,6 +109,13 @@ def test_a_packed_file_that_is_read_at_random_is_unpacked_once(tmp_path, monkeyp
     )
     assert [rows[i] for i in range(COUNT - 1, 0, -200)] == [ROWS[i] for i in range(COUNT - 1, 0, -200)]
     assert len(passes) <= 5
+    assert pickle.loads(pickle.dumps(rows))[7] == ROWS[7]
+    made = []
+    monkeypatch.setattr(
+        "gradsketch.reading.lines.LineBlock.__init__", lambda *a, real=LineBlock.__init__: made.append(1) or real(*a)
+    )
+    assert rows[COUNT // 2] == ROWS[COUNT // 2]
+    assert len(made) <= 1  # the copy can be read from anywhere
     monkeypatch.setattr("gradsketch.reading.lines.room_for", lambda _: False)
     rows = read_examples(tmp_path / "a.jsonl.gz")
     assert [rows[i] for i in (2000, 1000, 1500, 500, 300, 100)] == [ROWS[i] for i in (2000, 1000, 1500, 500, 300, 100)]

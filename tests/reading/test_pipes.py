@@ -4,6 +4,7 @@ import gc
 import gzip
 import io
 import os
+import pickle
 import threading
 from types import SimpleNamespace
 
@@ -77,6 +78,8 @@ def test_a_bad_row_of_a_pipe_is_named(piped):
     piped(LINES)
     rows = read_examples("-")
     assert (rows[0], rows[2]) == ({"text": "a"}, {"text": "b"})
+    with pytest.raises(InputError, match="a pipe, in another process"):
+        pickle.loads(pickle.dumps(rows))
     with pytest.raises(InputError, match=r"stdin\.jsonl, line 3: "):
         rows[1]
 

@@ -34,8 +34,11 @@ class DelimitedRows(TextRows):
     """Rows of one CSV or TSV file; ``kinds`` says which columns are numbers."""
 
     def __init__(self, source: Source, marks: Marks, form: Format, kinds: dict[str, Kind]) -> None:
-        self.kinds = kinds
-        super().__init__(source, marks, lambda data, first, line: _Records(source, data, first, line, form, self.kinds))
+        super().__init__(source, marks, self._records)
+        self.kinds, self._form = kinds, form
+
+    def _records(self, data: bytes, first: int, line: int) -> Block:
+        return _Records(self.source, data, first, line, self._form, self.kinds)
 
 
 class _Records(Block):

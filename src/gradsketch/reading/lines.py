@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ Parse = Callable[[str], Row]
 class LineBlock(Block):
     """Some bytes of a file that hold whole lines."""
 
-    def __init__(self, source: Source, data: bytes, first: int, line: int, parse: Parse) -> None:
+    def __init__(self, source: Source, parse: Parse, data: bytes, first: int, line: int) -> None:
         self.first, self._source, self._data, self._parse = first, source, data, parse
         ends = newlines(data)
         starts = np.concatenate([[0], ends + 1])
@@ -88,7 +89,7 @@ class TextRows(BlockRows):
         for piece in self._unpacked.pieces():
             self._copy.write(piece)
         self._copy.flush()
-        self._unpacked = local(Path(self._copy.name), "unpacked")
+        self._unpacked, self.restarts = local(Path(self._copy.name), "unpacked"), self._marks.rows
 
 
 class _Window:
@@ -117,18 +118,26 @@ class _Window:
 
 def json_lines(source: Source) -> TextRows:
     """Open a file of one JSON object, or string, a line."""
-    return _by_lines(source, lambda line: as_row(json.loads(line)))
+    return _by_lines(source, _json_row)
 
 
 def text_lines(source: Source) -> TextRows:
     """Open a file of one text a line."""
-    return _by_lines(source, lambda line: {"text": line})
+    return _by_lines(source, _text_row)
+
+
+def _json_row(line: str) -> Row:
+    return as_row(json.loads(line))
+
+
+def _text_row(line: str) -> Row:
+    return {"text": line}
 
 
 def _by_lines(source: Source, parse: Parse) -> TextRows:
     refuse_other_text(source)
     marks = whole(source.name, lambda: mark_lines(source.pieces()))
-    return TextRows(source, marks, lambda data, first, line: LineBlock(source, data, first, line, parse))
+    return TextRows(source, marks, partial(LineBlock, source, parse))
 
 
 def refuse_other_text(source: Source) -> None:

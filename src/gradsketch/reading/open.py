@@ -78,8 +78,15 @@ def read_examples(source: str | Path, *, split: str | None = None, revision: str
     rows = hub_rows(name.at(revision), split) if name is not None else _opened(place, split)
     if len(rows) == 0:
         raise InputError(f"{place!r} holds no example", "at least one row that is not blank", "Check the file")
-    rows.path, rows.again = place, partial(read_examples, source, split=split, revision=revision)
+    again = _refused_again if _is_pipe(place) else partial(read_examples, split=split, revision=revision)
+    rows.path, rows.again = place, partial(again, source)
     return rows
+
+
+def _refused_again(source: str | Path) -> FileRows:
+    raise InputError(
+        f"{str(source)!r}, a pipe, in another process", "data that both can open", "Save what comes out of it to a file"
+    )
 
 
 def _on_hub(place: str) -> HubName | None:
@@ -139,11 +146,16 @@ def _pipe(place: str) -> Source | None:
         if sys.stdin.isatty():
             raise InputError("standard input with nothing piped into it", "data", "Type: cat FILE | gradsketch …")
         return _named(spooled(sys.stdin.buffer, f"stdin{place[1:]}"))
-    path = Path(place)
-    if not path.exists() or path.is_file() or path.is_dir():
+    if not _is_pipe(place):
         return None
-    with path.open("rb") as file:
-        return _named(spooled(file, path.name))
+    with Path(place).open("rb") as file:
+        return _named(spooled(file, Path(place).name))
+
+
+def _is_pipe(place: str) -> bool:
+    path = Path(place)
+    is_other = path.exists() and not (path.is_file() or path.is_dir())
+    return is_other or _STDIN.fullmatch(place) is not None
 
 
 def _named(source: Source) -> Source:
