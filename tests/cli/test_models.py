@@ -215,6 +215,9 @@ def test_names_are_asked_for_before_anything_is_loaded(hub, monkeypatch):
         finding.found("owner/th ere", None)
     with pytest.raises(InputError, match="no folder"):
         finding.found("a/b/c", None)
+    for wrong in ({"tokenizer": "owner/thier"}, {"adapter": "owner/thier"}):
+        with pytest.raises(InputError, match=r"'owner/thier'"):
+            ModelOptions("owner/there", **wrong).find_early()
     finding.found.cache_clear()
     monkeypatch.setattr(connection, "hub_reached", lambda: False)
     with pytest.raises(InputError, match="not on this disk, and the hub is out of reach"):

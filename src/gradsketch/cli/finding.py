@@ -10,9 +10,9 @@ from typing import Any
 
 from gradsketch.errors import InputError
 
-__all__ = ["ADAPTER_FILE", "found"]
+__all__ = ["ADAPTER_FILE", "TOKENIZER_FILES", "found"]
 
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, TOKENIZER_FILES = "adapter_config.json", ("tokenizer_config.json", "config.json")
 _SECONDS = 10.0  # for one answer of a hub that is there
 
 

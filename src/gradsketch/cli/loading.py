@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradsketch.cli.finding import TOKENIZER_FILES
 from gradsketch.cli.model import ModelOptions
 from gradsketch.cli.padding import pad_alike
 from gradsketch.cli.weights import load_weights, pretrained
@@ -72,7 +73,7 @@ def _tokenizer(options: ModelOptions, kind: Any, model: nn.Module) -> Any:
         )
     from gradsketch.gradients.tasks.logits import known_tokens
 
-    tokenizer = pretrained(name, kind, revision, ("tokenizer_config.json", "config.json"))
+    tokenizer = pretrained(name, kind, revision, TOKENIZER_FILES)
     words, known = len(tokenizer), known_tokens(model) or 0
     if words < _LEAST_SHARE * known:
         raise InputError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from gradsketch.cli.finding import ADAPTER_FILE, found
+from gradsketch.cli.finding import ADAPTER_FILE, TOKENIZER_FILES, found
 
 __all__ = ["ModelOptions"]
 
@@ -58,6 +58,8 @@ class ModelOptions:
             InputError: there is none.
         """
         options = found(self.model, self.revision)
+        if self.tokenizer is not None:
+            options += found(self.tokenizer, None, TOKENIZER_FILES)
         if self.adapter is not None:
             options += found(self.adapter, None, (ADAPTER_FILE,))
         return ("local_files_only", True) in options

@@ -87,13 +87,13 @@ def _remote(uri: str) -> tuple[list[Source], bool]:
     filesystem, base = filesystem_of(base_uri)
     info = filesystem.get_file_info(base)
     if info.is_file:
-        return [Source(filesystem, base, info.base_name, info.size)], True
+        return [Source(filesystem, base, info.base_name, info.size or 0)], True
     pattern = uri[len(base_uri) :].strip("/")
     sources = []
     for info in filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True)):
         name = info.path[len(base) :].strip("/")
         if info.is_file and (_matches(name, pattern) if pattern else not _is_hidden(name)):
-            sources.append(Source(filesystem, info.path, f"{PurePosixPath(base).name}/{name}", info.size))
+            sources.append(Source(filesystem, info.path, f"{PurePosixPath(base).name}/{name}", info.size or 0))
     if not sources:
         raise InputError(f"the data {uri!r} does not exist, or is an empty folder", "files to read", "Check the URI")
     return sorted(sources, key=lambda source: source.path), False
