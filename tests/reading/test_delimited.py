@@ -65,6 +65,8 @@ def test_a_quote_without_an_end_does_not_take_the_memory(write, monkeypatch):
     path = write("q.csv", 'text\n"' + "x\n" * 2_000_000 + '"\n')
     with pytest.raises(InputError, match=r"q\.csv, line 2"):
         read_examples(path)
+    with pytest.raises(InputError, match="line 3 is longer than 1,000 bytes"):
+        read_examples(write("long.csv", "text\na\n" + "x" * 3_000_000))
 
 
 def test_only_numbers_that_are_written_as_numbers_are_numbers(write):

@@ -128,6 +128,9 @@ class _Scan:
             raise self._swallowed(data, error.place) from error
         known = len(data) if last else int(ends[-1]) + 1 if len(ends) else 0
         if len(data) - known > LONGEST_RECORD:
+            if not self._form.quoting or b'"' not in data[known:]:
+                line = self._line + data.count(b"\n", 0, known)
+                raise ValueError(f"line {line} is longer than {LONGEST_RECORD:,} bytes")
             raise self._swallowed(data, known)
         starts, stops, lines = records(data[:known], ends)
         self._refuse_swallowed(data, starts, stops)
