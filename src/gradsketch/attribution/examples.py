@@ -104,7 +104,7 @@ def fields(example: Any) -> tuple[str | None, dict[str, Any]]:
 
 def rebuild(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a stored row as an example a task can read again, or None where it was not made of plain values."""
-    names = {"text", "prompt", "source"} & set(record)
+    names = {"text", "prompt", "source", "messages"} & set(record)
     if not any(record[name] is not None for name in names):
         return None
     return {

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
+from gradsketch.gradients.tasks.chat import encode_chat, pieces_of_chat, template_digest
+from gradsketch.gradients.tasks.conversations import Turns, check_turns, conversation_of
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
+from gradsketch.gradients.tasks.formats import refuse_unmapped
 from gradsketch.gradients.tasks.logits import logits_of
 from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
 from gradsketch.gradients.tasks.rows import counted_labels, tokenised
@@ -26,10 +29,16 @@ class CausalLM(Task):
     """Next-token cross-entropy of each example, in nats.
 
     Raw examples are texts (every token but the first counts), ``(prompt, answer)`` pairs or dicts with ``prompt`` and
-    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, or tokenised dicts.
+    ``answer`` (or ``completion``), of which only the answer's tokens count, dicts with ``text``, conversations, or
+    tokenised dicts.
     Prompt and answer are joined as they are, so the answer brings its own leading space, and tokenised together; a
     token that spans the boundary belongs to the answer. A first token that the text brings along, as chat templates
     write it, is not added again.
+
+    A conversation is a dict with ``messages``, a list of turns with ``role`` and ``content``, or with ``prompt`` and
+    ``completion`` as such lists, of which only the completion's turns count. It is written and tokenised by the
+    tokenizer's chat template, which gets the row's ``tools`` and ``chat_template_kwargs``. What the assistant says
+    counts, and the token that ends each of its turns. A turn whose tokens the template does not show is refused.
 
     A tokenised dict has ``input_ids`` and optionally ``attention_mask``, ``labels`` (−100: does not count), a mask of
     the tokens that count (``completion_mask``, ``assistant_masks`` or ``loss_mask``) and ``position_ids``. Positions
@@ -44,6 +53,7 @@ class CausalLM(Task):
         max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
         reduction: "mean" over an example's counted tokens (what Hugging Face reports for a batch of one) or "sum"
             (minus the log-probability of the answer).
+        turns: which of the assistant's turns count in a conversation: "all", or the "last".
 
     Example:
         >>> words = "the capital of France is Paris".split()
@@ -53,15 +63,24 @@ class CausalLM(Task):
         tensor([[-100, -100, -100, -100, -100,    5]])
 
     Raises:
-        InputError: an empty text, an answer without a token (left), weights of rows or tokens, a token, label, field
-            or position the model does not have, logits of another shape.
+        InputError: an empty text, an answer without a token (left), a conversation that the template does not take,
+            weights of rows or tokens, a token, label, field or position the model does not have, logits of another
+            shape.
     """
 
     not_padded = ()
 
-    def __init__(self, tokenizer: Any = None, *, max_length: int | None = None, reduction: Reduction = "mean") -> None:
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        reduction: Reduction = "mean",
+        turns: Turns = "all",
+    ) -> None:
         tokens.check_reduction(reduction)
-        self.tokenizer, self.reduction = tokenizer, reduction
+        check_turns(turns)
+        self.tokenizer, self.reduction, self.turns = tokenizer, reduction, turns
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
@@ -91,15 +110,20 @@ class CausalLM(Task):
         # Moving the labels, not the logits, saves a copy of [b, t, vocabulary].
         return logits, torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
-    def pieces(self, example: Any) -> list[pieces.Piece]:
+    def pieces(self, example: Any) -> list[pieces.Piece] | None:
         if isinstance(example, Mapping) and "input_ids" in example:
             return pieces.decoded(self.tokenizer, self.encode(example).sequences["input_ids"].tolist())
+        if (conversation := conversation_of(example)) is not None:
+            return pieces_of_chat(self.tokenizer, conversation, self.max_length)
         return pieces.of_text(self.tokenizer, "".join(_prompt_and_answer(example)), limit=self.max_length)
 
     def encode(self, example: Any) -> Encoded:
         if isinstance(example, Mapping) and "input_ids" in example:
             row = tokenised(example, self.max_length)
             return Encoded(len(row.sequences["input_ids"]), counted_labels(row.sequences), row.values)
+        if (conversation := conversation_of(example)) is not None:
+            ids, counted = encode_chat(self.tokenizer, conversation, self.turns, self.max_length)
+            return _row(ids, counted)
         prompt, answer = _prompt_and_answer(example)
         if not answer:
             raise InputError("an empty text" if not prompt else "an empty answer", "some text to predict", "Drop it")
@@ -111,8 +135,7 @@ class CausalLM(Task):
                 "at least one predicted token" + (f" within max_length={self.max_length}" if self.max_length else ""),
                 "Shorten the prompt, raise max_length, or drop the example",
             )
-        labels = [IGNORED] * first + ids[first:]
-        return Encoded(len(ids), {"input_ids": integers(ids), "labels": integers(labels)})
+        return _row(ids, [place >= first for place in range(len(ids))])
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         rows = encode_all(self.encode, examples)
@@ -130,6 +153,8 @@ class CausalLM(Task):
         return {
             "reduction": self.reduction,
             "max_length": self.max_length or 0,
+            "turns": self.turns,
+            "chat_template": template_digest(self.tokenizer),
             "vocabulary": tokens.vocabulary(self.tokenizer),
         }
 
@@ -147,6 +172,11 @@ class CausalLM(Task):
         alone = list(tokens.encode(self.tokenizer, prompt, limit=None)["input_ids"])
         differ = (t for t, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b)
         return ids, next(differ, min(len(ids), len(alone)))
+
+
+def _row(ids: Sequence[int], counted: Sequence[bool]) -> Encoded:
+    labels = [i if counts and place else IGNORED for place, (i, counts) in enumerate(zip(ids, counted, strict=True))]
+    return Encoded(len(ids), {"input_ids": integers(ids), "labels": integers(labels)})
 
 
 def _labels(batch: Batch) -> Int[Tensor, "b t"]:
@@ -178,4 +208,7 @@ def _prompt_and_answer(example: Any) -> tuple[str, str]:
             return example["prompt"], answer
         if isinstance(example.get("text"), str):
             return "", example["text"]
-    raise tokens.unknown_example(example, "a text, (prompt, answer), or a dict with text, or prompt and answer")
+    refuse_unmapped(example)
+    raise tokens.unknown_example(
+        example, "a text, (prompt, answer), or a dict with text, prompt and answer, or messages"
+    )

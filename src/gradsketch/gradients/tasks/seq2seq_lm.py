@@ -29,7 +29,8 @@ _DECODER = ("decoder_input_ids", "decoder_attention_mask")
 class Seq2SeqLM(Task):
     """Cross-entropy of each target given its source, in nats, for encoder-decoders such as T5 and BART.
 
-    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target``, or tokenised dicts: ``labels``
+    Raw examples are ``(source, target)`` pairs, dicts with ``source`` and ``target`` (or ``prompt`` and ``answer``), or
+    tokenised dicts: ``labels``
     (−100: does not count), ``input_ids`` or another input of the encoder, such as ``input_features``, and optionally
     ``attention_mask``, ``decoder_input_ids`` and whatever else the model takes. ``losses`` takes a batch of these. The
     decoder's inputs are by default the labels moved to the right as the model itself does it for its own loss.
@@ -145,7 +146,10 @@ class Seq2SeqLM(Task):
 
 
 def _source_and_target(example: Any) -> tuple[str, str]:
-    pair = (example.get("source"), example.get("target")) if isinstance(example, Mapping) else example
+    pair = example
+    if isinstance(example, Mapping):
+        named = ("source", "target") if "source" in example else ("prompt", "answer")
+        pair = tuple(example.get(name) for name in named)
     if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):
         return pair[0], pair[1]
     raise tokens.unknown_example(example, "(source, target), a dict with source and target, or a tokenised dict")

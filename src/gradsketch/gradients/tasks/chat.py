@@ -1,0 +1,290 @@
+"""From a conversation to token ids and which of them count, by the tokenizer's own chat template.
+
+A template is a program that may write a turn otherwise when more turns follow: Qwen3's drops the thinking of earlier
+ones. So where a turn stands is never guessed from what it says. There are three proofs, tried in this order:
+
+1. The template marks what the assistant says, by ``{% generation %}``.
+2. What the template writes up to the turn, with the prompt for generation, begins what it writes through the turn,
+   and that begins the whole. Then the turn is what a model has generated there.
+3. A mark in the place of the turn's content shows what the template writes before and after it. Where the whole begins
+   and ends with just that, the content stands between.
+
+A turn without a proof is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from datetime import date
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from gradsketch.errors import InputError
+from gradsketch.gradients.tasks import pieces as piece_of
+from gradsketch.gradients.tasks.conversations import ASSISTANT, Conversation, Turns, transcript
+from gradsketch.gradients.tasks.pieces import Piece
+
+__all__ = ["encode_chat", "pieces_of_chat", "template_digest"]
+
+# The tags around what is generated, with the white space that Jinja takes away with them.
+_OPENED = re.compile(r"(\{%[-+]?\s*generation\s*)([-+]?)%\}(?:(?<!\+%\})\n)?")
+_CLOSED = re.compile(r"(?:(?<=\n)[ \t]+)?\{%([-+]?)(\s*endgeneration\b)")
+# Private letters that no template trims, splits or escapes.
+_MARK = "\ue0a0\ue0a1\ue0a2"
+# Some templates write the day on which they run, and an index could not be asked on the next one. Llama's write this
+# day where they do not know better.
+_DAY = date(2024, 7, 26)
+
+
+class _Span(NamedTuple):
+    start: int
+    stop: int
+
+
+def encode_chat(
+    tokenizer: Any, conversation: Conversation, turns: Turns, limit: int | None
+) -> tuple[list[int], list[bool]]:
+    """Return a conversation's token ids, cut on the right to ``limit``, and for each whether it counts.
+
+    The ids are those of ``apply_chat_template``. Of an assistant's turn count the tokens that it says and the token
+    that ends it, but neither its header nor the white space after its end.
+
+    Raises:
+        InputError: no template, a conversation that it refuses, no turn that counts, one whose place has no proof, or
+            none within ``limit``.
+    """
+    counted = conversation.counted(turns)
+    chat = _Chat(tokenizer, conversation)
+    spans = chat.generated(counted[0]) if chat.marks_generation else [chat.turn(i) for i in counted]
+    encoded = chat.encoded()
+    ids = list(encoded["input_ids"])[:limit]
+    mask = chat.places(encoded, spans)[:limit]
+    if not any(mask[1:]):
+        raise InputError(
+            f"a conversation without a token of the assistant that counts (of {len(ids)} tokens)",
+            "at least one predicted token" + (f" within max_length={limit}" if limit else ""),
+            "Raise max_length, shorten the turns before, or drop the row",
+        )
+    return ids, mask
+
+
+def pieces_of_chat(tokenizer: Any, conversation: Conversation, limit: int | None) -> list[Piece] | None:
+    """Return the pieces of a conversation's tokens, which join to its transcript; those of the template are empty."""
+    shown = transcript(conversation.messages)
+    assert shown is not None
+    text, turns = shown
+    chat = _Chat(tokenizer, conversation)
+    encoded = {name: values[:limit] for name, values in chat.encoded().items()}
+    found = piece_of.pieces(tokenizer, encoded, chat.whole)
+    if not chat.whole.startswith("".join(piece.text for piece in found)):
+        return None
+    contents = [(chat.content(i), turn) for i, turn in enumerate(turns)]
+    places = [(span, turn.start + chat.begins(i, span)) for i, (span, turn) in enumerate(contents) if span]
+    return _moved(found, places, text)
+
+
+def template_digest(tokenizer: Any) -> str:
+    """Return a hash of a tokenizer's chat template, or of all where it has several; empty where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16] if template else ""
+
+
+class _Chat:
+    """One conversation under a tokenizer's template."""
+
+    def __init__(self, tokenizer: Any, conversation: Conversation) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                "a conversation, but " + ("the task has no tokenizer" if tokenizer is None else "no chat template"),
+                "a tokenizer with a chat_template",
+                "Load the tokenizer of the chat model (--tokenizer NAME), or set tokenizer.chat_template",
+            )
+        self.tokenizer, self.conversation = tokenizer, conversation
+        self._template = str(tokenizer.get_chat_template(tools=conversation.tools))
+        self.marks_generation = bool(_OPENED.search(self._template))
+        self._options = dict(conversation.options)
+        if "strftime_now" in self._template:
+            self._options.setdefault("strftime_now", _DAY.strftime)
+        self.whole = self._written(conversation.messages)
+
+    def encoded(self) -> dict[str, Any]:
+        """Return the tokens of the whole; the template has written all special tokens itself."""
+        offsets = piece_of.with_offsets(self.tokenizer)
+        return dict(self.tokenizer(self.whole, add_special_tokens=False, **offsets))
+
+    def generated(self, first: int) -> list[_Span]:
+        """Return the characters that the template marks as generated, from a turn on.
+
+        transformers has marks of its own, which it loses where a token leaves white space out.
+
+        Raises:
+            InputError: the template writes otherwise with marks in it, or nothing proves where the turn begins.
+        """
+        template = _OPENED.sub(_opened, _CLOSED.sub(_closed, self._template))
+        parts = self._written(self.conversation.messages, chat_template=template).split(_MARK)
+        if "".join(parts) != self.whole or len(parts) % 2 == 0:
+            raise self._unproved("a chat template that writes otherwise when its generations are marked")
+        ends = list(accumulate(len(part) for part in parts))
+        spans = [_Span(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
+        speaking = [i for i, turn in enumerate(self.conversation.messages) if turn["role"] == ASSISTANT]
+        begin = len(self.before(first)) if first != speaking[0] else 0
+        return [span for span in spans if span.start >= begin]
+
+    def turn(self, i: int) -> _Span:
+        """Return the characters of an assistant's turn and of what ends it.
+
+        Raises:
+            InputError: nothing proves where they stand.
+        """
+        span = self._by_prefix(i) or self._by_mark(i)
+        if span is None:
+            raise self._unproved(
+                f"turn {i + 1} of a conversation, which the chat template writes otherwise when more turns follow, or "
+                "without the prompt for generation that it names"
+            )
+        return span
+
+    def before(self, i: int) -> str:
+        """Return what stands before an assistant's turn.
+
+        Raises:
+            InputError: the whole does not begin with it.
+        """
+        text = self._try(self.conversation.messages[:i], add_generation_prompt=True)
+        if text is None or not self.whole.startswith(text):
+            raise self._unproved(f"turn {i + 1} of a conversation, whose beginning the chat template does not prove")
+        return text
+
+    def content(self, i: int) -> _Span | None:
+        """Return where what a turn says stands in the whole, by a mark in its place; None where that is not shown."""
+        said = self.conversation.messages[i].get("content")
+        marked = self._marked(i, self.conversation.messages) if isinstance(said, str) and said.strip() else None
+        if marked is None:
+            return None
+        head, tail = marked
+        span = _Span(len(head), len(self.whole) - len(tail))
+        middle = self.whole[slice(*span)] if span.start < span.stop else ""
+        whole = self.whole.startswith(head) and self.whole.endswith(tail)
+        return span if whole and middle and said.rstrip().endswith(middle.rstrip()) else None
+
+    def begins(self, i: int, span: _Span) -> int:
+        """Return at which character of what a turn says a span begins that ``content`` found."""
+        said = self.conversation.messages[i]["content"].rstrip()
+        return len(said) - len(self.whole[slice(*span)].rstrip())
+
+    def places(self, encoded: dict[str, Any], spans: Sequence[_Span]) -> list[bool]:
+        """Return which tokens stand for a character of the spans."""
+        ids, offsets = list(encoded["input_ids"]), encoded.get("offset_mapping")
+        if offsets is not None:
+            return [any(end > span.start and start < span.stop for span in spans) for start, end in offsets]
+        mask = [False] * len(ids)
+        for span in spans:
+            start, stop = (self._tokens_of(self.whole[:place], ids) for place in span)
+            mask[start:stop] = [True] * (stop - start)
+        return mask
+
+    def _by_prefix(self, i: int) -> _Span | None:
+        messages = self.conversation.messages
+        before = self._try(messages[:i], add_generation_prompt=True)
+        through = self._try(messages[: i + 1])
+        if before is None or through is None or not through.startswith(before) or not self.whole.startswith(through):
+            return None
+        # A template without a prompt for generation leaves the header to the turn.
+        if before == self._try(messages[:i]):
+            said = messages[i].get("content") or ""
+            if not said.strip() or not through[len(before) :].lstrip().startswith(said.strip()):
+                return None
+        return _Span(len(before), self._end(through, len(before)))
+
+    def _by_mark(self, i: int) -> _Span | None:
+        """Return the content of a turn that says something and does nothing else, with what ends it."""
+        if self.conversation.messages[i].keys() - {"role", "content", "name"}:
+            return None
+        content, alone = self.content(i), self._marked(i, self.conversation.messages[: i + 1])
+        if content is None or alone is None or not self.whole[content.stop :].startswith(alone[1]):
+            return None
+        through = self.whole[: content.stop + len(alone[1])]
+        return _Span(content.start, self._end(through, content.start))
+
+    def _marked(self, i: int, messages: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+        """Return what the template writes before and after the content of a turn."""
+        marked = [turn if j != i else {**turn, "content": _MARK} for j, turn in enumerate(messages)]
+        parts = (self._try(marked) or "").split(_MARK)
+        return (parts[0], parts[1]) if len(parts) == 2 else None
+
+    def _end(self, text: str, start: int) -> int:
+        """Return where a turn ends that ends a text: white space after the token that ends it is the template's."""
+        trimmed = text.rstrip()
+        for token in (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens):
+            if trimmed.endswith(token) and len(trimmed) - len(token) >= start:
+                return len(trimmed)
+        return len(text)
+
+    def _tokens_of(self, text: str, ids: Sequence[int]) -> int:
+        """Return how many tokens a beginning of the whole has, for tokenizers that do not tell characters."""
+        found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        if found != list(ids[: len(found)]):
+            raise self._unproved("a tokenizer that does not tell its characters and joins tokens where a turn begins")
+        return len(found)
+
+    def _try(self, messages: Sequence[dict[str, Any]], **options: Any) -> str | None:
+        """Return what the template writes for some of the turns, or None where it refuses them."""
+        try:
+            return self._written(messages, **options) if messages else None
+        except InputError:
+            return None
+
+    def _written(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        try:
+            return str(self._apply(messages, tokenize=False, **options))
+        except Exception as error:  # templates raise what they like, and Jinja the rest
+            raise InputError(
+                f"a conversation that the chat template refuses ({str(error)[:200]})",
+                "turns as the template takes them",
+                "Repair or drop the row",
+            ) from error
+
+    def _apply(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+        tools = self.conversation.tools
+        return self.tokenizer.apply_chat_template(list(messages), tools=tools, **self._options, **options)
+
+    def _unproved(self, came: str) -> InputError:
+        return InputError(
+            came,
+            "a template that shows which tokens are the assistant's",
+            'Count the last turn only (--turns last, CausalLM(tokenizer, turns="last")), mark what the assistant says '
+            "in tokenizer.chat_template by {% generation %}, or pass rows of input_ids with assistant_masks",
+        )
+
+
+def _opened(tag: re.Match[str]) -> str:
+    """Return the tag that opens a generation with a mark behind it, which takes away as much white space."""
+    control = tag[2]
+    return f"{tag[1]}{control}%}}{{{{ '{_MARK}' {control if control == '-' else ''}}}}}"
+
+
+def _closed(tag: re.Match[str]) -> str:
+    return f"{{{{{tag[1] if tag[1] == '-' else ''} '{_MARK}' }}}}{{%{tag[2]}"
+
+
+def _moved(pieces: Sequence[Piece], places: Sequence[tuple[_Span, int]], text: str) -> list[Piece]:
+    """Return pieces of one text as pieces of another, where spans of the one stand at places of the other."""
+    moved: list[Piece] = []
+    done = at = 0
+    for piece in pieces:
+        start, at = at, at + len(piece.text)
+        inside = next(((s, to) for s, to in places if start < s.stop and at > s.start), None)
+        if inside is None:
+            moved.append(Piece("", piece.tokens))
+            continue
+        span, to = inside
+        kept = piece.text[max(span.start - start, 0) : span.stop - start]
+        begin = to + max(start - span.start, 0)
+        if begin > done:
+            moved.append(Piece(text[done:begin], 0))
+        moved.append(Piece(kept, piece.tokens))
+        done = begin + len(kept)
+    return [*moved, Piece(text[done:], 0)] if done < len(text) else moved
