@@ -79,6 +79,7 @@ _HOME = {
     "kfac": "gradsketch.gradients.factors.kfac",
     "linear_datamodeling_score": "gradsketch.evaluation.lds",
     "loss_gradient": "gradsketch.gradients.curvature",
+    "mapped_rows": "gradsketch.reading.mapped",
     "mislabelled_auc": "gradsketch.evaluation.mislabelled",
     "recommend_d": "gradsketch.spectra",
     "removal_check": "gradsketch.evaluation.causal",
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
     from gradsketch.gradients.tasks import CausalLM, Classification, Function, MaskedLM, Seq2SeqLM, Task
     from gradsketch.linear_map import LinearMap
     from gradsketch.random import Stream
+    from gradsketch.reading.mapped import mapped_rows
     from gradsketch.results import Result
     from gradsketch.sketches.affd import AFFD
     from gradsketch.sketches.afjl import AFJL

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.tasks.conversations import shown_turns, transcript
 from gradsketch.gradients.tasks.rows import is_input
 from gradsketch.reading import by_position, read_examples
 from gradsketch.store.columns import RESERVED
@@ -115,7 +116,12 @@ def rebuild(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def display(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return what to show of an example: its text, and apart from it the answer where it has one."""
+    """Return what to show of an example: its text, and apart from it the answer where it has one.
+
+    A chat is shown as a transcript, each turn behind its role.
+    """
+    if (turns := shown_turns(record)) is not None and (shown := transcript(turns[0])) is not None:
+        return shown[0], None
     answer = next((record[n] for n in ("answer", "completion", "target") if isinstance(record.get(n), str)), None)
     if isinstance(record.get("text"), str):
         pair = record.get("text_pair")

@@ -44,7 +44,17 @@ def load(options: ModelOptions) -> tuple[nn.Module, Task]:
         model = load_weights(options, getattr(transformers, kind.loader), device)
         tokenizer = _tokenizer(options, transformers.AutoTokenizer, model)
     pad_alike(tokenizer, model)
-    return model, kind.make(tokenizer, model, options.max_length)
+    return model, _with_turns(kind.make(tokenizer, model, options.max_length), options)
+
+
+def _with_turns(task: Task, options: ModelOptions) -> Task:
+    from gradsketch.gradients.tasks import CausalLM
+
+    if isinstance(task, CausalLM):
+        task.turns = options.turns
+    elif options.turns != "all":
+        raise InputError(f"--turns with the task {type(task).__name__}", "--task causal-lm", "Leave --turns out")
+    return task
 
 
 def _device(name: str) -> str:

@@ -21,6 +21,8 @@ class ModelOptions:
     """What the loss is: causal-lm, classification, …; auto reads it off the model's architecture."""
     max_length: int | None = None
     """Texts are cut to this many tokens (default: the tokenizer's own limit)."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns count in a chat."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Precision of the weights; sketches accumulate in float32 or wider whatever this is."""
     device: str = "auto"

@@ -40,6 +40,8 @@ class QueryOptions:
     """With --answer: only the answer's tokens count."""
     answer: str | None = None
     """What the model said; begins with its own space."""
+    messages: str | None = None
+    """A chat that ends with the assistant's turn: JSON, [{"role": …, "content": …}, …], or a file of it."""
     data: DataPlace | None = None
     """A file of queries, one a row; or a folder, glob, hub name or URI, as of gradsketch index."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
@@ -104,19 +106,47 @@ def _examples(options: QueryOptions) -> list[Any]:
         raise InputError("--prompt without --answer, or the reverse", "both", "Pass --text for a whole text")
     if options.prompt is not None:
         examples.append({"prompt": options.prompt, "answer": options.answer})
+    if options.messages is not None:
+        examples.append({"messages": _messages(options.messages)})
     if options.data is not None:
-        examples += list(options.part.rows(options.data))
+        examples += list(_part(options).rows(options.data))
     if not examples:
-        raise InputError("no query", "--text, --prompt and --answer, or --data", 'Type --text "..."')
+        raise InputError("no query", "--text, --prompt and --answer, --messages, or --data", 'Type --text "..."')
     return examples
+
+
+def _messages(text: str) -> Any:
+    """Return the turns of a chat that were typed, or that a file holds."""
+    try:
+        found = json.loads(text if text.lstrip().startswith(("[", "{")) else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"--messages {text[:80]} ({error})",
+            'JSON such as [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], or its file',
+            "Check the quotes",
+        ) from error
+    return found["messages"] if isinstance(found, dict) and "messages" in found else found
+
+
+def _part(options: QueryOptions) -> DataOptions:
+    """Return how the questions of --data are read: as was asked for, or as the index's own rows."""
+    stored = _stored(options)
+    return stored.part.of_questions() if stored is not None and options.part == DataOptions() else options.part
+
+
+def _stored(options: QueryOptions) -> IndexOptions | None:
+    """Return the options with which the index was built, where its folder holds them."""
+    file = Path(options.index) / RUN_FILE
+    if "://" in options.index or not file.is_file():
+        return None
+    return run_file.read(IndexOptions, "index", file, untouched=True)
 
 
 def _model_options(options: QueryOptions) -> ModelOptions:
     """Return the model's options as the index's run file has them, with what was asked for instead."""
-    file = Path(options.index) / RUN_FILE
-    if "://" not in options.index and file.is_file():
-        stored = run_file.read(IndexOptions, "index", file, untouched=True).model
-        return replace(stored, model=options.model or stored.model, device=options.device)
+    stored = _stored(options)
+    if stored is not None:
+        return replace(stored.model, model=options.model or stored.model.model, device=options.device)
     if options.model is None:
         raise InputError(
             f"{options.index} without a {RUN_FILE}", "the name of its model", "Type --model NAME_OR_FOLDER"

@@ -63,7 +63,7 @@ def run(options: SelectOptions) -> int:
     from gradsketch.attribution.index import Index
 
     stored = _stored(options)
-    targets = stored.part.rows(options.targets)
+    targets = stored.part.of_questions().rows(options.targets)
     data = stored.part.rows(options.data or stored.data) if options.out is not None else None
     model, task = load(replace(stored.model, device=options.device))
     found = Index.open(options.index, task=task).select(

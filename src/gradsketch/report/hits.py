@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from gradsketch.gradients.tasks.conversations import Turn, shown_turns, transcript
 from gradsketch.report.figure import BLUE, RED, finish, new_figure
 from gradsketch.report.file import write
 from gradsketch.report.page import render
@@ -165,6 +166,7 @@ def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
     strongest = max((abs(token.value) for hit in hits for token in hit.tokens), default=0.0)
     return {
         "text": query.text,
+        "turns": [(turn.role, turn.text) for turn in _turns(query.example, query.text)],
         "answer": query.answer,
         "loss": _number(query.loss),
         "members": query.members,
@@ -179,6 +181,7 @@ def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
 def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
     pieces = [(token.token, token.value) for token in hit.tokens] or [(hit.text or "", 0.0)]
     shown, before, after = _excerpt(pieces)
+    turns = _turns(hit.metadata, hit.text)
     # Special tokens have no letters to colour.
     beyond = hit.beyond_tokens + sum(value for text, value in pieces if not text)
     return {
@@ -186,11 +189,11 @@ def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
         "score": _number(hit.score, "+.3g") if hit.score else "0",
         "width": round(100 * min(abs(hit.score) / scale, 1.0), 2) if scale and math.isfinite(hit.score) else 0,
         "sign": "for" if hit.score >= 0 else "against",
-        "pieces": [_piece(text, value, strongest) for text, value in shown],
+        "pieces": [_piece(*piece, strongest) for piece in _by_turn(shown, turns, before)],
         "before": before,
         "after": after,
         "flags": [str(name) for name, value in hit.metadata.items() if value is True],
-        "facts": [("id", hit.id), *_facts(hit.metadata), ("loss", _number(hit.loss))],
+        "facts": [("id", hit.id), *_facts(hit.metadata, turns), ("loss", _number(hit.loss))],
         "images": _images(hit.metadata),
         # What rounding leaves is no news: only a share that a reader would miss is shown.
         "beyond": f"{beyond:+.2g}" if abs(beyond) > 0.01 * abs(hit.score) and hit.tokens else "",
@@ -205,7 +208,34 @@ def _strongest(pieces: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{one_line(text, _WORD)} {value:+.2g}" for text, value in words[:_WORDS])
 
 
-def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
+def _turns(row: Any, text: str | None) -> tuple[Turn, ...]:
+    """Return the turns of a row that is shown as their transcript."""
+    found = shown_turns(row) if isinstance(row, Mapping) else None
+    shown = transcript(found[0]) if found is not None else None
+    return shown[1] if shown is not None and shown[0] == text else ()
+
+
+def _by_turn(
+    pieces: Sequence[tuple[str, float]], turns: Sequence[Turn], before: int
+) -> Iterator[tuple[str, float, str]]:
+    """Yield pieces, and a role where a turn begins; what the transcript writes for it there is left out."""
+    starts = [turn.start - len(f"{turn.role}: ") for turn in turns]
+    heads = [(max(start - 1, 0), turn.start, turn.role) for start, turn in zip(starts, turns, strict=True)]
+    at = before
+    for text, value in pieces:
+        done, stop = at, at + len(text)
+        for head, end, role in heads:
+            if head >= stop or end <= done:
+                continue
+            if head >= done:
+                yield text[done - at : head - at], value, ""
+                yield "", 0.0, role
+            done = min(end, stop)
+        yield text[done - at :], value, ""
+        at = stop
+
+
+def _piece(text: str, value: float, role: str, strongest: float) -> dict[str, str]:
     word = text.lstrip() or text
     number = f"{value:+.2g}" if value else ""
     return {
@@ -213,12 +243,19 @@ def _piece(text: str, value: float, strongest: float) -> dict[str, str]:
         "word": word,
         "shade": _shade(value, strongest),
         "value": number,
+        "role": role,
     }
 
 
-def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what is neither an image nor a flag: those that are true are shown by name, the others not at all."""
-    shown = ((name, value) for name, value in metadata.items() if value is not None and not isinstance(value, bool))
+def _facts(metadata: Mapping[str, Any], turns: Sequence[Turn] = ()) -> list[tuple[str, str]]:
+    """Return what is neither an image nor a flag: those that are true are shown by name, the others not at all.
+
+    The fields of a chat are not shown again either.
+    """
+    chat = shown_turns(metadata) if turns else None
+    hidden = () if chat is None else chat[1]
+    told = ((name, value) for name, value in metadata.items() if name not in hidden)
+    shown = ((name, value) for name, value in told if value is not None and not isinstance(value, bool))
     return [(name, _readable(value)) for name, value in shown if not _is_image(value)]
 
 

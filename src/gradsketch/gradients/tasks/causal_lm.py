@@ -16,11 +16,11 @@ from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.chat import encode_chat, pieces_of_chat, template_digest
 from gradsketch.gradients.tasks.conversations import Turns, check_turns, conversation_of
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
-from gradsketch.gradients.tasks.formats import refuse_unmapped
 from gradsketch.gradients.tasks.logits import logits_of
 from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
 from gradsketch.gradients.tasks.rows import counted_labels, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
+from gradsketch.reading.formats import refuse_unmapped
 
 __all__ = ["CausalLM"]
 

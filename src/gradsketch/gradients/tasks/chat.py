@@ -161,7 +161,9 @@ class _Chat:
     def content(self, i: int) -> _Span | None:
         """Return where what a turn says stands in the whole, by a mark in its place; None where that is not shown."""
         said = self.conversation.messages[i].get("content")
-        marked = self._marked(i, self.conversation.messages) if isinstance(said, str) and said.strip() else None
+        if not isinstance(said, str) or not said.strip():
+            return None
+        marked = self._marked(i, self.conversation.messages)
         if marked is None:
             return None
         head, tail = marked

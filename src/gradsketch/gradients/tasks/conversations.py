@@ -40,9 +40,7 @@ class Conversation:
         Raises:
             InputError: there is none.
         """
-        found = [
-            i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT and i >= self.first
-        ]
+        found = [i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT and i >= self.first]
         if not found:
             raise InputError(
                 f"a conversation of the roles {', '.join(dict.fromkeys(turn['role'] for turn in self.messages))}"
@@ -156,7 +154,7 @@ def _is_list(value: Any) -> bool:
 def _refuse_two_readings(row: Mapping[str, Any]) -> None:
     if row.get("messages") is None:
         return
-    other = ("text",) if isinstance(row.get("text"), str) else ()
+    other: tuple[str, ...] = ("text",) if isinstance(row.get("text"), str) else ()
     answer = next((name for name in _ANSWERS if row.get(name) is not None), None)
     if row.get("prompt") is not None and answer is not None:
         other = ("prompt", answer)
@@ -180,7 +178,9 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a turn without fields that are None (data sets of columns write them), its parts of text joined."""
     kept = {str(key): value for key, value in turn.items() if value is not None}
     if not isinstance(kept.get("role"), str):
-        mapped = " Type --format sharegpt, or gs.mapped_rows(data, format=\"sharegpt\")" * {"from", "value"}.issubset(kept)
+        mapped = ' Type --format sharegpt, or gs.mapped_rows(data, format="sharegpt")' * {"from", "value"}.issubset(
+            kept
+        )
         raise InputError(f"{where} with the fields {', '.join(kept)}", _WANTED, mapped.strip() or "Name the role")
     content = kept.get("content")
     if isinstance(content, list | tuple):

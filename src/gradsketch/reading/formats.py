@@ -30,7 +30,7 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             "an Alpaca row with a history of earlier turns",
             "instruction, input and output",
-            "Write its turns as messages: [[question, answer], ...] becomes a turn of the user and one of the assistant",
+            "Write its turns as messages: each [question, answer] becomes a turn of the user and one of the assistant",
         )
     given = _text(row, "input") if row.get("input") else ""
     turns = [_turn("user", f"{instruction}\n\n{given}" if given else instruction), _turn("assistant", output)]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gradsketch.errors import InputError
-from gradsketch.gradients.files import read_examples
-from gradsketch.gradients.tasks.formats import FORMATS
+from gradsketch.reading.formats import FORMATS
+from gradsketch.reading.open import read_examples
 
 __all__ = ["MappedRows", "mapped_rows"]
 
@@ -27,9 +27,7 @@ _ASIDE = "_column"
 _LOOKED_AT = 100  # rows, before a column is said to be in none
 
 
-def mapped_rows(
-    data: Any, *, columns: Mapping[str, str] | None = None, format: str | None = None
-) -> MappedRows:
+def mapped_rows(data: Any, *, columns: Mapping[str, str] | None = None, format: str | None = None) -> MappedRows:
     """Return data whose rows are read under other names, or from another format, as the task is to see them.
 
     Args:
@@ -84,17 +82,11 @@ class MappedRows(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         return map(self._mapped, iter(self.rows))
 
-    def read(self, i: int) -> Any:
-        """Return row i under its new names."""
-        return self._mapped(self.rows.read(i))
-
     def read_range(self, start: int, stop: int) -> list[Any]:
         """Return rows start … stop - 1; a row that cannot be read or mapped is its error."""
-        return [self._mapped_or_error(row) for row in self.rows.read_range(start, stop)]
-
-    def facts(self) -> dict[str, Any]:
-        """Return what identifies the data, and how its rows are read."""
-        return {**self.rows.facts(), "mapping": {"format": self.format or "", **self.columns}}
+        if hasattr(self.rows, "read_range"):
+            return [self._mapped_or_error(row) for row in self.rows.read_range(start, stop)]
+        return [self._mapped_or_error(self._row_or_error(i)) for i in range(start, stop)]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("rows", "columns", "format") or name.startswith("__"):  # asked for while it is unpickled
@@ -104,6 +96,15 @@ class MappedRows(Sequence[Any]):
     def __repr__(self) -> str:
         named = [f"{target}={name!r}" for target, name in self.columns.items()]
         return f"{self.rows!r} as ({', '.join([*([self.format] if self.format else []), *named])})"
+
+    def _row_or_error(self, i: int) -> Any:
+        try:
+            return self.rows[i]
+        except InputError as error:
+            return error
+        except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
+            came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
+            return InputError(came, "data whose examples can be read", "Repair or drop it")
 
     def _mapped_or_error(self, row: Any) -> Any:
         try:
