@@ -9,6 +9,7 @@ import toys
 import gradsketch as gs
 from gradsketch.attribution import metric
 from gradsketch.attribution.build import Build, build_index
+from gradsketch.attribution.metric import COORDINATES
 from gradsketch.attribution.verify import verify_index
 from gradsketch.errors import DamageError, FingerprintError, InputError, StoreError
 from gradsketch.store.folder import open_folder
@@ -25,7 +26,7 @@ def build(path, **options):
 
 def sketches(texts, factors):
     model, task = toys.TinyLM().eval(), toys.language_task()
-    phi = gs.BlockSum(gs.Parameters(model), D)
+    phi = gs.BlockSum(gs.Parameters(model), D, coordinates=COORDINATES)
     return gs.sketch_gradients(model, task, task.collate(texts), phi, precondition=factors)
 
 

@@ -25,7 +25,7 @@ from gradsketch.attribution.engine import Engine, Local
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
-from gradsketch.attribution.metric import checked_metric, made_factors, timed_like
+from gradsketch.attribution.metric import checked_metric, coordinates_for, made_factors, timed_like
 from gradsketch.attribution.parts import PartReader, Sample, ends_of, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
@@ -87,7 +87,9 @@ class Build:
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
         self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
-        self.sketch = BlockSum(selected(model, parameters), d, seed=seed)
+        self.sketch = BlockSum(
+            selected(model, parameters), d, seed=seed, coordinates=coordinates_for(checked_metric(precondition))
+        )
         self.checkpoints = as_checkpoints(checkpoints, weights)
         self._seen: dict[str, str] = {}  # the checkpoint that has these weights
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
@@ -102,7 +104,7 @@ class Build:
         )
         source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
-        self.description = Description(d, seed, self.sketch.names, stored, source, checked_metric(precondition))
+        self.description = Description(d, seed, self.sketch.names, stored, source, precondition)
 
     def plan(self, *, timed: bool = True) -> Plan:
         """Return what the run will do, estimated from rows spread over the data; ``timed`` says how long, too."""

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from gradsketch.attribution.checkpoints import Checkpoint
-from gradsketch.attribution.metric import checked_metric, metric_facts
+from gradsketch.attribution.metric import checked_metric, coordinates_for, metric_facts
 from gradsketch.durable import damaged, record_of, record_text, require_same
 from gradsketch.errors import DamageError, FingerprintError, StoreError
 from gradsketch.gradients.factors.factors import Factors
@@ -164,7 +164,9 @@ def sketch_for(model: nn.Module, description: Description, factors: Factors | No
             "Load that model, or build an index for this one",
         )
     parameters = Parameters(model, include=description.parameters, frozen=True)
-    sketch = BlockSum(parameters, description.d, seed=description.seed)
+    sketch = BlockSum(
+        parameters, description.d, seed=description.seed, coordinates=coordinates_for(description.precondition)
+    )
     return sketch if factors is None else factors.before(sketch)
 
 

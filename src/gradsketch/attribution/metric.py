@@ -1,8 +1,8 @@
 """The metric of an index: factors that are estimated before the first row is sketched, a file for each checkpoint.
 
 Rows and questions are sketched in the same metric, or their products mean nothing. So the hash of the factors stands
-in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, even
-the process that made it, so that all workers at one index have the same bits.
+in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, so that
+all workers at one index have the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.kfac import kfac, kfac_facts
-from gradsketch.gradients.factors.moments import WHOLE
+from gradsketch.gradients.factors.moments import WHOLE, whole_rows
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum, as_matrix
@@ -26,9 +26,11 @@ from gradsketch.sketches.roots import Pair, Root
 from gradsketch.store.folder import Folder
 
 __all__ = [
+    "COORDINATES",
     "FACTORS",
     "METRICS",
     "checked_metric",
+    "coordinates_for",
     "factors_name",
     "made_factors",
     "metric_facts",
@@ -37,6 +39,10 @@ __all__ = [
 ]
 
 FACTORS = "factors-"  # the beginning of the files' names
+# Of a side, with a metric before the sketch. Roots are folded into a table of so many columns, which costs about as
+# much as plain sketches, where all coordinates cost twice as much (benchmarks/factors_cost.py). Fewer of them add noise
+# along the few directions of plain gradients. In the metric these are many: benchmarks/lm_attribution.py finds no loss.
+COORDINATES = 256
 # How each is estimated.
 METRICS: dict[str, dict[str, Any]] = {"kfac": {"labels": "sampled"}, "empirical-kfac": {"labels": "empirical"}}
 
@@ -50,6 +56,11 @@ def checked_metric(name: str | None) -> str | None:
     if name is not None and name not in METRICS:
         raise InputError(f"precondition={name!r}", f"None, {', '.join(METRICS)}", "Type precondition='kfac'")
     return name
+
+
+def coordinates_for(name: str | None) -> int | None:
+    """Return the bound on a sketch's coordinates in a metric."""
+    return None if name is None else COORDINATES
 
 
 def factors_name(checkpoint: str) -> str:
@@ -115,8 +126,11 @@ def made_factors(
 def timed_like(sketch: BlockSum) -> Preconditioned:
     """Return a sketch that takes as long as one with factors, for estimates of time."""
 
-    def root(size: int) -> Root:
-        return Root(torch.eye(size) if size <= WHOLE else torch.ones(size))
+    def root(size: int, whole: bool) -> Root:
+        return Root(torch.eye(size) if whole else torch.ones(size))
 
     sides = {name: as_matrix(shape) for name, shape in sketch.shapes.items() if name in sketch.blocks}
-    return Preconditioned(sketch, {n: Pair(*map(root, s)) for n, s in sides.items() if min(s) > 1})
+    return Preconditioned(
+        sketch,
+        {n: Pair(root(r, whole_rows(r, c)), root(c, c <= WHOLE)) for n, (r, c) in sides.items() if min(r, c) > 1},
+    )
