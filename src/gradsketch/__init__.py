@@ -70,6 +70,7 @@ _HOME = {
     "dimension_curve": "gradsketch.dimension.curve",
     "distortion": "gradsketch.evaluation.distortion",
     "eigenvectors": "gradsketch.spectra",
+    "ekfac": "gradsketch.gradients.factors.kfac",
     "fine_tune": "gradsketch.dimension.curve",
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
@@ -120,7 +121,7 @@ if TYPE_CHECKING:
     from gradsketch.evaluation.retraining import Retrainings, retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.factors.factors import Factors
-    from gradsketch.gradients.factors.kfac import kfac
+    from gradsketch.gradients.factors.kfac import ekfac, kfac
     from gradsketch.gradients.gram import gradient_gram
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.per_example import GradientSketcher, SketchedGradients, sketch_gradients

@@ -116,10 +116,10 @@ def test_a_run_that_goes_on_estimates_nothing_again(tmp_path, monkeypatch):
     first = build(tmp_path / "again").query(toys.TinyLM(), toys.texts(1), k=5)
     next((tmp_path / "checkpoint-0").glob("part-000000000016*")).unlink()
 
-    def refuse(*_, **__):
+    def kfac(*_, **__):
         raise AssertionError("estimated again")
 
-    monkeypatch.setattr(metric, "kfac", refuse)
+    monkeypatch.setitem(metric.METRICS, "kfac", (kfac, {}))
     hits = build(tmp_path).query(toys.TinyLM(), toys.texts(1), k=5)
     assert [(hit.row, hit.score) for hit in hits[0]] == [(hit.row, hit.score) for hit in first[0]]
 

@@ -16,7 +16,7 @@ from torch import nn
 from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.factors.kfac import kfac, kfac_facts
+from gradsketch.gradients.factors.kfac import ekfac, factor_facts, kfac
 from gradsketch.gradients.factors.moments import WHOLE, whole_rows
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
@@ -44,7 +44,11 @@ FACTORS = "factors-"  # the beginning of the files' names
 # along the few directions of plain gradients. In the metric these are many: benchmarks/lm_attribution.py finds no loss.
 COORDINATES = 256
 # How each is estimated.
-METRICS: dict[str, dict[str, Any]] = {"kfac": {"labels": "sampled"}, "empirical-kfac": {"labels": "empirical"}}
+METRICS: dict[str, tuple[Callable[..., Factors], dict[str, Any]]] = {
+    "kfac": (kfac, {"labels": "sampled"}),
+    "ekfac": (ekfac, {"labels": "sampled"}),
+    "empirical-kfac": (kfac, {"labels": "empirical"}),
+}
 
 
 def checked_metric(name: str | None) -> str | None:
@@ -109,17 +113,19 @@ def made_factors(
         InputError, NonFiniteError: see ``kfac``.
     """
     name, parameters = factors_name(checkpoint), Parameters(model, include=sketch.names, frozen=True)
-    options, damaged = METRICS[metric], False
+    (estimate, options), damaged = METRICS[metric], False
     try:
         found = read_factors(folder, checkpoint) if name in folder.names() else None
     except DamageError:
         found, damaged = None, True
     if found is None:
-        made = kfac(model, task, rows(), parameters=parameters, batch_tokens=batch_tokens, advance=advance, **options)
+        made = estimate(
+            model, task, rows(), parameters=parameters, batch_tokens=batch_tokens, advance=advance, **options
+        )
         folder.write(name, made.to_bytes(), replace=damaged)
         found = read_factors(folder, checkpoint)
     stored = {key: value for key, value in found.facts.items() if key != "data"}
-    require_same(kfac_facts(model, task, parameters, **options), stored, f"{folder.uri}/{name}")
+    require_same(factor_facts(estimate.__name__, model, task, parameters, **options), stored, f"{folder.uri}/{name}")
     return found
 
 

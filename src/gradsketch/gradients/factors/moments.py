@@ -11,7 +11,7 @@ with the same traces over either side, A ⊗ B / tr F. With one way that is K-FA
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradsketch.linear_map import widened
 
-__all__ = ["WHOLE", "SideMoments", "Sides", "whole_rows"]
+__all__ = ["WHOLE", "Moments", "SideMoments", "Sides", "whole_rows"]
 
 # Longer sides, such as a vocabulary, keep a diagonal: whole they would take n² numbers and n³ multiplications.
 WHOLE = 4096
@@ -41,6 +41,26 @@ class Sides(NamedTuple):
     rows: Tensor
     columns: Tensor
     trace: float
+
+
+@runtime_checkable
+class Moments(Protocol):
+    """Takes contributions to one parameter's gradients into account, in the forms in which layers give them."""
+
+    rows: int
+    columns: int
+
+    def add_outer(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> None:
+        """Take gradients Σ_t left_t right_tᵀ into account."""
+
+    def add_rows(self, index: Int[Tensor, "b t"], right: Float[Tensor, "b t columns"]) -> None:
+        """Take gradients whose row ``index_t`` gets ``right_t`` into account."""
+
+    def add_gradient(self, gradient: Float[Tensor, "b ..."]) -> None:
+        """Take gradients that were formed into account."""
+
+    def part(self, index: int, height: int) -> Moments:
+        """Return the moments of one matrix of a stack of matrices of ``height`` rows."""
 
 
 @dataclass
