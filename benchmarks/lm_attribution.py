@@ -31,10 +31,15 @@ from gradsketch.attribution import metric
 from gradsketch.attribution.metric import COORDINATES, FACTORS
 
 # Metric, and the bound on a side's coordinates: the index's own, or none.
-VARIANTS = {"plain": (None, None), "kfac": ("kfac", COORDINATES), "kfac, all coordinates": ("kfac", 1 << 20)}
+VARIANTS = {
+    "plain": (None, None),
+    "kfac": ("kfac", COORDINATES),
+    "kfac, all coordinates": ("kfac", 1 << 20),
+    "kfac, 128 coordinates": ("kfac", 128),
+}
 SCORES = (("dot", None), *((name, damping) for name in ("influence", "ridge") for damping in (0.1, 1.0, "auto")))
 WEIGHTS = {"last epoch": (15,), "epoch 8": (7,), "epochs 4, 8, 12, 16": (3, 7, 11, 15)}
-DRAWS = 500
+DRAWS = 300
 Scores = Float[Tensor, "q n"]
 
 

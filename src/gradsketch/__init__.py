@@ -64,6 +64,7 @@ _HOME = {
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
+    "adafactor": "gradsketch.gradients.factors.adafactor",
     "build_index": "gradsketch.attribution.build",
     "density": "gradsketch.spectra",
     "diagonal": "gradsketch.spectra",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from gradsketch.evaluation.quality import Quality
     from gradsketch.evaluation.retraining import Retrainings, retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
+    from gradsketch.gradients.factors.adafactor import adafactor
     from gradsketch.gradients.factors.factors import Factors
     from gradsketch.gradients.factors.kfac import ekfac, kfac
     from gradsketch.gradients.gram import gradient_gram

@@ -79,6 +79,33 @@ def test_an_index_of_another_metric_is_left_alone(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_factors_that_were_made_before(tmp_path):
+    model, task = toys.TinyLM().eval(), toys.language_task()
+    given = gs.kfac(model, task, toys.texts(20), damping=0.03)
+    index = build(tmp_path, precondition=given)
+    assert index.stores[0].manifest.facts["metric"]["hash"] == given.fingerprint
+    index.query(model, toys.texts(1))
+    build(tmp_path, precondition=given)
+    with pytest.raises(FingerprintError, match="damping"):
+        build(tmp_path)  # estimated otherwise
+    for wrong in ([given, given], []):
+        with pytest.raises(InputError, match="1 checkpoints"):
+            build(tmp_path / "new", precondition=wrong)
+
+
+def test_the_metric_of_an_optimizer(tmp_path):
+    model, task = toys.TinyLM().eval(), toys.language_task()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    for text in toys.texts(4):
+        task.losses(model, task.collate([text])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    index = build(tmp_path, precondition=gs.adafactor(model, optimizer))
+    assert index.description.precondition == "adafactor"
+    hits = index.query(toys.TinyLM(), ["the number 7 squared is 49"], k=1, score="dot")
+    assert hits[0][0].row == 7
+
+
 def test_other_factors_than_those_of_the_rows_are_refused(tmp_path):
     index = build(tmp_path)
     rows, model = toys.texts(N), toys.TinyLM().eval()

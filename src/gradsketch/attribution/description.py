@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from gradsketch.attribution.checkpoints import Checkpoint
-from gradsketch.attribution.metric import checked_metric, coordinates_for, metric_facts
+from gradsketch.attribution.metric import coordinates_for, metric_facts
 from gradsketch.durable import damaged, record_of, record_text, require_same
 from gradsketch.errors import DamageError, FingerprintError, StoreError
 from gradsketch.gradients.factors.factors import Factors
@@ -91,10 +91,15 @@ class Description:
     def _checked(cls, body: Mapping[str, Any]) -> Description:
         """Return the description, every value of which is of its kind, and whose folders lie in the index."""
         checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
-        metric = checked_metric(body.get("precondition"))
+        metric = body.get("precondition")
         found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"], metric)
         sound = all(isinstance(value, int) for value in (found.d, found.seed)) and found.d > 0
-        sound = sound and bool(checkpoints) and all(isinstance(name, str) for name in found.parameters)
+        sound = (
+            sound
+            and isinstance(metric, str | None)
+            and bool(checkpoints)
+            and all(isinstance(name, str) for name in found.parameters)
+        )
         for number, checkpoint in enumerate(checkpoints):
             sound = sound and checkpoint.folder == _folder(number) and math.isfinite(checkpoint.weight)
         if not (sound and found.parameters):
