@@ -132,6 +132,37 @@ def test_it_is_the_fisher_matrix_where_inputs_and_errors_are_independent():
     torch.testing.assert_close(torch.kron(left @ left, right @ right), exact, rtol=0, atol=1e-4 * float(exact.max()))
 
 
+class Experts(nn.Module):
+    """Two experts in one stack; the sign of the first input chooses."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x):
+        halves = x.unsqueeze(0) * torch.stack([x[:, :1] > 0, x[:, :1] <= 0])
+        return torch.bmm(halves, self.stack).sum(0)
+
+
+def test_each_expert_has_factors_of_its_own():
+    x, labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(20) % 4
+    model, damping = Experts().double(), 0.2
+    found = gs.kfac(model, gs.Classification(), (x, labels), labels="empirical", damping=damping).roots["stack"]
+    sides = []
+    for mine in (x[:, 0] > 0, x[:, 0] <= 0):
+        errors = (model(x)[mine].softmax(1) - functional.one_hot(labels[mine], 4)).detach()
+        sides.append((x[mine].T @ x[mine] / 20, errors.T @ errors / 20, float(mine.double().mean())))
+    traces = [float(a.trace() * s.trace()) / share for a, s, share in sides]
+    for (a, s, share), trace, pair in zip(sides, traces, found.pairs, strict=True):
+        # λ has the mean of both experts for its scale, and each side has the root of it.
+        more = (damping * sum(traces) / 2 / trace) ** 0.5
+        parts = (m + more * m.trace() / len(m) * torch.eye(len(m)).double() for m in (a, s))
+        roots = (whole(pair.rows, 3), whole(pair.columns, 4))
+        expected = torch.kron(*parts).inverse() * share
+        torch.testing.assert_close(torch.kron(*(root @ root for root in roots)), expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "vit"])
 def test_factors_do_not_depend_on_the_batches(name):
     case = CASES[name]

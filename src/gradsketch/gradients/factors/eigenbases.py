@@ -92,7 +92,8 @@ def damped_roots(
     an expert that few examples use must not outweigh the others.
 
     A parameter whose gradients are zero up to rounding, as those of keys' biases in attention are, or that no example
-    uses, has no metric of its own: to divide by it would turn noise into signal. It is scaled as the mean parameter is.
+    uses, has no metric of its own: to divide by it would turn noise into signal. It is damped by the mean of all
+    parameters, or scaled by it where there was no gradient at all.
     """
     mean = _level([matrix for spectrum in spectra.values() for matrix in spectrum.matrices])
     floor = mean * torch.finfo(dtype).eps ** 1.5
@@ -101,8 +102,7 @@ def damped_roots(
         level = _level(spectrum.matrices)
         level = level if level > floor else mean
         pairs = tuple(
-            _in(widened(dtype), m.pair(damping, level) if m.trace > floor * m.size else _scaled(level))
-            for m in spectrum.matrices
+            _in(widened(dtype), m.pair(damping, level) if m.trace > 0 else _scaled(level)) for m in spectrum.matrices
         )
         roots[name] = pairs[0] if spectrum.height is None else Stack(pairs, spectrum.height)
     return roots
