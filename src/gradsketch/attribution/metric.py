@@ -44,8 +44,8 @@ __all__ = [
 FACTORS = "factors-"  # the beginning of the files' names
 # Of a side, with a metric before the sketch. Roots are folded into a table of so many columns, at 1.2 times the cost of
 # plain sketches, where all coordinates took 1.5 to 2.4 times as much (benchmarks/factors_cost.py). Fewer coordinates
-# add noise along the few directions of plain gradients. In the metric these are many, so that even 128 change the LDS by
-# no more than another seed does (benchmarks/lm_attribution.py).
+# add noise along the few directions of plain gradients. In the metric these are many, so that even 128 change the LDS
+# by no more than another seed does (benchmarks/lm_attribution.py).
 COORDINATES = 512
 # How each is estimated.
 METRICS: dict[str, tuple[Callable[..., Factors], dict[str, Any]]] = {
