@@ -4,9 +4,9 @@
     python benchmarks/lm_attribution.py --small --retrained FILE     # keeps the halves there, and takes them up again
 
 Writes benchmarks/results/lm_attribution_small.json: the linear datamodeling score of every score and damping, from
-indexes of the last weights, of one epoch and of four, with 95 % intervals by a bootstrap over halves and questions; of
-"kfac" also the difference from plain sketches, whose interval is that of pairs. Every score is what ``Index.query``
-says. The builds are timed too, the estimate of the factors apart.
+indexes of the last weights, of one epoch and of four, with 95 % intervals by a bootstrap over halves and questions; in
+the metric also the gain over plain sketches, whose interval is that of pairs. Every score is what ``Index.query`` says.
+The builds are timed too, the estimate of the factors apart.
 """
 
 from __future__ import annotations
@@ -27,23 +27,39 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 import gradsketch as gs
-from gradsketch.attribution.metric import FACTORS
+from gradsketch.attribution import metric
+from gradsketch.attribution.metric import COORDINATES, FACTORS
 
-METRICS = (None, "kfac")
+# Metric, and the bound on a side's coordinates: the index's own, or none.
+VARIANTS = {
+    "plain": (None, None),
+    "kfac": ("kfac", COORDINATES),
+    "kfac, all coordinates": ("kfac", 1 << 20),
+    "kfac, 128 coordinates": ("kfac", 128),
+}
 SCORES = (("dot", None), *((name, damping) for name in ("influence", "ridge") for damping in (0.1, 1.0, "auto")))
 WEIGHTS = {"last epoch": (15,), "epoch 8": (7,), "epochs 4, 8, 12, 16": (3, 7, 11, 15)}
-DRAWS = 1000
+DRAWS = 300
 Scores = Float[Tensor, "q n"]
 
 
-def scored(states: list[dict[str, Tensor]], metric: str | None, d: int, seed: int) -> tuple[dict[str, Scores], Any]:
+def scored(states: list[dict[str, Tensor]], variant: str, d: int, seed: int) -> tuple[dict[str, Scores], Any]:
     """Return every kind of score of every row, and what building the index took."""
     rows, questions, _ = facts_lm.facts()
     model = facts_lm.untrained()
+    precondition, metric.COORDINATES = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as folder:
         began, cpu = time.perf_counter(), time.process_time()
         index = gs.build_index(
-            folder, model, facts_lm.TASK, rows, d=d, checkpoints=states, precondition=metric, seed=seed, progress=False
+            folder,
+            model,
+            facts_lm.TASK,
+            rows,
+            d=d,
+            checkpoints=states,
+            precondition=precondition,
+            seed=seed,
+            progress=False,
         )
         cost: dict[str, Any] = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
         cost["factor_seconds"] = sum(gs.Factors.load(file).seconds for file in Path(folder).glob(f"{FACTORS}*"))
@@ -90,15 +106,15 @@ def measured(retrained: gs.Retrainings, d: int, seeds: int) -> dict[str, Any]:
     for weights, epochs in WEIGHTS.items():
         for seed in range(seeds):
             plain: dict[str, np.ndarray] = {}
-            for metric in METRICS:
-                found, cost = scored([states[epoch] for epoch in epochs], metric, d, seed)
-                costs.append({"weights": weights, "metric": metric, "seed": seed, **cost})
+            for variant in VARIANTS:
+                found, cost = scored([states[epoch] for epoch in epochs], variant, d, seed)
+                costs.append({"weights": weights, "sketches": variant, "seed": seed, **cost})
                 for name, scores in found.items():
                     draws = bootstrap.values(scores)
-                    entry = {"weights": weights, "metric": metric, "seed": seed, "score": name,
+                    entry = {"weights": weights, "sketches": variant, "seed": seed, "score": name,
                              "lds": gs.linear_datamodeling_score(scores, retrained).value,
                              "interval": interval(draws)}  # fmt: skip
-                    if metric is None:
+                    if variant == "plain":
                         plain[name] = draws
                     else:
                         entry["gain_interval"] = interval(draws - plain[name])

@@ -64,12 +64,14 @@ _HOME = {
     "Subspace": "gradsketch.dimension.subspace",
     "Task": "gradsketch.gradients.tasks",
     "TiledSRHT": "gradsketch.sketches.tiled_srht",
+    "adafactor": "gradsketch.gradients.factors.adafactor",
     "build_index": "gradsketch.attribution.build",
     "density": "gradsketch.spectra",
     "diagonal": "gradsketch.spectra",
     "dimension_curve": "gradsketch.dimension.curve",
     "distortion": "gradsketch.evaluation.distortion",
     "eigenvectors": "gradsketch.spectra",
+    "ekfac": "gradsketch.gradients.factors.kfac",
     "fine_tune": "gradsketch.dimension.curve",
     "fisher": "gradsketch.gradients.curvature",
     "gauss_newton": "gradsketch.gradients.curvature",
@@ -120,8 +122,9 @@ if TYPE_CHECKING:
     from gradsketch.evaluation.quality import Quality
     from gradsketch.evaluation.retraining import Retrainings, retrain_on_subsets
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
+    from gradsketch.gradients.factors.adafactor import adafactor
     from gradsketch.gradients.factors.factors import Factors
-    from gradsketch.gradients.factors.kfac import kfac
+    from gradsketch.gradients.factors.kfac import ekfac, kfac
     from gradsketch.gradients.gram import gradient_gram
     from gradsketch.gradients.parameters import Parameters
     from gradsketch.gradients.per_example import GradientSketcher, SketchedGradients, sketch_gradients

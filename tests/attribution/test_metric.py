@@ -9,6 +9,7 @@ import toys
 import gradsketch as gs
 from gradsketch.attribution import metric
 from gradsketch.attribution.build import Build, build_index
+from gradsketch.attribution.metric import COORDINATES
 from gradsketch.attribution.verify import verify_index
 from gradsketch.errors import DamageError, FingerprintError, InputError, StoreError
 from gradsketch.store.folder import open_folder
@@ -25,7 +26,7 @@ def build(path, **options):
 
 def sketches(texts, factors):
     model, task = toys.TinyLM().eval(), toys.language_task()
-    phi = gs.BlockSum(gs.Parameters(model), D)
+    phi = gs.BlockSum(gs.Parameters(model), D, coordinates=COORDINATES)
     return gs.sketch_gradients(model, task, task.collate(texts), phi, precondition=factors)
 
 
@@ -78,6 +79,33 @@ def test_an_index_of_another_metric_is_left_alone(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_factors_that_were_made_before(tmp_path):
+    model, task = toys.TinyLM().eval(), toys.language_task()
+    given = gs.kfac(model, task, toys.texts(20), damping=0.03)
+    index = build(tmp_path, precondition=given)
+    assert index.stores[0].manifest.facts["metric"]["hash"] == given.fingerprint
+    index.query(model, toys.texts(1))
+    build(tmp_path, precondition=given)
+    with pytest.raises(FingerprintError, match="damping"):
+        build(tmp_path)  # estimated otherwise
+    for wrong in ([given, given], []):
+        with pytest.raises(InputError, match="1 checkpoints"):
+            build(tmp_path / "new", precondition=wrong)
+
+
+def test_the_metric_of_an_optimizer(tmp_path):
+    model, task = toys.TinyLM().eval(), toys.language_task()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    for text in toys.texts(4):
+        task.losses(model, task.collate([text])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    index = build(tmp_path, precondition=gs.adafactor(model, optimizer))
+    assert index.description.precondition == "adafactor"
+    hits = index.query(toys.TinyLM(), ["the number 7 squared is 49"], k=1, score="dot")
+    assert hits[0][0].row == 7
+
+
 def test_other_factors_than_those_of_the_rows_are_refused(tmp_path):
     index = build(tmp_path)
     rows, model = toys.texts(N), toys.TinyLM().eval()
@@ -115,10 +143,10 @@ def test_a_run_that_goes_on_estimates_nothing_again(tmp_path, monkeypatch):
     first = build(tmp_path / "again").query(toys.TinyLM(), toys.texts(1), k=5)
     next((tmp_path / "checkpoint-0").glob("part-000000000016*")).unlink()
 
-    def refuse(*_, **__):
+    def kfac(*_, **__):
         raise AssertionError("estimated again")
 
-    monkeypatch.setattr(metric, "kfac", refuse)
+    monkeypatch.setitem(metric.METRICS, "kfac", (kfac, {}))
     hits = build(tmp_path).query(toys.TinyLM(), toys.texts(1), k=5)
     assert [(hit.row, hit.score) for hit in hits[0]] == [(hit.row, hit.score) for hit in first[0]]
 

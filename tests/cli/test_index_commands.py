@@ -71,6 +71,18 @@ def test_query_options(index, capsys, tmp_path):
     assert "<html" in page.read_text(encoding="utf-8")
 
 
+def test_an_index_in_a_metric(model, data, tmp_path, capsys):
+    assert main(arguments(model, data, tmp_path / "facts", "--precondition", "kfac")) == 0
+    assert (tmp_path / "facts" / "factors-checkpoint-0.pt").is_file()
+    question = ["--prompt", "the capital of c is", "--answer", " 2", "--k", "3", "--explain", "1", "--json"]
+    capsys.readouterr()
+    assert main(["query", str(tmp_path / "facts"), *question]) == 0
+    first = json.loads(capsys.readouterr().out)["queries"][0]["proponents"][0]
+    assert first["text"] == "the capital of c is 2"
+    assert sum(t["value"] for t in first["tokens"]) + first["beyond_tokens"] == pytest.approx(first["score"])
+    assert main(["verify", str(tmp_path / "facts")]) == 0
+
+
 def test_a_run_file_replays_the_run(index, tmp_path, capsys):
     run = json.loads((index / "run.json").read_text())
     assert run["options"]["d"] == 256

@@ -132,6 +132,37 @@ def test_it_is_the_fisher_matrix_where_inputs_and_errors_are_independent():
     torch.testing.assert_close(torch.kron(left @ left, right @ right), exact, rtol=0, atol=1e-4 * float(exact.max()))
 
 
+class Experts(nn.Module):
+    """Two experts in one stack; the sign of the first input chooses."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x):
+        halves = x.unsqueeze(0) * torch.stack([x[:, :1] > 0, x[:, :1] <= 0])
+        return torch.bmm(halves, self.stack).sum(0)
+
+
+def test_each_expert_has_factors_of_its_own():
+    x, labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(20) % 4
+    model, damping = Experts().double(), 0.2
+    found = gs.kfac(model, gs.Classification(), (x, labels), labels="empirical", damping=damping).roots["stack"]
+    sides = []
+    for mine in (x[:, 0] > 0, x[:, 0] <= 0):
+        errors = (model(x)[mine].softmax(1) - functional.one_hot(labels[mine], 4)).detach()
+        sides.append((x[mine].T @ x[mine] / 20, errors.T @ errors / 20, float(mine.double().mean())))
+    traces = [float(a.trace() * s.trace()) / share for a, s, share in sides]
+    for (a, s, share), trace, pair in zip(sides, traces, found.pairs, strict=True):
+        # λ has the mean of both experts for its scale, and each side has the root of it.
+        more = (damping * sum(traces) / 2 / trace) ** 0.5
+        parts = (m + more * m.trace() / len(m) * torch.eye(len(m)).double() for m in (a, s))
+        roots = (whole(pair.rows, 3), whole(pair.columns, 4))
+        expected = torch.kron(*parts).inverse() * share
+        torch.testing.assert_close(torch.kron(*(root @ root for root in roots)), expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "vit"])
 def test_factors_do_not_depend_on_the_batches(name):
     case = CASES[name]
@@ -169,6 +200,56 @@ def test_what_cannot_draw_labels_says_so():
 
     with pytest.raises(InputError, match="Weighted"):  # twice a loss is no log-probability
         gs.kfac(nn.Linear(2, 2), Weighted(), [(torch.ones(2), 0)])
+
+
+def test_corrected_eigenvalues_are_those_of_whole_gradients():
+    """Row and column sums of the squares of gradients in the eigenbases, by a loop over the examples."""
+    model, batch, damping = Tokens().double(), tokens(), 0.2
+    first, factors = (f(model, token_losses, batch, labels="empirical", damping=damping) for f in (gs.kfac, gs.ekfac))
+    bases = [
+        torch.linalg.eigh(whole(r, 0))[1]
+        for r in (first.roots["linear.weight"].rows, first.roots["linear.weight"].columns)
+    ]
+    squares = torch.zeros(4, 5).double()
+    for row in range(6):
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        (gradient,) = torch.autograd.grad(token_losses(model, alone).sum(), [model.linear.weight])
+        squares += (bases[0].T @ gradient @ bases[1]).square() / 6
+    total = float(squares.sum())
+    for side, basis, sums in zip(("rows", "columns"), bases, (squares.sum(1), squares.sum(0)), strict=True):
+        values = sums / total**0.5
+        expected = (basis * (values + damping**0.5 * values.mean()) ** -0.5) @ basis.T
+        found = getattr(factors.roots["linear.weight"], side).values
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert factors.facts["method"] == "ekfac"
+    # A vector's moments are exact in the first pass already.
+    torch.testing.assert_close(*(f.roots["linear.bias"].columns.values for f in (first, factors)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bart", "convolutions", "lstm"])
+def test_every_kind_of_layer_can_be_corrected(name):
+    """In the eigenbases as in any basis, the squares of all gradients add up to the trace of F.
+
+    Two uses of one matrix count alone, so that their products are missing there.
+    """
+    case, model = CASES[name], CASES[name].model()
+    batch = case.task.collate(case.examples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradsketchWarning)
+        factors = gs.ekfac(model, case.task, case.examples, labels="empirical", damping=1e-9)
+    for parameter, pair in factors.roots.items():
+        if hasattr(pair, "pairs") or pair.rows.values.ndim == 0:
+            continue
+        traces = [
+            (whole(r, 1) @ whole(r, 1)).inverse().trace() if r.values.ndim == 2 else (r.values**-2).sum()
+            for r in (pair.rows, pair.columns)
+        ]
+        found = float(traces[0] * traces[1]) if min(len(pair.rows.values), len(pair.columns.values)) else 0
+        own = [g[parameter].square().sum() for g in alone(model, case.task, batch, gs.Parameters(model))]
+        assert found == pytest.approx(
+            float(sum(own)) / len(own),
+            rel=0.1 if parameter in ("transformer.wte.weight", "model.shared.weight") else 1e-3,
+        ), parameter
 
 
 def test_options_are_checked():

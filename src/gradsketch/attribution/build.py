@@ -25,7 +25,7 @@ from gradsketch.attribution.engine import Engine, Local
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
-from gradsketch.attribution.metric import checked_metric, made_factors, timed_like
+from gradsketch.attribution.metric import MetricLike, as_metric, coordinates_for, made_factors, timed_like
 from gradsketch.attribution.parts import PartReader, Sample, ends_of, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
@@ -72,7 +72,7 @@ class Build:
         dtype: str = "float16",
         checkpoints: Sequence[Any] | Mapping[str, Any] | None = None,
         weights: Sequence[float] | None = None,
-        precondition: str | None = None,
+        precondition: MetricLike = None,
         shard_rows: int | None = None,
         batch_tokens: int = 4096,
         skip_bad: bool = False,
@@ -87,8 +87,9 @@ class Build:
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
         self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
-        self.sketch = BlockSum(selected(model, parameters), d, seed=seed)
         self.checkpoints = as_checkpoints(checkpoints, weights)
+        self.metric = as_metric(precondition, len(self.checkpoints))
+        self.sketch = BlockSum(selected(model, parameters), d, seed=seed, coordinates=coordinates_for(self.metric.name))
         self._seen: dict[str, str] = {}  # the checkpoint that has these weights
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
@@ -102,7 +103,7 @@ class Build:
         )
         source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
-        self.description = Description(d, seed, self.sketch.names, stored, source, checked_metric(precondition))
+        self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name)
 
     def plan(self, *, timed: bool = True) -> Plan:
         """Return what the run will do, estimated from rows spread over the data; ``timed`` says how long, too."""
@@ -195,7 +196,7 @@ class Build:
         """
         checkpoint, folder = self.checkpoints[number], self.description.checkpoints[number].folder
         with weights_of(self.model, checkpoint):
-            factors = self._factors(folder)
+            factors = self._factors(folder, number)
             sketch = self.sketch if factors is None else factors.before(self.sketch)
             store = Store.create(self.folder.child(folder), self._manifest(checkpoint, factors))
             source = GradientSource(
@@ -203,9 +204,9 @@ class Build:
             )
             yield ShardWriter(store, self.parts, source, with_metadata=number == 0)
 
-    def _factors(self, folder: str) -> Factors | None:
+    def _factors(self, folder: str, number: int) -> Factors | None:
         """Return the factors of the checkpoint whose weights the model has now, estimated where there are none yet."""
-        metric = self.description.precondition
+        metric = self.metric.name
         if metric is None:
             return None
 
@@ -224,6 +225,7 @@ class Build:
                 self.task,
                 self.sketch,
                 rows,
+                given=self.metric.given[number] if self.metric.given else None,
                 batch_tokens=self.batch_tokens,
                 advance=bar.update,
             )
@@ -318,7 +320,8 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         weights: one a checkpoint, such as its learning rate; by default equal, adding up to one.
         precondition: None (default), or the metric in which gradients are sketched: "kfac" (see :func:`kfac`), with
             factors estimated first from 1,024 rows spread over the data, at each checkpoint, with labels drawn from the
-            model; "empirical-kfac" takes the labels of the data, for losses that are no log-probability. Questions are
+            model; "ekfac" corrects them by a second pass, and "empirical-kfac" takes the labels of the data, for losses
+            that are no log-probability. Or factors that were made before, one for each checkpoint. Questions are
             sketched in the same metric.
         shard_rows: rows a shard; by default 16 MB, or a twentieth of the run.
         batch_tokens: tokens a batch, padding included; halved where memory runs out.

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from gradsketch.attribution.checkpoints import Checkpoint
-from gradsketch.attribution.metric import checked_metric, metric_facts
+from gradsketch.attribution.metric import coordinates_for, metric_facts
 from gradsketch.durable import damaged, record_of, record_text, require_same
 from gradsketch.errors import DamageError, FingerprintError, StoreError
 from gradsketch.gradients.factors.factors import Factors
@@ -91,10 +91,15 @@ class Description:
     def _checked(cls, body: Mapping[str, Any]) -> Description:
         """Return the description, every value of which is of its kind, and whose folders lie in the index."""
         checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
-        metric = checked_metric(body.get("precondition"))
+        metric = body.get("precondition")
         found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"], metric)
         sound = all(isinstance(value, int) for value in (found.d, found.seed)) and found.d > 0
-        sound = sound and bool(checkpoints) and all(isinstance(name, str) for name in found.parameters)
+        sound = (
+            sound
+            and isinstance(metric, str | None)
+            and bool(checkpoints)
+            and all(isinstance(name, str) for name in found.parameters)
+        )
         for number, checkpoint in enumerate(checkpoints):
             sound = sound and checkpoint.folder == _folder(number) and math.isfinite(checkpoint.weight)
         if not (sound and found.parameters):
@@ -164,7 +169,9 @@ def sketch_for(model: nn.Module, description: Description, factors: Factors | No
             "Load that model, or build an index for this one",
         )
     parameters = Parameters(model, include=description.parameters, frozen=True)
-    sketch = BlockSum(parameters, description.d, seed=description.seed)
+    sketch = BlockSum(
+        parameters, description.d, seed=description.seed, coordinates=coordinates_for(description.precondition)
+    )
     return sketch if factors is None else factors.before(sketch)
 
 

@@ -1,13 +1,14 @@
 """The metric of an index: factors that are estimated before the first row is sketched, a file for each checkpoint.
 
 Rows and questions are sketched in the same metric, or their products mean nothing. So the hash of the factors stands
-in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, even
-the process that made it, so that all workers at one index have the same bits.
+in the facts of every store, where a resumed build and a query compare it. Whoever needs factors reads the file, so that
+all workers at one index have the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import nn
 from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.factors.kfac import kfac, kfac_facts
-from gradsketch.gradients.factors.moments import WHOLE
+from gradsketch.gradients.factors.kfac import ekfac, factor_facts, kfac
+from gradsketch.gradients.factors.moments import WHOLE, whole_rows
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum, as_matrix
@@ -26,9 +27,13 @@ from gradsketch.sketches.roots import Pair, Root
 from gradsketch.store.folder import Folder
 
 __all__ = [
+    "COORDINATES",
     "FACTORS",
     "METRICS",
-    "checked_metric",
+    "Metric",
+    "MetricLike",
+    "as_metric",
+    "coordinates_for",
     "factors_name",
     "made_factors",
     "metric_facts",
@@ -37,19 +42,56 @@ __all__ = [
 ]
 
 FACTORS = "factors-"  # the beginning of the files' names
+# Of a side, with a metric before the sketch. Roots are folded into a table of so many columns, at 1.2 times the cost of
+# plain sketches, where all coordinates took 1.5 to 2.4 times as much (benchmarks/factors_cost.py). Fewer coordinates
+# add noise along the few directions of plain gradients. In the metric these are many, so that even 128 change the LDS
+# by no more than another seed does (benchmarks/lm_attribution.py).
+COORDINATES = 512
 # How each is estimated.
-METRICS: dict[str, dict[str, Any]] = {"kfac": {"labels": "sampled"}, "empirical-kfac": {"labels": "empirical"}}
+METRICS: dict[str, tuple[Callable[..., Factors], dict[str, Any]]] = {
+    "kfac": (kfac, {"labels": "sampled"}),
+    "ekfac": (ekfac, {"labels": "sampled"}),
+    "empirical-kfac": (kfac, {"labels": "empirical"}),
+}
 
 
-def checked_metric(name: str | None) -> str | None:
-    """Return the name of a metric, or None for none.
+# What ``precondition`` takes: the name of an estimate, or factors that were made before, one for each checkpoint.
+MetricLike = str | Factors | Sequence[Factors] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metric of a build: its name, None for none, and the factors of each checkpoint where they were given."""
+
+    name: str | None
+    given: tuple[Factors, ...] = ()
+
+
+def as_metric(precondition: MetricLike, checkpoints: int) -> Metric:
+    """Return what ``precondition`` names.
 
     Raises:
-        InputError: there is no such metric.
+        InputError: there is no such metric, or not one set of factors for each checkpoint, all of one method.
     """
-    if name is not None and name not in METRICS:
-        raise InputError(f"precondition={name!r}", f"None, {', '.join(METRICS)}", "Type precondition='kfac'")
-    return name
+    if precondition is None or isinstance(precondition, str):
+        if precondition is not None and precondition not in METRICS:
+            wanted = f"None, {', '.join(METRICS)}, or factors"
+            raise InputError(f"precondition={precondition!r}", wanted, "Type precondition='kfac'")
+        return Metric(precondition)
+    given = (precondition,) if isinstance(precondition, Factors) else tuple(precondition)
+    methods = {factors.method for factors in given}
+    if len(given) != checkpoints or len(methods) != 1:
+        raise InputError(
+            f"{len(given)} sets of factors ({', '.join(sorted(methods))}) for {checkpoints} checkpoints",
+            "one for each, all of one method",
+            "Pass precondition=[...] in the order of the checkpoints",
+        )
+    return Metric(methods.pop(), given)
+
+
+def coordinates_for(name: str | None) -> int | None:
+    """Return the bound on a sketch's coordinates in a metric."""
+    return None if name is None else COORDINATES
 
 
 def factors_name(checkpoint: str) -> str:
@@ -59,7 +101,7 @@ def factors_name(checkpoint: str) -> str:
 
 def metric_facts(name: str | None, factors: Factors) -> dict[str, Any]:
     """Return what an index says of the metric that its rows were sketched in."""
-    options = {key: factors.facts[key] for key in ("labels", "damping")}
+    options = {key: factors.facts[key] for key in ("labels", "damping") if key in factors.facts}
     return {"name": name, **options, "examples": factors.examples, "hash": factors.fingerprint}
 
 
@@ -88,35 +130,53 @@ def made_factors(
     sketch: BlockSum,
     rows: Callable[[], list[Any]],
     *,
+    given: Factors | None,
     batch_tokens: int,
     advance: Callable[[int], Any],
 ) -> Factors:
-    """Return the factors in an index's folder, once they are there: estimated from ``rows`` where they are not.
+    """Return the factors in an index's folder, once they are there: those that are given, or estimated from ``rows``.
 
     Raises:
         FingerprintError: those that are there were made of something else.
         InputError, NonFiniteError: see ``kfac``.
     """
-    name, parameters = factors_name(checkpoint), Parameters(model, include=sketch.names, frozen=True)
-    options, damaged = METRICS[metric], False
-    try:
-        found = read_factors(folder, checkpoint) if name in folder.names() else None
-    except DamageError:
-        found, damaged = None, True
-    if found is None:
-        made = kfac(model, task, rows(), parameters=parameters, batch_tokens=batch_tokens, advance=advance, **options)
-        folder.write(name, made.to_bytes(), replace=damaged)
-        found = read_factors(folder, checkpoint)
+    if given is not None:
+        return _kept(folder, checkpoint, lambda: given)
+    parameters = Parameters(model, include=sketch.names, frozen=True)
+    estimate, options = METRICS[metric]
+
+    def estimated() -> Factors:
+        return estimate(
+            model, task, rows(), parameters=parameters, batch_tokens=batch_tokens, advance=advance, **options
+        )
+
+    found = _kept(folder, checkpoint, estimated)
     stored = {key: value for key, value in found.facts.items() if key != "data"}
-    require_same(kfac_facts(model, task, parameters, **options), stored, f"{folder.uri}/{name}")
+    source = f"{folder.uri}/{factors_name(checkpoint)}"
+    require_same(factor_facts(estimate.__name__, model, task, parameters, **options), stored, source)
     return found
+
+
+def _kept(folder: Folder, checkpoint: str, make: Callable[[], Factors]) -> Factors:
+    """Return the factors that lie in the folder; make them where there are none, or damaged ones."""
+    name, damaged = factors_name(checkpoint), False
+    if name in folder.names():
+        try:
+            return read_factors(folder, checkpoint)
+        except DamageError:
+            damaged = True
+    folder.write(name, make().to_bytes(), replace=damaged)
+    return read_factors(folder, checkpoint)
 
 
 def timed_like(sketch: BlockSum) -> Preconditioned:
     """Return a sketch that takes as long as one with factors, for estimates of time."""
 
-    def root(size: int) -> Root:
-        return Root(torch.eye(size) if size <= WHOLE else torch.ones(size))
+    def root(size: int, whole: bool) -> Root:
+        return Root(torch.eye(size) if whole else torch.ones(size))
 
     sides = {name: as_matrix(shape) for name, shape in sketch.shapes.items() if name in sketch.blocks}
-    return Preconditioned(sketch, {n: Pair(*map(root, s)) for n, s in sides.items() if min(s) > 1})
+    return Preconditioned(
+        sketch,
+        {n: Pair(root(r, whole_rows(r, c)), root(c, c <= WHOLE)) for n, (r, c) in sides.items() if min(r, c) > 1},
+    )

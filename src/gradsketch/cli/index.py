@@ -60,8 +60,8 @@ class IndexOptions:
     """Files or folders of weights whose scores are added up (TracIn); by default the model's own."""
     weights: tuple[float, ...] = ()
     """One a checkpoint, such as its learning rate; by default equal."""
-    precondition: Literal["none", "kfac", "empirical-kfac"] = "none"
-    """Metric in which gradients are sketched, with labels drawn from the model, or with those of the data."""
+    precondition: Literal["none", "kfac", "ekfac", "empirical-kfac"] = "none"
+    """Metric in which gradients are sketched; labels are drawn from the model, or are those of the data (empirical)."""
     shard_rows: int | None = None
     """Rows a file; by default 16 MB, or a twentieth of the run."""
     batch_tokens: int = 4096

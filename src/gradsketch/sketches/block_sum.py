@@ -41,6 +41,9 @@ class BlockSum(Sketch):
     gradients then never need to be formed, and places small tensors by an isometry; any other kind names the vector
     sketch used for each tensor with more than d entries. Keeps names and shapes only, never the tensors.
 
+    ``coordinates`` bounds how many coordinates of a side a tiling computes. Fewer cost less where a metric goes before
+    (``precondition``), and add noise along the directions of gradients that have few of them.
+
     Example:
         >>> phi = gs.BlockSum(gs.Parameters(torch.nn.Linear(30, 20)), 64)
         >>> phi(torch.randn(5, 620)).shape
@@ -62,6 +65,7 @@ class BlockSum(Sketch):
         seed: int = 0,
         kind: str = "auto",
         layout_d: int | None = None,
+        coordinates: int | None = None,
     ) -> None:
         shapes = parameters if isinstance(parameters, Mapping) else parameters.shapes
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -69,7 +73,7 @@ class BlockSum(Sketch):
             raise InputError("no parameter tensors", "names and shapes", "Type BlockSum(Parameters(model), d)")
         super().__init__(sum(math.prod(shape) for shape in self.shapes.values()), d, seed=seed)
         self.kind = self._choice("kind", kind, ("auto", *vector_kinds()))
-        self.layout_d = layout_d or d
+        self.layout_d, self.coordinates = layout_d or d, coordinates
         # Small tensors are placed for a prefix, so kinds that fold do not nest here.
         self.nesting = "prefix" if kind == "auto" else vector_kind(kind).nesting
         self.nesting = self.nesting if self.nesting == "prefix" else None
@@ -85,8 +89,10 @@ class BlockSum(Sketch):
         shapes = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
         # The version of "auto" is this class's own. That of another kind is raised where that kind changes.
         version = {} if self.kind == "auto" else {"kind_version": vector_kind(self.kind).version}
+        bound = {} if self.coordinates is None else {"coordinates": self.coordinates}
         return {
             **version,
+            **bound,
             "kind": self.kind,
             "layout_d": self.layout_d,
             "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
@@ -94,7 +100,14 @@ class BlockSum(Sketch):
 
     def arguments(self) -> dict[str, Any]:
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        return {"parameters": shapes, "d": self.d, "seed": self.seed, "kind": self.kind, "layout_d": self.layout_d}
+        return {
+            "parameters": shapes,
+            "d": self.d,
+            "seed": self.seed,
+            "kind": self.kind,
+            "layout_d": self.layout_d,
+            "coordinates": self.coordinates,
+        }
 
     def add_gradient(self, out: Float[Tensor, "b d"], name: str, gradient: Float[Tensor, "b ..."]) -> None:
         """Add the sketches of one tensor's per-example gradients ``[b, *shape]``."""
@@ -137,7 +150,7 @@ class BlockSum(Sketch):
         rows, columns = as_matrix(shape)
         stream = self.stream.child(name)
         if self.kind == "auto" or rows * columns <= self.layout_d:
-            return Tiling(rows, columns, self.d, stream, self.layout_d)
+            return Tiling(rows, columns, self.d, stream, self.layout_d, self.coordinates)
         return _Vector(vector_kind(self.kind), rows, columns, self.d, stream)
 
 

@@ -48,13 +48,16 @@ class Layout:
     tile: tuple[int, int]
 
     @classmethod
-    def of(cls, rows: int, columns: int, d: int) -> Layout:
-        """Choose a layout for matrices of rows × columns and a sketch of d numbers."""
+    def of(cls, rows: int, columns: int, d: int, coordinates: int | None = None) -> Layout:
+        """Choose a layout for matrices of rows × columns and a sketch of d numbers.
+
+        ``coordinates`` bounds how many of each side are computed, as long as they are enough for the products.
+        """
         padded = power_of_two_at_least(rows), power_of_two_at_least(columns)
         pairs = math.prod(padded)
         # Some coordinates of a vector are as good as sums of all of them.
         products = min(pairs, d if 1 in padded else _products(d))
-        counts = _counts(padded, products, d)
+        counts = _counts(padded, products, coordinates or max(_COORDINATES, power_of_two_at_least(d) // 2))
         tile = _tile(counts, products)
         return cls((rows, columns), d, counts, products, tile)
 
@@ -93,9 +96,9 @@ def _products(d: int) -> int:
     return many if many <= _CHEAP_PRODUCTS else power_of_two_at_least(_LEAST_SUM * d)
 
 
-def _counts(padded: tuple[int, int], products: int, d: int) -> tuple[int, int]:
+def _counts(padded: tuple[int, int], products: int, most: int) -> tuple[int, int]:
     """Return how many coordinates of each side to compute: all, up to a bound, and enough for the products."""
-    bound = min(1 << (products.bit_length() - 1), max(_COORDINATES, power_of_two_at_least(d) // 2))
+    bound = min(1 << (products.bit_length() - 1), 1 << (most.bit_length() - 1))
     rows, columns = (min(size, bound) for size in padded)
     while rows * columns < products:
         if columns == padded[1] or (rows < padded[0] and rows <= columns):

@@ -65,10 +65,18 @@ class Tiling(Block):
     ``layout_d`` is the size the layout was chosen for, d unless this is the prefix of a larger sketch.
     """
 
-    def __init__(self, rows: int, columns: int, d: int, stream: Stream, layout_d: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        d: int,
+        stream: Stream,
+        layout_d: int | None = None,
+        coordinates: int | None = None,
+    ) -> None:
         self.rows, self.columns, self.d, self.layout_d = rows, columns, d, layout_d or d
         self.stream = stream
-        self.layout = Layout.of(rows, columns, self.layout_d)
+        self.layout = Layout.of(rows, columns, self.layout_d, coordinates)
         self.row_side = Side(rows, self.layout.counts[0], stream.child("rows"), self.layout.tile[0])
         self.column_side = Side(columns, self.layout.counts[1], stream.child("columns"), self.layout.tile[1])
         self._row_coordinates: Coordinates = self.row_side

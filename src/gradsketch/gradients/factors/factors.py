@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Factors:
     examples: int
     seconds: float
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of every number."""
         return digest_of(self.roots)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradsketch.gradients.factors.moments import SideMoments
+from gradsketch.gradients.factors.moments import Moments
 from gradsketch.linear_map import widened
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -53,7 +53,7 @@ class Contribution(ABC):
         """Add its sketches to ``out``."""
 
     @abstractmethod
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         """Add it to the second moments of both sides."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Outer(Contribution):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_outer(out, name, self.left, self.right)
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         moments.add_outer(self.left, self.right)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -137,7 +137,7 @@ class IndexedRows(Contribution):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_rows(out, name, self.index.long(), self.right)
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         moments.add_rows(self.index, self.right)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -167,7 +167,7 @@ class Direct(Contribution):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.gradient)
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         moments.add_gradient(self.gradient)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -194,7 +194,7 @@ class Sum(Contribution):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         self.added().sketch(phi, name, out)
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         self.added().measure(moments)
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -228,7 +228,7 @@ class Placed(Contribution):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.dense(1, self.terms.numel()))
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         moments.add_gradient(self.dense(1, self.terms.numel()))
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -261,7 +261,7 @@ class Inside(Contribution):
         right = self.inner.dense(self.height, math.prod(phi.shapes[name][1:]) // self.height).flatten(1)
         phi.add_rows(out, name, torch.full((len(right), 1), self.index, device=right.device), right[:, None])
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         self.inner.measure(moments.part(self.index, self.height))
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
@@ -294,7 +294,7 @@ class _Transposed(Contribution):
         rows, columns = phi.shapes[name]
         phi.add_gradient(out, name, self.dense(rows, columns))
 
-    def measure(self, moments: SideMoments) -> None:
+    def measure(self, moments: Moments) -> None:
         moments.add_gradient(self.dense(moments.rows, moments.columns))
 
     def dense(self, rows: int, columns: int) -> Float[Tensor, "b rows columns"]:
