@@ -183,6 +183,9 @@ def test_no_module_writes_files_by_hand():
         "durable.py",
         "evaluation/cost.py",  # a file of the kernel's
         "store/export.py",  # inside written_whole
+        "attribution/select.py",  # likewise
+        "reading/lines.py",  # a temporary file without a name, of what was packed
+        "reading/sources.py",  # likewise, of what came by a pipe
         "store/shard.py",  # checksums of parts of a shard, as docs/format.md has them
         "demo/digits.py",  # the checksum that PNG has
         "demo/packages.py",  # a folder that is renamed when it is complete
