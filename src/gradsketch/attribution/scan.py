@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
@@ -59,11 +58,7 @@ def scan(probes: Sequence[Probe], width: int | None = None) -> Iterator[tuple[li
 
     With ``width`` only the first so many numbers of each sketch are used, scaled so that products stay unbiased.
     """
-    ranges = probes[0].store.ranges()
-    for (start, count), following in zip_longest(ranges, ranges[1:]):
-        if following is not None:
-            for probe in probes:
-                probe.store.expect(*following)
+    for start, count in probes[0].store.ranges():
         shards = [probe.store.shard(start, count, whole=width is None) for probe in probes]
         yield shards, _combined(probes, shards, width)
 

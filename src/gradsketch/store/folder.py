@@ -48,9 +48,6 @@ class Folder(ABC):
             StoreError: it cannot be read.
         """
 
-    def expect(self, name: str) -> None:  # noqa: B027  (most folders have nothing to begin)
-        """Say that a file will be read soon, where that makes the reading begin; nothing waits for it."""
-
     @abstractmethod
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
         """Write a whole file durably; return False where it was there and ``replace`` is False.
@@ -126,10 +123,6 @@ class LocalFolder(Folder):
             check(data)
             _checked.add(version)
         return data
-
-    def expect(self, name: str) -> None:
-        with contextlib.suppress(OSError, AttributeError), (self.path / name).open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
         return write_file(self.path / name, memoryview(data), replace=replace)

@@ -191,10 +191,6 @@ class Store:
         data = self.folder.read(name, whole=whole, check=lambda data: require_sound(data, file))
         return open_shard(data, file, start, count, self.manifest)
 
-    def expect(self, start: int, count: int) -> None:
-        """Say that a shard will be read soon, so that the disk works while something else is computed."""
-        self.folder.expect(shard_name(start, count))
-
     def columns(self) -> dict[str, set[str]]:
         """Return the metadata columns, each with the kinds of values that shards hold in it."""
         found: dict[str, set[str]] = {}
