@@ -328,7 +328,7 @@ def test_what_a_tokenizer_raises_is_a_bad_row(tmp_path):
 
 
 def test_only_bad_rows_are_no_index(tmp_path):
-    with pytest.raises(InputError, match=r"2 of 2 rows .*Repair them\.$"):
+    with pytest.raises(InputError, match=r"2 of 2 rows .*Drop it\.$"):
         build(tmp_path / "i", ["", " "[:0]], skip_bad=True)
 
 

@@ -41,8 +41,8 @@ def folder(tmp_path_factory):
 
 
 def index(folder, name, data, *more):
-    command = ["index", str(folder / name), "--model", str(folder / "model"), "--data", str(folder / data), "--d", "256"]
-    return main([*command, *more])
+    given = ["--model", str(folder / "model"), "--data", str(folder / data), "--d", "256"]
+    return main(["index", str(folder / name), *given, *more])
 
 
 def test_messages(folder, capsys, tmp_path):

@@ -31,12 +31,13 @@ _STRETCHES, _STRETCH_ROWS = 8, 32
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that the task cannot use: its place in the data, where it stands, why, and what the task takes."""
+    """A row that the task cannot use: its place in the data, where it stands, why, what the task takes, what to do."""
 
     place: int
     where: str
     reason: str
     wanted: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Modul
             id_, metadata = _storable(example)
         except InputError as error:
             stands = where(examples, place)
-            bad.append(BadRow(place, stands, error.came.removeprefix(f"{stands}: "), error.wanted))
+            bad.append(BadRow(place, stands, error.came.removeprefix(f"{stands}: "), error.wanted, error.fix))
             continue
         places.append(place)
         encoded.append(row)
@@ -171,10 +172,13 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
     if bad:
         shown = "; ".join(f"{row.where} ({row.reason})" for row in bad[:_BAD_ROWS_SHOWN])
         more = f" and {len(bad) - _BAD_ROWS_SHOWN} more" if len(bad) > _BAD_ROWS_SHOWN else ""
+        fixes = {row.fix for row in bad}
+        # Where no row can be used, and all for one reason, the rows are not what is wrong.
+        every = fixes.pop() if len(fixes) == 1 else "Repair them"
         raise InputError(
             f"{len(bad)} of {total} rows that cannot be used: {shown}{more}",
             "; ".join(dict.fromkeys(row.wanted for row in bad[:_BAD_ROWS_SHOWN])),
-            "Repair them, or leave them out with skip_bad=True" if len(bad) < total else "Repair them",
+            "Repair them, or leave them out with skip_bad=True" if len(bad) < total else every,
         )
 
 

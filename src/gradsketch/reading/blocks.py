@@ -81,9 +81,6 @@ class BlockRows(FileRows):
     def _place(self, i: int) -> str:
         return f"{self.source.name}, row {i + 1}"
 
-    def facts(self) -> dict[str, str | int]:
-        return {self.source.name: self.source.facts()}
-
     def release(self) -> None:
         self._kept, self._last, self._ahead = _Kept(), None, None
 

@@ -33,9 +33,6 @@ class _List(FileRows):
     def where(self, i: int) -> str:
         return f"{self._source.name}, entry {i + 1}"
 
-    def facts(self) -> dict[str, str | int]:
-        return {self._source.name: self._source.facts()}
-
 
 class TextFiles(FileRows):
     """One row a text file, with its path, in the order of their paths."""
@@ -57,9 +54,6 @@ class TextFiles(FileRows):
 
     def where(self, i: int) -> str:
         return self._sources[i].name
-
-    def facts(self) -> dict[str, str | int]:
-        return {source.name: source.facts() for source in self._sources}
 
 
 def json_document(source: Source) -> FileRows:

@@ -5,7 +5,6 @@ Iterated or indexed as they are, a DataFrame gives its columns, an Arrow table t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +18,6 @@ from gradsketch.reading.rows import FileRows, Row, bad_row
 from gradsketch.reading.tables import python_rows
 
 __all__ = ["by_position"]
-
-_MARKED = 8  # rows at either end that tell data in memory from others
 
 
 class _Positions(FileRows):
@@ -42,11 +39,6 @@ class _Positions(FileRows):
 
     def where(self, i: int) -> str:
         return f"row {i + 1} of the {self.path}"
-
-    def facts(self) -> dict[str, str | int]:
-        ends = self._rows(0, min(_MARKED, len(self))), self._rows(max(0, len(self) - _MARKED), len(self))
-        marked = hashlib.sha256(repr((self._columns, ends)).encode()).hexdigest()[:16]
-        return {"kind": str(self.path), "rows": len(self), "ends": marked}
 
 
 class DatasetRows(FileRows):
@@ -75,9 +67,6 @@ class DatasetRows(FileRows):
 
     def where(self, i: int) -> str:
         return f"{self.path}, row {i + 1}"
-
-    def facts(self) -> dict[str, str | int]:
-        return {"rows": len(self), "fingerprint": str(self._dataset._fingerprint)}
 
 
 def by_position(data: Any) -> Any:

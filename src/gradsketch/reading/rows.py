@@ -43,10 +43,6 @@ class FileRows(Sequence[Any]):
     def where(self, i: int) -> str:
         """Return where row i stands, as a person finds it: "facts.jsonl, line 17"."""
 
-    @abstractmethod
-    def facts(self) -> dict[str, str | int]:
-        """Return what identifies the data without reading it through: names, sizes, hashes of heads and tails."""
-
     def read_range(self, start: int, stop: int) -> list[Row | InputError]:
         """Return rows start … stop - 1, 0 ≤ start ≤ stop ≤ len; a row that cannot be parsed is its error."""
         return [self._row_or_error(i) for i in range(start, stop)]

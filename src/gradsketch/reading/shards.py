@@ -41,9 +41,6 @@ class Shards(FileRows):
         shard, place = self._at(i)
         return shard.where(place)
 
-    def facts(self) -> dict[str, str | int]:
-        return {name: fact for shard in self._shards for name, fact in shard.facts().items()}
-
     def release(self) -> None:
         self._shards[self._last].release()
 
@@ -74,9 +71,6 @@ class _Partition(FileRows):
 
     def where(self, i: int) -> str:
         return self._rows.where(i)
-
-    def facts(self) -> dict[str, str | int]:
-        return self._rows.facts()
 
     def release(self) -> None:
         self._rows.release()

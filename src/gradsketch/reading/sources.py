@@ -5,7 +5,6 @@ Compressed files are unpacked by Arrow's own codecs, a piece at a time, and neve
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -30,7 +29,7 @@ READ_ERRORS = (pa.ArrowException, ValueError, OSError, EOFError, RecursionError,
 PIECE = 1 << 20
 # What a packed file may unpack to: as much as this, or so many times its own size. Texts shrink to a third or a tenth.
 _UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 28, 100
-_MARKED = 1 << 16  # bytes at either end of a file that tell it from others
+_HEAD = 1 << 16  # first bytes, which tell what a file is
 _GOOGLE, _OTHER_GOOGLE = "https://storage.googleapis.com", {"STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT"}
 _LEFT_FREE = 1 << 30  # bytes that a temporary copy leaves on its disk
 
@@ -83,19 +82,9 @@ class Source:
     def head(self) -> bytes:
         """Return the first bytes of its content, 64 kB at most."""
         if self.packing is not None:
-            return next(self.pieces(), b"")[:_MARKED]
+            return next(self.pieces(), b"")[:_HEAD]
         with self.open() as file:
-            return bytes(file.read(min(_MARKED, self.size)))
-
-    def facts(self) -> str:
-        """Return its size and a hash of its first and last bytes, or of a Parquet file's footer."""
-        with self.open() as file:
-            head = file.read_at(min(_MARKED, self.size), 0)
-            tail = file.read_at(min(_MARKED, self.size), max(0, self.size - _MARKED))
-            if tail.endswith(b"PAR1"):
-                footer = min(self.size, int.from_bytes(tail[-8:-4], "little") + 8)
-                head, tail = b"", file.read_at(footer, self.size - footer)
-        return f"{self.size} bytes, {hashlib.sha256(head + tail).hexdigest()[:16]}"
+            return bytes(file.read(min(_HEAD, self.size)))
 
 
 def _read(file: pa.NativeFile) -> Iterator[bytes]:
