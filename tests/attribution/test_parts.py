@@ -107,3 +107,14 @@ def test_a_shard_of_an_older_format_is_not_mixed_with_new_ones(tmp_path):
     file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
     with pytest.raises(StoreError, match="format version 1"):
         build(tmp_path, toys.texts(ROWS))
+
+
+def test_bad_rows_are_told_as_they_are_met(tmp_path, capsys):
+    rows = toys.texts(ROWS)
+    for place in (3, 4, 5, 20, 21, 22, 33):
+        rows[place] = ""
+    build(tmp_path, rows, skip_bad=True, progress=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.split("example ")[1].split(":")[0] for line in told] == ["3", "4", "5", "20", "21"]
+    build(tmp_path, rows, skip_bad=True, progress=False)
+    assert "left out" not in capsys.readouterr().err

@@ -46,12 +46,12 @@ def piped(monkeypatch):
         ("-", b'{"text": "a"}\n{"text": "b"}\n'),
         ("-", b'\n"a"\n"b"'),
         ("-", b'[{"text": "a"}, {"text": "b"}]'),
-        ("-", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n')),
+        ("-", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n', mtime=0)),
         ("-", pa.compress(b'{"text": "a"}\n{"text": "b"}\n', "zstd", asbytes=True)),
         ("-", _parquet()),
         ("-", _arrow()),
         ("-.csv", b"text\na\nb\n"),
-        ("-.txt.gz", gzip.compress(b"a\nb\n")),
+        ("-.txt.gz", gzip.compress(b"a\nb\n", mtime=0)),
     ],
 )
 def test_standard_input(piped, place, data):

@@ -26,7 +26,7 @@ from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
 from gradsketch.attribution.metric import MetricLike, as_metric, coordinates_for, made_factors, timed_like
-from gradsketch.attribution.parts import PartReader, Sample, ends_of, refuse_bad_rows, sample
+from gradsketch.attribution.parts import BadRow, PartReader, Sample, ends_of, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
 from gradsketch.durable import record_text
@@ -40,6 +40,7 @@ from gradsketch.store import Manifest, Store, default_shard_rows
 from gradsketch.store.encoding import row_bytes
 from gradsketch.store.folder import Folder, LocalFolder, open_folder
 from gradsketch.store.manifest import MANIFEST_NAME
+from gradsketch.table import printable
 
 __all__ = ["Build", "build_index"]
 
@@ -51,6 +52,7 @@ _FACTOR_STRETCHES = 32
 _TIMED_ROWS, _TIMED_SECONDS = 32, 0.5
 _BYTES_BESIDE_SKETCH = 64  # id, scale, norm, loss and Arrow's bookkeeping
 _TEXT_BYTES_A_TOKEN = 5
+_TOLD = 5
 
 
 class Build:
@@ -93,7 +95,10 @@ class Build:
         self._seen: dict[str, str] = {}  # the checkpoint that has these weights
         self.batch_tokens, self.skip_bad = batch_tokens, skip_bad
         self.examples = as_examples(data)
-        self.parts = PartReader(self.examples, self.task, model, skip_bad=skip_bad, keep=len(self.checkpoints) > 1)
+        self._told = 0
+        self.parts = PartReader(
+            self.examples, self.task, model, skip_bad=skip_bad, keep=len(self.checkpoints) > 1, tell=self._tell
+        )
         rows = len(self.examples)
         self.shape = Manifest(
             d=d,
@@ -153,6 +158,12 @@ class Build:
                     ranges = writer.unfinished(self._own(self.shape.shard_ranges()))
                     self.engine.write(self, number, writer, ranges, bar.update)
         return Index(self.folder, self.description, self.task, self.checkpoints)
+
+    def _tell(self, row: BadRow) -> None:
+        """Say of the first few bad rows, as they are met, that they are left out; the index counts all of them."""
+        self._told += 1
+        if self.progress and self._told <= _TOLD:
+            tqdm.write(printable(f"left out: {row.where}: {row.reason}"), file=sys.stderr)
 
     def _rows_missing(self) -> int:
         return sum(count for c in self.description.checkpoints for _, count in self._missing(c.folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,23 @@ class Sample:
 
 
 class PartReader:
-    """Reads parts of one run's data; the first is kept, and with ``keep`` as many as memory is kept for."""
+    """Reads parts of one run's data; the first is kept, and with ``keep`` as many as memory is kept for.
 
-    def __init__(self, examples: Any, task: Task, model: nn.Module, *, skip_bad: bool, keep: bool) -> None:
-        self.examples, self.task, self.model, self.skip_bad, self.keep = examples, task, model, skip_bad, keep
+    ``tell`` hears of each bad row that is left out.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        task: Task,
+        model: nn.Module,
+        *,
+        skip_bad: bool,
+        keep: bool,
+        tell: Callable[[BadRow], Any] = lambda row: None,
+    ) -> None:
+        self.examples, self.task, self.model, self.tell = examples, task, model, tell
+        self.skip_bad, self.keep = skip_bad, keep
         self._parts: dict[int, Part] = {}
         self._digests: dict[int, str] = {}
 
@@ -97,6 +110,8 @@ class PartReader:
         part = read_part(self.examples, start, count, self.task, self.model)
         if not self.skip_bad or (start == 0 and not part.places):
             refuse_bad_rows(part.bad, count)
+        for row in part.bad:
+            self.tell(row)
         if not self._parts or (self.keep and sum(p.bytes for p in self._parts.values()) < _KEPT_BYTES):
             self._parts[start] = part
         return part
