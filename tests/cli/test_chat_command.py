@@ -70,13 +70,33 @@ def test_a_format_and_columns_are_kept_for_questions(folder, capsys, tmp_path):
     assert [query["proponents"][0]["id"] for query in found] == [f"00{i}" for i in range(8)]
 
 
+def test_a_chat_asks_about_its_last_turn(folder, capsys):
+    if not (folder / "i").exists():
+        assert index(folder, "i", "chats.jsonl") == 0
+    chat = messages([*CHATS[1], *CHATS[5]])
+    capsys.readouterr()
+    assert main(["query", str(folder / "i"), "--messages", json.dumps({"messages": chat, "tools": []}), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["queries"]
+    alone = main(["query", str(folder / "i"), "--messages", json.dumps(chat), "--json"])
+    assert alone == 0
+    assert json.loads(capsys.readouterr().out)["queries"][0]["loss"] == found["loss"]
+    both = json.dumps({"messages": chat}) + "\n"
+    (folder / "both.jsonl").write_text(both)
+    assert main(["query", str(folder / "i"), "--data", str(folder / "both.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["queries"][0]["loss"] != found["loss"]  # of both of the answers
+    assert found["example"]["completion"] == chat[-1:]
+    assert found["text"].endswith("assistant: it is 5")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--messages", "[not json"], "--messages [not json"),
         (["--messages", "/nowhere.json"], "/nowhere.json"),
-        (["--messages", "[]"], "messages with no turn"),
-        (["--messages", '[{"role": "user", "content": "the capital"}]'], "a turn of the assistant"),
+        (["--messages", "[]"], "--messages []"),
+        (["--messages", "[7]"], "--messages [7]"),
+        (["--messages", '[{"role": "user", "content": "the capital"}]'], "which end with a turn of 'user'"),
+        (["--messages", '{"text": "the capital"}'], "Add what the model said"),
     ],
 )
 def test_questions_that_cannot_be_asked(folder, capsys, more, message):

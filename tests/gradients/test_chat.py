@@ -121,7 +121,7 @@ def test_a_turn_that_the_template_changes_later(tokenizer):
 
 
 def test_a_turn_that_stands_nowhere_provably_is_refused(tokenizer):
-    tokenizer.chat_template = FORGETFUL.replace("m['content'].split('</think>')[-1]", "m['content'] | upper")
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "{{ '<|im_end|>' if loop.last else '' }}")
     with pytest.raises(InputError, match=r"turn 2 of a conversation.*--turns last"):
         gs.CausalLM(tokenizer).encode({"messages": MESSAGES})
     assert counted(gs.CausalLM(tokenizer, turns="last"), {"messages": MESSAGES})[0] == ["Lutz.<|im_end|>"]

@@ -20,6 +20,7 @@ from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions", "damping_of"]
 
+_CHAT = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -41,7 +42,8 @@ class QueryOptions:
     answer: str | None = None
     """What the model said; begins with its own space."""
     messages: str | None = None
-    """A chat that ends with the assistant's turn: JSON, [{"role": …, "content": …}, …], or a file of it."""
+    """A chat, whose last turn, the assistant's, is asked about: JSON, [{"role": …, "content": …}, …], or a row with
+    messages, tools and chat_template_kwargs; or a file of it."""
     data: DataPlace | None = None
     """A file of queries, one a row; or a folder, glob, hub name or URI, as of gradsketch index."""
     part: Annotated[DataOptions, tyro.conf.arg(name="")] = field(default_factory=DataOptions)
@@ -107,7 +109,7 @@ def _examples(options: QueryOptions) -> list[Any]:
     if options.prompt is not None:
         examples.append({"prompt": options.prompt, "answer": options.answer})
     if options.messages is not None:
-        examples.append({"messages": _messages(options.messages)})
+        examples.append(_chat(options.messages))
     if options.data is not None:
         examples += list(_part(options).rows(options.data))
     if not examples:
@@ -115,17 +117,29 @@ def _examples(options: QueryOptions) -> list[Any]:
     return examples
 
 
-def _messages(text: str) -> Any:
-    """Return the turns of a chat that were typed, or that a file holds."""
+def _chat(text: str) -> dict[str, Any]:
+    """Return the row of a chat that was typed, or that a file holds; what is asked about is its last turn.
+
+    Raises:
+        InputError: no JSON, no turns, or turns that do not end with the assistant's.
+    """
     try:
         found = json.loads(text if text.lstrip().startswith(("[", "{")) else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"--messages {text[:80]} ({error})",
-            'JSON such as [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], or its file',
-            "Check the quotes",
+            f"--messages {text[:80]} ({error})", f"JSON such as {_CHAT}, or its file", "Check the quotes"
         ) from error
-    return found["messages"] if isinstance(found, dict) and "messages" in found else found
+    row = found if isinstance(found, dict) else {"messages": found}
+    turns = row.get("messages")
+    turns = turns if isinstance(turns, list) else []
+    last = turns[-1] if turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        ends = f", which end with a turn of {last.get('role')!r}" if isinstance(last, dict) else ""
+        raise InputError(
+            f"--messages {text[:80]}{ends}", f"turns such as {_CHAT}", "Add what the model said as the assistant's turn"
+        )
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    return {**rest, "prompt": turns[:-1], "completion": turns[-1:]} if len(turns) > 1 else row
 
 
 def _part(options: QueryOptions) -> DataOptions:

@@ -1,12 +1,14 @@
 """From a conversation to token ids and which of them count, by the tokenizer's own chat template.
 
 A template is a program that may write a turn otherwise when more turns follow: Qwen3's drops the thinking of earlier
-ones. So where a turn stands is never guessed from what it says. There are three proofs, tried in this order:
+ones. So where a turn stands is never guessed from what it says. There are four proofs, tried in this order:
 
 1. The template marks what the assistant says, by ``{% generation %}``.
 2. What the template writes up to the turn, with the prompt for generation, begins what it writes through the turn,
    and that begins the whole. Then the turn is what a model has generated there.
-3. A mark in the place of the turn's content shows what the template writes before and after it. Where the whole begins
+3. What it writes up to the turn begins the whole, and the token that ends turns stands once between there and what the
+   next turn says. A mark in the place of that shows where it begins.
+4. A mark in the place of the turn's content shows what the template writes before and after it. Where the whole begins
    and ends with just that, the content stands between.
 
 A turn without a proof is refused by name.
@@ -37,6 +39,7 @@ _MARK = "\ue0a0\ue0a1\ue0a2"
 # Some templates write the day on which they run, and an index could not be asked on the next one. Llama's write this
 # day where they do not know better.
 _DAY = date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class _Span(NamedTuple):
@@ -103,11 +106,8 @@ class _Chat:
                 "Load the tokenizer of the chat model (--tokenizer NAME), or set tokenizer.chat_template",
             )
         self.tokenizer, self.conversation = tokenizer, conversation
-        self._template = str(tokenizer.get_chat_template(tools=conversation.tools))
+        self._template = _of_one_day(str(tokenizer.get_chat_template(tools=conversation.tools)))
         self.marks_generation = bool(_OPENED.search(self._template))
-        self._options = dict(conversation.options)
-        if "strftime_now" in self._template:
-            self._options.setdefault("strftime_now", _DAY.strftime)
         self.whole = self._written(conversation.messages)
 
     def encoded(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class _Chat:
         Raises:
             InputError: nothing proves where they stand.
         """
-        span = self._by_prefix(i) or self._by_mark(i)
+        span = self._by_prefix(i) or self._by_end(i) or self._by_mark(i)
         if span is None:
             raise self._unproved(
                 f"turn {i + 1} of a conversation, which the chat template writes otherwise when more turns follow, or "
@@ -201,6 +201,19 @@ class _Chat:
                 return None
         return _Span(len(before), self._end(through, len(before)))
 
+    def _by_end(self, i: int) -> _Span | None:
+        """Return a turn up to the token that ends it when nothing follows."""
+        messages, following = self.conversation.messages, i + 1
+        before = self._try(messages[:i], add_generation_prompt=True)
+        through = self._try(messages[:following])
+        if before is None or through is None or before == self._try(messages[:i]) or following == len(messages):
+            return None
+        end, marked = self._last_token(through), self._marked(following, messages)
+        if end is None or marked is None or not all(self.whole.startswith(text) for text in (before, marked[0])):
+            return None
+        said = self.whole[len(before) : len(marked[0])]
+        return _Span(len(before), len(before) + said.index(end) + len(end)) if said.count(end) == 1 else None
+
     def _by_mark(self, i: int) -> _Span | None:
         """Return the content of a turn that says something and does nothing else, with what ends it."""
         if self.conversation.messages[i].keys() - {"role", "content", "name"}:
@@ -219,11 +232,13 @@ class _Chat:
 
     def _end(self, text: str, start: int) -> int:
         """Return where a turn ends that ends a text: white space after the token that ends it is the template's."""
-        trimmed = text.rstrip()
-        for token in (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens):
-            if trimmed.endswith(token) and len(trimmed) - len(token) >= start:
-                return len(trimmed)
-        return len(text)
+        last = self._last_token(text[start:])
+        return len(text) if last is None else len(text.rstrip())
+
+    def _last_token(self, text: str) -> str | None:
+        """Return the special token with which a text ends, but for white space."""
+        known = (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens)
+        return next((token for token in known if text.rstrip().endswith(token)), None)
 
     def _tokens_of(self, text: str, ids: Sequence[int]) -> int:
         """Return how many tokens a beginning of the whole has, for tokenizers that do not tell characters."""
@@ -250,16 +265,32 @@ class _Chat:
             ) from error
 
     def _apply(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
-        tools = self.conversation.tools
-        return self.tokenizer.apply_chat_template(list(messages), tools=tools, **self._options, **options)
+        given = {"tools": self.conversation.tools, "chat_template": self._template, **options}
+        return self.tokenizer.apply_chat_template(list(messages), **given, **self.conversation.options)
 
     def _unproved(self, came: str) -> InputError:
         return InputError(
             came,
-            "a template that shows which tokens are the assistant's",
-            'Count the last turn only (--turns last, CausalLM(tokenizer, turns="last")), mark what the assistant says '
-            "in tokenizer.chat_template by {% generation %}, or pass rows of input_ids with assistant_masks",
+            "a template that shows which tokens are the assistant's, or --turns last",
+            'Count the last turn only (CausalLM(tokenizer, turns="last")), mark what the assistant says in '
+            "tokenizer.chat_template by {% generation %}, or pass rows of input_ids with assistant_masks",
         )
+
+
+def _of_one_day(template: str) -> str:
+    """Return a template that writes a day of its own as one that writes always the same.
+
+    Raises:
+        InputError: it writes the day in another way than by a fixed form.
+    """
+    found = _TODAY.sub(lambda call: json.dumps(_DAY.strftime(call[2])), template)
+    if re.search(r"strftime_now\s*\(", found):
+        raise InputError(
+            "a chat template that writes the day on which it runs",
+            "the same tokens on every day",
+            "Write a day of your choice into tokenizer.chat_template in the place of strftime_now(...)",
+        )
+    return found
 
 
 def _opened(tag: re.Match[str]) -> str:
