@@ -128,6 +128,24 @@ def test_thinking_and_tools_as_qwen3_writes_them():
     assert counted(task, {"messages": thought})[0].startswith("<think>\nlook\n</think>\n\n<call>")
 
 
+def test_pieces_stand_in_their_turns():
+    task = gs.CausalLM(tokenizer_of(THINKING))
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    chat = [turn("user", "assistant"), turn("assistant", "Let me see", tool_calls=[call]), turn("tool", "user: 7")]
+    chat += [turn("assistant", " It is 7\n", reasoning_content="It is easy")]
+    pieces = task.pieces({"messages": chat})
+    said = 'user: assistant\nassistant: Let me see\nf({"x": 1})\ntool: user: 7\nassistant: It is easy\n It is 7\n'
+    assert "".join(piece.text for piece in pieces) == said
+    ids = ids_of(task, {"messages": chat})
+    assert sum(piece.tokens for piece in pieces) == len(ids)
+    places = [
+        (piece, sum(p.tokens for p in pieces[:i])) for i, piece in enumerate(pieces) if piece.tokens and piece.text
+    ]
+    assert all(task.tokenizer.decode(ids[at : at + piece.tokens]) == piece.text for piece, at in places)
+    texts = "".join(piece.text for piece, _ in places)
+    assert texts == "assistantLet me seeuser: 7It is easy It is 7\n"  # the call stands there in the template's words
+
+
 def test_an_end_within_a_turn_does_not_end_it():
     said = turn("assistant", "The token <|im_end|> ends a turn")
     task = gs.CausalLM(tokenizer_of(THINKING))

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import pieces as piece_of
-from gradsketch.gradients.tasks.conversations import ASSISTANT, Conversation, Turns, transcript
+from gradsketch.gradients.tasks.conversations import ASSISTANT, Conversation, Turns, starts, transcript
 from gradsketch.gradients.tasks.pieces import Piece
 
 __all__ = ["encode_chat", "pieces_of_chat", "template_digest"]
@@ -84,8 +84,12 @@ def pieces_of_chat(tokenizer: Any, conversation: Conversation, limit: int | None
     found = piece_of.pieces(tokenizer, encoded, chat.whole)
     if not chat.whole.startswith("".join(piece.text for piece in found)):
         return None
-    contents = [(chat.content(i), turn) for i, turn in enumerate(turns)]
-    places = [(span, turn.start + chat.begins(i, span)) for i, (span, turn) in enumerate(contents) if span]
+    places = []
+    for i, (message, turn) in enumerate(zip(conversation.messages, turns, strict=True)):
+        for name, start in starts(message).items():
+            if span := chat.said(i, name):
+                dropped = len(message[name].rstrip()) - len(chat.whole[slice(*span)].rstrip())
+                places.append((span, turn.start + start + dropped))
     return _moved(found, places, text)
 
 
@@ -158,24 +162,20 @@ class _Chat:
             raise self._unproved(f"turn {i + 1} of a conversation, whose beginning the chat template does not prove")
         return text
 
-    def content(self, i: int) -> _Span | None:
-        """Return where what a turn says stands in the whole, by a mark in its place; None where that is not shown."""
-        said = self.conversation.messages[i].get("content")
-        if not isinstance(said, str) or not said.strip():
-            return None
-        marked = self._marked(i, self.conversation.messages)
-        if marked is None:
-            return None
-        head, tail = marked
-        span = _Span(len(head), len(self.whole) - len(tail))
-        middle = self.whole[slice(*span)] if span.start < span.stop else ""
-        whole = self.whole.startswith(head) and self.whole.endswith(tail)
-        return span if whole and middle and said.rstrip().endswith(middle.rstrip()) else None
+    def said(self, i: int, name: str = "content") -> _Span | None:
+        """Return where a text of a turn stands in the whole, by a mark in its place; None where that is not shown.
 
-    def begins(self, i: int, span: _Span) -> int:
-        """Return at which character of what a turn says a span begins that ``content`` found."""
-        said = self.conversation.messages[i]["content"].rstrip()
-        return len(said) - len(self.whole[slice(*span)].rstrip())
+        It is the end of the text where the template drops its beginning, as earlier thinking.
+        """
+        text = self.conversation.messages[i].get(name)
+        if not isinstance(text, str) or not text.strip():
+            return None
+        marked = self._marked(i, self.conversation.messages, name)
+        if marked is None or not (self.whole.startswith(marked[0]) and self.whole.endswith(marked[1])):
+            return None
+        span = _Span(len(marked[0]), len(self.whole) - len(marked[1]))
+        middle = self.whole[slice(*span)] if span.start < span.stop else ""
+        return span if middle and text.rstrip().endswith(middle.rstrip()) else None
 
     def places(self, encoded: dict[str, Any], spans: Sequence[_Span]) -> list[bool]:
         """Return which tokens stand for a character of the spans."""
@@ -218,15 +218,15 @@ class _Chat:
         """Return the content of a turn that says something and does nothing else, with what ends it."""
         if self.conversation.messages[i].keys() - {"role", "content", "name"}:
             return None
-        content, alone = self.content(i), self._marked(i, self.conversation.messages[: i + 1])
+        content, alone = self.said(i), self._marked(i, self.conversation.messages[: i + 1])
         if content is None or alone is None or not self.whole[content.stop :].startswith(alone[1]):
             return None
         through = self.whole[: content.stop + len(alone[1])]
         return _Span(content.start, self._end(through, content.start))
 
-    def _marked(self, i: int, messages: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
-        """Return what the template writes before and after the content of a turn."""
-        marked = [turn if j != i else {**turn, "content": _MARK} for j, turn in enumerate(messages)]
+    def _marked(self, i: int, messages: Sequence[dict[str, Any]], name: str = "content") -> tuple[str, str] | None:
+        """Return what the template writes before and after a text of a turn."""
+        marked = [turn if j != i else {**turn, name: _MARK} for j, turn in enumerate(messages)]
         parts = (self._try(marked) or "").split(_MARK)
         return (parts[0], parts[1]) if len(parts) == 2 else None
 

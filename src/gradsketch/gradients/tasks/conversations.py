@@ -12,12 +12,25 @@ from typing import Any, Literal
 
 from gradsketch.errors import InputError
 
-__all__ = ["ASSISTANT", "Conversation", "Turn", "Turns", "check_turns", "conversation_of", "shown_turns", "transcript"]
+__all__ = [
+    "ASSISTANT",
+    "SAID",
+    "Conversation",
+    "Turn",
+    "Turns",
+    "check_turns",
+    "conversation_of",
+    "shown_turns",
+    "starts",
+    "transcript",
+]
 
 # Which of the assistant's turns count.
 Turns = Literal["all", "last"]
 
 ASSISTANT = "assistant"
+# The fields of a turn whose texts are shown, in this order.
+SAID = ("reasoning_content", "content")
 _ANSWERS = ("answer", "completion")
 _WANTED = 'turns such as {"role": "user", "content": "Hi"}'
 
@@ -123,13 +136,26 @@ def transcript(messages: Any) -> tuple[str, tuple[Turn, ...]] | None:
 
 
 def shown(message: Mapping[str, Any]) -> str:
-    """Return the text of one turn as it is shown: what it says, and the tools that it calls."""
-    content = message.get("content")
-    parts = content if isinstance(content, list | tuple) else [] if content is None else [str(content)]
+    """Return the text of one turn as it is shown: what it thinks and says, and the tools that it calls."""
+    texts = [_text(message.get(name)) for name in SAID]
     calls = message.get("tool_calls")
-    said = "".join(_part(part) for part in parts)
     called = [_call(call) for call in calls] if isinstance(calls, list | tuple) else []
-    return "\n".join([*([said] if said or not called else []), *called])
+    return "\n".join([*filter(None, texts), *called])
+
+
+def starts(message: Mapping[str, Any]) -> dict[str, int]:
+    """Return at which character of a turn, as it is shown, each of its texts begins, by the field's name."""
+    found, done = {}, 0
+    for name in SAID:
+        if text := _text(message.get(name)):
+            found[name] = done
+            done += len(text) + 1
+    return found
+
+
+def _text(value: Any) -> str:
+    parts = value if isinstance(value, list | tuple) else [] if value is None else [str(value)]
+    return "".join(_part(part) for part in parts)
 
 
 def _part(part: Any) -> str:
