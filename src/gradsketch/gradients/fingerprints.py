@@ -46,9 +46,13 @@ def modes_digest(model: nn.Module) -> str:
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """Return what decides a task's losses: its options, and the code of a function."""
+    """Return what decides a task's losses: its options, and the code of functions."""
     facts: dict[str, Any] = {"class": type(task).__name__, **task.options()}
-    return facts | {"code": code_digest(task.function)} if isinstance(task, Function) else facts
+    if isinstance(task, Function):
+        facts["code"] = code_digest(task.function)
+        if task.collates is not None:
+            facts["collate"] = code_digest(task.collates)
+    return facts
 
 
 def data_facts(data: Batches) -> dict[str, Any]:

@@ -116,17 +116,34 @@ class Task(ABC):
 class Function(Task):
     """Any function (model, batch) → losses [b] as a task.
 
+    Args:
+        function: the losses of a batch.
+        collate: a list of examples → a batch, for examples that are not tensors, arrays and numbers, such as images
+            and audio.
+
     Example:
         >>> squares = gs.Function(lambda model, batch: (model(batch[0]) - batch[1]).square().sum(-1))
         >>> squares.losses(torch.nn.Linear(3, 1), (torch.zeros(2, 3), torch.zeros(2, 1))).shape
         torch.Size([2])
 
     Raises:
-        InputError: the function returns anything but one floating-point loss an example.
+        InputError: the function returns anything but one floating-point loss an example, or examples cannot be stacked.
     """
 
-    def __init__(self, function: LossFunction) -> None:
-        self.function = function
+    def __init__(self, function: LossFunction, collate: Callable[[list[Any]], Batch] | None = None) -> None:
+        self.function, self.collates = function, collate
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        if self.collates is not None:
+            return self.collates(list(examples))
+        try:
+            return super().collate(examples)
+        except TypeError as error:
+            raise InputError(
+                f"examples that cannot be stacked ({str(error).rpartition('; ')[2]})",
+                "tensors, arrays and numbers, or a function that makes a batch of examples",
+                "Pass it: gs.Function(loss, collate=...)",
+            ) from error
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
         losses = self.function(model, batch)
