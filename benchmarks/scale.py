@@ -10,7 +10,7 @@
 * two_stage: 6,046 real mails under MiniLM, d = 4,096: which share of the exact ten best rows a search finds that takes
   its candidates by the first numbers of each sketch.
 
-Writes results/scale.json and scale.png.
+Writes results/scale.json and docs/images/scale.png.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows, verify
 
 D, REPEATS = 1024, 3
+PICTURE = RESULTS.parents[1] / "docs/images/scale.png"
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     results["two_stage"] = _shown(two_stage(600 if arguments.quick else None))
     if not arguments.quick:
         print(write("scale", results))
-        draw(results, RESULTS / "scale.png")
+        draw(results, PICTURE)
 
 
 def _shown(result: Any) -> Any:
