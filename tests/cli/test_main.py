@@ -159,10 +159,7 @@ def test_ctrl_c_while_it_starts():
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
         assert "Traceback" not in errors or "gradsketch/cli" not in errors
-        # On a quick machine it is over before the signal comes, or a library that is being imported swallows it: then
-        # the run ends with one line as well.
-        over = process.returncode == 1 and len(errors.splitlines()) == 1
-        assert over or process.returncode in (130, -signal.SIGINT)
+        assert process.returncode in (130, -signal.SIGINT)
 
 
 def hostile_hits():

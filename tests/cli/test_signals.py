@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 SRC = Path(__file__).parents[2] / "src"
 PROGRAM = """
     import os, signal, sys
@@ -58,3 +60,39 @@ def test_sigterm_saves_what_ctrl_c_saves(tmp_path):
     assert terminated.stderr.splitlines()[-1] == "gradsketch sending: terminated"
     assert len(terminated.stderr.splitlines()) == 2
     assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size > 0
+
+
+SWALLOWING = """
+    import os, signal, sys
+    from dataclasses import dataclass
+    from gradsketch import cli
+    from gradsketch.cli.command import Command
+    from gradsketch.cli.main import register
+
+    sent = getattr(signal, sys.argv[1])
+
+    @dataclass(frozen=True)
+    class Options:
+        pass
+
+    def run(options):
+        try:
+            os.kill(os.getpid(), sent)
+        except BaseException:
+            pass
+        raise RuntimeError("half of a library")
+
+    register(Command("swallowing", "fails after a signal", Options, run))
+    sys.exit(cli.main(["swallowing"]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_that_a_library_swallows_is_what_ended_the_run(name, code, word):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SWALLOWING), name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+    )
+    assert (done.returncode, done.stderr) == (code, f"\ngradsketch swallowing: {word}\n")

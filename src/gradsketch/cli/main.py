@@ -14,7 +14,7 @@ from typing import Any
 from gradsketch import __version__
 from gradsketch.cli import check, demo, dimension, export, index, query, run_file, select, spectrum, verify
 from gradsketch.cli.command import Command
-from gradsketch.cli.signals import TERMINATED, Terminated, terminable
+from gradsketch.cli.signals import TERMINATED, Terminated, received, terminable
 from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
 from gradsketch.table import one_line, wrapped
 
@@ -64,19 +64,23 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(arguments, name)
         finally:
             sys.stdout.flush()  # here, where what it raises is caught, and not when Python ends
-    except Terminated:
-        print(f"\n{name}: terminated", file=sys.stderr)
-        return TERMINATED
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _stopped(name, type(stop))
     except BrokenPipeError:  # | head
         return 141
     except Exception as error:  # whatever a file system, a parser or torch raises: nobody should have to read its trace
         if os.environ.get(_DEBUG):
             traceback.print_exc()
+        if (kind := received()) is not None:
+            return _stopped(name, kind)
         print(f"{name}: {_sentence(error)}", file=sys.stderr)
         return 1
+
+
+def _stopped(name: str, kind: type[KeyboardInterrupt]) -> int:
+    terminated = issubclass(kind, Terminated)
+    print(f"\n{name}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+    return TERMINATED if terminated else 130
 
 
 def _run(arguments: list[str], name: str) -> int:
