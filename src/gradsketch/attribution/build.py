@@ -26,7 +26,7 @@ from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
 from gradsketch.attribution.metric import MetricLike, as_metric, coordinates_for, made_factors, timed_like
-from gradsketch.attribution.parts import BadRow, PartReader, Sample, ends_of, refuse_bad_rows, sample
+from gradsketch.attribution.parts import BadRow, PartReader, Sample, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
 from gradsketch.durable import record_text
@@ -250,7 +250,7 @@ class Build:
     def _manifest(self, checkpoint: Checkpoint, factors: Factors | None) -> Manifest:
         facts = comparable_facts(self.model, self.task, self.sketch, self.description, factors)
         self._compare(checkpoint.name, facts["model"]["weights"])
-        return replace(self.shape, facts={**facts, "data": {"rows": self.shape.rows, "ends": ends_of(self.examples)}})
+        return replace(self.shape, facts={**facts, "data": {"rows": self.shape.rows, "ends": self.parts.ends}})
 
     def _compare(self, name: str, weights: str) -> None:
         """Say where two checkpoints hold the same numbers, because they then count twice."""

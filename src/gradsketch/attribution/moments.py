@@ -10,7 +10,6 @@ does not depend on λ, so F is fitted once an index and a query only factors it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from gradsketch.durable import checksum, damaged
 from gradsketch.errors import StoreError
+from gradsketch.gradients.fingerprints import digest
 from gradsketch.random import Stream
 from gradsketch.store import Shard, Store
 from gradsketch.store.folder import Folder
@@ -65,7 +65,7 @@ class RowMatrix:
             norms = norms[torch.isfinite(norms)]
             self.count += len(norms)
             self.squared_norm += float((norms > 0).sum() if unit_length else norms.square().sum())
-        self.digest = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]  # of the data behind the rows
+        self.digest = digest(digests)  # of the data behind the rows
 
     def blocks(self) -> Iterator[Float[Tensor, "rows d"]]:
         """Yield X piece by piece, in float32."""

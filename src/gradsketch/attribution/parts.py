@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -18,8 +19,9 @@ from gradsketch.attribution.examples import fields, where
 from gradsketch.errors import InputError
 from gradsketch.gradients.fingerprints import canonical
 from gradsketch.gradients.tasks import Encoded, Task
+from gradsketch.reading.rows import rows_or_errors
 
-__all__ = ["BadRow", "Part", "PartReader", "Sample", "digest_of", "ends_of", "read_part", "refuse_bad_rows", "sample"]
+__all__ = ["BadRow", "Part", "PartReader", "Sample", "digest_of", "read_part", "refuse_bad_rows", "sample"]
 
 _BAD_ROWS_SHOWN = 5
 # Encoded rows that are kept where there are several checkpoints, so that they are not tokenised again for each.
@@ -97,7 +99,13 @@ class PartReader:
         self.examples, self.task, self.model, self.tell = examples, task, model, tell
         self.skip_bad, self.keep = skip_bad, keep
         self._parts: dict[int, Part] = {}
-        self._digests: dict[int, str] = {}
+        self._kept_bytes = 0
+        self._digests: dict[tuple[int, int], str] = {}
+
+    @cached_property
+    def ends(self) -> str:
+        """A hash of the first and the last row, which tells data from other data without a pass over it."""
+        return " ".join(self.digest(place, 1) for place in (0, len(self.examples) - 1) if len(self.examples))
 
     def read(self, start: int, count: int) -> Part:
         """Read and encode some rows.
@@ -112,15 +120,17 @@ class PartReader:
             refuse_bad_rows(part.bad, count)
         for row in part.bad:
             self.tell(row)
-        if not self._parts or (self.keep and sum(p.bytes for p in self._parts.values()) < _KEPT_BYTES):
+        if not self._parts or (self.keep and self._kept_bytes < _KEPT_BYTES):
             self._parts[start] = part
+            self._kept_bytes += part.bytes
         return part
 
     def digest(self, start: int, count: int) -> str:
         """Return the hash of some rows' content."""
-        if start not in self._digests:
-            self._digests[start] = digest_of(self.examples, start, count)
-        return self._digests[start]
+        key = start, count
+        if key not in self._digests:
+            self._digests[key] = digest_of(self.examples, start, count)
+        return self._digests[key]
 
 
 def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Module) -> Part:
@@ -129,7 +139,7 @@ def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Modul
     ids = [str(place) for place in range(start, start + count)]
     columns: dict[str, list[Any]] = {}
     hashed = hashlib.sha256()
-    for place, example in enumerate(_read(examples, start, count), start):
+    for place, example in enumerate(rows_or_errors(examples, start, start + count), start):
         for part in _content(example):
             hashed.update(part)
         try:
@@ -149,15 +159,10 @@ def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Modul
     return Part(start, count, places, encoded, lengths, ids, columns, bad, hashed.hexdigest()[:16])
 
 
-def ends_of(examples: Any) -> str:
-    """Return a hash of the first and the last row, which tells data from other data without a pass over it."""
-    return " ".join(digest_of(examples, place, 1) for place in (0, len(examples) - 1) if len(examples))
-
-
 def digest_of(examples: Any, start: int, count: int) -> str:
     """Return the hash of some rows' content, as ``read_part`` finds it; nothing is encoded."""
     hashed = hashlib.sha256()
-    for example in _read(examples, start, count):
+    for example in rows_or_errors(examples, start, start + count):
         for part in _content(example):
             hashed.update(part)
     return hashed.hexdigest()[:16]
@@ -195,21 +200,6 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int) -> None:
             "; ".join(dict.fromkeys(row.wanted for row in bad[:_BAD_ROWS_SHOWN])),
             "Repair them, or leave them out with skip_bad=True" if len(bad) < total else every,
         )
-
-
-def _read(examples: Any, start: int, count: int) -> Iterator[Any]:
-    """Yield some examples; one that cannot be read is yielded as the error that says so."""
-    if hasattr(examples, "read_range"):
-        yield from examples.read_range(start, start + count)
-        return
-    for place in range(start, start + count):
-        try:
-            yield examples[place]
-        except InputError as error:
-            yield error
-        except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
-            came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
-            yield InputError(came, "data whose examples can be read", "Repair or drop it")
 
 
 def _content(example: Any) -> list[bytes]:

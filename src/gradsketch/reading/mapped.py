@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gradsketch.errors import InputError
 from gradsketch.reading.formats import FORMATS
 from gradsketch.reading.open import read_examples
+from gradsketch.reading.rows import rows_or_errors
 
 __all__ = ["MappedRows", "mapped_rows"]
 
@@ -84,9 +84,7 @@ class MappedRows(Sequence[Any]):
 
     def read_range(self, start: int, stop: int) -> list[Any]:
         """Return rows start … stop - 1; a row that cannot be read or mapped is its error."""
-        if hasattr(self.rows, "read_range"):
-            return [self._mapped_or_error(row) for row in self.rows.read_range(start, stop)]
-        return [self._mapped_or_error(self._row_or_error(i)) for i in range(start, stop)]
+        return list(map(self._mapped_or_error, rows_or_errors(self.rows, start, stop)))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("rows", "columns", "format") or name.startswith("__"):  # asked for while it is unpickled
@@ -96,15 +94,6 @@ class MappedRows(Sequence[Any]):
     def __repr__(self) -> str:
         named = [f"{target}={name!r}" for target, name in self.columns.items()]
         return f"{self.rows!r} as ({', '.join([*([self.format] if self.format else []), *named])})"
-
-    def _row_or_error(self, i: int) -> Any:
-        try:
-            return self.rows[i]
-        except InputError as error:
-            return error
-        except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
-            came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
-            return InputError(came, "data whose examples can be read", "Repair or drop it")
 
     def _mapped_or_error(self, row: Any) -> Any:
         try:
@@ -145,17 +134,11 @@ class MappedRows(Sequence[Any]):
 
     def _require_columns(self) -> None:
         """Refuse a column that none of the first rows has: with a model to load first, that would be told late."""
-        rows = [row for row in islice(self._readable(), _LOOKED_AT) if isinstance(row, Mapping)]
+        first = rows_or_errors(self.rows, 0, min(len(self.rows), _LOOKED_AT))
+        rows = [row for row in first if isinstance(row, Mapping)]  # a bad row is told when its turn comes
         for target, name in self.columns.items():
             if rows and not any(name in row for row in rows):
                 raise self._missing(target, name, rows[0])
-
-    def _readable(self) -> Iterator[Any]:
-        for i in range(min(len(self.rows), _LOOKED_AT)):
-            try:
-                yield self.rows[i]
-            except Exception:  # a bad row, which is told when its turn comes
-                continue
 
     def _missing(self, target: str, name: str, row: Mapping[str, Any]) -> InputError:
         return InputError(

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from gradsketch.errors import InputError
 
-__all__ = ["FileRows", "Row", "as_row", "bad_row"]
+__all__ = ["FileRows", "Row", "as_row", "bad_row", "rows_or_errors"]
 
 Row = dict[str, Any]
 _ITERATED = 256  # rows read at once by who iterates
@@ -75,6 +75,21 @@ class FileRows(Sequence[Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} rows)"
+
+
+def rows_or_errors(data: Any, start: int, stop: int) -> Iterator[Any]:
+    """Yield rows start … stop - 1 of any data with positions; one that cannot be read is the error that says so."""
+    if hasattr(data, "read_range"):
+        yield from data.read_range(start, stop)
+        return
+    for i in range(start, stop):
+        try:
+            yield data[i]
+        except InputError as error:
+            yield error
+        except Exception as error:  # a data set of the user's own raises whatever it likes where a file is damaged
+            came = f"an example that cannot be read ({type(error).__name__}: {str(error)[:200]})"
+            yield InputError(came, "data whose examples can be read", "Repair or drop it")
 
 
 def _sound(row: Row | InputError) -> Row:
