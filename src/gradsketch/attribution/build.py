@@ -112,7 +112,9 @@ class Build:
 
     def plan(self, *, timed: bool = True) -> Plan:
         """Return what the run will do, estimated from rows spread over the data; ``timed`` says how long, too."""
-        missing = self._rows_missing()
+        return self._plan(self._rows_missing(), timed)
+
+    def _plan(self, missing: int, timed: bool) -> Plan:
         found = sample(self.examples, self.task, self.model)
         timed = timed and missing > 0 and bool(found.encoded)
         sketch = self.sketch if self.description.precondition is None else timed_like(self.sketch)
@@ -149,7 +151,7 @@ class Build:
         missing = self._rows_missing()
         self._require_space(missing)
         if self.progress:
-            print(self.plan(), file=sys.stderr)
+            print(self._plan(missing, timed=True), file=sys.stderr)
         with tqdm(total=missing, unit="ex", disable=not self.progress, desc=f"d={self.shape.d}", smoothing=0.1) as bar:
             for number in range(len(self.checkpoints)):
                 with self.writer(number) as writer:

@@ -7,7 +7,7 @@ budget is often filled by copies of one row, so a row whose gradient nearly equa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +213,7 @@ class _Copies:
 def described_rows(store: Store, rows: Sequence[int]) -> tuple[tuple[str, ...], Float[Tensor, " chosen"]]:
     """Return the ids of rows, and their tokens."""
     ids, tokens = [""] * len(rows), torch.full((len(rows),), torch.nan)
-    for shard, positions, places in _by_shard(store, rows):
+    for shard, positions, places in store.by_shard(rows):
         names, lengths = shard.column("id"), shard.numbers("tokens")
         for position, place in zip(positions, places, strict=True):
             ids[position], tokens[position] = names[place], lengths[place]
@@ -222,18 +222,9 @@ def described_rows(store: Store, rows: Sequence[int]) -> tuple[tuple[str, ...], 
 
 def _sketches(store: Store, rows: list[int]) -> Float[Tensor, "rows d"]:
     out = torch.empty(len(rows), store.d)
-    for shard, positions, places in _by_shard(store, rows):
+    for shard, positions, places in store.by_shard(rows):
         out[positions] = shard.decoded(places)
     return out
-
-
-def _by_shard(store: Store, rows: Sequence[int]) -> Iterator[tuple[Any, list[int], list[int]]]:
-    """Yield shards, with the positions in ``rows`` of the rows they hold, and their places in the shard."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for position, row in enumerate(rows):
-        found.setdefault(store.manifest.shard_at(row), []).append(position)
-    for (start, count), positions in sorted(found.items()):
-        yield store.shard(start, count), positions, [rows[position] - start for position in positions]
 
 
 def _tokens(store: Store, values: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

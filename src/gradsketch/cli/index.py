@@ -21,7 +21,7 @@ from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
 
-__all__ = ["COMMAND", "RUN_FILE", "IndexOptions"]
+__all__ = ["COMMAND", "RUN_FILE", "IndexOptions", "built_with"]
 
 RUN_FILE = "run.json"
 _LEFT_OUT_SHOWN = 5
@@ -73,6 +73,18 @@ class IndexOptions:
     """Say what would be done, how large and how long, and stop."""
     json: bool = False
     """Print the outcome as JSON."""
+
+
+def built_with(index: str) -> IndexOptions | None:
+    """Return the options with which an index was built, or None where its folder does not hold them.
+
+    Raises:
+        InputError, DamageError: the file cannot be used, or was changed since.
+    """
+    file = Path(index) / RUN_FILE
+    if "://" in index or not file.is_file():
+        return None
+    return run_file.read(IndexOptions, "index", file, untouched=True)
 
 
 def run(options: IndexOptions) -> int:

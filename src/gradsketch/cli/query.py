@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions, DataPlace
-from gradsketch.cli.index import RUN_FILE, IndexOptions
+from gradsketch.cli.index import RUN_FILE, built_with
 from gradsketch.cli.loading import load
 from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
@@ -144,21 +143,13 @@ def _chat(text: str) -> dict[str, Any]:
 
 def _part(options: QueryOptions) -> DataOptions:
     """Return how the questions of --data are read: as was asked for, or as the index's own rows."""
-    stored = _stored(options)
+    stored = built_with(options.index)
     return stored.part.of_questions() if stored is not None and options.part == DataOptions() else options.part
-
-
-def _stored(options: QueryOptions) -> IndexOptions | None:
-    """Return the options with which the index was built, where its folder holds them."""
-    file = Path(options.index) / RUN_FILE
-    if "://" in options.index or not file.is_file():
-        return None
-    return run_file.read(IndexOptions, "index", file, untouched=True)
 
 
 def _model_options(options: QueryOptions) -> ModelOptions:
     """Return the model's options as the index's run file has them, with what was asked for instead."""
-    stored = _stored(options)
+    stored = built_with(options.index)
     if stored is not None:
         return replace(stored.model, model=options.model or stored.model.model, device=options.device)
     if options.model is None:

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gradsketch.cli import run_file
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataPlace
-from gradsketch.cli.index import RUN_FILE, IndexOptions
+from gradsketch.cli.index import RUN_FILE, IndexOptions, built_with
 from gradsketch.cli.loading import load
 from gradsketch.cli.query import damping_of
 from gradsketch.errors import InputError
@@ -86,14 +85,14 @@ def run(options: SelectOptions) -> int:
 
 
 def _stored(options: SelectOptions) -> IndexOptions:
-    file = Path(options.index) / RUN_FILE
-    if not file.is_file():
+    stored = built_with(options.index)
+    if stored is None:
         raise InputError(
             f"{options.index} without a {RUN_FILE}",
             "an index that gradsketch index built",
             "Use Index.select in Python",
         )
-    return run_file.read(IndexOptions, "index", file, untouched=True)
+    return stored
 
 
 def _budget(options: SelectOptions) -> dict[str, Any]:

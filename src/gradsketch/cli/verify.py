@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import tyro
 
-from gradsketch.cli import index, run_file
+from gradsketch.cli import index
 from gradsketch.cli.command import Command
 from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import InputError
@@ -51,14 +50,13 @@ def run(options: VerifyOptions) -> int:
 
 def _repair(options: VerifyOptions) -> None:
     """Run the command again that built the index: it makes what is damaged or missing."""
-    file = Path(options.index) / index.RUN_FILE
-    if "://" in options.index or not file.is_file():
+    stored = index.built_with(options.index)
+    if stored is None:
         raise InputError(
             f"{options.index} without a {index.RUN_FILE}",
             "the options it was built with",
             "Type the index command again",
         )
-    stored = run_file.read(index.IndexOptions, "index", file, untouched=True)
     with redirect_stdout(sys.stderr):
         index.run(replace(stored, path=options.index, dry_run=False, json=False, work=WorkOptions()))
 

@@ -211,11 +211,19 @@ class Store:
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Return id, loss, gradient_norm and metadata of some rows, in the order asked for."""
-        found: dict[int, dict[str, Any]] = {}
-        for start, count in sorted({self.manifest.shard_at(row) for row in rows}):
-            shard = self.shard(start, count)
-            found |= {row: shard.record(row - start) for row in rows if start <= row < start + shard.count}
-        return [found[row] for row in rows]
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        for shard, positions, places in self.by_shard(rows):
+            for position, place in zip(positions, places, strict=True):
+                found[position] = shard.record(place)
+        return found
+
+    def by_shard(self, rows: Sequence[int]) -> Iterator[tuple[Shard, list[int], list[int]]]:
+        """Yield shards, with the positions in ``rows`` of the rows they hold, and the places of these in the shard."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for position, row in enumerate(rows):
+            found.setdefault(self.manifest.shard_at(row), []).append(position)
+        for (start, count), positions in sorted(found.items()):
+            yield self.shard(start, count), positions, [rows[position] - start for position in positions]
 
     def __repr__(self) -> str:
         return f"Store({self.folder.uri!r}, rows={self.rows}, d={self.d}, dtype={self.manifest.dtype!r})"
