@@ -3,28 +3,18 @@
 import json
 
 import pytest
+from small_model import TEXTS, save_model, write_rows
 
 from gradsketch.cli.main import main
-
-TEXTS = [f"the capital of {'abcdefghij'[i]} is {i}" for i in range(10)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("select")
-    words = sorted({word for text in TEXTS for word in text.split()})
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i for i, w in enumerate(words, 1)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path / "model")
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(words) + 1}
-    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(path / "model")
+    save_model(path / "model")
     rows = [{"text": text, "half": i % 2} for i, text in enumerate(TEXTS)]
-    (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))
-    (path / "target.jsonl").write_text(json.dumps({"text": TEXTS[3]}) + "\n")
+    write_rows(path / "data.jsonl", [*rows, rows[3]])
+    write_rows(path / "target.jsonl", [{"text": TEXTS[3]}])
     command = [
         "index",
         str(path / "i"),

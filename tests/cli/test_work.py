@@ -7,29 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_model import TEXTS, save_model, write_rows
 
 from gradsketch.cli.main import main
 from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import InputError
 
 SRC = Path(__file__).parents[2] / "src"
-TEXTS = [f"the capital of {'abcdefghij'[i]} is {i}" for i in range(10)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("work")
-    words = sorted({word for text in TEXTS for word in text.split()})
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i for i, w in enumerate(words, 1)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path / "model")
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(words) + 1}
-    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(path / "model")
-    (path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    save_model(path / "model")
+    write_rows(path / "data.jsonl", [{"text": text} for text in TEXTS])
     return path
 
 
@@ -40,6 +31,15 @@ def arguments(folder, index, *more):
 
 def shards(index):
     return {file.name: file.read_bytes() for file in index.glob("checkpoint-0/*.arrow")}
+
+
+def assert_builds(command, index, expected):
+    """Run a command, which must make the very shards, and speak once."""
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert shards(index) == expected
+    assert done.stdout.count("Now ask:") == 1
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +58,7 @@ def test_a_share_is_of_torchrun_only_where_it_runs():
 def test_torchrun_shares_the_shards_and_one_rank_speaks(folder, alone):
     # Behind the dashes, or torchrun takes --d for the beginning of an option of its own.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
-    done = subprocess.run(
-        [*command, *arguments(folder, folder / "torchrun")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert shards(folder / "torchrun") == alone
-    assert done.stdout.count("Now ask:") == 1
+    assert_builds([*command, *arguments(folder, folder / "torchrun")], folder / "torchrun", alone)
 
 
 def test_a_share_says_what_is_still_to_come(folder, alone, capsys):
@@ -98,14 +90,8 @@ def test_without_ray(folder, monkeypatch, capsys):
 @pytest.mark.slow
 def test_ray_starts_and_ends_with_the_command(folder, alone):
     pytest.importorskip("ray")
-    done = subprocess.run(
-        [sys.executable, "-m", "gradsketch", *arguments(folder, folder / "ray", "--engine", "ray", "--workers", "2")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert shards(folder / "ray") == alone
-    assert done.stdout.count("Now ask:") == 1
+    more = ("--engine", "ray", "--workers", "2")
+    command = [sys.executable, "-m", "gradsketch", *arguments(folder, folder / "ray", *more)]
+    assert_builds(command, folder / "ray", alone)
     left = subprocess.run(["pgrep", "-f", "raylet.*session"], capture_output=True, text=True).stdout.split()
     assert not left
