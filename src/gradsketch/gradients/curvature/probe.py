@@ -16,7 +16,7 @@ from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective, check_finite
 from gradsketch.gradients.data import tensors_of
 from gradsketch.gradients.fingerprints import digest
-from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.gradients.tasks import Batch
 
 __all__ = ["check_deterministic", "refuse_listed_batches"]
 
@@ -91,7 +91,7 @@ def refuse_listed_batches(objective: Objective) -> None:
         InputError: a list of batches.
     """
     data, task = objective.data, objective.task
-    if not data.is_raw or type(task).collate is not Task.collate:
+    if not data.is_raw or not task.stacks:
         return
     item = data.data[0]
     sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(item)}

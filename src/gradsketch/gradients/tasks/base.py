@@ -94,6 +94,11 @@ class Task(ABC):
         """Make one batch of examples, encoded or not; by default as a DataLoader does of tensors, tuples and dicts."""
         return default_collate(list(examples))
 
+    @property
+    def stacks(self) -> bool:
+        """Whether a batch is its examples' tensors stacked as they come, without padding or any other code."""
+        return type(self).collate is Task.collate
+
     def length(self, example: Any) -> int:
         """Return the cost of an example in tokens (1 where all cost the same), for batching by length."""
         return (example if isinstance(example, Encoded) else self.encode(example)).length
@@ -144,6 +149,10 @@ class Function(Task):
                 "tensors, arrays and numbers, or a function that makes a batch of examples",
                 "Pass it: gs.Function(loss, collate=...)",
             ) from error
+
+    @property
+    def stacks(self) -> bool:
+        return type(self).collate is Function.collate and self.collates is None
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
         losses = self.function(model, batch)
