@@ -78,6 +78,7 @@ _HOME = {
     "gradient_gram": "gradsketch.gradients.gram",
     "hessian": "gradsketch.gradients.curvature",
     "intrinsic_dimension": "gradsketch.dimension.search",
+    "inverse_fisher": "gradsketch.gradients.factors.inverse",
     "kfac": "gradsketch.gradients.factors.kfac",
     "linear_datamodeling_score": "gradsketch.evaluation.lds",
     "loss_gradient": "gradsketch.gradients.curvature",
@@ -124,6 +125,7 @@ if TYPE_CHECKING:
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.factors.adafactor import adafactor
     from gradsketch.gradients.factors.factors import Factors
+    from gradsketch.gradients.factors.inverse import inverse_fisher
     from gradsketch.gradients.factors.kfac import ekfac, kfac
     from gradsketch.gradients.gram import gradient_gram
     from gradsketch.gradients.parameters import Parameters

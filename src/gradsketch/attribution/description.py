@@ -24,7 +24,7 @@ from gradsketch.errors import DamageError, FingerprintError, StoreError
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.fingerprints import model_facts, task_facts
 from gradsketch.gradients.parameters import Parameters
-from gradsketch.gradients.per_example.contributions import ByParameter
+from gradsketch.gradients.per_example.contributions import GradientSketch
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -154,7 +154,7 @@ def _without_checksum(data: bytes) -> dict[str, Any] | None:
     return body if sound and (body["format"], body["version"]) != (_FORMAT, _VERSION) else None
 
 
-def sketch_for(model: nn.Module, description: Description, factors: Factors | None) -> ByParameter:
+def sketch_for(model: nn.Module, description: Description, factors: Factors | None) -> GradientSketch:
     """Return the sketch with which an index was made, over this model's parameters and in its metric.
 
     Raises:
@@ -176,7 +176,7 @@ def sketch_for(model: nn.Module, description: Description, factors: Factors | No
 
 
 def comparable_facts(
-    model: nn.Module, task: Task, sketch: ByParameter, description: Description, factors: Factors | None
+    model: nn.Module, task: Task, sketch: GradientSketch, description: Description, factors: Factors | None
 ) -> dict[str, Any]:
     """Return what must agree between an index and a query: model, task, sketch with its parameters, and the metric."""
     metric = {} if factors is None else {"metric": metric_facts(description.precondition, factors)}

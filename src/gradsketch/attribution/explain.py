@@ -7,8 +7,9 @@ gradient that flows through the token's place in the layers (:mod:`gradsketch.at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,17 +23,18 @@ from gradsketch.attribution.description import Description, sketch_for
 from gradsketch.attribution.examples import rebuild
 from gradsketch.attribution.gates import token_products
 from gradsketch.attribution.predictions import prediction_products
+from gradsketch.attribution.rerank import Reranker
 from gradsketch.attribution.results import Hit, Hits, QueryHits, TokenContribution
 from gradsketch.attribution.scan import Probe
 from gradsketch.errors import InputError
 from gradsketch.gradients.data import to_device
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.per_example.contributions import ByParameter
+from gradsketch.gradients.per_example.contributions import GradientSketch
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.gradients.tasks.pieces import Piece, decoded
 from gradsketch.store import Store
 
-__all__ = ["asked_again", "explain_hits", "training_examples"]
+__all__ = ["Aim", "asked_again", "exact_aims", "explain_hits", "first_rows", "sketched_aims", "training_examples"]
 
 
 def asked_again(hits: Hits) -> tuple[list[Any], list[list[int]]]:
@@ -43,35 +45,65 @@ def asked_again(hits: Hits) -> tuple[list[Any], list[list[int]]]:
     return [example for group in members for example in group], groups
 
 
-def training_examples(store: Store, hits: Hits, top: int, data: Any) -> dict[int, Any]:
-    """Return by row the examples behind the first ``top`` hits of each list: from the data, or as the index holds them.
+def first_rows(hits: Hits, top: int) -> list[int]:
+    """Return the rows of the first ``top`` hits of each list, in order."""
+    return sorted({hit.row for query in hits.queries for hit in _first(query, top)})
+
+
+def training_examples(store: Store, rows: Sequence[int], data: Any) -> dict[int, Any]:
+    """Return examples by row: from the data, or as the index holds them.
 
     Raises:
         InputError: an example that is not a text, without the data.
     """
-    rows = sorted({hit.row for query in hits.queries for hit in _first(query, top)})
     examples: dict[int, Any] = {}
-    for row, record in zip(rows, store.records(rows), strict=True):
+    for row, record in zip(rows, store.records(list(rows)), strict=True):
         examples[row] = data[row] if data is not None else rebuild(record)
         if examples[row] is None:
             raise InputError(
-                f"row {row}, whose example is not a text that the index holds",
-                "the training data",
-                "Pass data=... to explain",
+                f"row {row}, whose example is not a text that the index holds", "the training data", "Pass data=..."
             )
     return examples
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a row's score at one checkpoint is: ``factor`` of the row times its gradient's product with a direction."""
+
+    direction: Mapping[str, Tensor]
+    factor: Callable[[int], float]
+
+
+# From the number of a checkpoint, whose weights the model has then, to an aim for each group of questions.
+Aims = Callable[[int], Iterator[Aim]]
+
+
+def sketched_aims(
+    model: nn.Module,
+    description: Description,
+    factors: Callable[[int], Factors | None],
+    probes: Sequence[Probe],
+    number: int,
+) -> Iterator[Aim]:
+    """Yield what scores by sketches are made of."""
+    sketch, probe = sketch_for(model, description, factors(number)), probes[number]
+    return (Aim(_lifted(sketch, q), partial(_factor, probe)) for q in probe.directions)
+
+
+def exact_aims(reranker: Reranker, groups: Sequence[Sequence[Any]], number: int) -> Iterator[Aim]:
+    """Yield what exact scores are made of."""
+    factor = reranker.checkpoints[number].weight / reranker.store.rows
+    return (Aim(direction, lambda row: factor) for direction in reranker.directions(groups, number))
 
 
 def explain_hits(
     model: nn.Module,
     task: Task,
     hits: Hits,
-    probes: Sequence[Probe],
+    aims: Aims,
     examples: Mapping[int, Any],
     *,
-    description: Description,
     checkpoints: Sequence[Checkpoint],
-    factors: Callable[[int], Factors | None],
     top: int,
 ) -> Hits:
     """Return the hits with the contributions of their tokens, for the first ``top`` of each list."""
@@ -80,13 +112,11 @@ def explain_hits(
     ]
     device = next(model.parameters()).device
     batches = {row: to_device(task.collate([example]), device) for row, example in examples.items()}
-    for number, (probe, checkpoint) in enumerate(zip(probes, checkpoints, strict=True)):
+    for number, checkpoint in enumerate(checkpoints):
         with weights_of(model, checkpoint), evaluating(model):
-            sketch = sketch_for(model, description, factors(number))
-            for part, q in zip(explained, probe.directions, strict=True):
-                direction = _lifted(sketch, q)
+            for part, aim in zip(explained, aims(number), strict=True):
                 for i, hit in enumerate(part):
-                    products = _products(model, task, batches[hit.row], direction) * _factor(probe, hit.row)
+                    products = _products(model, task, batches[hit.row], aim.direction) * aim.factor(hit.row)
                     pieces = _pieces(task, examples[hit.row], batches[hit.row], len(products), hit.text)
                     part[i] = _with_tokens(hit, pieces, products.tolist())
     return replace(
@@ -106,7 +136,7 @@ def _factor(probe: Probe, row: int) -> float:
     return probe.weight / norm if norm > 0 else 0.0
 
 
-def _lifted(sketch: ByParameter, direction: Float[Tensor, " d"]) -> dict[str, Tensor]:
+def _lifted(sketch: GradientSketch, direction: Float[Tensor, " d"]) -> dict[str, Tensor]:
     """Return Phiᵀ q, or P Phiᵀ q in a metric, as tensors by parameter name."""
     vector = sketch.lift(direction)
     sizes = [torch.Size(shape).numel() for shape in sketch.shapes.values()]

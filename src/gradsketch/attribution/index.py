@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ from torch import nn
 from gradsketch.attribution.answers import answers
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints
 from gradsketch.attribution.description import Description
-from gradsketch.attribution.explain import asked_again, explain_hits, training_examples
+from gradsketch.attribution.examples import as_examples
+from gradsketch.attribution.explain import (
+    asked_again,
+    exact_aims,
+    explain_hits,
+    first_rows,
+    sketched_aims,
+    training_examples,
+)
 from gradsketch.attribution.filters import Where, row_filter
 from gradsketch.attribution.metric import read_factors
 from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries
+from gradsketch.attribution.rerank import Reranker, candidates_of, exact_named, is_exact, reordered
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
@@ -26,6 +36,7 @@ from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
+from gradsketch.linear_map import LinearMap
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
 
@@ -59,6 +70,7 @@ class Index:
         _require_alike(self.stores, description)
         self._checkpoints = checkpoints or _stored_checkpoints(description)
         self._factors: dict[int, Factors] = {}
+        self._inverses: dict[Any, LinearMap] = {}
         self._scorer = Scorer(self.stores, [c.weight for c in description.checkpoints])
 
     @classmethod
@@ -124,7 +136,11 @@ class Index:
         where: Where | None = None,
         groups: Sequence[Sequence[int]] | None = None,
         coarse: int | None = None,
+        rerank: int | None = None,
+        exact: str = "ekfac",
+        data: Any = None,
         batch_tokens: int = 4096,
+        progress: bool | None = False,
     ) -> Hits:
         """Find the training examples that explain why the model says this.
 
@@ -133,21 +149,27 @@ class Index:
             examples: what the task takes: texts, (prompt, answer) pairs, dicts; one text or dict counts as a list of
                 one.
             k: proponents a query: training on them lowers its loss.
-            score: "ridge" (default), "influence", "cosine" or "dot".
+            score: "ridge" (default), "influence", "cosine" or "dot"; it finds the candidates where rows are re-ranked.
             opponents: how many of the other end of the list to return as well.
             damping: λ as a fraction of the mean eigenvalue of F, or "auto": the one under which held-out gradients are
                 most likely.
             where: {column: value or values}, or a function of a row's record: only such rows can be hits.
             groups: positions of examples that ask together; a group's score is the mean of its members'.
-            coarse: find candidates with this many numbers of each sketch first, then score those exactly.
-            batch_tokens: tokens a batch of queries.
+            coarse: find candidates with this many numbers of each sketch first, then score those by all.
+            rerank: score this many of the best rows again, by whole gradients; they are formed for it, which costs a
+                training step's forward and backward pass a row and checkpoint.
+            exact: in which metric: "ekfac", estimated from up to 1,024 training rows with labels drawn from the model;
+                "empirical-ekfac" with those of the data; or "gauss-newton", by conjugate gradients over 256 rows.
+            data: the training data, where a re-ranked index holds no texts.
+            batch_tokens: tokens a batch of queries, or of candidates.
+            progress: whether to say what re-ranking costs and show a bar; None: in a terminal.
 
         Raises:
             FingerprintError: the model, the task or the parameters are not those of the index.
             InputError: an unknown score or column, k below 1, no task, an example the task cannot read.
         """
         kind = kind_of(score)
-        self._check(k, opponents, coarse)
+        self._check(k, opponents, coarse, rerank)
         scorer = self._scorer_of_now()
         keep = row_filter(where, scorer.stores[0])
         examples = as_queries(examples)
@@ -155,13 +177,21 @@ class Index:
         began = time.perf_counter()
         probes = scorer.probes(queries, kind, damping)
         prepared = time.perf_counter()
-        proponents = best(probes, k, sign=1, keep=keep, coarse=coarse)
-        others = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
+        proponents = best(probes, max(k, rerank or 0), sign=1, keep=keep, coarse=coarse)
+        others = best(probes, max(opponents, rerank or 0), sign=-1, keep=keep, coarse=coarse) if opponents else None
         scanned = time.perf_counter()
-        read = bytes_read(self.stores, self.d if coarse is None else coarse)
-        cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows)
-        found = answers(self.stores[0], queries, proponents, others)
         described = kind.described(scorer.damping(kind, damping))
+        if rerank is not None:
+            reranker = self._reranker(model, exact, damping, data, batch_tokens=batch_tokens, progress=progress)
+            candidates = candidates_of([proponents, *([others] if others else [])])
+            scores, described = reranker(queries.asked(), candidates), reranker.score
+            proponents = reordered(candidates, scores, k, sign=1)
+            others = reordered(candidates, scores, opponents, sign=-1) if others else None
+        read = bytes_read(self.stores, self.d if coarse is None else coarse)
+        cost = Cost(
+            queries.seconds, prepared - began, scanned - prepared, read, self.rows, time.perf_counter() - scanned
+        )
+        found = answers(self.stores[0], queries, proponents, others)
         return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
 
     def self_influence(self, score: str = "ridge", *, damping: float | str = DAMPING) -> SelfInfluence:
@@ -254,23 +284,39 @@ class Index:
             FingerprintError: the model is not the index's.
             InputError: examples that are not texts, without ``data``.
         """
-        kind, damping = kind_of(hits.score.name), DAMPING if hits.score.damping is None else hits.score.damping
-        examples = training_examples(self.stores[0], hits, top, data)
+        damping = DAMPING if hits.score.damping is None else hits.score.damping
+        examples = training_examples(self.stores[0], first_rows(hits, top), data)
         queries = self._sketched(model, *asked_again(hits), 4096)
-        return explain_hits(
+        if is_exact(hits.score.name):
+            reranker = self._reranker(model, hits.score.name, damping, data)
+            aims = partial(exact_aims, reranker, queries.asked())
+        else:
+            probes = self._scorer_of_now().probes(queries, kind_of(hits.score.name), damping)
+            aims = partial(sketched_aims, model, self.description, self._factors_of, probes)
+        return explain_hits(model, self._known_task(), hits, aims, examples, checkpoints=self._checkpoints, top=top)
+
+    def _reranker(self, model: nn.Module, exact: str, damping: float | str, data: Any, **options: Any) -> Reranker:
+        data = None if data is None else as_examples(data)
+        return Reranker(
             model,
             self._known_task(),
-            hits,
-            self._scorer_of_now().probes(queries, kind, damping),
-            examples,
-            description=self.description,
+            exact_named(exact),
+            damping,
+            names=self.description.parameters,
             checkpoints=self._checkpoints,
-            factors=self._factors_of,
-            top=top,
+            store=self.stores[0],
+            examples=lambda rows: training_examples(self.stores[0], rows, data),
+            kept=self._inverses,
+            **options,
         )
 
-    def _check(self, k: int, opponents: int, coarse: int | None) -> None:
-        wanted = (("k", k, 1), ("opponents", opponents, 0), ("coarse", 1 if coarse is None else coarse, 1))
+    def _check(self, k: int, opponents: int, coarse: int | None, rerank: int | None) -> None:
+        wanted = (
+            ("k", k, 1),
+            ("opponents", opponents, 0),
+            ("coarse", 1 if coarse is None else coarse, 1),
+            ("rerank", 1 if rerank is None else rerank, 1),
+        )
         for name, value, least in wanted:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value!r}", f"an integer, at least {least}", f"Pass {name}={max(least, 10)}")

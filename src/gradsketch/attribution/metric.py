@@ -16,8 +16,9 @@ from torch import nn
 
 from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
+from gradsketch.gradients.factors.estimation import factor_facts
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.factors.kfac import ekfac, factor_facts, kfac
+from gradsketch.gradients.factors.kfac import ekfac, kfac
 from gradsketch.gradients.factors.moments import WHOLE, whole_rows
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task

@@ -40,6 +40,10 @@ class Queries:
     sketched: Sequence[Sketched]
     seconds: float
 
+    def asked(self) -> list[list[Any]]:
+        """Return the examples of each group."""
+        return [[self.examples[i] for i in group] for group in self.groups]
+
     def means(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "groups ..."]:
         """Return the mean over each group's members."""
         return torch.stack([values[list(group)].mean(dim=0) for group in self.groups])

@@ -109,13 +109,17 @@ class QueryHits:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of wall time for the queries' gradients, the preconditioner and the scan; bytes read; rows scored."""
+    """Seconds of wall time for the queries' gradients, the preconditioner and the scan; bytes read; rows scored.
+
+    ``rerank`` is the seconds that exact scores of candidates took.
+    """
 
     gradients: float
     precondition: float
     scan: float
     bytes_read: int
     rows: int
+    rerank: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

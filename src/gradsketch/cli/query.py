@@ -64,6 +64,10 @@ class QueryOptions:
     """All queries ask together."""
     coarse: int | None = None
     """Find candidates with this many numbers of each sketch first."""
+    rerank: int | None = None
+    """Score this many of the best rows again, by whole gradients."""
+    exact: Literal["ekfac", "empirical-ekfac", "gauss-newton"] = "ekfac"
+    """In which metric they are re-ranked: EK-FAC of a sample of the rows, or conjugate gradients."""
     explain: int = 0
     """Show which tokens matter in the first so many hits."""
     html: Path | None = None
@@ -92,6 +96,9 @@ def run(options: QueryOptions) -> int:
         where=_where(options.where, index),
         groups=[list(range(len(examples)))] if options.group else None,
         coarse=options.coarse,
+        rerank=options.rerank,
+        exact=options.exact,
+        progress=None,
     )
     if options.explain:
         hits = index.explain(model, hits, top=options.explain)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradsketch.durable import damaged, packed_tensors, read_bytes, unpacked_tensors, write_file
 from gradsketch.errors import InputError
-from gradsketch.sketches.base import Sketch
+from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
 from gradsketch.sketches.roots import Roots, digest_of, roots_of, state_of
@@ -46,7 +46,7 @@ class Factors:
         """Hash of every number."""
         return digest_of(self.roots)
 
-    def before(self, sketch: Sketch | Preconditioned) -> Preconditioned:
+    def before(self, sketch: LinearMap) -> Preconditioned:
         """Return Phi P: the sketch of gradients that P was applied to.
 
         Raises:

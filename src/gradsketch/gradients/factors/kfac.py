@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from gradsketch.as_found import evaluating
-from gradsketch.errors import InputError
-from gradsketch.gradients.data import Batches
-from gradsketch.gradients.factors.corrected import EigenMoments
-from gradsketch.gradients.factors.eigenbases import damped_roots, spectrum_of
+from gradsketch.gradients.factors.corrected import Margins, corrected
+from gradsketch.gradients.factors.eigenbases import damped_roots
+from gradsketch.gradients.factors.estimation import DAMPING, Estimation, Labels, Options
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.factors.moments import SideMoments
-from gradsketch.gradients.factors.passes import Pass
-from gradsketch.gradients.fingerprints import data_facts, model_facts, task_facts
-from gradsketch.gradients.parameters import Parameters, Selection, bare, selected
-from gradsketch.gradients.per_example.capture import Capture
-from gradsketch.gradients.per_example.differentiating import differentiating
-from gradsketch.gradients.tasks import Task, TaskLike, as_task
-from gradsketch.sketches.block_sum import as_matrix
+from gradsketch.gradients.parameters import Selection
+from gradsketch.gradients.tasks import TaskLike
 
-__all__ = ["DAMPING", "Labels", "ekfac", "factor_facts", "kfac"]
-
-Labels = Literal["sampled", "empirical"]
-# Of the mean eigenvalue. Before a sketch .01 to .1 scored best by retraining, and .001 worse than either: the more
-# directions are kept, the more noise comes with them.
-DAMPING = 0.1
+__all__ = ["ekfac", "kfac"]
 
 
 def kfac(
@@ -83,8 +68,8 @@ def kfac(
         InputError: a task that cannot draw labels, a damping that is not positive, or as ``GradientSketcher``.
         NonFiniteError: a gradient is not finite.
     """
-    options = _Options(damping, labels, seed)
-    return _estimated("kfac", model, task, data, parameters, options, batch_tokens, advance)
+    options = Options(damping, labels, seed)
+    return _estimated("kfac", Estimation(model, task, data, parameters, options, batch_tokens, advance))
 
 
 def ekfac(
@@ -119,74 +104,17 @@ def ekfac(
     Raises:
         InputError, NonFiniteError: as ``kfac``.
     """
-    options = _Options(damping, labels, seed)
-    return _estimated("ekfac", model, task, data, parameters, options, batch_tokens, advance)
+    options = Options(damping, labels, seed)
+    return _estimated("ekfac", Estimation(model, task, data, parameters, options, batch_tokens, advance))
 
 
-@dataclass(frozen=True)
-class _Options:
-    damping: float
-    labels: Labels
-    seed: int
-
-
-def _estimated(
-    method: str,
-    model: nn.Module,
-    task: TaskLike,
-    data: Any,
-    parameters: Selection,
-    options: _Options,
-    batch_tokens: int,
-    advance: Callable[[int], Any],
-) -> Factors:
+def _estimated(method: str, estimation: Estimation) -> Factors:
     """Run one pass for the factors and, where they are to be corrected, another in their eigenbases."""
-    began, task = time.perf_counter(), as_task(task)
-    _check(options)
-    batches, chosen = Batches(task, data), selected(model, parameters)
-    tensors, model = dict(chosen), bare(model)
-    capture, seed = Capture(model, task, tensors), None if options.labels == "empirical" else options.seed
-    first = Pass(
-        model, capture, lambda: {n: SideMoments(*as_matrix(t.shape)) for n, t in capture.tensors.items()}, seed
-    )
-    with evaluating(model), differentiating(model, tensors):
-        first.over(batches, batch_tokens, advance)
-        with torch.no_grad():
-            spectra = {name: spectrum_of(part, first.examples) for name, part in first.moments.items()}
-        if method == "ekfac":
-            second = Pass(model, capture, lambda: {n: EigenMoments(s) for n, s in spectra.items()}, seed)
-            second.over(batches, batch_tokens, advance)
-            spectra = {name: part.corrected(second.examples) for name, part in second.moments.items()}
+    began = time.perf_counter()
+    spectra = estimation.spectra()
+    if method == "ekfac":
+        squares = estimation.squares(spectra, Margins)
+        spectra = {name: corrected(part, estimation.examples) for name, part in squares.items()}
     with torch.no_grad():
-        roots = damped_roots(spectra, options.damping, next(iter(tensors.values())).dtype)
-    facts = factor_facts(method, model, task, chosen, **asdict(options)) | {"data": data_facts(batches)}
-    return Factors(method, roots, facts, first.examples, time.perf_counter() - began)
-
-
-def factor_facts(
-    method: str,
-    model: nn.Module,
-    task: Task,
-    parameters: Parameters,
-    *,
-    damping: float = DAMPING,
-    labels: Labels = "sampled",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Return what decides the numbers of an estimate besides the data."""
-    return {
-        "method": method,
-        "model": model_facts(bare(model)),
-        "task": task_facts(task),
-        "parameters": list(parameters.names),
-        "damping": float(damping),
-        "labels": labels if labels == "empirical" else f"sampled with seed {seed}",
-    }
-
-
-def _check(options: _Options) -> None:
-    damping, labels = options.damping, options.labels
-    if labels not in ("sampled", "empirical"):
-        raise InputError(f"labels={labels!r}", '"sampled" or "empirical"', 'Type labels="sampled"')
-    if not (isinstance(damping, int | float) and math.isfinite(damping) and damping > 0):
-        raise InputError(f"damping={damping!r}", "a positive number", f"Type damping={DAMPING}, the default")
+        roots = damped_roots(spectra, estimation.options.damping, next(iter(estimation.tensors.values())).dtype)
+    return Factors(method, roots, estimation.facts(method), estimation.examples, time.perf_counter() - began)

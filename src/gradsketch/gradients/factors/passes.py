@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ __all__ = ["Pass"]
 _Moments = TypeVar("_Moments", bound="Addable")
 
 
+@runtime_checkable
 class Addable(Moments, Protocol):
     """Moments that add up over batches."""
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradsketch.gradients.factors.moments import Moments
+from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.linear_map import widened
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -27,6 +28,7 @@ __all__ = [
     "Consumer",
     "Contribution",
     "Direct",
+    "GradientSketch",
     "IndexedRows",
     "Inside",
     "Outer",
@@ -37,7 +39,9 @@ __all__ = [
 
 
 # Sketches that take gradients parameter by parameter.
-ByParameter = BlockSum | Preconditioned
+GradientSketch = BlockSum | Preconditioned
+# All maps that do: these, and products with given directions.
+ByParameter = GradientSketch | Directions
 
 
 class Contribution(ABC):

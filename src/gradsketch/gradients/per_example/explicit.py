@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
+from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.gradients.per_example.refusals import running_alone
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
@@ -59,7 +60,11 @@ def gradients_by_vmap(
 
 
 def implicit_sketches(
-    model: nn.Module, task: Task, batch: Batch, tensors: Mapping[str, Tensor], sketch: Sketch | Preconditioned
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    tensors: Mapping[str, Tensor],
+    sketch: Sketch | Preconditioned | Directions,
 ) -> Iterator[tuple[int, Float[Tensor, "1 d"]]]:
     """Yield (position, sketch): the gradient at w = 0 of w ↦ L(theta0 + Phiᵀ w), [P] eq. 5."""
     runner = _Runner(model, task)

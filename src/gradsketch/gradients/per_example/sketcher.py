@@ -20,6 +20,7 @@ from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.capture import Capture
 from gradsketch.gradients.per_example.contributions import ByParameter, Consumer, Contribution
 from gradsketch.gradients.per_example.differentiating import differentiating
+from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, TaskLike, as_task
 from gradsketch.linear_map import widened
@@ -86,7 +87,7 @@ class GradientSketcher:
         self,
         model: nn.Module,
         task: TaskLike,
-        sketch: Sketch | Preconditioned,
+        sketch: Sketch | Preconditioned | Directions,
         *,
         parameters: Selection = None,
         precondition: Factors | None = None,
@@ -228,19 +229,21 @@ class _Formed:
         self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)
 
 
-def _tensors_of(model: nn.Module, sketch: Sketch | Preconditioned, parameters: Selection) -> dict[str, Tensor]:
+def _tensors_of(
+    model: nn.Module, sketch: Sketch | Preconditioned | Directions, parameters: Selection
+) -> dict[str, Tensor]:
     sketch = sketch.sketch if isinstance(sketch, Preconditioned) else sketch
     if parameters is not None:
         tensors = dict(selected(model, parameters))
-    elif isinstance(sketch, BlockSum):
+    elif isinstance(sketch, BlockSum | Directions):
         own = dict(model.named_parameters(remove_duplicate=False))
-        tensors = {name: own[name] for name in sketch.names if name in own}
+        tensors = {name: own[name] for name in sketch.shapes if name in own}
     else:
         raise InputError(
             f"{sketch!r} without parameters", "the selection it is over", "Pass parameters=Parameters(model)"
         )
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    if isinstance(sketch, BlockSum) and shapes != sketch.shapes:
+    if isinstance(sketch, BlockSum | Directions) and shapes != sketch.shapes:
         differ = next(n for n in {**sketch.shapes, **shapes} if shapes.get(n) != sketch.shapes.get(n))
         raise InputError(
             f"{differ!r} of shape {shapes.get(differ)} in the model and {sketch.shapes.get(differ)} in the sketch",

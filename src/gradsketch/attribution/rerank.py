@@ -1,0 +1,238 @@
+"""Exact scores of the candidates that sketches found: their gradients are formed again, and nothing is sketched.
+
+A score is qᵀ(F + λI)⁻¹x / N with whole gradients q and x. The inverse is applied to the few questions; products with
+the many candidates then come from the factors that layers leave behind (``Directions``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gradsketch.as_found import evaluating
+from gradsketch.attribution.checkpoints import Checkpoint, weights_of
+from gradsketch.attribution.gradients import GradientSource
+from gradsketch.attribution.results import Score
+from gradsketch.attribution.scan import Top
+from gradsketch.errors import InputError
+from gradsketch.gradients.curvature import gauss_newton, loss_gradient
+from gradsketch.gradients.curvature.solve import DampedInverse
+from gradsketch.gradients.data import read_all
+from gradsketch.gradients.factors.estimation import Labels
+from gradsketch.gradients.factors.inverse import inverse_fisher
+from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.per_example.directions import Directions
+from gradsketch.gradients.tasks import Task
+from gradsketch.linear_map import LinearMap
+from gradsketch.progress import hidden
+from gradsketch.store import Store
+
+__all__ = ["Exact", "Reranker", "candidates_of", "exact_named", "is_exact", "reordered"]
+
+# Entries of questions' directions that are held at once.
+_HELD = 1 << 28
+_EXAMPLES = 8  # a batch of second derivatives
+
+Advance = Callable[[int], Any]
+Make = Callable[[nn.Module, Task, Sequence[Any], Parameters, float, Advance], LinearMap]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A kind of exact score: how (F + λI)⁻¹ is made, from how many training rows, in how many passes over them.
+
+    ``is_kept`` says whether it may serve later queries; what takes products with the model again must not.
+    """
+
+    name: str
+    formula: str
+    rows: int
+    passes: int
+    make: Make
+    is_kept: bool
+
+    def score(self, damping: float) -> Score:
+        """Return what goes into results."""
+        units = "estimated rise of the query's loss when the example is left out, in nats"
+        return Score(self.name, self.formula, units, damping)
+
+
+def _fisher(labels: Labels) -> Make:
+    def make(
+        model: nn.Module, task: Task, rows: Sequence[Any], chosen: Parameters, damping: float, advance: Advance
+    ) -> LinearMap:
+        return inverse_fisher(model, task, rows, parameters=chosen, damping=damping, labels=labels, advance=advance)
+
+    return make
+
+
+def _gauss_newton(
+    model: nn.Module, task: Task, rows: Sequence[Any], chosen: Parameters, damping: float, advance: Advance
+) -> LinearMap:
+    return DampedInverse(gauss_newton(model, task, rows, chosen, batch_size=_EXAMPLES), damping)
+
+
+_FORMULA = "qᵀ(F + λI)⁻¹x / N with whole gradients, F {}"
+_KINDS = {
+    kind.name: kind
+    for kind in (
+        Exact("ekfac", _FORMULA.format("by EK-FAC"), 1024, 2, _fisher("sampled"), True),
+        Exact("empirical-ekfac", _FORMULA.format("by EK-FAC, labels of the data"), 1024, 2, _fisher("empirical"), True),
+        Exact("gauss-newton", _FORMULA.format("the Gauss-Newton matrix"), 256, 0, _gauss_newton, False),
+    )
+}
+
+
+def exact_named(name: str) -> Exact:
+    """Return the kind of exact score with this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not is_exact(name):
+        raise InputError(f"exact={name!r}", f"one of {', '.join(_KINDS)}", 'Pass exact="ekfac"')
+    return _KINDS[name]
+
+
+def is_exact(name: str) -> bool:
+    """Whether a score of this name is one of these."""
+    return name in _KINDS
+
+
+class Reranker:
+    """Scores candidates exactly, at every checkpoint of an index of ``store``.
+
+    ``names`` are those of the parameters. ``examples`` reads training examples by row. ``kept`` holds what was
+    estimated before, by checkpoint, kind and damping, and takes what is estimated now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        kind: Exact,
+        damping: float | str,
+        *,
+        names: Sequence[str],
+        checkpoints: Sequence[Checkpoint],
+        store: Store,
+        examples: Callable[[Sequence[int]], Mapping[int, Any]],
+        kept: dict[Any, LinearMap],
+        batch_tokens: int = 4096,
+        progress: bool | None = False,
+    ) -> None:
+        if isinstance(damping, str):
+            raise InputError(f"damping={damping!r} with exact scores", "a positive number", "Pass damping=0.1")
+        self.model, self.task, self.kind, self.damping = model, task, kind, damping
+        self.names, self.checkpoints, self.store = names, checkpoints, store
+        self.examples, self.kept, self.batch_tokens, self.progress = examples, kept, batch_tokens, progress
+
+    @property
+    def score(self) -> Score:
+        """What the scores mean."""
+        return self.kind.score(float(self.damping))
+
+    def __call__(self, groups: Sequence[Sequence[Any]], candidates: Int64[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+        """Return the score of each candidate for its group of questions (−1: no row, −inf).
+
+        Raises:
+            InputError: an example that the task cannot read, or a loss whose curvature cannot be had.
+            NonFiniteError: a gradient is not finite.
+        """
+        examples = self.examples(candidates[candidates >= 0].unique().tolist())
+        scores, sample = torch.zeros(candidates.shape), self._sample()
+        total = len(self.checkpoints) * (self.kind.passes * len(sample) + len(examples))
+        with tqdm(total=total, unit="ex", desc=self._said(len(sample), len(examples)), disable=self._silent) as bar:
+            for number, checkpoint in enumerate(self.checkpoints):
+                with weights_of(self.model, checkpoint):
+                    parameters, inverse = self._parameters(), self._inverse(number, sample, bar.update)
+                    step = max(1, _HELD // parameters.n)
+                    for start in range(0, len(groups), step):
+                        part = slice(start, start + step)
+                        along = Directions(parameters.shapes, self._directions(groups[part], parameters, inverse))
+                        products = self._products(along, candidates[part], examples, bar.update)
+                        scores[part] += checkpoint.weight / self.store.rows * products
+        return scores.masked_fill(candidates < 0, -torch.inf)
+
+    def directions(self, groups: Sequence[Sequence[Any]], number: int) -> Iterator[dict[str, Tensor]]:
+        """Yield (F + λI)⁻¹ q for each group at a checkpoint, whose weights the model has now, by parameter name."""
+        parameters, inverse = self._parameters(), self._inverse(number, self._sample(), lambda count: None)
+        sizes = [math.prod(shape) for shape in parameters.shapes.values()]
+        for group in groups:
+            parts = self._directions([group], parameters, inverse)[0].split(sizes)
+            yield {name: part.view(shape) for (name, shape), part in zip(parameters.shapes.items(), parts, strict=True)}
+
+    def _inverse(self, number: int, sample: Sequence[int], advance: Advance) -> LinearMap:
+        """Return (F + λI)⁻¹ at a checkpoint, estimated where that was not done before."""
+        key = (number, self.kind.name, self.damping)
+        if key in self.kept:
+            advance(self.kind.passes * len(sample))
+            return self.kept[key]
+        rows = list(self.examples(sample).values())
+        made = self.kind.make(self.model, self.task, rows, self._parameters(), float(self.damping), advance)
+        if self.kind.is_kept:
+            self.kept[key] = made
+        return made
+
+    def _sample(self) -> list[int]:
+        """Return rows spread over the training data, without those that have no gradient."""
+        left_out, step = self.store.left_out(), max(1, -(-self.store.rows // self.kind.rows))
+        return [row for row in range(0, self.store.rows, step) if row not in left_out]
+
+    @property
+    def _silent(self) -> bool | None:
+        return hidden(self.progress)
+
+    def _said(self, sample: int, candidates: int) -> str:
+        return f"{self.kind.name} of {sample:,} rows, {candidates:,} candidates"
+
+    def _parameters(self) -> Parameters:
+        return Parameters(self.model, include=self.names, frozen=True)
+
+    def _directions(
+        self, groups: Sequence[Sequence[Any]], parameters: Parameters, inverse: LinearMap
+    ) -> Float[Tensor, "m n"]:
+        """Return (F + λI)⁻¹ q for each group, q being the mean of its gradients."""
+        with evaluating(self.model):
+            means = [
+                loss_gradient(self.model, self.task, list(group), parameters, batch_size=_EXAMPLES) for group in groups
+            ]
+            return inverse(torch.stack(means))
+
+    def _products(
+        self, along: Directions, candidates: Int64[Tensor, "m c"], examples: Mapping[int, Any], advance: Advance
+    ) -> Float[Tensor, "m c"]:
+        """Return ⟨direction, gradient⟩ of every group with each of its candidates; one backward pass a candidate."""
+        rows, places = candidates.unique(return_inverse=True)
+        numbers = rows[rows >= 0].tolist()
+        source = GradientSource(self.model, self.task, along, batch_tokens=self.batch_tokens)
+
+        def name(place: int) -> str:
+            return f"row {numbers[place]}"
+
+        read, lengths = read_all(self.task, [examples[row] for row in numbers], name)
+        products = source(read, lengths, advance, name).sketches.T
+        none = products.new_zeros(len(products), len(rows) - len(numbers))  # the place of −1, which comes first
+        return torch.cat([none, products], 1).gather(1, places)
+
+
+def candidates_of(found: Sequence[Top]) -> Int64[Tensor, "m c"]:
+    """Return the rows of several lists, each once for each group of questions; −1 pads."""
+    listed = [sorted({row for row in rows if row >= 0}) for rows in torch.cat([t.rows for t in found], 1).tolist()]
+    width = max(1, *map(len, listed))
+    return torch.tensor([rows + [-1] * (width - len(rows)) for rows in listed])
+
+
+def reordered(candidates: Int64[Tensor, "m c"], scores: Float[Tensor, "m c"], k: int, *, sign: int) -> Top:
+    """Return the k candidates of largest ``sign * score``, ties by row."""
+    signed = torch.where(candidates >= 0, sign * scores, -torch.inf)
+    values, places = signed.sort(dim=1, descending=True, stable=True)
+    rows = candidates.gather(1, places)[:, :k]
+    return Top(torch.where(rows >= 0, sign * values[:, :k], -torch.inf), rows)
