@@ -10,7 +10,8 @@ from zoo import CASES
 
 import gradsketch as gs
 from gradsketch.errors import DamageError, GradsketchWarning, InputError, NonFiniteError
-from gradsketch.gradients.data import batch_slice
+from gradsketch.gradients.data import batch_length, batch_slice
+from gradsketch.gradients.tasks import as_task
 from unchecked import errors_of
 
 
@@ -39,8 +40,8 @@ def product(x, pair):
 
 def alone(model, task, batch, parameters):
     """Gradients of every example by name, one at a time."""
-    for i in range(len(batch["labels"] if isinstance(batch, dict) else batch[0])):
-        loss = task.losses(model, batch_slice(batch, i, i + 1)).sum()
+    for i in range(batch_length(batch)):
+        loss = as_task(task).losses(model, batch_slice(batch, i, i + 1)).sum()
         found = torch.autograd.grad(loss, [t for _, t in parameters], allow_unused=True)
         yield {n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, parameters, strict=True)}
 
