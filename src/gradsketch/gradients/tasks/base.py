@@ -70,7 +70,8 @@ class Task(ABC):
         raise InputError(
             f"labels drawn from the model for {self!r}",
             "a task whose loss is the log-probability of labels, such as CausalLM or Classification",
-            'Type labels="empirical" to take those of the data, or write sampled(model, batch, draw) for your task',
+            'Take the labels of the data (labels="empirical", precondition="empirical-kfac", exact="empirical-ekfac"),'
+            " or write sampled(model, batch, draw) for your task",
         )
 
     def pieces(self, example: Any) -> list[Piece] | None:
