@@ -14,6 +14,7 @@ _HOME = {
     "Accuracy": "gradsketch.dimension.metrics",
     "BlockSum": "gradsketch.sketches.block_sum",
     "CausalLM": "gradsketch.gradients.tasks",
+    "Checkpointer": "gradsketch.attribution.checkpointer",
     "Classification": "gradsketch.gradients.tasks",
     "CurvePoint": "gradsketch.dimension.results",
     "Dense": "gradsketch.sketches.dense",
@@ -58,6 +59,7 @@ _HOME = {
     "Sketch": "gradsketch.sketches.base",
     "SketchedGradients": "gradsketch.gradients.per_example",
     "Spectrum": "gradsketch.spectra",
+    "SketchCallback": "gradsketch.attribution.callback",
     "SpectrumCallback": "gradsketch.spectra.callback",
     "StoreError": "gradsketch.errors",
     "Stream": "gradsketch.random",
@@ -99,6 +101,8 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from gradsketch.attribution.build import build_index
+    from gradsketch.attribution.callback import SketchCallback
+    from gradsketch.attribution.checkpointer import Checkpointer
     from gradsketch.attribution.engine import Ray
     from gradsketch.attribution.index import Index
     from gradsketch.attribution.results import Hits, SelfInfluence

@@ -1,0 +1,115 @@
+"""An index of a run of the Hugging Face Trainer. The only module here that imports transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from gradsketch.attribution.build import Build
+from gradsketch.attribution.checkpointer import Checkpointer
+from gradsketch.attribution.index import Index
+from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
+from gradsketch.gradients.tasks import TaskLike
+
+__all__ = ["SketchCallback"]
+
+_MEASURED = 50  # times in a run
+
+
+class SketchCallback(TrainerCallback):  # type: ignore[misc]
+    """Keep a few checkpoints while the Trainer (or TRL's) trains, and index the training data at them when it is done.
+
+    ``path`` is the folder of the index. Which checkpoints are kept, and with which weights, is :class:`Checkpointer`'s
+    business; they lie in ``directory`` (default: ``sketched`` in the Trainer's output). ``every`` is in steps; by
+    default the loss is measured 50 times in a run. Options are those of :func:`build_index`, which are checked before
+    training begins. What goes wrong later, such as a loss that is not finite, costs a warning and not the training.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x, labels):
+        ...         logits = super().forward(x)
+        ...         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+        >>> def losses(model, batch):
+        ...     logits = torch.nn.Linear.forward(model, batch["x"])
+        ...     return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        >>> data = [{"x": torch.randn(20), "labels": i % 2} for i in range(32)]
+        >>> callback = gs.SketchCallback("runs/sketched", losses, data, keep=2, d=32, progress=False)
+        >>> options = dict(max_steps=8, report_to="none", use_cpu=True, disable_tqdm=True)
+        >>> arguments = TrainingArguments("runs/trained", **options)
+        >>> _ = Trainer(Net(20, 2), arguments, train_dataset=data, callbacks=[callback]).train()
+        {...}
+        >>> len(callback.index.stores)
+        2
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        task: TaskLike,
+        data: Any,
+        *,
+        keep: int = 4,
+        every: int | None = None,
+        adam: bool = False,
+        directory: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.path, self.task, self.data, self.options = path, task, data, options
+        self.keep, self.every, self.adam, self.directory = keep, every, adam, directory
+        self._checkpointer: Checkpointer | None = None
+        self._index: Index | None = None
+        self._rate = 0.0
+
+    @property
+    def index(self) -> Index:
+        """The index of the run.
+
+        Raises:
+            InputError: training has not ended.
+        """
+        if self._index is None:
+            raise InputError("a callback whose training has not ended", "one given to Trainer", "Call train()")
+        return self._index
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the loss before the first step, or take up what is there of the steps before this one."""
+        if not state.is_world_process_zero:
+            return
+        every = self.every or max(1, int(state.max_steps) // _MEASURED)
+        directory = self.directory or Path(args.output_dir) / "sketched"
+        self._checkpointer = Checkpointer(directory, self.task, self.data, keep=self.keep, every=every, adam=self.adam)
+        Build(self.path, kwargs["model"], self.task, self.data, **self.options)  # refuses what cannot be built
+        with _watching():
+            self._checkpointer.begin(kwargs["model"], int(state.global_step))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the learning rate, which the end of a step has changed already."""
+        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep a checkpoint where the loss has changed."""
+        if self._checkpointer is not None:
+            with _watching():
+                self._checkpointer.step(kwargs["model"], kwargs["optimizer"], rate=self._rate)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sketch the data at every checkpoint."""
+        if self._checkpointer is not None:
+            model, optimizer = kwargs["model"], kwargs["optimizer"]
+            with _watching():
+                self._index = self._checkpointer.build(self.path, model, optimizer, **self.options)
+
+
+@contextmanager
+def _watching() -> Iterator[None]:
+    """Whoever watches a training may not end it: an error is a warning."""
+    try:
+        yield
+    except GradsketchError as error:
+        warnings.warn(f"SketchCallback: {error}", GradsketchWarning, stacklevel=3)

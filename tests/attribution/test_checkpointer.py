@@ -1,0 +1,209 @@
+"""The few checkpoints of a run: which are kept, what they weigh, that a run goes on, and the Trainer's callback."""
+
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+import toys
+from torch import nn
+
+import gradsketch as gs
+from gradsketch.errors import FingerprintError, GradsketchWarning, InputError, StoreError
+
+
+class Slope(nn.Module):
+    """A weight whose loss is its absolute value, so that a test can set the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.weight.abs() * x
+
+
+def slope_losses(model, batch):
+    return model(batch)
+
+
+DATA = torch.ones(8)
+
+
+def run(path, losses, rates, *, begin=0, end=None, **options):
+    """Walk through given losses, and return what was kept."""
+    model = Slope()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    keeper = gs.Checkpointer(path, slope_losses, DATA, **options)
+    model.weight.data.fill_(1.0)
+    keeper.begin(model, begin)
+    for step in range(begin, len(losses) if end is None else end):
+        model.weight.data.fill_(losses[step])
+        optimizer.param_groups[0]["lr"] = rates[step]
+        keeper.step(model, optimizer)
+    if end is None:
+        keeper.finish(model, optimizer)
+    return keeper
+
+
+FALLING = [0.97**i for i in range(1, 101)]
+RATES = [0.01 * (100 - i) for i in range(100)]
+
+
+def test_the_loss_falls_evenly_between_what_is_kept(tmp_path):
+    keeper = run(tmp_path, FALLING, RATES, keep=4)
+    losses = [1.0, *(kept.loss for kept in keeper.kept)]
+    falls = [before - after for before, after in pairwise(losses)]
+    assert len(falls) == 4
+    assert max(falls) < 2.5 * min(falls)
+    assert keeper.kept[-1].step == 100
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"checkpoints.json", *(f"step-{kept.step}.pt" for kept in keeper.kept)}
+    for kept in keeper.kept:
+        state = torch.load(tmp_path / f"step-{kept.step}.pt")
+        assert float(state["weight"]) == pytest.approx(FALLING[kept.step - 1])
+
+
+def test_a_weight_is_the_sum_of_the_learning_rates_since_the_one_before(tmp_path):
+    keeper, start = run(tmp_path, FALLING, RATES, keep=3, every=2), 0
+    for weight, kept in zip(keeper.weights, keeper.kept, strict=True):
+        assert weight == pytest.approx(sum(RATES[start : kept.step]))
+        start = kept.step
+    assert sum(keeper.weights) == pytest.approx(sum(RATES))
+
+
+def test_a_plateau_keeps_nothing(tmp_path):
+    keeper = run(tmp_path, [0.5] * 50 + [0.1] * 50, RATES, keep=4)
+    assert [kept.step for kept in keeper.kept] == [1, 51, 100]
+
+
+@pytest.mark.parametrize("step", [37, 60])
+def test_a_run_goes_on_where_the_trainers_checkpoint_was(tmp_path, step):
+    whole = run(tmp_path / "whole", FALLING, RATES, keep=4)
+    run(tmp_path / "cut", FALLING, RATES, keep=4, end=71)  # killed at 71; the trainer had saved an earlier step
+    again = run(tmp_path / "cut", FALLING, RATES, keep=4, begin=step)
+    assert again.kept[-1].rates == pytest.approx(whole.kept[-1].rates)
+    assert sum(again.weights) == pytest.approx(sum(RATES))
+    assert [kept.step for kept in again.kept] == sorted({kept.step for kept in again.kept})
+    assert all(path.exists() for path in again.checkpoints.values())
+    assert {path.name for path in (tmp_path / "cut").glob("step-*")} == {p.name for p in again.checkpoints.values()}
+
+
+def test_a_new_run_in_the_same_folder_begins_anew(tmp_path):
+    first = run(tmp_path, FALLING, RATES, keep=2)
+    again = run(tmp_path, FALLING, RATES, keep=2)
+    assert again.kept == first.kept
+
+
+def test_another_data_set_or_a_damaged_file_is_refused(tmp_path):
+    run(tmp_path, FALLING, RATES)
+    model = Slope()
+    with pytest.raises(FingerprintError, match="rows"):
+        gs.Checkpointer(tmp_path, slope_losses, 2 * DATA).begin(model)
+    path = tmp_path / "checkpoints.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    with pytest.raises(StoreError, match=r"checkpoints\.json"):
+        gs.Checkpointer(tmp_path, slope_losses, DATA).begin(model)
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"every": 0}, {"keep": True}], ids=["keep", "every", "bool"])
+def test_numbers_that_cannot_be_are_refused(tmp_path, options):
+    with pytest.raises(InputError, match="positive integer"):
+        gs.Checkpointer(tmp_path, slope_losses, DATA, **options)
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["plain", "adam"])
+def test_the_index_is_that_of_its_checkpoints(tmp_path, adam):
+    data, task, model = toys.vectors(30), toys.vector_task(), toys.classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    keeper = gs.Checkpointer(tmp_path / "kept", task, data, keep=3, adam=adam)
+    states, metrics = {}, {}
+    for step in range(1, 31):
+        task.losses(model, data).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        keeper.step(model, optimizer)
+        states[f"step-{step}"] = {name: t.clone() for name, t in model.state_dict().items()}
+        metrics[f"step-{step}"] = gs.adafactor(model, optimizer)
+    index = keeper.build(tmp_path / "index", model, optimizer, d=32, progress=False)
+    names = list(keeper.checkpoints)
+    expected = gs.build_index(
+        tmp_path / "expected",
+        model,
+        task,
+        data,
+        checkpoints={name: states[name] for name in names},
+        weights=keeper.weights,
+        precondition=[metrics[name] for name in names] if adam else None,
+        d=32,
+        progress=False,
+    )
+    question = {name: values[:1] for name, values in data.items()}
+    found, wanted = (i.query(model, question, k=30, score="dot")[0] for i in (index, expected))
+    assert [(hit.row, hit.score) for hit in found] == [(hit.row, hit.score) for hit in wanted]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = toys.classifier()
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def net_losses(model, batch):
+    return nn.functional.cross_entropy(model.net(batch["x"]), batch["labels"], reduction="none")
+
+
+def train(path, callback, *, steps=12):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        str(path),
+        max_steps=steps,
+        learning_rate=0.1,
+        per_device_train_batch_size=8,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    model, table = Net(), toys.vectors(24)
+    rows = [{"x": x, "labels": y} for x, y in zip(table["x"], table["labels"], strict=True)]
+    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    return model, rows
+
+
+def trainer_rows():
+    table = toys.vectors(24)
+    return [{"x": x, "labels": y} for x, y in zip(table["x"], table["labels"], strict=True)]
+
+
+def test_the_trainer_makes_an_index_of_its_run(tmp_path):
+    callback = gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), keep=2, d=16, progress=False)
+    with pytest.raises(InputError, match="train"):
+        _ = callback.index
+    model, rows = train(tmp_path / "out", callback)
+    index = callback.index
+    assert len(index) == 24
+    # The learning rate falls evenly from 0.1 to nothing over 12 steps.
+    assert sum(c.weight for c in index.description.checkpoints) == pytest.approx(0.1 * 6.5)
+    assert index.query(model, rows[:1], k=1, score="dot")[0][0].row in range(24)
+
+
+def test_a_loss_that_is_infinite_does_not_end_the_training(tmp_path):
+    def broken(model, batch):
+        return net_losses(model, batch) + (0 if model.training else torch.inf)
+
+    callback = gs.SketchCallback(tmp_path / "index", broken, trainer_rows(), d=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GradsketchWarning)
+        train(tmp_path / "out", callback, steps=2)
+    assert any("a loss of inf" in str(warning.message) for warning in caught)
+
+
+def test_what_cannot_be_built_is_told_before_the_training(tmp_path):
+    with pytest.raises(InputError, match="d=100000"):
+        train(tmp_path / "out", gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), d=100_000))
