@@ -81,6 +81,10 @@ def test_a_plateau_keeps_nothing(tmp_path):
 def test_a_run_goes_on_where_the_trainers_checkpoint_was(tmp_path, step):
     whole = run(tmp_path / "whole", FALLING, RATES, keep=4)
     run(tmp_path / "cut", FALLING, RATES, keep=4, end=71)  # killed at 71; the trainer had saved an earlier step
+    begun = gs.Checkpointer(tmp_path / "cut", slope_losses, DATA, keep=4)
+    begun.begin(Slope(), step)
+    assert begun.kept[-1].step <= step
+    assert {path.name for path in (tmp_path / "cut").glob("step-*")} == {p.name for p in begun.checkpoints.values()}
     again = run(tmp_path / "cut", FALLING, RATES, keep=4, begin=step)
     assert again.kept[-1].rates == pytest.approx(whole.kept[-1].rates)
     assert sum(again.weights) == pytest.approx(sum(RATES))
