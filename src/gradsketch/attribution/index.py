@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from gradsketch.attribution.answers import answers
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints
@@ -16,8 +17,9 @@ from gradsketch.attribution.description import Description
 from gradsketch.attribution.explain import asked_again, explain_hits, training_examples
 from gradsketch.attribution.filters import Where, row_filter
 from gradsketch.attribution.metric import read_factors
-from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries
+from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries, stored_queries
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
+from gradsketch.attribution.scan import every_score
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
 from gradsketch.attribution.select import Budget, Selection, chosen_rows, described_rows, target_scores
@@ -112,9 +114,36 @@ class Index:
         checkpoints = f", {len(self.stores)} checkpoints" * (len(self.stores) > 1)
         return f"Index({self.folder.uri!r}, rows={self.rows}, d={self.d}{checkpoints})"
 
+    def sketch(
+        self,
+        model: nn.Module | None,
+        examples: Any,
+        *,
+        groups: Sequence[Sequence[int]] | None = None,
+        batch_tokens: int = 4096,
+    ) -> Queries:
+        """Return questions with their gradients, which ``query``, ``scores`` and ``explain`` take instead of examples.
+
+        So one question is asked in several ways, and its gradient is formed once. The arguments are those of ``query``.
+
+        Raises:
+            FingerprintError: the model, the task or the parameters are not those of the index.
+            InputError: no task, no model, an example the task cannot read.
+        """
+        examples = as_queries(examples)
+        return self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
+
+    def stored(self, rows: Sequence[int]) -> Queries:
+        """Return training rows as questions, with the gradients that the index holds; needs no model.
+
+        Raises:
+            InputError: a row that the index does not have, or that has no sketch.
+        """
+        return stored_queries(self.stores, rows)
+
     def query(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         examples: Any,
         *,
         k: int = 10,
@@ -124,14 +153,15 @@ class Index:
         where: Where | None = None,
         groups: Sequence[Sequence[int]] | None = None,
         coarse: int | None = None,
+        weights: Sequence[float] | None = None,
         batch_tokens: int = 4096,
     ) -> Hits:
         """Find the training examples that explain why the model says this.
 
         Args:
-            model: the model the index was made with; left as it was.
+            model: the model the index was made with; left as it was. None where ``examples`` are sketched.
             examples: what the task takes: texts, (prompt, answer) pairs, dicts; one text or dict counts as a list of
-                one.
+                one. Or what ``sketch`` or ``stored`` returned.
             k: proponents a query: training on them lowers its loss.
             score: "ridge" (default), "influence", "cosine" or "dot".
             opponents: how many of the other end of the list to return as well.
@@ -140,20 +170,21 @@ class Index:
             where: {column: value or values}, or a function of a row's record: only such rows can be hits.
             groups: positions of examples that ask together; a group's score is the mean of its members'.
             coarse: find candidates with this many numbers of each sketch first, then score those exactly.
+            weights: one a checkpoint, in place of those the index was built with; [0, 1] asks the second one alone.
             batch_tokens: tokens a batch of queries.
 
         Raises:
             FingerprintError: the model, the task or the parameters are not those of the index.
-            InputError: an unknown score or column, k below 1, no task, an example the task cannot read.
+            InputError: an unknown score or column, k below 1, no task, an example the task cannot read, weights that
+                are not one finite number a checkpoint.
         """
         kind = kind_of(score)
         self._check(k, opponents, coarse)
         scorer = self._scorer_of_now()
         keep = row_filter(where, scorer.stores[0])
-        examples = as_queries(examples)
-        queries = self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
+        queries = self._asked(model, examples, groups, batch_tokens)
         began = time.perf_counter()
-        probes = scorer.probes(queries, kind, damping)
+        probes = scorer.probes(queries, kind, damping, weights)
         prepared = time.perf_counter()
         proponents = best(probes, k, sign=1, keep=keep, coarse=coarse)
         others = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
@@ -163,6 +194,29 @@ class Index:
         found = answers(self.stores[0], queries, proponents, others)
         described = kind.described(scorer.damping(kind, damping))
         return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
+
+    def scores(
+        self,
+        model: nn.Module | None,
+        examples: Any,
+        *,
+        score: str = "ridge",
+        damping: float | str = DAMPING,
+        groups: Sequence[Sequence[int]] | None = None,
+        weights: Sequence[float] | None = None,
+        batch_tokens: int = 4096,
+    ) -> Float[Tensor, "groups rows"]:
+        """Return the score of every row for every question; NaN for rows that have no sketch.
+
+        The arguments are those of ``query``.
+
+        Raises:
+            FingerprintError: the model, the task or the parameters are not those of the index.
+            InputError: see ``query``.
+        """
+        kind, scorer = kind_of(score), self._scorer_of_now()
+        queries = self._asked(model, examples, groups, batch_tokens)
+        return every_score(scorer.probes(queries, kind, damping, weights))
 
     def self_influence(self, score: str = "ridge", *, damping: float | str = DAMPING) -> SelfInfluence:
         """Return every training example's score for itself: large for outliers, mislabelled and unique examples.
@@ -238,7 +292,16 @@ class Index:
             harmful=harmful,
         )
 
-    def explain(self, model: nn.Module, hits: Hits, *, top: int = 3, data: Any = None) -> Hits:
+    def explain(
+        self,
+        model: nn.Module,
+        hits: Hits,
+        *,
+        top: int = 3,
+        data: Any = None,
+        sketched: Queries | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Hits:
         """Return the hits with token contributions for the first ``top`` of each query's lists.
 
         The contributions of a hit's tokens and its ``beyond_tokens`` add up to its score. They are exact for every
@@ -249,6 +312,8 @@ class Index:
             hits: what ``query`` returned.
             top: proponents and opponents to explain, for each query.
             data: the training data, where its examples are not texts that the index holds.
+            sketched: the questions of the hits, where ``sketch`` returned them.
+            weights: those that ``query`` was given.
 
         Raises:
             FingerprintError: the model is not the index's.
@@ -256,12 +321,12 @@ class Index:
         """
         kind, damping = kind_of(hits.score.name), DAMPING if hits.score.damping is None else hits.score.damping
         examples = training_examples(self.stores[0], hits, top, data)
-        queries = self._sketched(model, *asked_again(hits), 4096)
+        queries = self._sketched(model, *asked_again(hits), 4096) if sketched is None else sketched
         return explain_hits(
             model,
             self._known_task(),
             hits,
-            self._scorer_of_now().probes(queries, kind, damping),
+            self._scorer_of_now().probes(queries, kind, damping, weights),
             examples,
             description=self.description,
             checkpoints=self._checkpoints,
@@ -277,9 +342,19 @@ class Index:
         if coarse is not None and coarse > self.d:
             raise InputError(f"coarse={coarse}", f"at most d={self.d}", "Pass a smaller number")
 
-    def _sketched(
-        self, model: nn.Module, examples: list[Any], groups: Sequence[Sequence[int]], batch_tokens: int
+    def _asked(
+        self, model: nn.Module | None, examples: Any, groups: Sequence[Sequence[int]] | None, batch_tokens: int
     ) -> Queries:
+        """Return the questions with their gradients, which are formed where they are not there yet."""
+        if not isinstance(examples, Queries):
+            return self.sketch(model, examples, groups=groups, batch_tokens=batch_tokens)
+        return examples if groups is None else examples.grouped(groups)
+
+    def _sketched(
+        self, model: nn.Module | None, examples: list[Any], groups: Sequence[Sequence[int]], batch_tokens: int
+    ) -> Queries:
+        if model is None:
+            raise InputError("questions without a model", "the model of the index", "Pass the model, or index.stored(rows)")
         return sketch_queries(
             model,
             self._known_task(),

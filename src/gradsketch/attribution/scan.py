@@ -21,7 +21,7 @@ from gradsketch.store import Shard, Store
 from gradsketch.store.encoding import stored_count, turned, unpacked
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["Probe", "RowFilter", "Top", "rescore", "scan", "top"]
+__all__ = ["Probe", "RowFilter", "Top", "every_score", "rescore", "scan", "top"]
 
 # Entries converted to float32 at a time: four megabytes stay in the cache between conversion and product.
 _BLOCK_ENTRIES = 1 << 20
@@ -61,6 +61,14 @@ def scan(probes: Sequence[Probe], width: int | None = None) -> Iterator[tuple[li
     for start, count in probes[0].store.ranges():
         shards = [probe.store.shard(start, count, whole=width is None) for probe in probes]
         yield shards, _combined(probes, shards, width)
+
+
+def every_score(probes: Sequence[Probe]) -> Float[Tensor, "m rows"]:
+    """Return all scores of all rows; NaN for rows that were left out, or are not there yet."""
+    every = torch.full((len(probes[0].directions), probes[0].store.rows), torch.nan)
+    for shards, scores in scan(probes):
+        every[:, shards[0].start : shards[0].start + scores.shape[1]] = scores
+    return every.where(torch.isfinite(every), torch.nan)
 
 
 def top(

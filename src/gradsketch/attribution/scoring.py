@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -35,10 +36,19 @@ class Scorer:
         self.stores, self.weights, self.rows = stores, weights, stores[0].rows
         self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
 
-    def probes(self, queries: Queries, kind: Kind, damping: float | str) -> list[Probe]:
-        """Return what each checkpoint's store is multiplied with, one direction per group of questions."""
+    def probes(
+        self, queries: Queries, kind: Kind, damping: float | str, weights: Sequence[float] | None = None
+    ) -> list[Probe]:
+        """Return what each checkpoint's store is multiplied with, one direction per group of questions.
+
+        ``weights`` stand in place of the scorer's own, where they are given.
+
+        Raises:
+            InputError: they are not one finite number a checkpoint.
+        """
         probes = []
-        for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
+        weights = self.weights if weights is None else self._checked(weights)
+        for number, (store, weight) in enumerate(zip(self.stores, weights, strict=True)):
             q = queries.sketched[number].sketches
             q = queries.means(queries.unit_length(number) if kind.unit_length else q)
             probes.append(Probe(store, self._solved(number, q, kind, damping), weight, kind.unit_length))
@@ -75,6 +85,12 @@ class Scorer:
         values = values.where(torch.isfinite(losses), torch.nan)
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
+
+    def _checked(self, weights: Sequence[float]) -> Sequence[float]:
+        if len(weights) != len(self.stores) or not all(map(math.isfinite, weights)):
+            wanted = f"one finite number a checkpoint, of which the index has {len(self.stores)}"
+            raise InputError(f"weights={list(weights)}", wanted, "Leave weights out, or pass as many")
+        return weights
 
     def _solved(self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str) -> Float[Tensor, "m d"]:
         """Return (F + λI)⁻¹ q / N, or q itself for kinds without it."""
