@@ -87,6 +87,7 @@ def _add_page(app: FastAPI) -> None:
     for name in ("index.html", "page.css", "page.js"):
         text(name, (files("gradsketch.explorer") / "page" / name).read_text(encoding="utf-8"))
     text("report.css", asset("page.css"))
+    text("reading.js", asset("reading.js"))
 
 
 def _add_questions(app: FastAPI, session: Session) -> None:

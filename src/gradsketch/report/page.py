@@ -28,7 +28,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     The page's content security policy lets in nothing but its own style and script, by their hashes, and images that
     stand in the page itself. So a text that slipped through the escaping still could not run or load anything.
     """
-    style, script = asset("page.css"), asset("page.js")
+    style, script = asset("page.css"), asset("reading.js") + asset("page.js")
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
     inline = {"style": Markup(style), "script": Markup(script), "policy": policy}
     return _environment().get_template(template).render(**context, **inline)
@@ -44,7 +44,7 @@ def _hash(text: str) -> str:
 
 
 def asset(name: str) -> str:
-    """Return the text of the page's style or script."""
+    """Return the text of a style or script; ``reading.js`` is what every page of texts with colours needs."""
     return (files("gradsketch.report") / "templates" / name).read_text(encoding="utf-8")
 
 
