@@ -62,11 +62,12 @@ class Tab:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self("Emulation.setEmulatedMedia", media=kind, features=features)
 
-    def open(self, page: Path) -> None:
+    def open(self, page: Path | str, sign: str = "measured") -> None:
+        """Go to a file or an address, and wait until the page's root has the class that says it is drawn."""
         self.events.clear()
-        self("Page.navigate", url=page.as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.wait("document.readyState === 'complete'")
-        self.wait("document.documentElement.classList.contains('measured')")
+        self.wait(f"document.documentElement.classList.contains('{sign}')")
 
     def run(self, script: str) -> object:
         """Return the value of a script, as typed into the console."""

@@ -75,10 +75,11 @@ class RowTable:
         self._numbers = lru_cache(len(ORDERS))(self._of_all)
 
     def facets(self) -> tuple[Facet, ...]:
-        """Return the columns by whose values rows can be told apart: more than one value, and no text of its own."""
-        facets = (self.facet(column) for column in self.kinds)
+        """Return the columns that put rows into groups, those of fewest values first; not a text of each row's own."""
         rows = int(self.there.sum())
-        return tuple(f for f in facets if 1 < f.distinct <= max(_VALUES, rows // 100) and f.distinct < max(rows, 3))
+        most = min(max(_VALUES, rows // 100), rows // 2)
+        facets = (self.facet(column) for column in self.kinds)
+        return tuple(sorted((f for f in facets if 1 < f.distinct <= most), key=lambda facet: facet.distinct))
 
     def facet(self, column: str) -> Facet:
         """Return a column with its most frequent values."""

@@ -196,7 +196,7 @@ class Session:
             examples = [self._example(question) for question in asked.questions]
             queries = self._sketched.get(_name(examples), lambda: self.index.sketch(self.model, examples))
         groups = [list(range(len(examples)))] if ask.together else [[i] for i in range(len(examples))]
-        return self._answered(asked, queries.grouped(groups), ask.opponents)
+        return self._answered(asked, queries.grouped(groups))
 
     def neighbours(self, asked: Neighbours) -> Answer:
         """Return the rows nearest to one row, and those farthest from it, by their gradients; needs no model.
@@ -205,8 +205,7 @@ class Session:
             InputError: there is no such row, or anything that ``Index.query`` refuses.
         """
         _require_few(asked)
-        answer = self._answered(asked, self.index.stored([asked.row]), asked.opponents, more=1)
-        return replace(answer, hits=_without(answer.hits, asked.row, asked.k))
+        return self._answered(asked, self.index.stored([asked.row]), itself=asked.row)
 
     def explain(self, answer: str, top: int = 5) -> Answer:
         """Return an answer with the shares of tokens in its first hits.
@@ -215,7 +214,7 @@ class Session:
             InputError: the answer is forgotten, there is no model, or the index does not hold the examples.
         """
         found, queries = self._known(answer)
-        if self.model is None or not isinstance(found.asked, Ask):
+        if self.model is None:
             raise InputError("no model to colour tokens with", "the model of the index", "Start with --model")
         weights = self._weights(found.asked.checkpoint)
         with self._model_lock:
@@ -325,19 +324,21 @@ class Session:
             return {"text": question.prompt}
         return self.form.example(question.prompt, question.answer or "")
 
-    def _answered(self, asked: Ask | Neighbours, queries: Queries, opponents: int, more: int = 0) -> Answer:
-        weights = self._weights(asked.checkpoint)
+    def _answered(self, asked: Ask | Neighbours, queries: Queries, itself: int | None = None) -> Answer:
+        """Return the hits of sketched questions, without the row that is itself the question, and keep them."""
+        weights, more = self._weights(asked.checkpoint), int(itself is not None)
         with self._scoring_lock:
             hits = self.index.query(
                 None,
                 queries,
                 k=asked.k + more,
                 score=asked.score,
-                opponents=opponents + more if opponents else 0,
+                opponents=asked.opponents + more * bool(asked.opponents),
                 damping=asked.damping,
                 where=asked.where or None,
                 weights=weights,
             )
+        hits = hits if itself is None else _without(hits, itself, asked.k, asked.opponents)
         answer = Answer(_name(asdict(asked)), asked, hits)
         self._answers.put(answer.id, (answer, queries))
         return answer
@@ -416,7 +417,7 @@ def _require_page(offset: int, count: int) -> None:
         raise InputError(f"{count} rows from {offset}", f"1 to {_MOST_ROWS} rows, from 0 on", "Ask for fewer")
 
 
-def _without(hits: Hits, row: int, k: int) -> Hits:
+def _without(hits: Hits, row: int, k: int, opponents: int) -> Hits:
     """Return the hits of one question without a row."""
 
     def rest(found: Sequence[Hit], most: int) -> tuple[Hit, ...]:
@@ -424,8 +425,8 @@ def _without(hits: Hits, row: int, k: int) -> Hits:
         return tuple(replace(hit, rank=rank) for rank, hit in enumerate(others, start=1))
 
     query = hits[0]
-    opponents = rest(query.opponents, max(len(query.opponents) - 1, 0))
-    return replace(hits, queries=(replace(query, proponents=rest(query.proponents, k), opponents=opponents),))
+    query = replace(query, proponents=rest(query.proponents, k), opponents=rest(query.opponents, opponents))
+    return replace(hits, queries=(query,))
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:

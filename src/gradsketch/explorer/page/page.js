@@ -81,6 +81,7 @@ function go(changes) {
 // ---- asking the server ----
 
 let latest = 0;
+let submitted = false; // by a person, whose eyes then follow to the answer where it stands below
 
 async function call(path, body) {
   const answer = await fetch(path, body === undefined ? {} : { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
@@ -98,6 +99,8 @@ async function busy(text, work) {
   try {
     await work(still);
     if (still()) $("status").textContent = "";
+    if (still() && submitted && matchMedia("(max-width: 60rem)").matches) $("main").scrollIntoView();
+    submitted = false;
   } catch (error) {
     if (!still()) return;
     $("status").textContent = "";
@@ -297,8 +300,8 @@ function sourceRows(found) {
 
 // ---- views ----
 
-function downloads(answer) {
-  return make("p", { class: "downloads" }, "Save as ", ["html", "json", "csv"].map((kind) => [make("a", { href: `answers/${answer.id}.${kind}`, download: true }, kind.toUpperCase()), " "]));
+function downloads(answer, name) {
+  return make("p", { class: "downloads" }, "Save ", name && [make("bdi", {}, name), " "], "as ", ["html", "json", "csv"].map((kind) => [make("a", { href: `answers/${answer.id}.${kind}`, download: true }, kind.toUpperCase()), " "]));
 }
 
 const damping = (text) => (text !== "auto" && Number.isFinite(Number(text)) ? Number(text) : text);
@@ -336,7 +339,7 @@ function showAnswers(answers, { comparison = null, generated = [] } = {}) {
     const half = sections.length / 2;
     sections.splice(0, sections.length, ...Array.from({ length: half }, (_, i) => make("div", { class: "pair" }, sections[i], sections[half + i])));
   }
-  $("out").replaceChildren(make("div", { class: "heading" }, make("p", { class: "about" }, summaryOf(answers[0])), answers.map(downloads)),
+  $("out").replaceChildren(make("div", { class: "heading" }, make("p", { class: "about" }, summaryOf(answers[0])), answers.map((answer, side) => downloads(answer, names && names[side]))),
     ...(comparison ? [alike(comparison)] : []), paired ? make("div", { class: "pair" }, sections) : make("div", {}, sections));
   for (const part of all("details[data-part]")) {
     if (kept.has(part.dataset.part)) part.replaceWith(kept.get(part.dataset.part));
@@ -347,7 +350,7 @@ function showAnswers(answers, { comparison = null, generated = [] } = {}) {
 }
 
 function summaryOf({ score, cost }) {
-  const lambda = typeof score.damping === "number" ? `, damping ${score.damping.toPrecision(3)}` : "";
+  const lambda = typeof score.damping === "number" ? `, damping ${Number(score.damping.toPrecision(3))}` : "";
   const seconds = cost.gradients + cost.precondition + cost.scan;
   return `by ${score.name}${lambda}, ${count(cost.rows, "row")} in ${seconds.toFixed(2)} s`;
 }
@@ -363,20 +366,26 @@ async function drawAsk() {
   const generated = questions.map(({ answer, whole }) => about.answer !== null && !whole && !answer);
   const wanted = { ...scoring(), questions, together: state.together, tokens: state.tokens };
   await busy(generated.some(Boolean) ? "The model answers …" : "Searching …", async (still) => {
-    let answers = await asked("api/ask", wanted);
+    const answers = await asked("api/ask", wanted);
     if (!still()) return;
     fillIn(answers[0].asked.questions, generated);
     const comparison = await compared(answers);
     if (!still()) return;
-    showAnswers(answers, { comparison, generated });
-    $("status").textContent = "Colouring the words …";
-    try {
-      answers = await Promise.all(answers.map(({ id }) => call("api/colours", { answer: id })));
-      if (still()) showAnswers(answers, { comparison, generated });
-    } catch (error) {
-      if (still()) $("out").prepend(make("p", { class: "none" }, `Words have no colours: ${error.message}`));
-    }
+    await showColoured(answers, { comparison, generated }, still);
   });
+}
+
+// Hits are shown at once; which words matter takes a pass of the model for each, and comes after.
+async function showColoured(answers, more, still) {
+  showAnswers(answers, more);
+  if (!about.loaded) return;
+  $("status").textContent = "Colouring the words …";
+  try {
+    const coloured = await Promise.all(answers.map(({ id }) => call("api/colours", { answer: id })));
+    if (still()) showAnswers(coloured, more);
+  } catch (error) {
+    if (still()) $("out").prepend(make("p", { class: "none" }, `Words have no colours: ${error.message}`));
+  }
 }
 
 // The model's answers go into the form, and are dropped there when their question changes.
@@ -401,7 +410,7 @@ async function drawRow() {
   await busy("Searching …", async (still) => {
     const answers = await asked("api/neighbours", { ...scoring(), row: state.row });
     const comparison = await compared(answers);
-    if (still()) showAnswers(answers, { comparison });
+    if (still()) await showColoured(answers, { comparison }, still);
   });
 }
 
@@ -444,7 +453,7 @@ function draw() {
 
 // ---- events ----
 
-$("form").addEventListener("submit", (event) => { event.preventDefault(); go({ ...fromForm(), offset: 0 }); });
+$("form").addEventListener("submit", (event) => { event.preventDefault(); submitted = true; go({ ...fromForm(), offset: 0 }); });
 $("add").addEventListener("click", () => { const q = typed(); questions([...q, ["", null, false]]); $(`q${q.length}-prompt`).focus(); });
 $("narrow").addEventListener("click", () => { if ($("facet").value) narrow($("column").value, JSON.parse($("facet").value)); });
 $("column").addEventListener("change", values);
@@ -462,7 +471,7 @@ async function start() {
     return;
   }
   const held = about.there < about.rows ? `, of which ${about.there.toLocaleString("en")} are there yet` : "";
-  $("open").replaceChildren(`${count(about.rows, "training example")}${held} in `, make("bdi", {}, about.index), about.loaded && [" · ", make("bdi", {}, about.loaded)]);
+  $("open").replaceChildren(`${count(about.rows, "training example")}${held} in `, make("bdi", {}, about.index), ...(about.loaded ? [" · ", make("bdi", {}, about.loaded)] : []));
   $("missing").hidden = Boolean(about.loaded);
   if (!about.loaded) $("missing").replaceChildren(make("b", {}, "No model is loaded. "), about.missing);
   $("sign").textContent = "A positive score: training on the example lowers the question's loss. A negative one: it raises it. Bars share one scale where scores of different questions compare, else within a question.";
