@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ class Form(ABC):
         """Return the example that a prompt and an answer make."""
 
     @abstractmethod
+    def sample(self, record: Mapping[str, Any]) -> Question | None:
+        """Return a question like a stored row, where it has the texts that this form asks with."""
+
+    @abstractmethod
     def complete(self, model: nn.Module, prompt: str, most: int) -> str:
         """Return the model's own answer, of at most so many tokens.
 
@@ -53,6 +57,9 @@ class _Whole(Form):
 
     def example(self, prompt: str, answer: str) -> Any:
         return {"text": prompt}
+
+    def sample(self, record: Mapping[str, Any]) -> Question | None:
+        return _asking(record.get("text"), whole=True)
 
     def complete(self, model: nn.Module, prompt: str, most: int) -> str:
         return ""
@@ -69,6 +76,9 @@ class _Continued(Form):
     def example(self, prompt: str, answer: str) -> Any:
         return {"prompt": prompt, "answer": answer}
 
+    def sample(self, record: Mapping[str, Any]) -> Question | None:
+        return _asking(record.get("prompt")) or _asking(record.get("text"), whole=True)
+
     def complete(self, model: nn.Module, prompt: str, most: int) -> str:
         return _continued(model, self.tokenizer, list(self.tokenizer(prompt)["input_ids"]), most)
 
@@ -84,6 +94,11 @@ class _Chat(Form):
     def example(self, prompt: str, answer: str) -> Any:
         said = [{"role": "assistant", "content": answer}]
         return {"prompt": [{"role": "user", "content": prompt}], "completion": said}
+
+    def sample(self, record: Mapping[str, Any]) -> Question | None:
+        turns = record.get("messages")
+        said = [turn for turn in turns if turn.get("role") == "user"] if isinstance(turns, list) else []
+        return _asking(said[0].get("content")) if said else None
 
     def complete(self, model: nn.Module, prompt: str, most: int) -> str:
         turns = [{"role": "user", "content": prompt}]
@@ -103,6 +118,9 @@ class _Transformed(Form):
     def example(self, prompt: str, answer: str) -> Any:
         return {"source": prompt, "target": answer}
 
+    def sample(self, record: Mapping[str, Any]) -> Question | None:
+        return _asking(record.get("source"))
+
     def complete(self, model: nn.Module, prompt: str, most: int) -> str:
         written = _written(model, self.tokenizer, list(self.tokenizer(prompt)["input_ids"]), most)
         return str(self.tokenizer.decode(written, skip_special_tokens=True))
@@ -118,6 +136,9 @@ class _Classified(Form):
 
     def example(self, prompt: str, answer: str) -> Any:
         return {"text": prompt, "label": int(answer) if self.task.classes is None and answer.isdigit() else answer}
+
+    def sample(self, record: Mapping[str, Any]) -> Question | None:
+        return _asking(record.get("text"))
 
     def complete(self, model: nn.Module, prompt: str, most: int) -> str:
         """Return the likeliest label."""
@@ -138,6 +159,10 @@ def form_of(task: Task, columns: Collection[str]) -> Form:
     if isinstance(task, Seq2SeqLM) and tokenizer is not None:
         return _Transformed(tokenizer)
     return _Classified(task) if isinstance(task, Classification) else _Whole()
+
+
+def _asking(text: Any, whole: bool = False) -> Question | None:
+    return Question(text, whole=whole) if isinstance(text, str) and text else None
 
 
 def _continued(model: nn.Module, tokenizer: Any, ids: list[int], most: int) -> str:

@@ -30,6 +30,7 @@ from gradsketch.explorer.rows import Facet, RowTable
 __all__ = ["About", "Answer", "Ask", "Comparison", "Neighbours", "Outliers", "RowPage", "Session", "Source", "Sources"]
 
 _ANSWERS, _SKETCHED, _SCORES, _OUTLIERS = 16, 32, 4, 4  # that stay in memory
+_SAMPLES = 4  # questions that are offered
 _MOST_ROWS, _MOST_HITS, _MOST_QUESTIONS, _MOST_TOKENS = 200, 200, 100, 1000
 
 _Value = TypeVar("_Value")
@@ -81,6 +82,7 @@ class About:
     prompt: str
     answer: str | None
     takes_whole: bool
+    samples: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,17 @@ class Session:
             prompt="Text" if self.form is None else self.form.prompt,
             answer=None if self.form is None else self.form.answer,
             takes_whole=self.form is not None and self.form.takes_whole,
+            samples=self._samples(),
         )
+
+    def _samples(self) -> tuple[Question, ...]:
+        """Return questions like a few rows, spread over the data."""
+        rows = self.table.there.nonzero()[0]
+        if self.form is None or not len(rows):
+            return ()
+        chosen = sorted({int(rows[len(rows) * i // _SAMPLES]) for i in range(_SAMPLES)})
+        found = (self.form.sample(record) for record in self.table.store.records(chosen))
+        return tuple(question for question in found if question is not None)
 
     def ask(self, ask: Ask) -> Answer:
         """Return the hits of some questions, whose answers the model gives where none was typed.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gradsketch.attribution.answers import hit_of
 from gradsketch.attribution.results import Hit, Hits
-from gradsketch.explorer.session import Answer, Outliers, RowPage
+from gradsketch.explorer.session import Answer, Neighbours, Outliers, RowPage
 from gradsketch.plain import to_plain
 from gradsketch.report.hits import shown_hit, shown_queries
 from gradsketch.table import printable
@@ -21,6 +22,8 @@ def shown_answer(answer: Answer) -> dict[str, Any]:
     for query, found in zip(queries, hits, strict=True):
         for name in ("proponents", "opponents"):
             _number(query[name], getattr(found, name))
+        if isinstance(answer.asked, Neighbours):
+            query["row"] = shown_hit(hit_of(1, answer.asked.row, 0.0, found.example), 0.0, 0.0)
     shown = {"id": answer.id, "queries": queries, "score": to_plain(hits.score), "cost": to_plain(hits.cost)}
     return {**shown_texts({**shown, "sign": hits.sign}), "asked": to_plain(answer.asked)}
 

@@ -225,11 +225,15 @@ function textOf(hit) {
     hit.after > 0 && make("small", {}, ` … ${hit.after.toLocaleString("en")} characters after`));
 }
 
-function facts(hit) {
+function flagsAndFacts(hit) {
   const told = [...hit.facts, ...(hit.beyond ? [["beyond the words", hit.beyond]] : [])];
-  return make("div", { class: "marks" }, hit.flags.map((name) => make("b", { class: "flag" }, make("bdi", {}, cut(name, 40)))),
+  return [hit.flags.map((name) => make("b", { class: "flag" }, make("bdi", {}, cut(name, 40)))),
     make("dl", { class: "facts" }, told.map(([name, value]) =>
-      make("div", {}, make("dt", {}, make("bdi", {}, cut(name, 40))), make("dd", {}, make("bdi", {}, cut(value, 160)))))),
+      make("div", {}, make("dt", {}, make("bdi", {}, cut(name, 40))), make("dd", {}, make("bdi", {}, cut(value, 160))))))];
+}
+
+function facts(hit) {
+  return make("div", { class: "marks" }, flagsAndFacts(hit),
     make("a", { class: "near", href: written({ view: "row", row: hit.row, score: "", offset: 0 }), "aria-label": `Neighbours of row ${hit.row}` }, "Neighbours"));
 }
 
@@ -255,6 +259,7 @@ function querySection(answer, place, { note = "", generated = false, shared } = 
   const query = answer.queries[place];
   const told = [note, query.members > 1 && `mean of ${query.members} questions`, `loss ${query.loss}`].filter(Boolean).join(" · ");
   const section = make("section", { class: "query" }, pictures(query.images), questionText(query, generated), make("p", { class: "about" }, told),
+    query.row && make("div", { class: "marks" }, flagsAndFacts(query.row)),
     make("h4", { class: "for" }, state.view === "row" ? "Most like it" : "Made it more likely"),
     query.explained && make("p", { class: "legend" }, make("span", { class: "p6" }, "these words"), " raise the example's score, ", make("span", { class: "n6" }, "these"), " lower it"),
     list(query.proponents, { shared }));
@@ -402,7 +407,10 @@ function drawWelcome() {
   $("status").textContent = "";
   const ask = about.loaded ? `Type what was asked${about.answer === null ? "" : ", and what the model said, or let it answer"}. You get the examples that taught it that, and those that taught it otherwise.`
     : "Questions need the model. Without it you can read the rows, and find their neighbours and outliers.";
+  const samples = about.samples.map(({ prompt, answer, whole }) =>
+    make("li", {}, button(cut(prompt, 90), () => go({ ...fromForm(), q: [[prompt, answer, whole]] }))));
   $("out").replaceChildren(make("div", { class: "welcome" }, make("p", { class: "lede" }, ask),
+    samples.length > 0 && [make("p", { class: "none" }, "From the training data:"), make("ul", {}, samples)],
     make("p", {}, make("a", { href: written({ view: "rows" }) }, "Read the rows"), " · ", make("a", { href: written({ view: "outliers" }) }, "Find outliers"))));
 }
 
