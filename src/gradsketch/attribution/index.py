@@ -21,7 +21,7 @@ from gradsketch.attribution.queries import Queries, as_queries, checked_groups, 
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scan import every_score
 from gradsketch.attribution.scores import kind_of
-from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
+from gradsketch.attribution.scoring import DAMPING, Scorer, both_ends, bytes_read
 from gradsketch.attribution.select import Budget, Selection, chosen_rows, described_rows, target_scores
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
@@ -186,8 +186,7 @@ class Index:
         began = time.perf_counter()
         probes = scorer.probes(queries, kind, damping, weights)
         prepared = time.perf_counter()
-        proponents = best(probes, k, sign=1, keep=keep, coarse=coarse)
-        others = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
+        proponents, others = both_ends(probes, k, opponents, keep=keep, coarse=coarse)
         scanned = time.perf_counter()
         read = bytes_read(self.stores, self.d if coarse is None else coarse)
         cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows)

@@ -13,13 +13,13 @@ from torch import Tensor
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
-from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top
+from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top, tops
 from gradsketch.attribution.scores import Kind
 from gradsketch.errors import InputError
 from gradsketch.store import Store
 from gradsketch.store.encoding import row_bytes
 
-__all__ = ["DAMPING", "Scorer", "best", "bytes_read"]
+__all__ = ["DAMPING", "Scorer", "best", "both_ends", "bytes_read"]
 
 DAMPING = 0.1
 # Rows scored exactly for every hit wanted, where a coarse scan goes first.
@@ -108,6 +108,18 @@ class Scorer:
             value = held_out_damping(store, unit_length=kind.unit_length) if isinstance(damping, str) else damping
             self._fitted[key] = fit_preconditioner(store, unit_length=kind.unit_length, damping=value)
         return self._fitted[key]
+
+
+def both_ends(
+    probes: Sequence[Probe], k: int, opponents: int, *, keep: RowFilter | None, coarse: int | None
+) -> tuple[Top, Top | None]:
+    """Return the k best rows, and so many of the worst (None for 0), in one pass unless candidates are found first."""
+    if coarse is None and opponents:
+        rows = max(1, probes[0].store.rows)
+        first, last = tops(probes, [(min(k, rows), 1), (min(opponents, rows), -1)], keep=keep)
+        return first, last
+    last_ones = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
+    return best(probes, k, sign=1, keep=keep, coarse=coarse), last_ones
 
 
 def best(probes: Sequence[Probe], k: int, *, sign: int, keep: RowFilter | None, coarse: int | None) -> Top:

@@ -72,9 +72,10 @@ class RowTable:
             self.there[start : start + count] = True
         self.coded = lru_cache(_KEPT)(self._coded)
         self._found = lru_cache(_KEPT)(self._matching)
+        self.facets = lru_cache(1)(self._facets)
         self._numbers = lru_cache(len(ORDERS))(self._of_all)
 
-    def facets(self) -> tuple[Facet, ...]:
+    def _facets(self) -> tuple[Facet, ...]:
         """Return the columns that put rows into groups, those of fewest values first; not a text of each row's own."""
         rows = int(self.there.sum())
         most = min(max(_VALUES, rows // 100), rows // 2)

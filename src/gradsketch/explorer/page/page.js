@@ -257,8 +257,8 @@ function questionText(query, generated) {
 
 function querySection(answer, place, { note = "", generated = false, shared } = {}) {
   const query = answer.queries[place];
-  const told = [note, query.members > 1 && `mean of ${query.members} questions`, `loss ${query.loss}`].filter(Boolean).join(" · ");
-  const section = make("section", { class: "query" }, pictures(query.images), questionText(query, generated), make("p", { class: "about" }, told),
+  const told = [note, query.members > 1 && `mean of ${query.members} questions`, query.row ? null : `loss ${query.loss}`].filter(Boolean).join(" · ");
+  const section = make("section", { class: "query" }, pictures(query.images), questionText(query, generated), told && make("p", { class: "about" }, told),
     query.row && make("div", { class: "marks" }, flagsAndFacts(query.row)),
     make("h4", { class: "for" }, state.view === "row" ? "Most like it" : "Made it more likely"),
     query.explained && make("p", { class: "legend" }, make("span", { class: "p6" }, "these words"), " raise the example's score, ", make("span", { class: "n6" }, "these"), " lower it"),
@@ -328,7 +328,7 @@ function pairOf(answers) {
 
 function alike(comparison) {
   const { shared, hits, correlation, rows } = comparison;
-  const likeness = correlation === null ? "" : ` Over all ${rows.toLocaleString("en")} rows their scores correlate by r = ${correlation.toFixed(2)}.`;
+  const likeness = correlation === null ? "" : ` Over all ${rows.toLocaleString("en")} rows their scores correlate by r = ${correlation.toFixed(2).replace("-", "−")}.`;
   return make("p", { class: "alike" }, make("b", {}, `${shared.length} of ${Math.min(...hits)}`), ` proponents are in both.${likeness}`);
 }
 
