@@ -12,6 +12,7 @@ from pathlib import Path
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage")
 _SECONDS = 120
+_CODES = {"Tab": 9, "Enter": 13}  # without them a key event moves no focus and sends no form
 
 
 class Tab:
@@ -86,8 +87,10 @@ class Tab:
             self("Input.dispatchKeyEvent", type="char", text=letter)
 
     def press(self, key: str) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+        code = {"windowsVirtualKeyCode": _CODES[key]} if key in _CODES else {}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", key=key, code=key, **code, **text)
+        self("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, **code)
 
     def told(self, method: str) -> list[dict]:
         """Return the parameters of the events of one kind."""

@@ -1,4 +1,4 @@
-"""An answer as a file: the page of a query, strict JSON, or a table that no spreadsheet takes for formulas."""
+"""An answer as a file: the page of a query, strict JSON that ``Hits.from_json`` reads, or a table that no spreadsheet takes for formulas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from gradsketch.attribution.results import Hits
 from gradsketch.explorer.session import Answer
-from gradsketch.plain import as_json, to_plain
+from gradsketch.plain import as_json
 from gradsketch.report.hits import hits_html
 from gradsketch.table import printable
 
@@ -29,8 +29,7 @@ def download(answer: Answer, kind: str) -> bytes:
     if kind == "html":
         return hits_html(answer.hits).encode("utf-8", "replace")
     if kind == "json":
-        body = {"asked": to_plain(answer.asked), **to_plain(answer.hits)}
-        return f"{as_json({'result': 'Hits', **body})}\n".encode()
+        return f"{answer.hits.to_json()}\n".encode()
     return _table(answer.hits).encode("utf-8", "replace")
 
 

@@ -86,7 +86,7 @@ class RowTable:
         """Return a column with its most frequent values."""
         coded = self.coded(column)
         counts = np.bincount(coded.codes[self.there] + 1, minlength=len(coded.values) + 1)
-        order = np.argsort(-counts, kind="stable")[:_VALUES]
+        order = np.argsort(-counts, kind="stable")[:_VALUES].tolist()
         shown = [Value(None if at == 0 else coded.value(at - 1), int(counts[at])) for at in order if counts[at]]
         return Facet(column, int((counts > 0).sum()), tuple(shown))
 
