@@ -28,19 +28,24 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shared(folder):
-    return desk.session(folder)
-
-
-@pytest.fixture
 def session(folder):
-    """A session of the test's own."""
     return desk.session(folder)
 
 
 @pytest.fixture
+def own(folder):
+    """A session that no other test has asked."""
+    return desk.session(folder)
+
+
+@pytest.fixture(scope="module")
 def index(folder):
     return Index.open(folder, task=desk.task())
+
+
+@pytest.fixture(scope="module")
+def sketched(index):
+    return index.sketch(desk.talker(), EXAMPLES)
 
 
 def listed(hits):
@@ -49,17 +54,17 @@ def listed(hits):
 
 @pytest.mark.parametrize("score", ["ridge", "influence", "cosine", "dot"])
 @pytest.mark.parametrize("where", [{}, {"source": ["s1"], "year": [1991, 1994]}], ids=["all", "some"])
-def test_answers_are_those_of_the_index(session, index, score, where):
+def test_answers_are_those_of_the_index(session, index, sketched, score, where):
     asked = Ask((PROMPT, OTHER), score=score, damping=0.3, k=4, opponents=3, where=where)
-    direct = index.query(desk.talker(), EXAMPLES, score=score, damping=0.3, k=4, opponents=3, where=where or None)
+    direct = index.query(None, sketched, score=score, damping=0.3, k=4, opponents=3, where=where or None)
     found = session.ask(asked).hits
     assert listed(found) == listed(direct)
     assert found.score == direct.score
 
 
-def test_questions_ask_together(session, index):
+def test_questions_ask_together(session, index, sketched):
     found = session.ask(Ask((PROMPT, OTHER), together=True)).hits
-    assert listed(found) == listed(index.query(desk.talker(), EXAMPLES, k=10, opponents=5, groups=[[0, 1]]))
+    assert listed(found) == listed(index.query(None, sketched, k=10, opponents=5, groups=[[0, 1]]))
     assert found[0].members == 2
 
 
@@ -89,8 +94,8 @@ def test_one_checkpoint_counts_alone(session, folder, tmp_path, checkpoint=1):
     )
 
 
-def test_weights_of_checkpoints_add_up(index):
-    queries = index.sketch(desk.talker(), EXAMPLES)
+def test_weights_of_checkpoints_add_up(index, sketched):
+    queries = sketched
     whole, early, late = (index.scores(None, queries, weights=w) for w in (None, [1.0, 0.0], [0.0, 2.0]))
     torch.testing.assert_close(whole, early + late)
     for weights in ([1.0], [1.0, 2.0, 3.0], [1.0, float("nan")]):
@@ -98,14 +103,14 @@ def test_weights_of_checkpoints_add_up(index):
             index.scores(None, queries, weights=weights)
 
 
-def test_a_gradient_is_formed_once_however_it_is_asked(session, monkeypatch):
+def test_a_gradient_is_formed_once_however_it_is_asked(own, monkeypatch):
     calls = []
     formed = Index.sketch
     monkeypatch.setattr(Index, "sketch", lambda *args, **more: calls.append(1) or formed(*args, **more))
     for asked in (Ask((PROMPT, OTHER)), Ask((PROMPT, OTHER), score="dot"), Ask((PROMPT, OTHER), together=True)):
-        answer = session.ask(asked)
-        session.sources(answer.id, "source")
-        session.explain(answer.id, top=1)
+        answer = own.ask(asked)
+        own.sources(answer.id, "source")
+        own.explain(answer.id, top=1)
     assert len(calls) == 1
 
 
@@ -121,11 +126,22 @@ def test_colours_are_those_of_the_index(session, index):
 @pytest.mark.parametrize("score", ["cosine", "ridge", "dot"])
 def test_neighbours_of_a_row_are_the_hits_of_its_own_gradient(session, index, score):
     found = session.neighbours(Neighbours(5, score=score, k=4, opponents=3)).hits[0]
-    direct = index.query(desk.talker(), desk.rows()[5], score=score, k=40)[0]
+    direct = index.query(None, index.stored([5]), score=score, k=40)[0]
     others = [(hit.row, hit.score) for hit in direct if hit.row != 5]
     assert [hit.rank for hit in found] == [1, 2, 3, 4]
     assert [(hit.row, hit.score) for hit in found] == [(row, pytest.approx(value, rel=1e-4)) for row, value in others[:4]]
     assert [hit.row for hit in found.opponents] == [row for row, _ in others[:-4:-1]]
+
+
+def test_a_row_is_nearest_to_its_own_question(index):
+    assert index.query(desk.talker(), desk.rows()[5], score="cosine", k=1)[0][0].row == 5
+    asked, held = index.sketch(desk.talker(), desk.rows()[5]), index.stored([5])
+    for formed, stored in zip(asked.sketched, held.sketched, strict=True):
+        torch.testing.assert_close(formed.sketches, stored.sketches)
+        torch.testing.assert_close(formed.losses, stored.losses)
+
+
+def test_neighbours_have_colours_too(session):
     assert session.explain(session.neighbours(Neighbours(5)).id, top=1).hits[0][0].tokens
 
 
@@ -146,9 +162,9 @@ def test_outliers_are_the_largest_scores_for_themselves(session, index):
     assert [hit.row for hit in some.rows] == [row for row, _ in found if row % 3 == 2][:20]
 
 
-def test_sources_are_sums_over_all_rows(session, index):
+def test_sources_are_sums_over_all_rows(session, index, sketched):
     answer = session.ask(Ask((PROMPT, OTHER), score="dot"))
-    scores = index.scores(desk.talker(), EXAMPLES, score="dot")[1].double()
+    scores = index.scores(None, sketched, score="dot")[1].double()
     found = session.sources(answer.id, "source", 1)
     for source in found.sources:
         own = scores[int(source.value[1]) :: 3]
@@ -168,10 +184,10 @@ def test_sources_keep_to_the_conditions_and_leave_the_row_itself_out(session):
         session.sources(near.id, "nothing")
 
 
-def test_two_answers_are_compared(session, index):
+def test_two_answers_are_compared(session, index, sketched):
     answer = session.ask(Ask((PROMPT, OTHER), k=6))
     found = session.compare((answer.id, 0), (answer.id, 1))
-    scores = index.scores(desk.talker(), EXAMPLES)
+    scores = index.scores(None, sketched)
     rows = [{hit.row for hit in query} for query in answer.hits]
     assert found.correlation == pytest.approx(float(torch.corrcoef(scores.double())[0, 1]))
     assert set(found.shared) == rows[0] & rows[1]
@@ -240,12 +256,12 @@ def test_rows_are_read_while_the_model_is_busy(session, monkeypatch):
     asks.join()
 
 
-def test_few_answers_are_kept(session):
-    first = session.neighbours(Neighbours(0, k=1)).id
+def test_few_answers_are_kept(own):
+    first = own.neighbours(Neighbours(0, k=1)).id
     for row in range(1, 17):
-        session.neighbours(Neighbours(row, k=1))
+        own.neighbours(Neighbours(row, k=1))
     with pytest.raises(InputError, match="no longer kept"):
-        session.answer(first)
+        own.answer(first)
 
 
 @pytest.mark.parametrize(
@@ -279,4 +295,4 @@ def test_columns_that_differ_from_shard_to_shard(tmp_path):
     for value in values:
         kept = torch.cat([row_filter({"what": [value]}, store)(shard) for shard in store])
         assert table.keep({"what": [value]}).tolist() == kept.tolist()
-    assert table.facet("what").distinct == 8
+    assert table.facet("what").distinct == 7

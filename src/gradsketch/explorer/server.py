@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
 from gradsketch.errors import GradsketchError
 from gradsketch.explorer.downloads import FORMATS, download
@@ -74,6 +75,7 @@ def create_app(session: Session, token: str) -> Guard:
     _add_rows(app, session)
     app.exception_handler(GradsketchError)(_refused)
     app.exception_handler(RequestValidationError)(_misread)
+    app.exception_handler(HTTPException)(_misread)
     app.exception_handler(Exception)(_failed)
     return Guard(app, token)
 
@@ -172,7 +174,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _misread(request: Request, error: Exception) -> Response:
     parts = {"came": "a request of another form", "wanted": "what the page sends", "fix": "Load the page again"}
-    return _json({"error": parts}, status=422)
+    return _json({"error": parts}, status=error.status_code if isinstance(error, HTTPException) else 422)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
