@@ -20,7 +20,7 @@ httpx = pytest.importorskip("httpx")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return desk.build(tmp_path_factory.mktemp("explore") / "index", desk.rows(8))
+    return desk.stand_in(tmp_path_factory.mktemp("explore"))
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])

@@ -9,9 +9,12 @@ import torch
 
 from attribution import toys
 from gradsketch.attribution.build import build_index
+from gradsketch.attribution.description import Description, StoredCheckpoint
 from gradsketch.attribution.index import Index
+from gradsketch.durable import write_file
 from gradsketch.explorer.session import Session
 from gradsketch.gradients.tasks import CausalLM
+from gradsketch.store import Manifest, Rows, Store
 
 D, N, TOKEN = 128, 40, "a-token-of-the-tests"
 
@@ -59,6 +62,16 @@ def build(path, data=None, **options):
         torch.save(model.state_dict(), file)
     options = {"d": D, "dtype": "float32", "shard_rows": 16, "checkpoints": files, "weights": [1.0, 2.0]} | options
     build_index(path, talker(), task(), rows() if data is None else data, progress=False, **options)
+    return path
+
+
+def stand_in(path, count=8):
+    """Write an index of random numbers, which no model made."""
+    store = Store.create(path / "checkpoint-0", Manifest(d=16, rows=count, shard_rows=64))
+    ids, columns = [f"row-{i}" for i in range(count)], {"text": toys.texts(count), "source": [f"s{i % 3}" for i in range(count)]}
+    store.write(0, Rows(ids, torch.randn(count, 16, generator=torch.Generator().manual_seed(0)), torch.ones(count), columns))
+    checkpoint = StoredCheckpoint("model", 1.0, "checkpoint-0", None)
+    write_file(path / "index.json", Description(16, 0, ("weight",), (checkpoint,), "stand-in").to_json())
     return path
 
 

@@ -45,7 +45,7 @@ FORBIDDEN = {
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    return create_app(desk.session(desk.build(tmp_path_factory.mktemp("guard") / "index", desk.rows(8))), desk.TOKEN)
+    return create_app(desk.session(desk.stand_in(tmp_path_factory.mktemp("guard")), model=False), desk.TOKEN)
 
 
 @pytest.fixture

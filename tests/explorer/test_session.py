@@ -23,11 +23,6 @@ EXAMPLES = [{"prompt": q.prompt, "answer": q.answer} for q in (PROMPT, OTHER)]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return desk.build(tmp_path_factory.mktemp("explorer") / "index")
-
-
-@pytest.fixture(scope="module")
 def session(folder):
     return desk.session(folder)
 

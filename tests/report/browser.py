@@ -1,6 +1,7 @@
 """A headless Chromium, spoken to over a pipe in its own protocol, so that no package is needed."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import shlex
@@ -13,6 +14,13 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage")
 _SECONDS = 120
 _CODES = {"Tab": 9, "Enter": 13}  # without them a key event moves no focus and sends no form
+
+
+def axe() -> str | None:
+    """Return axe-core's script, where a package that brings it is installed."""
+    found = importlib.util.find_spec("axe_playwright_python")
+    folder = found and found.submodule_search_locations and Path(found.submodule_search_locations[0])
+    return (folder / "axe.min.js").read_text(encoding="utf-8") if folder else None
 
 
 class Tab:
@@ -91,6 +99,12 @@ class Tab:
         text = {"text": "\r"} if key == "Enter" else {}
         self("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", key=key, code=key, **code, **text)
         self("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, **code)
+
+    def violations(self) -> list[list[str]]:
+        """Return what axe finds wrong with the page."""
+        self.run(f"{axe()}; 0")
+        told = "(v) => [v.id, v.nodes[0].html, v.nodes[0].failureSummary]"
+        return self.run(f"axe.run().then((r) => r.violations.map({told}))")
 
     def told(self, method: str) -> list[dict]:
         """Return the parameters of the events of one kind."""
