@@ -76,7 +76,7 @@ def test_a_question_is_asked_by_keys_alone_and_the_model_answers(tab, link, sess
     settled(tab)
     answer = session.ask(Ask((Question("the number 7"),)))
     assert tab.run("$('q0-answer').value") == answer.asked.questions[0].answer
-    assert texts(tab, ".query .hits:first-of-type .text") == [hit.text for hit in answer.hits[0]]
+    assert texts(tab, ".query > .hits .text") == [hit.text for hit in answer.hits[0]]
     assert tab.run("document.querySelector('.text span[title]') !== null")
     tab.run("document.querySelector('.text[tabindex]').focus()")
     tab.press("ArrowRight")
@@ -92,6 +92,7 @@ def test_a_question_is_asked_by_keys_alone_and_the_model_answers(tab, link, sess
     assert not tab.told("Runtime.exceptionThrown")
 
 
+@pytest.mark.slow
 def test_an_answer_of_the_model_goes_with_its_question(tab, link):
     visit(tab, link, q=[["the number", None, False]], tokens=2)
     assert len(tab.run("$('q0-answer').value")) == 2
@@ -104,6 +105,7 @@ def test_an_answer_of_the_model_goes_with_its_question(tab, link):
     assert tab.run("$('q0-answer').value") == " 7"
 
 
+@pytest.mark.slow
 def test_hits_are_filtered_and_scored_anew(tab, link, session):
     visit(tab, link, q=PROMPTS[:1])
     tab.run("$('column').value = 'source'; $('column').dispatchEvent(new Event('change')); $('facet').value = '\"s1\"'")
@@ -115,15 +117,16 @@ def test_hits_are_filtered_and_scored_anew(tab, link, session):
     tab.wait("location.hash.includes('score=dot')")
     settled(tab)
     expected = session.ask(Ask(QUESTIONS[:1], score="dot", damping=0.5, where={"source": ["s1"]})).hits[0]
-    shown = texts(tab, ".query .hits:first-of-type .text")
+    shown = texts(tab, ".query > .hits .text")
     assert shown == [hit.text for hit in expected]
     assert all(hit.row % 3 == 1 for hit in expected)
     click(tab, "#chips button")
     tab.wait("document.querySelector('#chips li') === null")
     settled(tab)
-    assert texts(tab, ".query .hits:first-of-type .text") != shown
+    assert texts(tab, ".query > .hits .text") != shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["questions", "checkpoints"])
 def test_two_are_compared_side_by_side(tab, link, session, what):
     if what == "questions":
@@ -140,16 +143,18 @@ def test_two_are_compared_side_by_side(tab, link, session, what):
     boxes = tab.run("[...document.querySelectorAll('.pair > section')].map((s) => s.getBoundingClientRect().top)")
     assert boxes[0] == boxes[1]
     expected = [[hit.text for hit in session.answer(name).hits[number]] for name, number in pair]
-    assert texts(tab, ".pair section:first-child .hits:first-of-type .text") == expected[0]
-    assert texts(tab, ".pair section:last-child .hits:first-of-type .text") == expected[1]
+    assert texts(tab, ".pair section:first-child > .hits .text") == expected[0]
+    assert texts(tab, ".pair section:last-child > .hits .text") == expected[1]
 
 
+@pytest.mark.slow
 def test_questions_that_ask_as_one(tab, link):
     visit(tab, link, q=PROMPTS, together=True)
     assert texts(tab, ".about")[1].startswith("mean of 2 questions")
     assert len(texts(tab, "section.query")) == 1
 
 
+@pytest.mark.slow
 def test_sources_are_summed_and_lead_to_their_rows(tab, link, session):
     visit(tab, link, q=PROMPTS[:1], by="source")
     tab.run("document.querySelector('details.sources').open = true")
@@ -162,6 +167,7 @@ def test_sources_are_summed_and_lead_to_their_rows(tab, link, session):
     assert found.sources[0].value in texts(tab, "#chips bdi")[0]
 
 
+@pytest.mark.slow
 def test_a_link_holds_the_state_and_no_token(tab, link):
     visit(tab, link, view="rows")
     tab.run("$('words').value = 'squared is 4'; $('order').value = 'loss'")
@@ -178,6 +184,7 @@ def test_a_link_holds_the_state_and_no_token(tab, link):
     assert tab.run("$('words').value + $('order').value") == "squared is 4loss"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fragment", ["q=[[3]]&k={}&where=[1]", "view=nothing&offset=-3", "q=%", "where={\"a\":3}", "checkpoint=9&q=[[\"a\",\"b\"]]"])
 def test_a_mangled_link_breaks_nothing(tab, link, fragment):
     tab("Page.navigate", url="about:blank")
@@ -187,6 +194,7 @@ def test_a_mangled_link_breaks_nothing(tab, link, fragment):
     assert tab.run("$('out').childElementCount") > 0
 
 
+@pytest.mark.slow
 def test_pages_of_rows_and_outliers(tab, link, session):
     for view, expected in (("rows", session.rows({}, offset=20)), ("outliers", session.outliers(offset=20))):
         visit(tab, link, view=view)
@@ -197,13 +205,14 @@ def test_pages_of_rows_and_outliers(tab, link, session):
         assert texts(tab, ".pager span")[0] == "21–40 of 40"
 
 
+@pytest.mark.slow
 def test_without_a_model_the_page_says_what_is_missing(tab, folder):
     with desk.served(desk.session(folder, model=False)) as link:
         visit(tab, link)
         assert tab.run("$('missing').textContent") == "No model is loaded. no such model"
         assert tab.run("$('submit').disabled")
         visit(tab, link, view="row", row=3)
-        assert len(texts(tab, ".query .hits:first-of-type .text")) == 10
+        assert len(texts(tab, ".query > .hits .text")) == 10
     tab.run("go({ row: 5 })")
     tab.wait("document.querySelector('.error') !== null")
     assert "has ended" in tab.run("document.querySelector('.error').textContent")
@@ -219,6 +228,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", VIEWS)
 def test_axe_finds_nothing_and_nothing_is_wider_than_a_phone(tab, link, view):
     visit(tab, link, **VIEWS[view], where={"year": [1990, 1991, 1992]} if view == "answer" else {})
@@ -254,10 +264,11 @@ def hostile(tmp_path_factory):
 EVENTS = "['mouseover','click','focus','input','toggle','error','load','keydown','animationstart','beforetoggle']"
 
 
+@pytest.mark.slow
 def test_sixty_attacks_run_nothing_and_load_nothing(tab, hostile):
     requests = []
     asked = [[text, text, False] for text in payloads.TEXTS if "\ud800" not in text]
-    states = [{"q": asked[i : i + 20], "k": 20} for i in range(0, 60, 20)]
+    states = [{"q": asked[i : i + 20], "k": 2, "opponents": 1} for i in range(0, 60, 20)]
     states += [{"view": view, "offset": offset} for view in ("rows", "outliers") for offset in (0, 20, 40)]
     states += [{"view": "row", "row": 4}, {"view": "rows", "where": {payloads.TEXTS[0]: [payloads.TEXTS[0]]}}]
     states += [{"view": "row", "row": 5, "by": payloads.TEXTS[1]}, {"score": payloads.TEXTS[0], "damping": payloads.TEXTS[1], "q": asked[:1]}]

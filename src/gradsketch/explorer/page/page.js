@@ -186,6 +186,7 @@ function toForm() {
   $("score").value = scoreNamed(state.score || usualScore()).name;
   $("together").checked = state.together;
   for (const part of all("[data-in]")) part.hidden = !part.dataset.in.split(" ").includes(state.view);
+  for (const field of all("#form input, #form textarea, #form select")) field.disabled = field.closest("[data-in][hidden]") !== null;
   for (const link of all("#views a")) {
     link.setAttribute("href", written({ view: link.dataset.view, offset: 0 }));
     if (link.dataset.view === state.view) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
@@ -422,10 +423,10 @@ async function drawRow() {
   });
 }
 
-function pager({ total, offset, rows }) {
+function pager({ total, offset, rows }, name = "Pages") {
   const last = offset + rows.length;
   const turn = (to, text, there) => button(text, () => { go({ ...fromForm(), offset: to }); $("main").focus(); }, { disabled: !there });
-  return make("nav", { class: "pager", "aria-label": "Pages" }, turn(Math.max(0, offset - 20), "← Before", offset > 0),
+  return make("nav", { class: "pager", "aria-label": name }, turn(Math.max(0, offset - 20), "← Before", offset > 0),
     make("span", {}, total ? `${(offset + 1).toLocaleString("en")}–${last.toLocaleString("en")} of ${total.toLocaleString("en")}` : "No row matches."),
     turn(offset + 20, "Next →", last < total));
 }
@@ -449,7 +450,7 @@ function drawList(page, { measured = true, lead = null }) {
   document.body.classList.remove("wide");
   const first = page.offset + 1;
   $("out").replaceChildren(make("section", { class: "query" }, lead, pager(page),
-    page.rows.length > 0 && make("ol", { class: "hits", start: first }, page.rows.map((hit) => hitItem(hit, { measured }))), page.rows.length > 10 && pager(page)));
+    page.rows.length > 0 && make("ol", { class: "hits", start: first }, page.rows.map((hit) => hitItem(hit, { measured }))), page.rows.length > 10 && pager(page, "Pages, again")));
   readable($("out"));
 }
 
@@ -470,6 +471,7 @@ for (const name of ["score", "damping"]) $(name).addEventListener("input", descr
 $("form").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && event.target.localName === "textarea" && !event.isComposing) { event.preventDefault(); $("form").requestSubmit(); }
 });
+addEventListener("invalid", ({ target }) => { target.closest("details")?.setAttribute("open", ""); }, true);
 $("skip").addEventListener("click", (event) => { event.preventDefault(); $("main").focus(); });
 addEventListener("hashchange", () => { state = read(location.hash); draw(); });
 
