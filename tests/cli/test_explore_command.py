@@ -7,9 +7,9 @@ import signal
 import threading
 
 import pytest
+
 from cli.small_model import TEXTS, save_model, write_rows
 from explorer import desk
-
 from gradsketch.cli import main
 from gradsketch.cli.explore import ExploreOptions, opened
 from gradsketch.explorer.forms import Question

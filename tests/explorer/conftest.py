@@ -1,6 +1,7 @@
 """One toy index for all tests of the explorer."""
 
 import pytest
+
 from explorer import desk
 
 

@@ -49,7 +49,10 @@ def task():
 
 
 def rows(count=N):
-    return [{"text": t, "source": f"s{i % 3}", "year": 1990 + i % 5, "id": f"row-{i}"} for i, t in enumerate(toys.texts(count))]
+    return [
+        {"text": t, "source": f"s{i % 3}", "year": 1990 + i % 5, "id": f"row-{i}"}
+        for i, t in enumerate(toys.texts(count))
+    ]
 
 
 def build(path, data=None, **options):
@@ -68,8 +71,13 @@ def build(path, data=None, **options):
 def stand_in(path, count=8):
     """Write an index of random numbers, which no model made."""
     store = Store.create(path / "checkpoint-0", Manifest(d=16, rows=count, shard_rows=64))
-    ids, columns = [f"row-{i}" for i in range(count)], {"text": toys.texts(count), "source": [f"s{i % 3}" for i in range(count)]}
-    store.write(0, Rows(ids, torch.randn(count, 16, generator=torch.Generator().manual_seed(0)), torch.ones(count), columns))
+    ids, columns = (
+        [f"row-{i}" for i in range(count)],
+        {"text": toys.texts(count), "source": [f"s{i % 3}" for i in range(count)]},
+    )
+    store.write(
+        0, Rows(ids, torch.randn(count, 16, generator=torch.Generator().manual_seed(0)), torch.ones(count), columns)
+    )
     checkpoint = StoredCheckpoint("model", 1.0, "checkpoint-0", None)
     write_file(path / "index.json", Description(16, 0, ("weight",), (checkpoint,), "stand-in").to_json())
     return path

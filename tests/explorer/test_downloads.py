@@ -12,7 +12,20 @@ from gradsketch.explorer.downloads import download, harmless
 from gradsketch.explorer.session import Answer, Ask
 from report import payloads, sample
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", "=cmd|' /C calc'!A0", "＝1", "－2+3", "\x00=1"]
+FORMULAS = [
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "  =1",
+    "=cmd|' /C calc'!A0",
+    "＝1",
+    "－2+3",
+    "\x00=1",
+]
 FORMULAS += ['=HYPERLINK("http://evil","x")', "-2+3+cmd|' /C calc'!A0", "@x", "%0A=1", '";=1']
 
 

@@ -4,6 +4,7 @@ import asyncio
 import re
 
 import pytest
+
 from explorer import desk
 
 pytest.importorskip("fastapi")
@@ -113,7 +114,11 @@ def test_the_first_visit_trades_the_token_for_a_cookie(client):
 
 def test_every_answer_says_what_browsers_may_do_with_it(client):
     answers = [send(client, *route) for route in ROUTES]
-    answers += [send(client, "GET", "", cookie=""), client.get(f"/?token={desk.TOKEN}"), send(client, "GET", "", host="x")]
+    answers += [
+        send(client, "GET", "", cookie=""),
+        client.get(f"/?token={desk.TOKEN}"),
+        send(client, "GET", "", host="x"),
+    ]
     answers.append(client.get(f"{PLACE}nothing", headers={"cookie": f"gradsketch={desk.TOKEN}"}))
     for answer in answers:
         assert answer.headers["content-security-policy"] == POLICY

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from explorer import desk
 
+from explorer import desk
 from gradsketch.as_found import evaluating
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.filters import row_filter
@@ -77,7 +77,8 @@ def test_a_whole_text_needs_no_answer(session, index):
     assert listed(found) == listed(index.query(desk.talker(), ["the number 7 squared is 49"], k=3))
 
 
-def test_one_checkpoint_counts_alone(session, folder, tmp_path, checkpoint=1):
+def test_one_checkpoint_counts_alone(session, folder, tmp_path):
+    checkpoint = 1
     found = session.ask(Ask((PROMPT,), score="cosine", checkpoint=checkpoint, k=40, opponents=0)).hits
     file = folder.with_name(f"index-{('early', 'late')[checkpoint]}.pt")
     one = build_index(tmp_path / "one", desk.talker(), desk.task(), desk.rows(), d=desk.D, dtype="float32",
@@ -85,7 +86,10 @@ def test_one_checkpoint_counts_alone(session, folder, tmp_path, checkpoint=1):
     alone = one.query(desk.talker(), EXAMPLES[:1], score="cosine", k=40)
     assert [hit.row for hit in found[0]] == [hit.row for hit in alone[0]]
     torch.testing.assert_close(
-        torch.tensor([hit.score for hit in found[0]]), torch.tensor([hit.score for hit in alone[0]]), rtol=1e-5, atol=1e-6
+        torch.tensor([hit.score for hit in found[0]]),
+        torch.tensor([hit.score for hit in alone[0]]),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -124,7 +128,9 @@ def test_neighbours_of_a_row_are_the_hits_of_its_own_gradient(session, index, sc
     direct = index.query(None, index.stored([5]), score=score, k=40)[0]
     others = [(hit.row, hit.score) for hit in direct if hit.row != 5]
     assert [hit.rank for hit in found] == [1, 2, 3, 4]
-    assert [(hit.row, hit.score) for hit in found] == [(row, pytest.approx(value, rel=1e-4)) for row, value in others[:4]]
+    assert [(hit.row, hit.score) for hit in found] == [
+        (row, pytest.approx(value, rel=1e-4)) for row, value in others[:4]
+    ]
     assert [hit.row for hit in found.opponents] == [row for row, _ in others[:-4:-1]]
 
 
@@ -165,7 +171,9 @@ def test_sources_are_sums_over_all_rows(session, index, sketched):
         own = scores[int(source.value[1]) :: 3]
         assert source.rows == len(own)
         assert source.total == pytest.approx(float(own.sum()))
-        assert (source.positive, source.negative) == pytest.approx((float(own.clamp_min(0).sum()), float(own.clamp_max(0).sum())))
+        assert (source.positive, source.negative) == pytest.approx(
+            (float(own.clamp_min(0).sum()), float(own.clamp_max(0).sum()))
+        )
     assert [abs(s.total) for s in found.sources] == sorted((abs(s.total) for s in found.sources), reverse=True)
     assert (len(found.sources), found.distinct) == (3, 3)
 
@@ -175,7 +183,7 @@ def test_sources_keep_to_the_conditions_and_leave_the_row_itself_out(session):
     assert sum(source.rows for source in session.sources(some.id, "source").sources) == 8
     near = session.neighbours(Neighbours(5))
     assert sum(source.rows for source in session.sources(near.id, "source").sources) == desk.N - 1
-    with pytest.raises(InputError, match="a column of the index: source, text, year|a column of the index"):
+    with pytest.raises(InputError, match="a column of the index"):
         session.sources(near.id, "nothing")
 
 
@@ -212,7 +220,12 @@ def test_rows_by_page_words_and_conditions(session):
 
 def test_what_is_open_is_told(session, folder):
     about = session.about()
-    assert (about.rows, about.there, about.d, about.checkpoints) == (40, 40, desk.D, ("index-early.pt", "index-late.pt"))
+    assert (about.rows, about.there, about.d, about.checkpoints) == (
+        40,
+        40,
+        desk.D,
+        ("index-early.pt", "index-late.pt"),
+    )
     assert {facet.column: facet.distinct for facet in about.facets} == {"source": 3, "year": 5}
     assert [(v.value, v.rows) for v in about.facets[0].values] == [("s0", 14), ("s1", 13), ("s2", 13)]
     assert (about.prompt, about.answer, about.takes_whole) == ("Prompt", "Answer", True)
@@ -229,7 +242,9 @@ def test_without_a_model_everything_but_questions_goes_on(folder, session):
     assert alone.outliers() == session.outliers()
     nearest = Neighbours(3)
     assert listed(alone.neighbours(nearest).hits) == listed(session.neighbours(nearest).hits)
-    assert alone.sources(alone.neighbours(nearest).id, "year") == session.sources(session.neighbours(nearest).id, "year")
+    assert alone.sources(alone.neighbours(nearest).id, "year") == session.sources(
+        session.neighbours(nearest).id, "year"
+    )
 
 
 def test_rows_are_read_while_the_model_is_busy(session, monkeypatch):
@@ -261,8 +276,8 @@ def test_few_answers_are_kept(own):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"questions": ()}, {"score": "best"}, {"damping": -1.0}, {"k": 0}, {"k": 10**6}, {"opponents": -1}, {"checkpoint": 2},
-     {"where": {"nothing": [1]}}, {"questions": (Question(""),)}, {"questions": (Question("a"),), "tokens": 0}],
+    [{"questions": ()}, {"score": "best"}, {"damping": -1.0}, {"k": 0}, {"k": 10**6}, {"opponents": -1},
+     {"checkpoint": 2}, {"where": {"nothing": [1]}}, {"questions": (Question(""),)}, {"questions": (Question("a"),), "tokens": 0}],
     ids=lambda wrong: "-".join(wrong),
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(session, wrong):

@@ -353,7 +353,9 @@ class Index:
         self, model: nn.Module | None, examples: list[Any], groups: Sequence[Sequence[int]], batch_tokens: int
     ) -> Queries:
         if model is None:
-            raise InputError("questions without a model", "the model of the index", "Pass the model, or index.stored(rows)")
+            raise InputError(
+                "questions without a model", "the model of the index", "Pass the model, or index.stored(rows)"
+            )
         return sketch_queries(
             model,
             self._known_task(),

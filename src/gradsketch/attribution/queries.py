@@ -151,7 +151,9 @@ def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
     records = stores[0].records(rows)
     without = [row for row, record in zip(rows, records, strict=True) if record["loss"] != record["loss"]]
     if without:
-        raise InputError(f"row {without[0]}, which was left out of the index", "a row with a sketch", "Ask about another")
+        raise InputError(
+            f"row {without[0]}, which was left out of the index", "a row with a sketch", "Ask about another"
+        )
     sketched = [_stored(store, rows) for store in stores]
     return Queries(records, [[i] for i in range(len(rows))], sketched, time.perf_counter() - began)
 

@@ -128,7 +128,7 @@ def _cookie(headers: dict[str, str]) -> str:
         found = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
     except CookieError:
         return ""
-    return "" if found is None else found.value
+    return "" if found is None else str(found.value)
 
 
 def _with_headers(send: Send) -> Send:

@@ -119,7 +119,9 @@ class RowTable:
         negative = np.bincount(codes, weights=np.minimum(used_scores, 0), minlength=size)
         order = [int(at) for at in np.argsort(-np.abs(positive + negative), kind="stable")[:_VALUES] if rows[at]]
         names = [None if at == 0 else coded.value(at - 1) for at in order]
-        return [(n, int(rows[at]), float(positive[at]), float(negative[at])) for n, at in zip(names, order, strict=True)]
+        return [
+            (n, int(rows[at]), float(positive[at]), float(negative[at])) for n, at in zip(names, order, strict=True)
+        ]
 
     def _matching(self, where: str, words: str, order: str) -> Rows:
         kept = self.keep(json.loads(where))

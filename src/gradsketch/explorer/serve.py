@@ -23,7 +23,9 @@ def require_web() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"no module named {error.name}", "FastAPI and uvicorn, which serve the page", "Run pip install 'gradsketch[web]'"
+            f"no module named {error.name}",
+            "FastAPI and uvicorn, which serve the page",
+            "Run pip install 'gradsketch[web]'",
         ) from error
 
 

@@ -266,7 +266,9 @@ class Session:
             InputError: an answer is forgotten, or has no such question.
         """
         a, b = (self._scores_of(*one) for one in (first, second))
-        rows = [{hit.row: None for hit in self._known(name)[0].hits[number].proponents} for name, number in (first, second)]
+        rows = [
+            {hit.row: None for hit in self._known(name)[0].hits[number].proponents} for name, number in (first, second)
+        ]
         usable = torch.isfinite(a) & torch.isfinite(b)
         shared = tuple(row for row in rows[0] if row in rows[1])
         return Comparison(shared, (len(rows[0]), len(rows[1])), _correlation(a[usable], b[usable]), int(usable.sum()))
@@ -315,7 +317,9 @@ class Session:
         records = self.table.store.records(rows)
         told = [{"left out": self.left_out[row]} if row in self.left_out else {} for row in rows]
         parts = zip(rows, values, records, told, strict=True)
-        return tuple(hit_of(offset + i, row, value, record | more) for i, (row, value, record, more) in enumerate(parts, 1))
+        return tuple(
+            hit_of(offset + i, row, value, record | more) for i, (row, value, record, more) in enumerate(parts, 1)
+        )
 
     def _completed(self, question: Question, tokens: int) -> Question:
         """Return the question with an answer: as it was typed, or as the model gives it."""

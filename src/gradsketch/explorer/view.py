@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradsketch.attribution.answers import hit_of
-from gradsketch.attribution.results import Hit, Hits
+from gradsketch.attribution.results import Hit
 from gradsketch.explorer.session import Answer, Neighbours, Outliers, RowPage
 from gradsketch.plain import to_plain
 from gradsketch.report.hits import shown_hit, shown_queries
@@ -48,7 +48,7 @@ def shown_texts(value: Any) -> Any:
     return [shown_texts(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _number(shown: list[dict[str, Any]], hits: Hits | tuple[Hit, ...]) -> None:
+def _number(shown: list[dict[str, Any]], hits: Sequence[Hit]) -> None:
     """Say of each hit which row it is."""
     for one, hit in zip(shown, hits, strict=True):
         one["row"] = hit.row
