@@ -277,7 +277,8 @@ def test_few_answers_are_kept(own):
 @pytest.mark.parametrize(
     "wrong",
     [{"questions": ()}, {"score": "best"}, {"damping": -1.0}, {"k": 0}, {"k": 10**6}, {"opponents": -1},
-     {"checkpoint": 2}, {"where": {"nothing": [1]}}, {"questions": (Question(""),)}, {"questions": (Question("a"),), "tokens": 0}],
+     {"checkpoint": 2}, {"where": {"nothing": [1]}}, {"questions": (Question(""),)},
+     {"questions": (Question("a"),), "tokens": 0}],
     ids=lambda wrong: "-".join(wrong),
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(session, wrong):

@@ -1,4 +1,4 @@
-"""An answer as a file: the page of a query, strict JSON that ``Hits.from_json`` reads, or a table that no spreadsheet takes for formulas."""
+"""An answer as a file: the page of a query, JSON that ``Hits.from_json`` reads, or a table without formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page asks of an index: questions, rows, outliers, neighbours, sources, comparisons. Knows nothing of the web.
+"""What the page asks of an index: questions, rows, outliers, neighbours, sources, comparisons; no web.
 
 Work with the model is serialised by one lock, and the fitting of preconditioners by another. Paging takes neither, so
 that a long question holds up no one who reads.
@@ -134,7 +134,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How alike two answers are: hits they share, and the correlation of their scores over all rows (None: constant)."""
+    """How alike two answers are: hits they share, and the correlation of their scores over all rows (None: flat)."""
 
     shared: tuple[int, ...]
     hits: tuple[int, int]
