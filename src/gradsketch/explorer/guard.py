@@ -120,7 +120,8 @@ def _length(headers: dict[str, str]) -> int:
 
 
 def _parameter(scope: Scope, name: str) -> str:
-    return parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0]
+    query: str = scope["query_string"].decode("latin-1")
+    return parse_qs(query).get(name, [""])[0]
 
 
 def _cookie(headers: dict[str, str]) -> str:
