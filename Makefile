@@ -13,11 +13,11 @@ install: .venv/installed
 test: install
 	$(BIN)/python -m pytest -n auto
 
-# The page in a browser: attacked, searched, printed, and looked over by axe. Needs Chromium (apt-get install chromium);
+# The pages in a browser: attacked, searched, asked, printed, and looked over by axe. Needs Chromium (apt-get install chromium);
 # without it the tests say so and are skipped.
 test-page: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps axe-playwright-python==0.1.8
-	$(BIN)/python -m pytest -rs tests/report
+	$(BIN)/python -m pytest -rs -m 'not gpu' tests/report tests/explorer
 
 # The demonstration with its real weights, 6 of 6 asserted. Where those cannot be had it says "skipped", and why.
 test-demo: install weights

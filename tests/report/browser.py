@@ -1,6 +1,7 @@
 """A headless Chromium, spoken to over a pipe in its own protocol, so that no package is needed."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import shlex
@@ -12,6 +13,14 @@ from pathlib import Path
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage")
 _SECONDS = 120
+_CODES = {"Tab": 9, "Enter": 13}  # without them a key event moves no focus and sends no form
+
+
+def axe() -> str | None:
+    """Return axe-core's script, where a package that brings it is installed."""
+    found = importlib.util.find_spec("axe_playwright_python")
+    folder = found and found.submodule_search_locations and Path(found.submodule_search_locations[0])
+    return (folder / "axe.min.js").read_text(encoding="utf-8") if folder else None
 
 
 class Tab:
@@ -62,11 +71,12 @@ class Tab:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self("Emulation.setEmulatedMedia", media=kind, features=features)
 
-    def open(self, page: Path) -> None:
+    def open(self, page: Path | str, sign: str = "measured") -> None:
+        """Go to a file or an address, and wait until the page's root has the class that says it is drawn."""
         self.events.clear()
-        self("Page.navigate", url=page.as_uri())
+        self("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self.wait("document.readyState === 'complete'")
-        self.wait("document.documentElement.classList.contains('measured')")
+        self.wait(f"document.documentElement.classList.contains('{sign}')")
 
     def run(self, script: str) -> object:
         """Return the value of a script, as typed into the console."""
@@ -85,8 +95,16 @@ class Tab:
             self("Input.dispatchKeyEvent", type="char", text=letter)
 
     def press(self, key: str) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+        code = {"windowsVirtualKeyCode": _CODES[key]} if key in _CODES else {}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", key=key, code=key, **code, **text)
+        self("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, **code)
+
+    def violations(self) -> list[list[str]]:
+        """Return what axe finds wrong with the page."""
+        self.run(f"{axe()}; 0")
+        told = "(v) => [v.id, v.nodes[0].html, v.nodes[0].failureSummary]"
+        return self.run(f"axe.run().then((r) => r.violations.map({told}))")
 
     def told(self, method: str) -> list[dict]:
         """Return the parameters of the events of one kind."""

@@ -15,7 +15,7 @@ from gradsketch.attribution.results import Hit, QueryHits
 from gradsketch.attribution.scan import Top
 from gradsketch.store import Store
 
-__all__ = ["answers"]
+__all__ = ["answers", "hit_of"]
 
 
 def answers(store: Store, queries: Queries, best: Top, worst: Top | None) -> tuple[QueryHits, ...]:
@@ -57,10 +57,11 @@ def _answer(
 def _hits(found: Top, number: int, records: Mapping[int, dict[str, Any]]) -> tuple[Hit, ...]:
     pairs = zip(found.rows[number].tolist(), found.scores[number].tolist(), strict=True)
     kept = [(row, score) for row, score in pairs if row >= 0]
-    return tuple(_hit(rank, row, score, records[row]) for rank, (row, score) in enumerate(kept, start=1))
+    return tuple(hit_of(rank, row, score, records[row]) for rank, (row, score) in enumerate(kept, start=1))
 
 
-def _hit(rank: int, row: int, score: float, record: dict[str, Any]) -> Hit:
+def hit_of(rank: int, row: int, score: float, record: dict[str, Any]) -> Hit:
+    """Return a row with its score, from what the store says of it."""
     record = dict(record)
     id_, loss, norm = record.pop("id"), record.pop("loss"), record.pop("gradient_norm")
     text, answer = display(record)

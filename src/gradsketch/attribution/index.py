@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from gradsketch.attribution.answers import answers
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints
@@ -25,11 +27,12 @@ from gradsketch.attribution.explain import (
 )
 from gradsketch.attribution.filters import Where, row_filter
 from gradsketch.attribution.metric import read_factors
-from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries
+from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries, stored_queries
 from gradsketch.attribution.rerank import Reranker, candidates_of, exact_named, is_exact, reordered
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
+from gradsketch.attribution.scan import every_score
 from gradsketch.attribution.scores import kind_of
-from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
+from gradsketch.attribution.scoring import DAMPING, Scorer, both_ends, bytes_read
 from gradsketch.attribution.select import Budget, Selection, chosen_rows, described_rows, target_scores
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
@@ -124,9 +127,36 @@ class Index:
         checkpoints = f", {len(self.stores)} checkpoints" * (len(self.stores) > 1)
         return f"Index({self.folder.uri!r}, rows={self.rows}, d={self.d}{checkpoints})"
 
+    def sketch(
+        self,
+        model: nn.Module | None,
+        examples: Any,
+        *,
+        groups: Sequence[Sequence[int]] | None = None,
+        batch_tokens: int = 4096,
+    ) -> Queries:
+        """Return questions with their gradients, which ``query``, ``scores`` and ``explain`` take instead of examples.
+
+        So one question is asked in several ways, and its gradient is formed once. The arguments are those of ``query``.
+
+        Raises:
+            FingerprintError: the model, the task or the parameters are not those of the index.
+            InputError: no task, no model, an example the task cannot read.
+        """
+        examples = as_queries(examples)
+        return self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
+
+    def stored(self, rows: Sequence[int]) -> Queries:
+        """Return training rows as questions, with the gradients that the index holds; needs no model.
+
+        Raises:
+            InputError: a row that the index does not have, or that has no sketch.
+        """
+        return stored_queries(self.stores, rows)
+
     def query(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         examples: Any,
         *,
         k: int = 10,
@@ -136,6 +166,7 @@ class Index:
         where: Where | None = None,
         groups: Sequence[Sequence[int]] | None = None,
         coarse: int | None = None,
+        weights: Sequence[float] | None = None,
         rerank: int | None = None,
         exact: str = "ekfac",
         data: Any = None,
@@ -145,9 +176,9 @@ class Index:
         """Find the training examples that explain why the model says this.
 
         Args:
-            model: the model the index was made with; left as it was.
+            model: the model the index was made with; left as it was. None where ``examples`` are sketched.
             examples: what the task takes: texts, (prompt, answer) pairs, dicts; one text or dict counts as a list of
-                one.
+                one. Or what ``sketch`` or ``stored`` returned.
             k: proponents a query: training on them lowers its loss.
             score: "ridge" (default), "influence", "cosine" or "dot"; it finds the candidates where rows are re-ranked.
             opponents: how many of the other end of the list to return as well.
@@ -161,28 +192,31 @@ class Index:
             exact: in which metric: "ekfac", estimated from up to 1,024 training rows with labels drawn from the model;
                 "empirical-ekfac" with those of the data; or "gauss-newton", by conjugate gradients over 256 rows.
             data: the training data, where a re-ranked index holds no texts.
+            weights: one a checkpoint, in place of those the index was built with; [0, 1] asks the second one alone.
             batch_tokens: tokens a batch of queries, or of candidates.
             progress: whether to say what re-ranking costs and show a bar; None: in a terminal.
 
         Raises:
             FingerprintError: the model, the task or the parameters are not those of the index.
-            InputError: an unknown score or column, k below 1, no task, an example the task cannot read.
+            InputError: an unknown score or column, k below 1, no task, an example the task cannot read, weights that
+                are not one finite number a checkpoint.
         """
         kind = kind_of(score)
         self._check(k, opponents, coarse, rerank)
         scorer = self._scorer_of_now()
         keep = row_filter(where, scorer.stores[0])
-        examples = as_queries(examples)
-        queries = self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
+        queries = self._asked(model, examples, groups, batch_tokens)
         began = time.perf_counter()
-        probes = scorer.probes(queries, kind, damping)
+        probes = scorer.probes(queries, kind, damping, weights)
         prepared = time.perf_counter()
-        proponents = best(probes, max(k, rerank or 0), sign=1, keep=keep, coarse=coarse)
-        others = best(probes, max(opponents, rerank or 0), sign=-1, keep=keep, coarse=coarse) if opponents else None
+        counts = (k, opponents) if rerank is None else (max(k, rerank), max(opponents, rerank) if opponents else 0)
+        proponents, others = both_ends(probes, *counts, keep=keep, coarse=coarse)
         scanned = time.perf_counter()
         described = kind.described(scorer.damping(kind, damping))
         if rerank is not None:
-            reranker = self._reranker(model, exact, damping, data, batch_tokens=batch_tokens, progress=progress)
+            reranker = self._reranker(
+                model, exact, damping, data, weights, batch_tokens=batch_tokens, progress=progress
+            )
             candidates = candidates_of([proponents, *([others] if others else [])])
             scores, described = reranker(queries.asked(), candidates), reranker.score
             proponents = reordered(candidates, scores, k, sign=1)
@@ -193,6 +227,29 @@ class Index:
         )
         found = answers(self.stores[0], queries, proponents, others)
         return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
+
+    def scores(
+        self,
+        model: nn.Module | None,
+        examples: Any,
+        *,
+        score: str = "ridge",
+        damping: float | str = DAMPING,
+        groups: Sequence[Sequence[int]] | None = None,
+        weights: Sequence[float] | None = None,
+        batch_tokens: int = 4096,
+    ) -> Float[Tensor, "groups rows"]:
+        """Return the score of every row for every question; NaN for rows that have no sketch.
+
+        The arguments are those of ``query``.
+
+        Raises:
+            FingerprintError: the model, the task or the parameters are not those of the index.
+            InputError: see ``query``.
+        """
+        kind, scorer = kind_of(score), self._scorer_of_now()
+        queries = self._asked(model, examples, groups, batch_tokens)
+        return every_score(scorer.probes(queries, kind, damping, weights))
 
     def self_influence(self, score: str = "ridge", *, damping: float | str = DAMPING) -> SelfInfluence:
         """Return every training example's score for itself: large for outliers, mislabelled and unique examples.
@@ -268,7 +325,16 @@ class Index:
             harmful=harmful,
         )
 
-    def explain(self, model: nn.Module, hits: Hits, *, top: int = 3, data: Any = None) -> Hits:
+    def explain(
+        self,
+        model: nn.Module,
+        hits: Hits,
+        *,
+        top: int = 3,
+        data: Any = None,
+        sketched: Queries | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Hits:
         """Return the hits with token contributions for the first ``top`` of each query's lists.
 
         The contributions of a hit's tokens and its ``beyond_tokens`` add up to its score. They are exact for every
@@ -279,6 +345,8 @@ class Index:
             hits: what ``query`` returned.
             top: proponents and opponents to explain, for each query.
             data: the training data, where its examples are not texts that the index holds.
+            sketched: the questions of the hits, where ``sketch`` returned them.
+            weights: those that ``query`` was given.
 
         Raises:
             FingerprintError: the model is not the index's.
@@ -286,16 +354,26 @@ class Index:
         """
         damping = DAMPING if hits.score.damping is None else hits.score.damping
         examples = training_examples(self.stores[0], first_rows(hits, top), data)
-        queries = self._sketched(model, *asked_again(hits), 4096)
+        queries = self._sketched(model, *asked_again(hits), 4096) if sketched is None else sketched
         if is_exact(hits.score.name):
-            reranker = self._reranker(model, hits.score.name, damping, data)
+            reranker = self._reranker(model, hits.score.name, damping, data, weights)
             aims = partial(exact_aims, reranker, queries.asked())
         else:
-            probes = self._scorer_of_now().probes(queries, kind_of(hits.score.name), damping)
+            probes = self._scorer_of_now().probes(queries, kind_of(hits.score.name), damping, weights)
             aims = partial(sketched_aims, model, self.description, self._factors_of, probes)
         return explain_hits(model, self._known_task(), hits, aims, examples, checkpoints=self._checkpoints, top=top)
 
-    def _reranker(self, model: nn.Module, exact: str, damping: float | str, data: Any, **options: Any) -> Reranker:
+    def _reranker(
+        self,
+        model: nn.Module | None,
+        exact: str,
+        damping: float | str,
+        data: Any,
+        weights: Sequence[float] | None,
+        **options: Any,
+    ) -> Reranker:
+        if model is None:
+            raise InputError("exact scores without a model", "the model of the index", "Pass the model")
         data = None if data is None else as_examples(data)
         return Reranker(
             model,
@@ -303,7 +381,7 @@ class Index:
             exact_named(exact),
             damping,
             names=self.description.parameters,
-            checkpoints=self._checkpoints,
+            checkpoints=self._checkpoints if weights is None else _weighed(self._checkpoints, weights),
             store=self.stores[0],
             examples=lambda rows: training_examples(self.stores[0], rows, data),
             kept=self._inverses,
@@ -323,9 +401,21 @@ class Index:
         if coarse is not None and coarse > self.d:
             raise InputError(f"coarse={coarse}", f"at most d={self.d}", "Pass a smaller number")
 
-    def _sketched(
-        self, model: nn.Module, examples: list[Any], groups: Sequence[Sequence[int]], batch_tokens: int
+    def _asked(
+        self, model: nn.Module | None, examples: Any, groups: Sequence[Sequence[int]] | None, batch_tokens: int
     ) -> Queries:
+        """Return the questions with their gradients, which are formed where they are not there yet."""
+        if not isinstance(examples, Queries):
+            return self.sketch(model, examples, groups=groups, batch_tokens=batch_tokens)
+        return examples if groups is None else examples.grouped(groups)
+
+    def _sketched(
+        self, model: nn.Module | None, examples: list[Any], groups: Sequence[Sequence[int]], batch_tokens: int
+    ) -> Queries:
+        if model is None:
+            raise InputError(
+                "questions without a model", "the model of the index", "Pass the model, or index.stored(rows)"
+            )
         return sketch_queries(
             model,
             self._known_task(),
@@ -374,6 +464,11 @@ class Index:
                 "an index opened without a task", f"the {name} it was made with", f"Index.open(path, task={name}(...))"
             )
         return self.task
+
+
+def _weighed(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> tuple[Checkpoint, ...]:
+    """Return the checkpoints with other weights."""
+    return tuple(replace(c, weight=weight) for c, weight in zip(checkpoints, weights, strict=True))
 
 
 def _audits_in(folder: Folder, name: str) -> Audits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from gradsketch.store import Store
 # Entries a millionth of the largest are then still normal numbers of float32.
 _SMALLEST = 1e-30
 
-__all__ = ["Queries", "as_queries", "checked_groups", "sketch_queries"]
+__all__ = ["Queries", "as_queries", "checked_groups", "sketch_queries", "stored_queries"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class Queries:
     def asked(self) -> list[list[Any]]:
         """Return the examples of each group."""
         return [[self.examples[i] for i in group] for group in self.groups]
+
+    def grouped(self, groups: Sequence[Sequence[int]]) -> Queries:
+        """Return the same questions in other groups.
+
+        Raises:
+            InputError: no group, an empty one, or a position out of range.
+        """
+        return replace(self, groups=checked_groups(groups, len(self.examples)))
 
     def means(self, values: Float[Tensor, "m ..."]) -> Float[Tensor, "groups ..."]:
         """Return the mean over each group's members."""
@@ -132,3 +140,30 @@ def sketch_queries(
             source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
             sketched.append(source(rows, lengths, name=_name))
     return Queries(examples, groups, sketched, time.perf_counter() - began)
+
+
+def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
+    """Return training rows as questions, with the sketches that the stores of all checkpoints hold.
+
+    Raises:
+        InputError: a row that is not there, or that has no sketch.
+    """
+    began = time.perf_counter()
+    for row in rows:
+        if not 0 <= row < stores[0].rows:
+            raise InputError(f"row {row}", f"a row from 0 to {stores[0].rows - 1}", "Check its number")
+    records = stores[0].records(rows)
+    without = [row for row, record in zip(rows, records, strict=True) if record["loss"] != record["loss"]]
+    if without:
+        raise InputError(
+            f"row {without[0]}, which was left out of the index", "a row with a sketch", "Ask about another"
+        )
+    sketched = [_stored(store, rows) for store in stores]
+    return Queries(records, [[i] for i in range(len(rows))], sketched, time.perf_counter() - began)
+
+
+def _stored(store: Store, rows: Sequence[int]) -> Sketched:
+    sketches, losses = torch.empty(len(rows), store.d), torch.empty(len(rows))
+    for shard, positions, places in store.by_shard(rows):
+        sketches[positions], losses[positions] = shard.decoded(places), shard.numbers("loss")[places]
+    return Sketched(sketches, losses, {})

@@ -148,9 +148,11 @@ class Reranker:
         """
         examples = self.examples(candidates[candidates >= 0].unique().tolist())
         scores, sample = torch.zeros(candidates.shape), self._sample()
-        total = len(self.checkpoints) * (self.kind.passes * len(sample) + len(examples))
+        total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * len(sample) + len(examples))
         with tqdm(total=total, unit="ex", desc=self._said(len(sample), len(examples)), disable=self._silent) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
+                if not checkpoint.weight:
+                    continue
                 with weights_of(self.model, checkpoint):
                     parameters, inverse = self._parameters(), self._inverse(number, sample, bar.update)
                     step = max(1, _HELD // parameters.n)

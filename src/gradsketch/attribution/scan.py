@@ -21,7 +21,7 @@ from gradsketch.store import Shard, Store
 from gradsketch.store.encoding import stored_count, turned, unpacked
 from gradsketch.transforms.precision import full_precision
 
-__all__ = ["Probe", "RowFilter", "Top", "rescore", "scan", "top"]
+__all__ = ["Probe", "RowFilter", "Top", "every_score", "rescore", "scan", "top", "tops"]
 
 # Entries converted to float32 at a time: four megabytes stay in the cache between conversion and product.
 _BLOCK_ENTRIES = 1 << 20
@@ -63,6 +63,14 @@ def scan(probes: Sequence[Probe], width: int | None = None) -> Iterator[tuple[li
         yield shards, _combined(probes, shards, width)
 
 
+def every_score(probes: Sequence[Probe]) -> Float[Tensor, "m rows"]:
+    """Return all scores of all rows; NaN for rows that were left out, or are not there yet."""
+    every = torch.full((len(probes[0].directions), probes[0].store.rows), torch.nan)
+    for shards, scores in scan(probes):
+        every[:, shards[0].start : shards[0].start + scores.shape[1]] = scores
+    return every.where(torch.isfinite(every), torch.nan)
+
+
 def top(
     probes: Sequence[Probe], k: int, *, sign: int = 1, keep: RowFilter | None = None, width: int | None = None
 ) -> Top:
@@ -70,17 +78,31 @@ def top(
 
     Scores come back with their own sign; fewer than k rows are padded with −inf and row −1.
     """
+    return tops(probes, [(k, sign)], keep=keep, width=width)[0]
+
+
+def tops(
+    probes: Sequence[Probe],
+    wanted: Sequence[tuple[int, int]],
+    *,
+    keep: RowFilter | None = None,
+    width: int | None = None,
+) -> list[Top]:
+    """Return what ``top`` does for each (k, sign), in one pass over the stores."""
     m = len(probes[0].directions)
-    best = torch.full((m, k), -torch.inf)
-    rows = torch.full((m, k), -1, dtype=torch.int64)
+    found = [(torch.full((m, k), -torch.inf), torch.full((m, k), -1, dtype=torch.int64)) for k, _ in wanted]
     for shards, scores in scan(probes, width):
         shard = shards[0]
-        signed = torch.where(torch.isfinite(scores), sign * scores, -torch.inf)
-        if keep is not None:
-            signed = signed.masked_fill(~keep(shard), -torch.inf)
-        best, rows = _merge(best, rows, signed, shard.start)
-    rows = torch.where(torch.isfinite(best), rows, -1)
-    return Top(torch.where(torch.isfinite(best), sign * best, -torch.inf), rows)
+        usable = torch.isfinite(scores) if keep is None else torch.isfinite(scores) & keep(shard)
+        for place, (_, sign) in enumerate(wanted):
+            signed = torch.where(usable, sign * scores, -torch.inf)
+            found[place] = _merge(*found[place], signed, shard.start)
+    return [_top(best, rows, sign) for (best, rows), (_, sign) in zip(found, wanted, strict=True)]
+
+
+def _top(best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], sign: int) -> Top:
+    there = torch.isfinite(best)
+    return Top(torch.where(there, sign * best, -torch.inf), torch.where(there, rows, -1))
 
 
 def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"]) -> Float[Tensor, "m c"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -12,13 +13,13 @@ from torch import Tensor
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
-from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top
+from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top, tops
 from gradsketch.attribution.scores import Kind
 from gradsketch.errors import InputError
 from gradsketch.store import Store
 from gradsketch.store.encoding import row_bytes
 
-__all__ = ["DAMPING", "Scorer", "best", "bytes_read"]
+__all__ = ["DAMPING", "Scorer", "best", "both_ends", "bytes_read"]
 
 DAMPING = 0.1
 # Rows scored exactly for every hit wanted, where a coarse scan goes first.
@@ -35,10 +36,19 @@ class Scorer:
         self.stores, self.weights, self.rows = stores, weights, stores[0].rows
         self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
 
-    def probes(self, queries: Queries, kind: Kind, damping: float | str) -> list[Probe]:
-        """Return what each checkpoint's store is multiplied with, one direction per group of questions."""
+    def probes(
+        self, queries: Queries, kind: Kind, damping: float | str, weights: Sequence[float] | None = None
+    ) -> list[Probe]:
+        """Return what each checkpoint's store is multiplied with, one direction per group of questions.
+
+        ``weights`` stand in place of the scorer's own, where they are given.
+
+        Raises:
+            InputError: they are not one finite number a checkpoint.
+        """
         probes = []
-        for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
+        weights = self.weights if weights is None else self._checked(weights)
+        for number, (store, weight) in enumerate(zip(self.stores, weights, strict=True)):
             q = queries.sketched[number].sketches
             q = queries.means(queries.unit_length(number) if kind.unit_length else q)
             probes.append(Probe(store, self._solved(number, q, kind, damping), weight, kind.unit_length))
@@ -76,6 +86,12 @@ class Scorer:
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
 
+    def _checked(self, weights: Sequence[float]) -> Sequence[float]:
+        if len(weights) != len(self.stores) or not all(map(math.isfinite, weights)):
+            wanted = f"one finite number a checkpoint, of which the index has {len(self.stores)}"
+            raise InputError(f"weights={list(weights)}", wanted, "Leave weights out, or pass as many")
+        return weights
+
     def _solved(self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str) -> Float[Tensor, "m d"]:
         """Return (F + λI)⁻¹ q / N, or q itself for kinds without it."""
         if not (kind.preconditioned and self.rows):
@@ -92,6 +108,18 @@ class Scorer:
             value = held_out_damping(store, unit_length=kind.unit_length) if isinstance(damping, str) else damping
             self._fitted[key] = fit_preconditioner(store, unit_length=kind.unit_length, damping=value)
         return self._fitted[key]
+
+
+def both_ends(
+    probes: Sequence[Probe], k: int, opponents: int, *, keep: RowFilter | None, coarse: int | None
+) -> tuple[Top, Top | None]:
+    """Return the k best rows, and so many of the worst (None for 0), in one pass unless candidates are found first."""
+    if coarse is None and opponents:
+        rows = max(1, probes[0].store.rows)
+        first, last = tops(probes, [(min(k, rows), 1), (min(opponents, rows), -1)], keep=keep)
+        return first, last
+    last_ones = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
+    return best(probes, k, sign=1, keep=keep, coarse=coarse), last_ones
 
 
 def best(probes: Sequence[Probe], k: int, *, sign: int, keep: RowFilter | None, coarse: int | None) -> Top:

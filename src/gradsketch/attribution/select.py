@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.attribution.results import Score
-from gradsketch.attribution.scan import Probe, scan
+from gradsketch.attribution.scan import Probe, every_score, scan
 from gradsketch.durable import written_whole
 from gradsketch.errors import InputError
 from gradsketch.report.numbers import ranked_figure
@@ -134,10 +134,7 @@ def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Flo
                 scores.mean(0) if aggregate == "mean" else sign * (sign * scores).amax(0)
             )
         return out.where(torch.isfinite(out), torch.nan)
-    ranks = torch.zeros(total)
-    every = torch.full((len(probes[0].directions), total), torch.nan)
-    for shards, scores in scan(probes):
-        every[:, shards[0].start : shards[0].start + scores.shape[1]] = scores
+    ranks, every = torch.zeros(total), every_score(probes)
     usable = torch.isfinite(every).all(0)
     for scores in every:
         places = scores[usable].argsort(stable=True).argsort()

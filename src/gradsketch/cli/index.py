@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import GradsketchError, InputError, NonFiniteError, StoreError
 from gradsketch.table import printable
 
-__all__ = ["COMMAND", "RUN_FILE", "IndexOptions", "built_with"]
+__all__ = ["COMMAND", "RUN_FILE", "IndexOptions", "built_with", "model_of"]
 
 RUN_FILE = "run.json"
 _LEFT_OUT_SHOWN = 5
@@ -85,6 +85,20 @@ def built_with(index: str) -> IndexOptions | None:
     if "://" in index or not file.is_file():
         return None
     return run_file.read(IndexOptions, "index", file, untouched=True)
+
+
+def model_of(index: str, model: str | None, device: str) -> ModelOptions:
+    """Return the options of an index's model as its run file has them, or of another model, on a device.
+
+    Raises:
+        InputError: there is no run file, and no model was named.
+    """
+    stored = built_with(index)
+    if stored is not None:
+        return replace(stored.model, model=model or stored.model.model, device=device)
+    if model is None:
+        raise InputError(f"{index} without a {RUN_FILE}", "the name of its model", "Type --model NAME_OR_FOLDER")
+    return ModelOptions(model, device=device)
 
 
 def run(options: IndexOptions) -> int:

@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 from gradsketch import __version__
-from gradsketch.cli import check, demo, dimension, export, index, query, run_file, select, spectrum, verify
+from gradsketch.cli import check, demo, dimension, explore, export, index, query, run_file, select, spectrum, verify
 from gradsketch.cli.command import Command
 from gradsketch.cli.signals import TERMINATED, Terminated, received, terminable
 from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
         demo.COMMAND,
         index.COMMAND,
         query.COMMAND,
+        explore.COMMAND,
         select.COMMAND,
         verify.COMMAND,
         export.COMMAND,

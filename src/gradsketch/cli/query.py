@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +12,8 @@ import tyro
 
 from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions, DataPlace
-from gradsketch.cli.index import RUN_FILE, built_with
+from gradsketch.cli.index import built_with, model_of
 from gradsketch.cli.loading import load
-from gradsketch.cli.model import ModelOptions
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions", "damping_of"]
@@ -84,7 +83,7 @@ def run(options: QueryOptions) -> int:
 
     Description.read(open_folder(options.index))  # a wrong path is found out before the model is loaded
     examples = _examples(options)
-    model, task = load(_model_options(options))
+    model, task = load(model_of(options.index, options.model, options.device))
     index = Index.open(options.index, task=task)
     hits = index.query(
         model,
@@ -152,18 +151,6 @@ def _part(options: QueryOptions) -> DataOptions:
     """Return how the questions of --data are read: as was asked for, or as the index's own rows."""
     stored = built_with(options.index)
     return stored.part.of_questions() if stored is not None and options.part == DataOptions() else options.part
-
-
-def _model_options(options: QueryOptions) -> ModelOptions:
-    """Return the model's options as the index's run file has them, with what was asked for instead."""
-    stored = built_with(options.index)
-    if stored is not None:
-        return replace(stored.model, model=options.model or stored.model.model, device=options.device)
-    if options.model is None:
-        raise InputError(
-            f"{options.index} without a {RUN_FILE}", "the name of its model", "Type --model NAME_OR_FOLDER"
-        )
-    return ModelOptions(options.model, device=options.device)
 
 
 def damping_of(text: str) -> float | str:

@@ -17,8 +17,9 @@ from gradsketch.table import one_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["hits_figure", "hits_page"]
+__all__ = ["hits_figure", "hits_html", "hits_page", "shown_hit", "shown_queries"]
 
+_TITLE = "Which training examples made the model say this?"
 _LONGEST = 4000  # characters of a text that are shown; a page of many book-length texts would open in no phone
 _SHADES = 9  # steps of a token's colour
 _IMAGE = "data:image/"
@@ -104,7 +105,7 @@ def hits_page(
     hits: Hits,
     path: str | Path,
     *,
-    title: str = "Which training examples made the model say this?",
+    title: str = _TITLE,
     introduction: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -124,17 +125,33 @@ def hits_page(
         InputError: the path is a folder.
         StoreError: the path cannot be written to.
     """
-    shared = hits.score.comparable
-    scale = _largest(hits.queries) if shared else None
+    page = hits_html(hits, title=title, introduction=introduction, notes=notes)
+    return write(path, page.encode())
+
+
+def hits_html(
+    hits: Hits,
+    *,
+    title: str = _TITLE,
+    introduction: str = "",
+    notes: Sequence[str] = (),
+) -> str:
+    """Return the text of the page that ``hits_page`` writes."""
     context = {
         "title": title,
         "introduction": introduction,
         "hits": hits,
-        "queries": [_query(query, scale, notes[i] if i < len(notes) else "") for i, query in enumerate(hits.queries)],
-        "shared_scale": shared,
+        "queries": shown_queries(hits, notes),
+        "shared_scale": hits.score.comparable,
         "version": version("gradsketch"),
     }
-    return write(path, render("hits.html", context).encode())
+    return render("hits.html", context)
+
+
+def shown_queries(hits: Hits, notes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return what is shown of each query and of its hits, as plain values that are not escaped."""
+    scale = _largest(hits.queries) if hits.score.comparable else None
+    return [_query(query, scale, notes[i] if i < len(notes) else "") for i, query in enumerate(hits.queries)]
 
 
 def hits_figure(hits: Hits) -> Figure:
@@ -173,12 +190,13 @@ def _query(query: QueryHits, scale: float | None, note: str) -> dict[str, Any]:
         "explained": any(hit.tokens for hit in hits),
         "note": note,
         "images": _images(query.example) if isinstance(query.example, Mapping) else [],
-        "proponents": [_hit(hit, scale, strongest) for hit in query.proponents],
-        "opponents": [_hit(hit, scale, strongest) for hit in query.opponents],
+        "proponents": [shown_hit(hit, scale, strongest) for hit in query.proponents],
+        "opponents": [shown_hit(hit, scale, strongest) for hit in query.opponents],
     }
 
 
-def _hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
+def shown_hit(hit: Hit, scale: float, strongest: float) -> dict[str, Any]:
+    """Return what is shown of one hit: bars end at ``scale``, and the deepest colour is that of ``strongest``."""
     pieces = [(token.token, token.value) for token in hit.tokens] or [(hit.text or "", 0.0)]
     shown, before, after = _excerpt(pieces)
     turns = _turns(hit.metadata, hit.text)

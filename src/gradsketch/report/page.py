@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from gradsketch.table import printable
 
-__all__ = ["render"]
+__all__ = ["asset", "render"]
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -28,7 +28,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     The page's content security policy lets in nothing but its own style and script, by their hashes, and images that
     stand in the page itself. So a text that slipped through the escaping still could not run or load anything.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = asset("page.css"), asset("reading.js") + asset("page.js")
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
     inline = {"style": Markup(style), "script": Markup(script), "policy": policy}
     return _environment().get_template(template).render(**context, **inline)
@@ -43,7 +43,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a style or script; ``reading.js`` is what every page of texts with colours needs."""
     return (files("gradsketch.report") / "templates" / name).read_text(encoding="utf-8")
 
 

@@ -1,0 +1,1 @@
+"""A page to ask an index in a browser: served on this machine, to one person, without a network."""
