@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from gradsketch.evaluation.cost import interleaved_seconds, peak_bytes
+from gradsketch.durable import write_file
+from gradsketch.evaluation.cost import interleaved_rounds, interleaved_seconds, peak_bytes
 
-__all__ = ["environment", "interleaved_seconds", "peak_bytes", "write"]
+__all__ = ["environment", "interleaved_rounds", "interleaved_seconds", "peak_bytes", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, results: Any) -> Path:
-    """Write results with machine, versions and commit to results/NAME.json and return its path."""
+def write(name: str, results: Any, **about: Any) -> Path:
+    """Write results with machine, versions and commit, and what else there is to say, to results/NAME.json."""
     path = RESULTS / f"{name}.json"
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    write_file(path, json.dumps({"environment": environment(), **about, "results": results}, indent=1) + "\n")
     return path
 
 

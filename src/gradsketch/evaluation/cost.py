@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["interleaved_seconds", "peak_bytes"]
+__all__ = ["interleaved_rounds", "interleaved_seconds", "peak_bytes"]
 
 
 def interleaved_seconds(jobs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, dict[str, float]]:
     """Time every job once a round, in turn, so that a busy moment hits all; return best and median a job."""
+    rounds = interleaved_rounds(jobs, repeats)
+    return {name: {"best": min(s), "median": statistics.median(s)} for name, s in rounds.items()}
+
+
+def interleaved_rounds(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Time every job once a round, in turn; return the seconds of every round. One round before these is not counted."""
     for job in jobs.values():
         job()
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -27,7 +33,7 @@ def interleaved_seconds(jobs: dict[str, Callable[[], Any]], repeats: int = 7) ->
             job()
             _synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: {"best": min(s), "median": statistics.median(s)} for name, s in seconds.items()}
+    return seconds
 
 
 def peak_bytes(job: Callable[[], Any]) -> int | None:

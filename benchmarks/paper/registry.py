@@ -1,0 +1,16 @@
+"""Every table, in the order of the page. A new one is a script and a line here."""
+
+from __future__ import annotations
+
+from benchmarks.paper import table11_dense_on_the_fly, theorems
+from benchmarks.paper.table import Table
+
+__all__ = ["TABLES"]
+
+TABLES: dict[str, Table] = {
+    module.TABLE.name: module.TABLE
+    for module in (
+        table11_dense_on_the_fly,
+        theorems,
+    )
+}

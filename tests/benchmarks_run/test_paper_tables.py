@@ -1,0 +1,59 @@
+"""Every script of benchmarks/paper runs at a tiny size, and the page says what its JSON says."""
+
+import json
+import math
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from benchmarks.paper import kept, page
+from benchmarks.paper.registry import TABLES
+from benchmarks.paper.table import Table
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tiny_size_runs_and_is_shown(name):
+    table = TABLES[name]
+    results = json.loads(json.dumps(table.run("tiny")))  # as the page reads them
+    text = table.show(results)
+    assert "|" in text
+    assert "nan" not in text
+    if table.draw is not None:
+        assert table.draw(results).axes
+
+
+def test_page_is_of_its_json():
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(), "type: python -m benchmarks.paper --page"
+
+
+def test_pictures_are_there():
+    drawn = [table for table in TABLES.values() if table.draw is not None and kept.kept(table) is not None]
+    assert [table.name for table in drawn if not page.picture(table).exists()] == []
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept.record, "RESULTS", tmp_path)
+    return Table("one", "A table", "nothing", 1, lambda size: {"size": size}, lambda results: results["size"])
+
+
+def test_a_table_is_done_once_its_json_is_of_its_script(table, monkeypatch):
+    assert not kept.is_done(table, "quick")
+    kept.measured(table, "quick")
+    assert kept.is_done(table, "quick")
+    assert not kept.is_done(table, "full")
+    monkeypatch.setattr(kept.inspect, "getsource", lambda module: "another script")
+    assert not kept.is_done(table, "quick")
+
+
+def test_the_largest_size_is_shown(table):
+    assert kept.kept(table) is None
+    kept.measured(table, "quick")
+    assert kept.kept(table)["results"] == {"size": "quick"}
+    kept.measured(table, "full")
+    record = kept.kept(table)
+    assert record["results"] == {"size": "full"}
+    assert {"commit", "torch", "processor"} <= record["environment"].keys()
+    assert record["load_average"]["before"] is None or math.isfinite(record["load_average"]["before"])
