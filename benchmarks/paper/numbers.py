@@ -14,8 +14,9 @@ __all__ = ["Interval", "mean", "median", "proportion", "ratio", "shown", "slope"
 Interval = dict[str, float]  # "value", "low", "high"
 
 
-def median(values: Sequence[float]) -> Interval:
+def median(values: Sequence[float], scale: float = 1.0) -> Interval:
     """Return the median and the range: of r rounds it covers the true median with probability 1 − 2^(1 − r)."""
+    values = [scale * value for value in values]
     return {"value": statistics.median(values), "low": min(values), "high": max(values)}
 
 
@@ -44,13 +45,13 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(stats.linregress([math.log(v) for v in x], [math.log(v) for v in y]).slope)
 
 
-def shown(number: Interval | float | None, form: str = ".3g") -> str:
-    """Return a number for a page, with its interval where it has one."""
+def shown(number: Interval | float | None, form: str = "") -> str:
+    """Return a number for a page, with its interval where it has one; by default three digits, and no exponent."""
     if number is None:
         return "–"
     if not isinstance(number, dict):
-        return format(number, form)
-    value, low, high = (format(number[key], form) for key in ("value", "low", "high"))
+        return format(number, form or (",.0f" if abs(number) >= 100 else ".3g"))
+    value, low, high = (shown(number[key], form) for key in ("value", "low", "high"))
     return value if "nan" in (low, high) or low == high else f"{value} ({low} – {high})"
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks.paper import table11_dense_on_the_fly, theorems
+from benchmarks.paper import (
+    table03_table08_gradients,
+    table04_ratios,
+    table09_products,
+    table11_dense_on_the_fly,
+    theorems,
+)
 from benchmarks.paper.table import Table
 
 __all__ = ["TABLES"]
@@ -10,6 +16,9 @@ __all__ = ["TABLES"]
 TABLES: dict[str, Table] = {
     module.TABLE.name: module.TABLE
     for module in (
+        table03_table08_gradients,
+        table04_ratios,
+        table09_products,
         table11_dense_on_the_fly,
         theorems,
     )

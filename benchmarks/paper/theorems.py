@@ -159,7 +159,10 @@ def _falls(implied: dict[str, list[float]]) -> str:
     falling = [kind for kind, values in implied.items() if len(values) > 1 and values[-1] < 0.8 * values[0]]
     if not falling:
         return "C falls for none of them: nothing here speaks against either theorem."
-    return f"C falls for {' and '.join(falling)}, which asks for a smaller C at larger d."
+    return (
+        f"C falls for {' and '.join(falling)}: within these sizes the rate falls more slowly than the exponential says, and "
+        "a constant that serves every d must be smaller than all of these."
+    )
 
 
 def _failures(rows: list[dict[str, Any]], log_ds: list[int]) -> str:
