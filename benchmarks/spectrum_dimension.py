@@ -15,6 +15,7 @@ import argparse
 import inspect
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ KINDS = {"AFFD": gs.AFFD, "AFJL": gs.AFJL, "QK": gs.QK}
 K = 10
 
 
+@cache
 def text() -> bytes:
     """Return English and code that every Python has: documentation strings of its standard library."""
     import argparse as a
@@ -50,29 +52,33 @@ def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return each.view(len(logits), -1).mean(1)
 
 
-def trained(steps: int, width: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor], float]:
+def trained(steps: int, width: int, layers: int = 2) -> tuple[torch.nn.Module, dict[str, torch.Tensor], float]:
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=2, n_head=4, n_embd=width, vocab_size=256, n_positions=64, attn_implementation="eager",
+        n_layer=layers, n_head=4, n_embd=width, vocab_size=256, n_positions=64, attn_implementation="eager",
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
     )
     loss = torch.tensor(0.0)
     for _ in range(steps):
-        starts = torch.randint(0, len(data) - 64, (16,))
-        batch = {"input_ids": torch.stack([data[s : s + 64] for s in starts])}
+        batch = pieces(16)
         loss = losses(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-    starts = torch.randint(0, len(data) - 64, (8,))
-    return model.eval(), {"input_ids": torch.stack([data[s : s + 64] for s in starts])}, float(loss.detach())
+    return model.eval(), pieces(8), float(loss.detach())
+
+
+def pieces(count: int, length: int = 64) -> dict[str, torch.Tensor]:
+    """Return pieces of the text, drawn by torch's own generator."""
+    data = torch.frombuffer(bytearray(text()), dtype=torch.uint8).long()
+    starts = torch.randint(0, len(data) - length, (count,))
+    return {"input_ids": torch.stack([data[s : s + length] for s in starts])}
 
 
 def error(found: list[float], exact: np.ndarray) -> float:

@@ -67,18 +67,23 @@ class Case:
 
 
 def case(size: Size) -> Case:
-    """Return a GPT-2 of 6.9 M parameters and 8 × 128 tokens (quick: 1.06 M, 16 × 64); on a GPU GPT-2 small itself."""
+    """Return a GPT-2 of 6.9 M parameters and 2 × 128 tokens (quick: 1.06 M, 2 × 64); on a GPU GPT-2 small itself.
+
+    Two sequences, because attribution sketches one example at a time: a large batch would hide what a sketch costs.
+    """
     if size == "tiny":
         from spectrum_dimension import trained
 
-        return Case(*trained(1, 8)[:2], 64)
+        model, batch, _ = trained(1, 8)
+        return Case(model, {"input_ids": batch["input_ids"][:2]}, 64)
     if size == "quick":
-        return Case(*gpt2(False), 1 << 12)
+        model, batch = gpt2(False)
+        return Case(model, {"input_ids": batch["input_ids"][:2]}, 1 << 12)
     from gradient_workloads import gpt2_small, w1
 
     work = gpt2_small() if torch.cuda.is_available() else w1()
     work.model.float().set_attn_implementation("eager")
-    return Case(work.model, {"input_ids": work.batches(8)[0]["input_ids"]}, 1 << 16)
+    return Case(work.model, {"input_ids": work.batches(2)[0]["input_ids"]}, 1 << 16)
 
 
 def measured(size: Size, what: str, kinds: Sequence[str]) -> Results:

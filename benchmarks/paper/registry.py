@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.paper import (
+    fig03_fig04_memory_time,
+    table01_layers,
+    table02_dense_per_layer,
     table03_table08_gradients,
     table04_ratios,
     table09_products,
@@ -16,10 +19,13 @@ __all__ = ["TABLES"]
 TABLES: dict[str, Table] = {
     module.TABLE.name: module.TABLE
     for module in (
+        table01_layers,
+        table02_dense_per_layer,
         table03_table08_gradients,
         table04_ratios,
         table09_products,
         table11_dense_on_the_fly,
+        fig03_fig04_memory_time,
         theorems,
     )
 }
