@@ -78,20 +78,22 @@ def noise_row(family: str, x: Tensor, name: str, log_d: int, seeds: range) -> di
     return {"family": family, "kind": name, "log2_d": log_d, "noise": noise, "standard_error": error}
 
 
-def table6(x: Tensor, log_ds: range, seeds: range) -> Iterator[dict[str, Any]]:
+def table6(
+    x: Tensor, log_ds: range, seeds: range, kinds: dict[str, Callable[..., gs.Sketch]] = KINDS
+) -> Iterator[dict[str, Any]]:
     """Yield, for each kind, Pearson's r over the pairs at every d, and the least log2 d that keeps each threshold."""
     exact = (x @ x.T)[torch.ones(len(x), len(x)).triu(1).bool()]
-    for name in KINDS:
+    for name, kind in kinds.items():
         if name == "Dense":
             continue  # n·d random numbers a call; AFFD shows what it would do
-        r = {log_d: [pearson(x, exact, name, log_d, seed) for seed in seeds] for log_d in log_ds}
+        r = {log_d: [pearson(x, exact, kind(x.shape[-1], 1 << log_d, seed=seed)) for seed in seeds] for log_d in log_ds}
         least = {str(t): least_size(r, t) for t in THRESHOLDS}
         print(f"{name:>14}  least log2 d for r > .95 / .98 / .99: {list(least.values())}", flush=True)
         yield {"kind": name, "pearson": {str(k): v for k, v in r.items()}, "least_log2_d": least}
 
 
-def pearson(x: Tensor, exact: Tensor, name: str, log_d: int, seed: int) -> float:
-    s = KINDS[name](x.shape[-1], 1 << log_d, seed=seed)(x)
+def pearson(x: Tensor, exact: Tensor, phi: gs.Sketch) -> float:
+    s = phi(x)
     sketched = (s @ s.T)[torch.ones(len(x), len(x)).triu(1).bool()]
     return float(torch.corrcoef(torch.stack([exact, sketched]))[0, 1])
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 __all__ = ["Interval", "mean", "median", "proportion", "ratio", "shown", "slope", "table"]
 
-Interval = dict[str, float]  # "value", "low", "high"
+Interval = dict[str, Any]  # "value", and "low" and "high", which are None where there is no interval
 
 
 def median(values: Sequence[float], scale: float = 1.0) -> Interval:
@@ -29,7 +29,7 @@ def mean(values: Sequence[float]) -> Interval:
     """Return the mean and its 95 % interval by Student's t; of a single value there is no interval."""
     value = statistics.fmean(values)
     if len(values) < 2:
-        return {"value": value, "low": math.nan, "high": math.nan}
+        return {"value": value, "low": None, "high": None}
     margin = statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
     return {"value": value, "low": value - margin, "high": value + margin}
 
@@ -52,7 +52,7 @@ def shown(number: Interval | float | None, form: str = "") -> str:
     if not isinstance(number, dict):
         return format(number, form or (",.0f" if abs(number) >= 100 else ".3g"))
     value, low, high = (shown(number[key], form) for key in ("value", "low", "high"))
-    return value if "nan" in (low, high) or low == high else f"{value} ({low} – {high})"
+    return value if number["low"] is None or low == high else f"{value} ({low} – {high})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

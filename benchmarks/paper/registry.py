@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from benchmarks.paper import (
+    fig02_hessian_evolution,
     fig03_fig04_memory_time,
     table01_layers,
     table02_dense_per_layer,
     table03_table08_gradients,
     table04_ratios,
+    table06_least_d,
+    table07_least_d_eigenvalues,
     table09_products,
     table11_dense_on_the_fly,
     theorems,
@@ -23,8 +26,11 @@ TABLES: dict[str, Table] = {
         table02_dense_per_layer,
         table03_table08_gradients,
         table04_ratios,
+        table06_least_d,
+        table07_least_d_eigenvalues,
         table09_products,
         table11_dense_on_the_fly,
+        fig02_hessian_evolution,
         fig03_fig04_memory_time,
         theorems,
     )

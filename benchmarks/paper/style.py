@@ -38,8 +38,8 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def series(axes: Axes, x: Sequence[float], numbers: Sequence[Interval], look: dict[str, Any]) -> None:
     """Draw one series with its intervals."""
     values = [number["value"] for number in numbers]
-    below = [max(0.0, v - n["low"]) if n["low"] == n["low"] else 0.0 for v, n in zip(values, numbers, strict=True)]
-    above = [max(0.0, n["high"] - v) if n["high"] == n["high"] else 0.0 for v, n in zip(values, numbers, strict=True)]
+    below = [0.0 if n["low"] is None else max(0.0, n["value"] - n["low"]) for n in numbers]
+    above = [0.0 if n["high"] is None else max(0.0, n["high"] - n["value"]) for n in numbers]
     axes.errorbar(x, values, [below, above], capsize=2, elinewidth=0.8, **look)
 
 
