@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-demo test-page demo weights check docs release clean
+.PHONY: install test test-demo test-page demo weights check docs release clean peers
 
 install: .venv/installed
 
@@ -35,6 +35,16 @@ weights: .venv/weights
 # A wheel and a sdist in dist/, each seen to work in an empty environment.
 release:
 	PYTHON="$(PYTHON)" bash tools/release.sh
+# The libraries that benchmarks/paper/peers.py measures gradsketch beside, in an environment of their own.
+peers: .venv-peers/installed
+	@echo "type: python -m benchmarks.paper peers"
+
+.venv-peers/installed: pyproject.toml constraints.txt benchmarks/requirements-peers.txt
+	[ -x .venv-peers/bin/python ] || "$(PYTHON)" -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,demo,data,plot]'
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+		-r benchmarks/requirements-peers.txt
+	touch $@
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks
@@ -44,4 +54,4 @@ check: install
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
 
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv .venv-peers docs/_build

@@ -52,11 +52,20 @@ def main() -> None:
         peer, d, exact = arguments.one
         print(json.dumps(measured(work, peer, int(d), torch.load(exact))))
         return
-    rows, absent = [], {}
+    rows, absent = compared(work, arguments.only, arguments.quick)
+    name = "gradient_peers" + ("_quick" if arguments.quick else "")
+    rows = kept(name, arguments.only) + rows
+    print(f"absent: {absent or 'none'}; written to {write(name, {'rows': rows, 'absent': absent})}")
+
+
+def compared(work: Workload, names: list[str], quick: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return a row for each library and size, and why others have none."""
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         exact = Path(folder) / "exact.pt"
         torch.save(gradient_gram(work.model, gs.CausalLM(), work.batches(len(work.ids))[0]), exact)
-        for peer in arguments.only:
+        for peer in names:
             package, _, sizes = PEERS[peer]
             try:
                 version = importlib.metadata.version(package)
@@ -64,12 +73,10 @@ def main() -> None:
                 absent[peer] = f"{package} is not installed"
                 continue
             for d in sizes:
-                row = {"peer": peer, "version": version} | in_a_process(peer, d, exact, arguments.quick)
+                row = {"peer": peer, "version": version} | in_a_process(peer, d, exact, quick)
                 rows.append(row)
-                print(line(row), flush=True)
-    name = "gradient_peers" + ("_quick" if arguments.quick else "")
-    rows = kept(name, arguments.only) + rows
-    print(f"absent: {absent or 'none'}; written to {write(name, {'rows': rows, 'absent': absent})}")
+                print(line(row), file=sys.stderr, flush=True)
+    return rows, absent
 
 
 def kept(name: str, measured_now: list[str]) -> list[dict[str, Any]]:
@@ -175,6 +182,28 @@ def traker(work: Workload, d: int) -> Sketches:
     n = sum(p.numel() for p in work.model.parameters())
     projector = BasicProjector(n, d, seed=0, proj_type=ProjectionType.rademacher, device=torch.device("cpu"))
     return formed(work, lambda gradients: projector.project(gradients, model_id=0) / d**0.5, len(work.ids))
+
+
+def opacus(work: Workload, d: int) -> Sketches:
+    from opacus.grad_sample import GradSampleModule
+
+    linear_layers(work.model)  # it knows no Conv1D of transformers
+    phi = gs.AFFD(sum(p.numel() for p in work.model.parameters()), d)
+    model = GradSampleModule(work.model, batch_first=True, loss_reduction="sum")
+    places = torch.arange(work.ids.shape[1])
+
+    def sketch() -> Tensor:
+        rows = []
+        for ids in work.ids.split(BATCH):
+            # Positions a row each: it takes the first dimension of every input for the batch.
+            logits = model(ids, position_ids=places.expand(len(ids), -1), use_cache=False).logits[:, :-1]
+            each = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            each.mean(1).sum().backward()
+            rows.append(phi(torch.cat([p.grad_sample.flatten(1) for p in model.parameters()], dim=1)))
+            model.zero_grad(set_to_none=True)
+        return torch.cat(rows)
+
+    return sketch
 
 
 def dattri(work: Workload, d: int) -> Sketches:
@@ -286,12 +315,13 @@ PEERS: dict[str, tuple[str, Callable[[Workload, int], Sketches], tuple[int, ...]
     "dattri-llm, LoGra, own seeds": ("dattri-llm", dattri_llm, (4096, 32868)),
     "logix, LoGra": ("logix-ai", logix, (4096, 32868)),
     "torch.func + our AFFD": ("torch", torch_func, (4096, 32768)),
+    "opacus + our AFFD": ("opacus", opacus, (4096, 32768)),
     "torch.func + dattri's random mask": ("dattri", dattri, (4096, 32768)),
     "torch.func + traker's projector": ("traker", traker, (512,)),
 }
 ONCE = {"torch.func + traker's projector"}
 # After these a plain pass would no longer be one.
-CHANGES_MODEL = {"bergson, per layer, with biases", "logix, LoGra"}
+CHANGES_MODEL = {"bergson, per layer, with biases", "logix, LoGra", "opacus + our AFFD"}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.paper import (
     fig02_hessian_evolution,
     fig03_fig04_memory_time,
+    peers,
     table01_layers,
     table02_dense_per_layer,
     table03_table08_gradients,
@@ -12,6 +13,7 @@ from benchmarks.paper import (
     table06_least_d,
     table07_least_d_eigenvalues,
     table09_products,
+    table10_intrinsic_dimension,
     table11_dense_on_the_fly,
     theorems,
 )
@@ -29,9 +31,11 @@ TABLES: dict[str, Table] = {
         table06_least_d,
         table07_least_d_eigenvalues,
         table09_products,
+        table10_intrinsic_dimension,
         table11_dense_on_the_fly,
         fig02_hessian_evolution,
         fig03_fig04_memory_time,
         theorems,
+        peers,
     )
 }
