@@ -21,7 +21,6 @@ from torch import nn
 
 import gradsketch as gs
 
-
 KINDS = ("FFD", "AFJL", "AFFD", "QK")
 
 
@@ -53,9 +52,7 @@ def on_digits() -> tuple[nn.Module, gs.Task, list[Any], gs.Accuracy]:
     return model, task, train, gs.Accuracy(task, test, batch_size=500)
 
 
-def searched(
-    common: Any, kind: str, full: float, seeds: tuple[int, ...], share: float = 0.9
-) -> gs.IntrinsicDimension:
+def searched(common: Any, kind: str, full: float, seeds: tuple[int, ...], share: float = 0.9) -> gs.IntrinsicDimension:
     """Search in subspaces of one kind, for a share of the accuracy."""
     return gs.intrinsic_dimension(
         *common,

@@ -1,4 +1,4 @@
-"""Figures 2, 5 and 6: the outer Hessian spectrum while a pre-trained model is fine-tuned, and what small networks taught.
+"""Figures 2, 5 and 6: the Hessian's outer spectrum in fine-tuning, and what small networks taught of it.
 
 Two things are known of small networks trained from scratch, and [P] asks whether they hold for language models:
 
@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.paper.numbers import Interval, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from torch import nn
 
 import gradsketch as gs
-from benchmarks.paper.numbers import Interval, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from gradsketch.random import Stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # How R_NEG went in fine-tuning, and how many outliers there were.
-PAPER = "[P]: R_NEG stays high for RoBERTa and decays for GPT-2 Large and BART; RoBERTa has six outliers for three classes."
+PAPER = (
+    "[P]: R_NEG stays high for RoBERTa and decays for GPT-2 Large and BART; RoBERTa has six outliers for three classes."
+)
 SHARE = 0.5  # of the gradient's squared norm
 
 
@@ -163,11 +165,14 @@ def verdict(found: Results) -> str:
         f"{'falls' if fades else 'grows' if grows else 'goes'} from {first['value']:.3f} to {last['value']:.3f}."
     )
     shares = [row["gradient_in_outliers"] for row in found["rows"] if row["gradient_in_outliers"] is not None]
-    inside = f"between {min(shares):.0%} and {max(shares):.0%} of the gradient's squared norm lies in the outliers' space"
+    inside = (
+        f"between {min(shares):.0%} and {max(shares):.0%} of the gradient's squared norm lies in the outliers' space"
+    )
     mostly = "as conjectured" if min(shares) > SHARE else "not as conjectured, at every step at least"
     counts = [row["outliers"] for row in found["rows"]]
     if found["classes"] is None:
-        return f"{one}\n\n*Second conjecture:* there are no classes to count against {min(counts)} to {max(counts)} outliers; {inside}, {mostly}."
+        return f"{one}\n\n*Second conjecture:* there are no classes to count against {min(counts)} to "
+        f"{max(counts)} outliers; {inside}, {mostly}."
     wanted = found["classes"] - 1
     holds = all(count == wanted for count in counts)
     number = f"{wanted} outlier{'s' * (wanted != 1)} for {found['classes']} classes"
@@ -187,7 +192,9 @@ def draw(results: Results) -> Figure:
         steps = [row["step"] for row in found["rows"]]
         style.series(axes[0], steps, [row["r_neg"] for row in found["rows"]], look | label)
         last = found["rows"][-1]["positive"]
-        ratios = [{"value": v / last[0][0], "low": max(v - e, 0) / last[0][0], "high": (v + e) / last[0][0]} for v, e in last]
+        ratios = [
+            {"value": v / last[0][0], "low": max(v - e, 0) / last[0][0], "high": (v + e) / last[0][0]} for v, e in last
+        ]
         style.series(axes[1], range(1, len(ratios) + 1), ratios, look | label)
     axes[0].set(xlabel="step of fine-tuning", ylabel="R_NEG", ylim=(0, None))
     axes[1].axhline(0.2, color="grey", linewidth=1, linestyle=":")
@@ -198,7 +205,8 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "fig02_hessian_evolution",
     "Figures 2, 5 and 6: the Hessian's spectrum in fine-tuning",
-    "MiniLM and SmolLM2-135M in the place of RoBERTa, GPT-2 Large and BART; few examples and steps; a Lanczos recurrence "
+    "MiniLM and SmolLM2-135M in the place of RoBERTa, GPT-2 Large and BART; few examples and steps; a Lanczos "
+    "recurrence "
     "in R^n that keeps sketches of its vectors, which has no bias, in the place of the sketched operator.",
     45,
     run,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from record import interleaved_rounds, peak_bytes
-from sketch_speed import DEVICE, sketch
-
 from benchmarks.paper.numbers import median, shown, slope, table
 from benchmarks.paper.table import Results, Size, Table, pick
+from record import interleaved_rounds, peak_bytes
+from sketch_speed import DEVICE, sketch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +71,8 @@ def show(results: Results) -> str:
         ]
         parts.append(table(header, body))
     return (
-        f"n = 2^{results['log2_n']}, {results['rounds']} rounds; the memory is that of a fresh sketch and its first call, "
+        f"n = 2^{results['log2_n']}, {results['rounds']} rounds; the memory is that of a fresh sketch and its "
+        "first call, "
         f"beside the input.\n\n" + "\n\n".join(parts) + "\n\n" + _conclusion(results, kinds)
     )
 
@@ -88,7 +88,8 @@ def _conclusion(results: Results, kinds: list[str]) -> str:
     end = "" if last == reached else f" Beyond d = 2^{last} FJL was too slow to be tried."
     return (
         f"For time [P]'s finding {holds}: over the larger half of the sizes FJL grows with d to the power "
-        f"{powers['FJL']:.2f}; flat (below 0.2) are {', '.join(flat) or 'none'}{'; growing ' + growing if growing else ''}. "
+        f"{powers['FJL']:.2f}; flat (below 0.2) are "
+        f"{', '.join(flat) or 'none'}{'; growing ' + growing if growing else ''}. "
         f"Vectors of memory at d = 2^{last}: {', '.join(memory)}. In [P], FJL runs out of memory beyond d = 2^20.{end}"
     )
 

@@ -1,7 +1,8 @@
-"""One JSON for each table and size: when, where and by which script it was measured, and whether it still is of that."""
+"""One JSON for each table and size: where it was measured, by which script, and whether that is so still."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import record
-
 from benchmarks.paper.table import Size, Table
 
 __all__ = ["fingerprint", "is_done", "kept", "measured", "path"]
@@ -52,9 +52,26 @@ def measured(table: Table, size: Size) -> Path:
 
 
 def fingerprint(table: Table, size: Size) -> str:
-    """Return a hash of the table's script and the size."""
-    source = inspect.getsource(sys.modules[table.run.__module__])
-    return hashlib.sha256(f"{size}\n{source}".encode()).hexdigest()[:16]
+    """Return a hash of the size and of what ``run`` uses of its script: how results are shown does not matter."""
+    tree = ast.parse(inspect.getsource(sys.modules[table.run.__module__]))
+    parts: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        parts |= dict.fromkeys(_defined(node), node)
+    used, waiting = [], [table.run.__name__]
+    while waiting:
+        node = parts.pop(waiting.pop(), None)
+        if node is not None:
+            used.append(ast.unparse(node))
+            waiting += sorted({part.id for part in ast.walk(node) if isinstance(part, ast.Name)})
+    return hashlib.sha256("\n".join([size, *used]).encode()).hexdigest()[:16]
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """Return the names that a statement of a module gives a value."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
 
 
 def _load() -> float | None:

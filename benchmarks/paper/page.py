@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.paper import kept
 from benchmarks.paper.registry import TABLES
 from benchmarks.paper.table import Table
+
 from gradsketch.durable import write_file, written_whole
 
 __all__ = ["PAGE", "text", "write"]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from benchmarks.paper.numbers import shown, table
 from benchmarks.paper.table import Results, Size, Table, pick
 
@@ -102,8 +101,14 @@ def products(size: Size) -> dict[str, Any]:
     import hvp_cost
 
     found = hvp_cost.measure(*hvp_cost.gpt2(size == "quick"), pick(size, 1, 3, 9), exact=True)
-    chosen = ("hessian, grad-of-grad, one batch", "hessian, grad-of-grad, streamed", "hessian, central-difference, one batch")
-    rows = {name: row for name, row in found["products"].items() if name in chosen or name.startswith(("curv", "hessian-"))}
+    chosen = (
+        "hessian, grad-of-grad, one batch",
+        "hessian, grad-of-grad, streamed",
+        "hessian, central-difference, one batch",
+    )
+    rows = {
+        name: row for name, row in found["products"].items() if name in chosen or name.startswith(("curv", "hessian-"))
+    }
     return {"n": found["n"], "rows": rows}
 
 
@@ -184,9 +189,7 @@ def curvlinops_density(_: Any, operator: Any, pair: Any, runs: int, steps: int) 
     chosen = [p for name, p in model.named_parameters() if name.startswith("transformer.h.")]
     data = [(batch, batch["input_ids"][:, 1:].flatten())]
     size = len(batch["input_ids"])
-    peer = HessianLinearOperator(
-        Logits(model), torch.nn.CrossEntropyLoss(), chosen, data, batch_size_fn=lambda _: size
-    )
+    peer = HessianLinearOperator(Logits(model), torch.nn.CrossEntropyLoss(), chosen, data, batch_size_fn=lambda _: size)
     grid, density = lanczos_approximate_spectrum(peer, steps, num_repeats=runs)
     return grid.numpy(), density.clamp(min=0).numpy(), runs * steps
 
@@ -240,16 +243,34 @@ def _versions(found: dict[str, str | None]) -> str:
 
 
 def _gradients(rows: list[dict[str, Any]]) -> str:
-    header = ["sketches of per-example gradients", "d", "throughput over a plain pass", "peak, MB", "bytes a row", "Pearson r"]
+    header = [
+        "sketches of per-example gradients",
+        "d",
+        "throughput over a plain pass",
+        "peak, MB",
+        "bytes a row",
+        "Pearson r",
+    ]
     body = []
     for row in rows:
         if "failed" in row:
-            body.append([f"{row['peer']} {row['version']}", row["asked"], row["failed"].replace("|", "/"), "–", "–", "–"])
+            body.append(
+                [f"{row['peer']} {row['version']}", row["asked"], row["failed"].replace("|", "/"), "–", "–", "–"]
+            )
             continue
         low, high = row["pearson_interval"]
         r = shown({"value": row["pearson"], "low": low, "high": high}, ".3f")
         name = "**gradsketch**" if row["peer"] == "gradsketch" else f"{row['peer']} {row['version']}"
-        body.append([name, f"{row['d']:,}", f"{row['throughput']:.2f}", f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['bytes']:,}", r])
+        body.append(
+            [
+                name,
+                f"{row['d']:,}",
+                f"{row['throughput']:.2f}",
+                f"{row['peak_bytes'] / 2**20:,.0f}",
+                f"{row['bytes']:,}",
+                r,
+            ]
+        )
     return f"{table(header, body)}\n\n{_gradient_verdict([row for row in rows if 'failed' not in row])}"
 
 
@@ -260,7 +281,8 @@ def _gradient_verdict(rows: list[dict[str, Any]]) -> str:
         faster = [r["peer"] for r in others if r["throughput"] > ours["throughput"]]
         better = [r["peer"] for r in others if r["pearson"] > ours["pearson"]]
         lines.append(
-            f"At d = {ours['d']:,}, faster than gradsketch: {'; '.join(faster) or 'none'}. With a larger r: {'; '.join(better) or 'none'}."
+            f"At d = {ours['d']:,}, faster than gradsketch: {'; '.join(faster) or 'none'}. With a larger r: "
+            f"{'; '.join(better) or 'none'}."
         )
     return " ".join(lines)
 
@@ -275,7 +297,14 @@ def _products(found: dict[str, Any]) -> str:
 
 
 def _eigenvalues(found: dict[str, Any]) -> str:
-    header = [f"top ten eigenvalues, n = {found['n']:,}", "products", "seconds", "n-vectors held", "median residual", "largest"]
+    header = [
+        f"top ten eigenvalues, n = {found['n']:,}",
+        "products",
+        "seconds",
+        "n-vectors held",
+        "median residual",
+        "largest",
+    ]
     rows = [
         [name, row["failed"].replace("|", "/"), *["–"] * 4]
         if "failed" in row
@@ -295,8 +324,10 @@ def _density(found: dict[str, Any]) -> str:
         for name, row in found["rows"].items()
     ]
     return (
-        f"{table(header, rows)}\n\nThe distance is Wasserstein's first, over that of the exact spectrum from a single point; "
-        f"{found['runs']} probes of {found['steps']} steps. hessian-eigenthings works on the stored matrix here, the others on "
+        f"{table(header, rows)}\n\nThe distance is Wasserstein's first, over that of the exact spectrum from a "
+        "single point; "
+        f"{found['runs']} probes of {found['steps']} steps. hessian-eigenthings works on the stored matrix here, "
+        "the others on "
         "products with the model, so its seconds do not compare."
     )
 
@@ -314,7 +345,9 @@ def _lds(found: dict[str, Any]) -> str:
 
 def best(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return ours at d = 1,024, the references, and each peer at its best setting."""
-    chosen = {name: row for name, row in rows.items() if "d=1024, 1 model" in name or "exact" in name or "," not in name}
+    chosen = {
+        name: row for name, row in rows.items() if "d=1024, 1 model" in name or "exact" in name or "," not in name
+    }
     for peer in ("dattri_trak", "traker"):
         settings = {name: row for name, row in rows.items() if name.startswith(peer)}
         if settings:
@@ -332,9 +365,15 @@ def draw(results: Results) -> Figure:
         for row in (row for row in rows if row["peer"] == name):
             low, high = row["pearson_interval"]
             number = {"value": row["pearson"], "low": low, "high": high}
-            style.series(axes, [row["throughput"]], [number], look | {"linestyle": "none", "markersize": 4 + row["d"] / 8192})
+            style.series(
+                axes, [row["throughput"]], [number], look | {"linestyle": "none", "markersize": 4 + row["d"] / 8192}
+            )
             look.pop("label", None)
-    axes.set(xlabel="throughput over a plain forward and backward pass", ylabel="Pearson r; larger marks: larger d", ylim=(0, 1.05))
+    axes.set(
+        xlabel="throughput over a plain forward and backward pass",
+        ylabel="Pearson r; larger marks: larger d",
+        ylim=(0, 1.05),
+    )
     return style.finished(figure, legend=axes)
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
+from benchmarks.paper.numbers import Interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from benchmarks.paper.numbers import Interval
 
 __all__ = ["WIDTH", "finished", "new", "series", "styles"]
 
@@ -28,10 +27,10 @@ def new(columns: int = 1, height: float = 3.6, *, share_y: bool = False) -> tupl
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the look of each series."""
-    looks = zip(cycle(_MARKS), cycle(_DASHES), cycle(_COLOURS))
+    looks = zip(cycle(_MARKS), cycle(_DASHES), cycle(_COLOURS), strict=False)
     return {
         name: {"marker": mark, "linestyle": dash, "color": colour, "markersize": 4, "linewidth": 1.2, "label": name}
-        for name, (mark, dash, colour) in zip(names, looks)
+        for name, (mark, dash, colour) in zip(names, looks, strict=False)
     }
 
 

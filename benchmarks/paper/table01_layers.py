@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.paper.numbers import Interval, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from spectrum_dimension import error, losses, pieces, trained
 from torch import Tensor, nn
 
 import gradsketch as gs
-from benchmarks.paper.numbers import Interval, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from gradsketch.evaluation.quality import sketch_quality
 
 if TYPE_CHECKING:
@@ -52,8 +52,10 @@ def smollm2() -> dict[str, Any]:
     return {"n": sum(p.numel() for p in work.model.parameters()), "examples": len(work.ids), **found}
 
 
-def correlations(model: nn.Module, task: Any, batch: dict[str, Tensor], groups: dict[str, list[str]], d: int) -> Results:
-    """Return Pearson's r with the whole gradient's inner products: of each group's own, and of a sketch of the whole."""
+def correlations(
+    model: nn.Module, task: Any, batch: dict[str, Tensor], groups: dict[str, list[str]], d: int
+) -> Results:
+    """Return Pearson's r with the whole gradient's inner products, of each group's and of a sketch of the whole."""
     exact = gs.gradient_gram(model, task, batch)
     r = {}
     for name, globs in groups.items():
@@ -94,7 +96,11 @@ def show(results: Results) -> str:
     parts = []
     for name, found in results["models"].items():
         errors = found.get("eigenvalue_error")
-        header = ["", "Pearson r of its inner products with the whole gradient's", *(["top-ten eigenvalue error"] if errors else [])]
+        header = [
+            "",
+            "Pearson r of its inner products with the whole gradient's",
+            *(["top-ten eigenvalue error"] if errors else []),
+        ]
         rows = [
             [group, shown(r, ".2f"), *([shown(errors[group], ".0%")] if errors else [])]
             for group, r in found["pearson"].items()
@@ -117,12 +123,17 @@ def _conclusion(results: Results) -> str:
         low, high, whole = min(r, key=r.__getitem__), max(r, key=r.__getitem__), found["sketch_of_the_whole"]["value"]
         better = sum(value > whole for value in r.values())
         lines.append(
-            f"{name}: r from {r[low]:.2f} ({low}) to {r[high]:.2f} ({high}), [P]: .16 to .91; a sketch of the whole has {whole:.2f}, "
+            f"{name}: r from {r[low]:.2f} ({low}) to {r[high]:.2f} ({high}), [P]: .16 to .91; a sketch of the "
+            f"whole has {whole:.2f}, "
             + (f"which {better} of {len(r)} groups exceed." if better else "more than any group.")
         )
         if errors := found.get("eigenvalue_error"):
             least, most = min(errors.values()), max(errors.values())
-            says = "as in [P] no layer comes below 19 %" if least >= 0.19 else "so one layer does better than any in [P] (19 %)"
+            says = (
+                "as in [P] no layer comes below 19 %"
+                if least >= 0.19
+                else "so one layer does better than any in [P] (19 %)"
+            )
             lines.append(f"Errors of the eigenvalues: {least:.0%} to {most:.0%}, {says}.")
     return " ".join(lines)
 
@@ -135,7 +146,9 @@ def draw(results: Results) -> Figure:
     for axis, (name, found) in zip(axes, models.items(), strict=True):
         groups = list(found["pearson"])
         looks = style.styles(["one group", "sketch of the whole"])
-        style.series(axis, range(len(groups)), list(found["pearson"].values()), looks["one group"] | {"linestyle": "none"})
+        style.series(
+            axis, range(len(groups)), list(found["pearson"].values()), looks["one group"] | {"linestyle": "none"}
+        )
         style.series(axis, [len(groups)], [found["sketch_of_the_whole"]], looks["sketch of the whole"])
         axis.set_xticks(range(len(groups) + 1), [*groups, "sketch"], rotation=45, ha="right", fontsize=8)
         axis.set_title(f"{name}, n = {found['n']:,}", fontsize=9)
@@ -147,7 +160,8 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "table01_layers",
     "Tables 1 and 5: choosing layers distorts",
-    "a byte-level GPT trained on Python's own source text and SmolLM2-135M (in groups of five layers, weights rounded to four "
+    "a byte-level GPT trained on Python's own source text and SmolLM2-135M (in groups of five layers, weights "
+    "rounded to four "
     "bits, no eigenvalues), where [P] has GPT-2.",
     20,
     run,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.paper.costs import case
+from benchmarks.paper.numbers import median, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from record import interleaved_rounds, peak_bytes
 from torch import Tensor
 
 import gradsketch as gs
-from benchmarks.paper.costs import case
-from benchmarks.paper.numbers import median, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,13 @@ def whole(n: int, d: int, rounds: int) -> dict[str, Any]:
 def show(results: Results) -> str:
     header = ["", "directions", "matrix held, ms", "memory, MB", "matrix drawn anew, ms"]
     rows = [
-        [row["group"] + f", {row['n']:,}", row["d"], shown(row["held_ms"]), megabytes(row["peak_bytes"]), shown(row["drawn_ms"])]
+        [
+            row["group"] + f", {row['n']:,}",
+            row["d"],
+            shown(row["held_ms"]),
+            megabytes(row["peak_bytes"]),
+            shown(row["drawn_ms"]),
+        ]
         for row in results["rows"]
     ]
     found = results["whole"]
@@ -72,9 +78,12 @@ def show(results: Results) -> str:
     return (
         f"[P] finds about {PAPER_MS} ms for {PAPER_LIMIT} directions a layer of GPT-2 on a V100 and no memory for more "
         f"({PAPER_LIMIT_EMBEDDING} for the embeddings); {results['rounds']} rounds here.\n\n{table(header, rows)}\n\n"
-        f"A dense matrix takes four bytes for every parameter and direction. So for all of GPT-2's {GPT2:,} parameters {fits} "
-        f"directions fill the 16 GB of a V100, and {found['d']:,} directions would take {4 * GPT2 * found['d'] / 1e12:.2f} TB. "
-        f"[P]'s finding holds, for it is arithmetic: what a dense matrix costs grows with the number of directions, and the "
+        f"A dense matrix takes four bytes for every parameter and direction. So for all of GPT-2's {GPT2:,} "
+        f"parameters {fits} "
+        f"directions fill the 16 GB of a V100, and {found['d']:,} directions would take "
+        f"{4 * GPT2 * found['d'] / 1e12:.2f} TB. "
+        "[P]'s finding holds, for it is arithmetic: what a dense matrix costs grows with the number of "
+        "directions, and the "
         f"whole gradient in {found['d']:,} structured directions takes {shown(found['ms']['AFFD'])} ms."
     )
 
@@ -90,7 +99,9 @@ def draw(results: Results) -> Figure:
     groups = list(dict.fromkeys(row["group"] for row in results["rows"]))
     for group, look in style.styles(groups).items():
         rows = [row for row in results["rows"] if row["group"] == group]
-        style.series(axes, [row["d"] for row in rows], [row["held_ms"] for row in rows], look | {"label": f"{group}, dense"})
+        style.series(
+            axes, [row["d"] for row in rows], [row["held_ms"] for row in rows], look | {"label": f"{group}, dense"}
+        )
     look = style.styles([*groups, "whole"])["whole"] | {"label": "whole gradient, AFFD"}
     style.series(axes, [results["whole"]["d"]], [results["whole"]["ms"]["AFFD"]], look)
     axes.set(xlabel="directions", ylabel="ms", yscale="log")

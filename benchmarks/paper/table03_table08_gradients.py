@@ -30,8 +30,17 @@ def kinds_of(results: Results) -> list[str]:
 
 
 def show(results: Results) -> str:
-    header = ["", "explicit, ms", "× a plain gradient", "peak, n-vectors", "implicit, ms", "peak", "[P] V100 ms, GB, TPUv2 ms"]
-    rows = [["a plain gradient", shown(milliseconds(results, "plain")), "1", shown(results["peak_vectors"]["plain"], ".1f"),
+    peaks = results["peak_vectors"]
+    header = [
+        "",
+        "explicit, ms",
+        "× a plain gradient",
+        "peak, n-vectors",
+        "implicit, ms",
+        "peak",
+        "[P] V100 ms, GB, TPUv2 ms",
+    ]
+    rows = [["a plain gradient", shown(milliseconds(results, "plain")), "1", shown(peaks["plain"], ".1f"),
              "", "", ""]]  # fmt: skip
     for kind in kinds_of(results):
         explicit, implicit = (f"{kind} {way}" for way in ("explicit", "implicit"))
@@ -48,14 +57,18 @@ def show(results: Results) -> str:
         )
     return (
         f"The gradient of {results['n']:,} parameters on {' × '.join(map(str, results['tokens']))} tokens, to d = "
-        f"{results['d']:,}; {results['rounds']} interleaved rounds; the forward and backward pass is in every number, and "
+        f"{results['d']:,}; {results['rounds']} interleaved rounds; the forward and backward pass is in every "
+        "number, and "
         f"memory is what a job needs beyond model and batch.\n\n{table(header, rows)}\n\n{_conclusion(results)}"
     )
 
 
 def _conclusion(results: Results) -> str:
     def order(kinds: list[str], key: str) -> str:
-        costs = {kind: milliseconds(results, f"{kind} explicit")["value"] if key == "time" else PAPER[kind][0] for kind in kinds}
+        costs = {
+            kind: milliseconds(results, f"{kind} explicit")["value"] if key == "time" else PAPER[kind][0]
+            for kind in kinds
+        }
         return " < ".join(sorted(costs, key=costs.__getitem__))
 
     ours = [kind for kind in PAPER if kind in kinds_of(results)]
@@ -71,7 +84,8 @@ def _conclusion(results: Results) -> str:
         mine, theirs = (times_plain(results, f"{kind} explicit")["value"] for kind in (quick, best))
         faster = "faster than" if mine < theirs else "not faster than"
         text += (
-            f" The fastest form that is not in [P], {quick}, costs {mine:.2f} plain gradients and is {faster} the fastest of "
+            f" The fastest form that is not in [P], {quick}, costs {mine:.2f} plain gradients and is {faster} the "
+            "fastest of "
             f"[P]'s, {best} ({theirs:.2f}). Beside the gradient itself the choice of sketch matters less than on [P]'s "
             "accelerators, where a gradient is cheap and reading a vector is not."
         )

@@ -54,7 +54,9 @@ def show(results: Results) -> str:
     text = f"Explicit is faster for {faster} of {len(explicit)} kinds here, for all of them in [P]."
     if fft:
         way = "So does the FFT" if min(fft) > 1 else "The FFT does not"
-        text += f" {way} beat the Hadamard transform on this machine, as it does in [P] by {PAIRS['AFFD, H over FFT'][2]}."
+        text += (
+            f" {way} beat the Hadamard transform on this machine, as it does in [P] by {PAIRS['AFFD, H over FFT'][2]}."
+        )
     header = ["time of one over that of the other, gradients", "here", "[P], V100", "here over [P]"]
     return f"n = {results['n']:,}, d = {results['d']:,}, passes included.\n\n{table(header, rows)}\n\n{text}"
 

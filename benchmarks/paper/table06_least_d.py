@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.paper.numbers import mean, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from sketch_quality import KINDS, THRESHOLDS, albert_gradients, table6
 from spectrum_dimension import losses, pieces, trained
 from torch import Tensor
 
 import gradsketch as gs
-from benchmarks.paper.numbers import mean, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,13 +85,18 @@ def _conclusion(results: Results) -> str:
     for name, found in results["models"].items():
         last = str(found["log2_d"][1])
         r = {row["kind"]: sum(row["pearson"][last]) / len(row["pearson"][last]) for row in found["rows"]}
-        ours, theirs = (sorted(PAPER, key=key) for key in (lambda k: -r[k], lambda k: sum(PAPER[k])))
-        lines.append(f"{name}: from the best of [P]'s kinds to the worst, by r at the largest d: {', '.join(ours)}; in [P]: {', '.join(theirs)}.")
+        ours, theirs = sorted(PAPER, key=r.__getitem__)[::-1], sorted(PAPER, key=lambda kind: sum(PAPER[kind]))
+        lines.append(
+            f"{name}: from the best of [P]'s kinds to the worst, by r at the largest d: {', '.join(ours)}; in "
+            f"[P]: {', '.join(theirs)}."
+        )
         if ours[-1] != theirs[-1]:
             lines.append(f"So [P]'s last, {theirs[-1]}, is not last here; {ours[-1]} is.")
         best = max(NEW, key=lambda kind: r.get(kind, -1.0))
-        lines.append(f"Of the forms that are not in [P], {best} is best (r = {r[best]:.3f}); signs in AFJL's place of Gaussians "
-                     f"take it from r = {r['AFJL gaussian']:.3f} to {r['AFJL']:.3f}.")  # fmt: skip
+        lines.append(
+            f"Of the forms that are not in [P], {best} is best (r = {r[best]:.3f}); signs in the place of Gaussians take "
+            f"AFJL from r = {r['AFJL gaussian']:.3f} to {r['AFJL']:.3f}."
+        )
     return " ".join(lines)
 
 
@@ -115,7 +120,8 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "table06_least_d",
     "Table 6: the least d for gradients",
-    "a byte-level GPT trained on Python's own source text, and an ALBERT of chemical reactions, where [P] has GPT-2: with "
+    "a byte-level GPT trained on Python's own source text, and an ALBERT of chemical reactions, where [P] has "
+    "GPT-2: with "
     "far fewer parameters. [P]'s kinds have Gaussians; AFFD and AFJL without the word have signs.",
     8,
     run,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
+from benchmarks.paper.numbers import Interval, mean, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from spectrum_dimension import LIMITS, _least, floor, losses, one, trained
 
 import gradsketch as gs
-from benchmarks.paper.numbers import Interval, mean, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,13 +32,22 @@ def run(size: Size) -> Results:
     log_ds, seeds = pick(size, (6,), (8, 9, 10), tuple(range(7, 13))), pick(size, 1, 2, 3)
     model, batch, loss = trained(steps, width, layers)
     operator = gs.hessian(model, losses, batch)
-    exact = gs.spectrum(operator, K, method="full", steps=pick(size, 20, 200, 200), tolerance=1e-3, progress=False).values
+    exact = gs.spectrum(
+        operator, K, method="full", steps=pick(size, 20, 200, 200), tolerance=1e-3, progress=False
+    ).values
     kinds = KINDS | {"BlockSum": lambda n, d, seed: gs.BlockSum(gs.Parameters(model), d, seed=seed)}
     rows = {}
     for kind in ("AFFD",) if size == "tiny" else kinds:
         rows[kind] = {str(k): errors(operator, kinds[kind], 1 << k, seeds, exact) for k in log_ds}
         print(kind, rows[kind], flush=True)
-    return {"n": operator.n, "loss": loss, "seeds": seeds, "log2_ds": list(log_ds), "exact": exact.tolist(), "rows": rows}
+    return {
+        "n": operator.n,
+        "loss": loss,
+        "seeds": seeds,
+        "log2_ds": list(log_ds),
+        "exact": exact.tolist(),
+        "rows": rows,
+    }
 
 
 def errors(operator: gs.LinearMap, kind: Any, d: int, seeds: int, exact: Any) -> dict[str, Interval]:
@@ -66,9 +74,11 @@ def show(results: Results) -> str:
             ends = [shown(results["rows"][kind][str(k)][form], ".0%") for k in (log_ds[0], log_ds[-1])]
             rows.append([name + (", corrected" if form == "corrected" else ""), *cells, paper, *ends])
     return (
-        f"n = {results['n']:,}, d from 2^{log_ds[0]} to 2^{log_ds[-1]}, {results['seeds']} seeds; – means not within these "
-        f"sizes. \"Corrected\" takes off the first-order bias of a sketched spectrum, which [P] does not. At "
-        f"d = 2^{log_ds[-1]} the sketch's own noise is {floor(log_ds[-1]):.1%}.\n\n{table(header, rows)}\n\n{_conclusion(results)}"
+        f"n = {results['n']:,}, d from 2^{log_ds[0]} to 2^{log_ds[-1]}, {results['seeds']} seeds; – means not "
+        "within these "
+        f'sizes. "Corrected" takes off the first-order bias of a sketched spectrum, which [P] does not. At '
+        f"d = 2^{log_ds[-1]} the sketch's own noise is "
+        f"{floor(log_ds[-1]):.1%}.\n\n{table(header, rows)}\n\n{_conclusion(results)}"
     )
 
 
@@ -83,8 +93,10 @@ def _conclusion(results: Results) -> str:
         same = "the order of [P]" if order == theirs else f"in [P]: {', '.join(theirs)}"
         text = f"From the least error to the largest at the largest d: {', '.join(order)} ({same}). "
     helped = [kind for kind in value if fixed[kind] < value[kind]]
-    return text + f"The correction lowers the error of {len(helped)} of {len(value)} kinds there" + (
-        f", that of AFFD from {value['AFFD']:.1%} to {fixed['AFFD']:.1%}."
+    return (
+        text
+        + f"The correction lowers the error of {len(helped)} of {len(value)} kinds there"
+        + (f", that of AFFD from {value['AFFD']:.1%} to {fixed['AFFD']:.1%}.")
     )
 
 

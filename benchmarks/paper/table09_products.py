@@ -30,9 +30,25 @@ def run(size: Size) -> Results:
 
 def show(results: Results) -> str:
     seconds, peaks = results["seconds"], results["peak_vectors"]
-    header = ["", "explicit, ms", "× the product alone", "peak, n-vectors", "implicit, ms", "peak", "[P] explicit, V100 ms"]
+    header = [
+        "",
+        "explicit, ms",
+        "× the product alone",
+        "peak, n-vectors",
+        "implicit, ms",
+        "peak",
+        "[P] explicit, V100 ms",
+    ]
     rows = [
-        [name, shown(milliseconds(results, job)), shown(ratio(seconds, job, "whole"), ".2f"), shown(peaks[job], ".1f"), "", "", ""]
+        [
+            name,
+            shown(milliseconds(results, job)),
+            shown(ratio(seconds, job, "whole"), ".2f"),
+            shown(peaks[job], ".1f"),
+            "",
+            "",
+            "",
+        ]
         for name, job in (("a plain gradient", "plain"), ("the product in R^n", "whole"))
     ]
     kinds = gradients.kinds_of(results)
@@ -52,10 +68,13 @@ def show(results: Results) -> str:
     extra = {kind: ratio(seconds, f"{kind} explicit", "whole")["value"] for kind in kinds}
     least, most = min(extra, key=extra.__getitem__), max(extra, key=extra.__getitem__)
     return (
-        f"One product with the Hessian of {results['n']:,} parameters on {' × '.join(map(str, results['tokens']))} tokens in "
+        f"One product with the Hessian of {results['n']:,} parameters on "
+        f"{' × '.join(map(str, results['tokens']))} tokens in "
         f"two passes, from R^d to R^d, d = {results['d']:,}; {results['rounds']} interleaved rounds.\n\n"
-        f"{table(header, rows)}\n\nSketching costs from {extra[least]:.2f} ({least}) to {extra[most]:.2f} ({most}) times the "
-        f"product alone; a product is {ratio(seconds, 'whole', 'plain')['value']:.1f} plain gradients.{_transforms(results)}"
+        f"{table(header, rows)}\n\nSketching costs from {extra[least]:.2f} ({least}) to {extra[most]:.2f} "
+        f"({most}) times the "
+        f"product alone; a product is {ratio(seconds, 'whole', 'plain')['value']:.1f} plain "
+        f"gradients.{_transforms(results)}"
     )
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import record
 import subspace_kinds
-
-import gradsketch as gs
 from benchmarks.paper.numbers import table
 from benchmarks.paper.table import Results, Size, Table, pick
+
+import gradsketch as gs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,9 +28,14 @@ GENERATION, CLASSIFICATION = "generation", "classification"
 def run(size: Size) -> Results:
     seeds = tuple(range(pick(size, 1, 2, 3)))
     kinds = ("AFFD",) if size == "tiny" else subspace_kinds.KINDS
-    results: Results = {"seeds": len(seeds), "tasks": {CLASSIFICATION: digits(kinds, seeds, *pick(size, (0.2, 20), (0.9, 500), (0.9, 500)))}}
+    results: Results = {
+        "seeds": len(seeds),
+        "tasks": {CLASSIFICATION: digits(kinds, seeds, *pick(size, (0.2, 20), (0.9, 500), (0.9, 500)))},
+    }
     if size != "tiny":
-        results["tasks"][GENERATION] = facts(kinds[1:3] if size == "quick" else kinds, seeds, 4 if size == "quick" else 1)
+        results["tasks"][GENERATION] = facts(
+            kinds[1:3] if size == "quick" else kinds, seeds, 4 if size == "quick" else 1
+        )
         results["real_weights"] = real_weights()
     return results
 
@@ -40,7 +45,12 @@ def digits(kinds: tuple[str, ...], seeds: tuple[int, ...], share: float, steps: 
     full = gs.fine_tune(*common, steps=steps, lr=1e-3, batch_size=64)
     found = {kind: subspace_kinds.searched(common, kind, full.value, seeds, share) for kind in kinds}
     rows = {kind: subspace_kinds.row(result) for kind, result in found.items()}
-    return {"what": f"a perceptron on 8 × 8 digits, {share:.0%} of the accuracy", "n": full.d, "full": full.value, "kinds": rows}
+    return {
+        "what": f"a perceptron on 8 × 8 digits, {share:.0%} of the accuracy",
+        "n": full.d,
+        "full": full.value,
+        "kinds": rows,
+    }
 
 
 def facts(kinds: tuple[str, ...], seeds: tuple[int, ...], fewer: int) -> Results:
@@ -97,10 +107,16 @@ def show(results: Results) -> str:
     about = "; ".join(f"{name}: {task['what']} (n = {task['n']:,})" for name, task in tasks.items())
     parts = [f"{about[0].upper()}{about[1:]}.\n\n{table(header, rows)}", _conclusion(tasks)]
     if real := results.get("real_weights"):
-        lines = [[f"{r['what']}, 90 % of the {r['target']}", f"{r['n']:,}", logarithms(r["d"]), f"`{r['file']}`"] for r in real]
+        lines = [
+            [f"{r['what']}, 90 % of the {r['target']}", f"{r['n']:,}", logarithms(r["d"]), f"`{r['file']}`"]
+            for r in real
+        ]
         parts.append("With real weights, AFFD:\n\n" + table(["", "n", "log2 d of each seed", "from"], lines))
         parts.append(_generation(real))
-    parts.append("[P]'s finding that no proper subspace is enough for Rouge-2 on XSUM is not tried: no such data ships in a package.")
+    parts.append(
+        "[P]'s finding that no proper subspace is enough for Rouge-2 on XSUM is not tried: no such data ships in "
+        "a package."
+    )
     return "\n\n".join(parts)
 
 
@@ -113,8 +129,14 @@ def _conclusion(tasks: Results) -> str:
             lines.append(f"{name.capitalize()}: no search reached its target.")
             continue
         factor = max(reached) / min(reached)
-        missed = f"; {len(found) - len(reached)} of {len(found)} searches did not reach it" if len(reached) < len(found) else ""
-        lines.append(f"{name.capitalize()}: kinds and seeds agree within a factor of {factor:g} (in [P] 2 and 4){missed}.")
+        missed = (
+            f"; {len(found) - len(reached)} of {len(found)} searches did not reach it"
+            if len(reached) < len(found)
+            else ""
+        )
+        lines.append(
+            f"{name.capitalize()}: kinds and seeds agree within a factor of {factor:g} (in [P] 2 and 4){missed}."
+        )
     return " ".join(lines)
 
 
@@ -128,9 +150,12 @@ def _generation(real: list[dict[str, Any]]) -> str:
     if generation is None or classification is None:
         return ""
     ratio = generation / classification
-    says = "as in [P], generation needs the larger share" if ratio > 1.5 else "[P]'s gap between the two is not seen here"
+    says = (
+        "as in [P], generation needs the larger share" if ratio > 1.5 else "[P]'s gap between the two is not seen here"
+    )
     return (
-        f"By the medians of the searches that reached it, generation needs {ratio:.2g} times the share of its parameters that "
+        f"By the medians of the searches that reached it, generation needs {ratio:.2g} times the share of its "
+        "parameters that "
         f"classification does: {says}. In [P] the gap is a factor of about 2^12 in d."
     )
 
@@ -156,7 +181,8 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "table10_intrinsic_dimension",
     "Table 10: the intrinsic dimension, by kind and seed",
-    "a perceptron and a language model of a million parameters in the place of RoBERTa on SNLI and BART on XSUM; with real "
+    "a perceptron and a language model of a million parameters in the place of RoBERTa on SNLI and BART on XSUM; "
+    "with real "
     "weights only AFFD, from an earlier run.",
     25,
     run,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.paper.numbers import median, shown, slope, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from record import interleaved_rounds
 from sketch_speed import DEVICE, sketch
 
 import gradsketch as gs
-from benchmarks.paper.numbers import median, shown, slope, table
-from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,9 +67,11 @@ def show(results: Results) -> str:
         f"One vector of 2^{results['log2_n']} float32 numbers, {results['rounds']} interleaved rounds.\n\n"
         f"{table(header, body)}\n\n"
         f"[P]'s finding {holds}: the dense projection grows with d to the power {dense:.2f}, AFFD in [P]'s form with "
-        f"{flat:.2f}. At d = 2^{rows[-1]['log2_d']} the dense projection takes {times:.0f} times as long as AFFD ([P], at "
+        f"{flat:.2f}. At d = 2^{rows[-1]['log2_d']} the dense projection takes {times:.0f} times as long as AFFD "
+        "([P], at "
         f"2^18: {paper:.0f}). The local AFFD is {fast:.1f} times as fast as [P]'s form. A dense Rademacher matrix is "
-        f"{last['Dense gaussian']['value'] / last['Dense rademacher']['value']:.1f} times as fast as a Gaussian one and "
+        f"{last['Dense gaussian']['value'] / last['Dense rademacher']['value']:.1f} times as fast as a Gaussian "
+        "one and "
         "just as linear in d."
     )
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from benchmarks.paper.numbers import proportion, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from torch import Tensor
 
 import gradsketch as gs
-from benchmarks.paper.numbers import proportion, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,9 @@ def implied_qk(rate: float, d: int) -> float | None:
 
 def show(results: Results) -> str:
     rows, log_ds = results["rows"], sorted({row["log2_d"] for row in results["rows"]})
-    return "\n\n".join([_counter_example(results, rows, log_ds), _bounds(results, rows, log_ds), _failures(rows, log_ds)])
+    return "\n\n".join(
+        [_counter_example(results, rows, log_ds), _bounds(results, rows, log_ds), _failures(rows, log_ds)]
+    )
 
 
 def _find(rows: list[dict[str, Any]], kind: str, family: str, log_d: int) -> dict[str, Any]:
@@ -122,7 +124,8 @@ def _counter_example(results: Results, rows: list[dict[str, Any]], log_ds: list[
     return (
         f"**Theorem 3.1** (n = 2^{results['log2_n']}, {results['draws']:,} draws of each sketch). For FFD the squared "
         f"norm of this x is chi² with one degree of freedom whatever d is, so that it vanishes with probability "
-        f"{PAPER_FAILURE:.3f}. That {verdict}. Of the other kinds none loses it in more than {others:.3f} of the draws from "
+        f"{PAPER_FAILURE:.3f}. That {verdict}. Of the other kinds none loses it in more than {others:.3f} of the "
+        "draws from "
         f"d = 2^{log_ds[1]} on.\n\n{table(header, body)}"
     )
 
@@ -139,11 +142,7 @@ def _bounds(results: Results, rows: list[dict[str, Any]], log_ds: list[int]) -> 
         implied[kind] = [c for c in constants if c is not None]
         body.append([f"{'**AFFD**' if kind == 'AFFD' else kind}, failures", *(shown(f, ".3f") for f in worst)])
         body.append([f"C implied by Theorem {number}", *("no failure" if c is None else f"{c:.2f}" for c in constants)])
-    lines = [
-        f"{kind}: C between {min(values):.2f} and {max(values):.2f}"
-        for kind, values in implied.items()
-        if values
-    ]
+    lines = [f"{kind}: C between {min(values):.2f} and {max(values):.2f}" for kind, values in implied.items() if values]
     return (
         "**Theorems 3.2 and 3.3.** Each bound leaves a constant C open; the table gives the largest C with which the "
         "bound is true of what was observed, for the worst of four inputs. Where a bound has the right form, or is too "
@@ -160,7 +159,8 @@ def _falls(implied: dict[str, list[float]]) -> str:
     if not falling:
         return "C falls for none of them: nothing here speaks against either theorem."
     return (
-        f"C falls for {' and '.join(falling)}: within these sizes the rate falls more slowly than the exponential says, and "
+        f"C falls for {' and '.join(falling)}: within these sizes the rate falls more slowly than the exponential "
+        "says, and "
         "a constant that serves every d must be smaller than all of these."
     )
 
@@ -176,7 +176,8 @@ def _failures(rows: list[dict[str, Any]], log_ds: list[int]) -> str:
     ]
     bad = _find(rows, "AFJL paper", "two coordinates d apart", log_ds[-1])["failures"]
     return (
-        "Every kind on every input. No theorem of [P] covers AFJL, and for a reason: two coordinates d apart cancel for "
+        "Every kind on every input. No theorem of [P] covers AFJL, and for a reason: two coordinates d apart "
+        "cancel for "
         f"half of all seeds, and at d = 2^{log_ds[-1]} its norm is still off for {shown(bad, '.3f')} of the draws."
         f"\n\n{table(header, body)}"
     )
@@ -203,7 +204,7 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "theorems",
     "Theorems 3.1, 3.2 and 3.3: observed failures against the bounds",
-    "[P] proves these and does not measure them. \"Paper\" marks its forms with Gaussians.",
+    '[P] proves these and does not measure them. "Paper" marks its forms with Gaussians.',
     8,
     run,
     show,

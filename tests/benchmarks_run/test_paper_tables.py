@@ -39,13 +39,39 @@ def table(tmp_path, monkeypatch):
     return Table("one", "A table", "nothing", 1, lambda size: {"size": size}, lambda results: results["size"])
 
 
-def test_a_table_is_done_once_its_json_is_of_its_script(table, monkeypatch):
+def test_a_table_is_done_once_its_json_is_of_its_script(table):
     assert not kept.is_done(table, "quick")
     kept.measured(table, "quick")
     assert kept.is_done(table, "quick")
     assert not kept.is_done(table, "full")
-    monkeypatch.setattr(kept.inspect, "getsource", lambda module: "another script")
-    assert not kept.is_done(table, "quick")
+
+
+SCRIPT = """
+LIMIT = 3
+def run(size):
+    return helper(size)
+def helper(size):
+    return {"size": LIMIT}
+def show(results):
+    return "words"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [('"words"', '"other words"', True), ("LIMIT = 3", "LIMIT = 4", False), ("(size)\ndef", "(size + 1)\ndef", False)],
+    ids=["shown", "constant", "helper"],
+)
+def test_only_what_run_uses_makes_it_another_script(monkeypatch, old, new, same):
+    def run(size):
+        return {}
+
+    def fingerprint(text):
+        monkeypatch.setattr(kept.inspect, "getsource", lambda module: text)
+        return kept.fingerprint(Table("one", "A table", "nothing", 1, run, str), "quick")
+
+    assert old in SCRIPT
+    assert (fingerprint(SCRIPT) == fingerprint(SCRIPT.replace(old, new))) == same
 
 
 def test_the_largest_size_is_shown(table):

@@ -22,7 +22,7 @@ def interleaved_seconds(jobs: dict[str, Callable[[], Any]], repeats: int = 7) ->
 
 
 def interleaved_rounds(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Time every job once a round, in turn; return the seconds of every round. One round before these is not counted."""
+    """Time every job once a round, in turn, after a round that does not count; return the seconds of every round."""
     for job in jobs.values():
         job()
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
