@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.paper.costs import KINDS, measured, milliseconds, named, times_plain
-from benchmarks.paper.numbers import shown, table
+from benchmarks.paper.numbers import ratio, shown, table
 from benchmarks.paper.table import Results, Size, Table
 
 if TYPE_CHECKING:
@@ -81,13 +81,12 @@ def _conclusion(results: Results) -> str:
     if new:
         quick = min(new, key=lambda kind: times_plain(results, f"{kind} explicit")["value"])
         best = min(ours, key=lambda kind: times_plain(results, f"{kind} explicit")["value"])
-        mine, theirs = (times_plain(results, f"{kind} explicit")["value"] for kind in (quick, best))
-        faster = "faster than" if mine < theirs else "not faster than"
+        beside = ratio(results["seconds"], f"{quick} explicit", f"{best} explicit")
+        faster = "is faster" if beside["high"] < 1 else "is slower" if beside["low"] > 1 else "is not clearly faster"
         text += (
-            f" The fastest form that is not in [P], {quick}, costs {mine:.2f} plain gradients and is {faster} the "
-            "fastest of "
-            f"[P]'s, {best} ({theirs:.2f}). Beside the gradient itself the choice of sketch matters less than on [P]'s "
-            "accelerators, where a gradient is cheap and reading a vector is not."
+            f" The fastest form that is not in [P], {quick}, takes {shown(beside, '.2f')} of the time of the "
+            "fastest of [P]'s, "
+            f"{best}: it {faster}."
         )
     return text
 

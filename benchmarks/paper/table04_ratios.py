@@ -51,11 +51,13 @@ def show(results: Results) -> str:
     explicit = [value["value"] for name, value in found.items() if "implicit over" in name]
     fft = [value["value"] for name, value in found.items() if "over FFT" in name]
     faster = sum(value > 1 for value in explicit)
-    text = f"Explicit is faster for {faster} of {len(explicit)} kinds here, for all of them in [P]."
+    text = f"Explicit is faster for {faster} of {len(explicit)} kinds here; in [P] for all of its own."
     if fft:
-        way = "So does the FFT" if min(fft) > 1 else "The FFT does not"
+        way = "does" if min(fft) > 1 else "does not"
         text += (
-            f" {way} beat the Hadamard transform on this machine, as it does in [P] by {PAIRS['AFFD, H over FFT'][2]}."
+            f" The FFT {way} beat the Hadamard transform on this machine; in [P] it does, by "
+            f"{PAIRS['AFFD, H over FFT'][2]} for "
+            "AFFD. The H here is gradsketch's own, in cache-sized pieces, and an FFT of real vectors must be repacked."
         )
     header = ["time of one over that of the other, gradients", "here", "[P], V100", "here over [P]"]
     return f"n = {results['n']:,}, d = {results['d']:,}, passes included.\n\n{table(header, rows)}\n\n{text}"

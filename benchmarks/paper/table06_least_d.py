@@ -94,7 +94,7 @@ def _conclusion(results: Results) -> str:
             lines.append(f"So [P]'s last, {theirs[-1]}, is not last here; {ours[-1]} is.")
         best = max(NEW, key=lambda kind: r.get(kind, -1.0))
         lines.append(
-            f"Of the forms that are not in [P], {best} is best (r = {r[best]:.3f}); signs in the place of Gaussians take "
+            f"Of the forms that are not in [P], {best} is best (r = {r[best]:.3f}); signs instead of Gaussians take "
             f"AFJL from r = {r['AFJL gaussian']:.3f} to {r['AFJL']:.3f}."
         )
     return " ".join(lines)

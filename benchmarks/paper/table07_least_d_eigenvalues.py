@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.paper.numbers import Interval, mean, shown, table
+from benchmarks.paper.numbers import Interval, median, shown, table
 from benchmarks.paper.table import Results, Size, Table, pick
 from spectrum_dimension import LIMITS, _least, floor, losses, one, trained
 
@@ -51,9 +51,9 @@ def run(size: Size) -> Results:
 
 
 def errors(operator: gs.LinearMap, kind: Any, d: int, seeds: int, exact: Any) -> dict[str, Interval]:
-    """Return the mean relative error of the ten, as they come and with the first-order correction, over the seeds."""
+    """Return the mean relative error of the ten, as they come and with the first-order correction: median and range of seeds."""
     runs = [one(operator, kind, d, seed, exact) for seed in range(seeds)]
-    return {"raw": mean([run[0] for run in runs]), "corrected": mean([run[1] for run in runs])}
+    return {"raw": median([run[0] for run in runs]), "corrected": median([run[1] for run in runs])}
 
 
 def leasts(results: Results, kind: str, form: str) -> list[int | None]:

@@ -52,8 +52,8 @@ def show(results: Results) -> str:
         [
             f"**{name}**" if name in NEW else name,
             *(shown(row["ms"][name]) for row in rows),
-            f"{results['power_of_d'][name]:.2f}",
-            shown(paper_power(name), ".2f"),
+            power(results["power_of_d"][name]),
+            power(paper_power(name)),
         ]
         for name in names
     ]
@@ -74,6 +74,10 @@ def show(results: Results) -> str:
         "one and "
         "just as linear in d."
     )
+
+
+def power(number: float | None) -> str:
+    return "–" if number is None else f"{round(number, 2) + 0.0:.2f}"  # never −0.00
 
 
 def paper_power(name: str) -> float | None:
