@@ -100,6 +100,13 @@ def power(results: Results, kind: str) -> float:
     return slope([2.0**k for k in upper], [rows[k]["sketch_ms"]["value"] for k in upper])
 
 
+def short(results: Results) -> tuple[str, str]:
+    return (
+        "FJL's time and memory grow with d, AFJL's do not",
+        f"time ∝ d^{power(results, 'FJL'):.2f} for FJL, d^{power(results, 'AFFD'):.2f} for AFFD",
+    )
+
+
 def draw(results: Results) -> Figure:
     from benchmarks.paper import style
 
@@ -125,5 +132,6 @@ TABLE = Table(
     8,
     run,
     show,
+    short,
     draw,
 )

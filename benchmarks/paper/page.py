@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import kept
+from benchmarks.paper.numbers import table
 from benchmarks.paper.registry import TABLES
 from benchmarks.paper.table import Table
 
 from gradsketch.durable import write_file, written_whole
 
-__all__ = ["PAGE", "text", "write"]
+__all__ = ["PAGE", "README", "summary", "text", "with_summary", "write"]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+_BEGIN, _END = "<!-- paper: made by python -m benchmarks.paper --page -->", "<!-- end of paper -->"
 _HEAD = """# The paper, table by table
 
 <!-- Made by `python -m benchmarks.paper --page` from benchmarks/results/paper. Do not edit by hand. -->
@@ -31,41 +34,61 @@ intervals: the range over rounds for times, 95 % otherwise. Kinds in bold are no
 
 def write() -> Path:
     """Draw the pictures, write the page, and return its path."""
-    for table in TABLES.values():
-        record = kept.kept(table)
-        if record is not None and table.draw is not None:
-            figure = table.draw(record["results"])
-            with written_whole(picture(table)) as file:
+    for each in TABLES.values():
+        record = kept.kept(each)
+        if record is not None and each.draw is not None:
+            figure = each.draw(record["results"])
+            with written_whole(picture(each)) as file:
                 figure.savefig(file, dpi=130, format="png")
     write_file(PAGE, text())
+    write_file(README, with_summary(README.read_text(encoding="utf-8")))
     return PAGE
 
 
 def text() -> str:
     """Return the page."""
-    return "\n".join([_HEAD, *(section(table, kept.kept(table)) for table in TABLES.values())])
+    return "\n".join([_HEAD, *(section(each, kept.kept(each)) for each in TABLES.values())])
 
 
-def section(table: Table, record: dict[str, Any] | None) -> str:
+def summary() -> str:
+    """Return one line for each table that has been run."""
+    rows = []
+    for each in TABLES.values():
+        record = kept.kept(each)
+        if record is not None:
+            paper, here = each.short(record["results"])
+            size = "" if record["size"] == "full" else " (in small)"
+            rows.append([each.title.split(":")[0] + size, paper, here])
+    return table(["", "[P]", "here"], rows).replace("---:", "---")
+
+
+def with_summary(readme: str) -> str:
+    """Return the README with the summary in its place."""
+    before, rest = readme.split(_BEGIN)
+    return f"{before}{_BEGIN}\n{summary()}\n{_END}{rest.split(_END)[1]}"
+
+
+def section(each: Table, record: dict[str, Any] | None) -> str:
     """Return what the page says about one table."""
     if record is None:
-        return f"## {table.title}\n\nNot run yet: `python -m benchmarks.paper {table.name}`.\n"
-    parts = [f"## {table.title}", f"*What differs:* {table.differs}", table.show(record["results"])]
-    if table.draw is not None:
-        parts.append(f"![{table.title}](images/paper/{table.name}.png)")
-    return "\n\n".join([*parts, f"<small>{_source(table, record)}</small>"]) + "\n"
+        return f"## {each.title}\n\nNot run yet: `python -m benchmarks.paper {each.name}`.\n"
+    parts = [f"## {each.title}", f"*What differs:* {each.differs}", each.show(record["results"])]
+    if each.draw is not None:
+        parts.append(f"![{each.title}](images/paper/{each.name}.png)")
+    return "\n\n".join([*parts, f"<small>{_source(each, record)}</small>"]) + "\n"
 
 
-def picture(table: Table) -> Path:
-    return kept.PICTURES / f"{table.name}.png"
+def picture(each: Table) -> Path:
+    """Return where the picture of a table stands."""
+    return kept.PICTURES / f"{each.name}.png"
 
 
-def _source(table: Table, record: dict[str, Any]) -> str:
+def _source(each: Table, record: dict[str, Any]) -> str:
     about, load = record["environment"], record["load_average"]
     device = about["gpu"] or f"{about['processor']}, {about['threads']} threads"
     busy = f", load average {load['before']} – {load['after']}" if load["before"] is not None else ""
     size = "" if record["size"] == "full" else f", the {record['size']} size"
-    file = kept.path(table, record["size"]).relative_to(ROOT)
+    file = kept.path(each, record["size"]).relative_to(ROOT)
     return (
         f"`{file}`{size}: {about['date']}, commit {about['commit']}, torch {about['torch']}, {device}{busy}, "
         f"{record['seconds']:.0f} s."

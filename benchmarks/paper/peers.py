@@ -356,6 +356,14 @@ def best(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return dict(sorted(chosen.items(), key=lambda item: -item[1]["value"]))
 
 
+def short(results: Results) -> tuple[str, str]:
+    rows = [row for row in results.get("gradients", []) if "failed" not in row]
+    size = min((row["d"] for row in rows if row["peer"] == "gradsketch"), default=0)
+    near = [row for row in rows if size and abs(row["d"] / size - 1) < 0.05]
+    here = "; ".join(f"{row['peer'].split(',')[0]} {row['pearson']:.2f} at {row['throughput']:.2f} ×" for row in near)
+    return "–", f"r of per-example sketches at d = {size:,}, and throughput: {here}"
+
+
 def draw(results: Results) -> Figure:
     from benchmarks.paper import style
 
@@ -384,6 +392,7 @@ TABLE = Table(
     25,
     run,
     show,
+    short,
     draw,
 )
 

@@ -63,6 +63,17 @@ def show(results: Results) -> str:
     return f"n = {results['n']:,}, d = {results['d']:,}, passes included.\n\n{table(header, rows)}\n\n{text}"
 
 
+def short(results: Results) -> tuple[str, str]:
+    found = ratios(results)
+    here = [value["value"] for name, value in found.items() if "implicit over" in name and name in PAIRS]
+    fft = found.get("AFFD, H over FFT")
+    there = [pair[2] for name, pair in PAIRS.items() if "implicit over" in name]
+    return (
+        f"implicit over explicit {min(there)} – {max(there)}; H over FFT {PAIRS['AFFD, H over FFT'][2]}",
+        f"{min(here):.2f} – {max(here):.2f}" + ("" if fft is None else f"; H over FFT {fft['value']:.2f}"),
+    )
+
+
 def draw(results: Results) -> Figure:
     from benchmarks.paper import style
 
@@ -88,5 +99,6 @@ TABLE = Table(
     5,
     run,
     show,
+    short,
     draw,
 )

@@ -160,6 +160,14 @@ def _generation(real: list[dict[str, Any]]) -> str:
     )
 
 
+def short(results: Results) -> tuple[str, str]:
+    parts = []
+    for name, task in results["tasks"].items():
+        dims = [d for row in task["kinds"].values() for d in row["d"] if d is not None]
+        parts.append(f"{name} {math.log2(min(dims)):g} – {math.log2(max(dims)):g}" if dims else f"{name} not reached")
+    return "log2 of the intrinsic dimension: classification 13 – 14, generation 24 – 26", "; ".join(parts)
+
+
 def draw(results: Results) -> Figure:
     from benchmarks.paper import style
 
@@ -187,5 +195,6 @@ TABLE = Table(
     25,
     run,
     show,
+    short,
     draw,
 )

@@ -85,6 +85,14 @@ def paper_power(name: str) -> float | None:
     return None if numbers is None else slope([2.0**k for k in numbers], list(numbers.values()))
 
 
+def short(results: Results) -> tuple[str, str]:
+    found = results["power_of_d"]
+    return (
+        f"time ∝ d^{power(paper_power('Dense gaussian'))} for dense, d^{power(paper_power('AFFD paper'))} for AFFD",
+        f"d^{power(found['Dense gaussian'])} and d^{power(found['AFFD paper'])}",
+    )
+
+
 def draw(results: Results) -> Figure:
     from benchmarks.paper import style
 
@@ -106,5 +114,6 @@ TABLE = Table(
     5,
     run,
     show,
+    short,
     draw,
 )

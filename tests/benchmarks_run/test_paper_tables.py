@@ -20,12 +20,18 @@ def test_tiny_size_runs_and_is_shown(name):
     text = table.show(results)
     assert "|" in text
     assert "nan" not in text
+    assert all(table.short(results))
     if table.draw is not None:
         assert table.draw(results).axes
 
 
 def test_page_is_of_its_json():
     assert page.PAGE.read_text(encoding="utf-8") == page.text(), "type: python -m benchmarks.paper --page"
+
+
+def test_readme_is_of_its_json():
+    readme = page.README.read_text(encoding="utf-8")
+    assert readme == page.with_summary(readme), "type: python -m benchmarks.paper --page"
 
 
 def test_pictures_are_there():
@@ -36,7 +42,15 @@ def test_pictures_are_there():
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     monkeypatch.setattr(kept.record, "RESULTS", tmp_path)
-    return Table("one", "A table", "nothing", 1, lambda size: {"size": size}, lambda results: results["size"])
+    return Table(
+        "one",
+        "A table",
+        "nothing",
+        1,
+        lambda size: {"size": size},
+        lambda results: results["size"],
+        lambda results: ("", ""),
+    )
 
 
 def test_a_table_is_done_once_its_json_is_of_its_script(table):
@@ -68,7 +82,7 @@ def test_only_what_run_uses_makes_it_another_script(monkeypatch, old, new, same)
 
     def fingerprint(text):
         monkeypatch.setattr(kept.inspect, "getsource", lambda module: text)
-        return kept.fingerprint(Table("one", "A table", "nothing", 1, run, str), "quick")
+        return kept.fingerprint(Table("one", "A table", "nothing", 1, run, str, str), "quick")
 
     assert old in SCRIPT
     assert (fingerprint(SCRIPT) == fingerprint(SCRIPT.replace(old, new))) == same
