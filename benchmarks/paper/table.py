@@ -22,8 +22,8 @@ class Table:
 
     ``name`` is that of its script, its JSON and its picture. ``differs`` says in one or two sentences what is not as in
     the paper. ``minutes`` are those of a full run on two idle cores. ``run`` measures; ``show`` makes Markdown of what
-    came out and of the paper's numbers, and reads nothing but the results; ``short`` gives what the paper found and what came
-    out here, a few words each, for the README; ``draw`` makes the picture.
+    came out and of the paper's numbers, from the results alone; ``short`` gives what the paper found and what came out
+    here, a few words each, for the README; ``draw`` makes the picture.
     """
 
     name: str

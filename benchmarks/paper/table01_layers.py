@@ -29,14 +29,14 @@ def run(size: Size) -> Results:
 
 
 def byte_gpt(size: Size) -> dict[str, Any]:
-    steps, width, layers, examples = pick(size, (1, 8, 2, 6), (300, 48, 4, 64), (1500, 96, 6, 92))
+    steps, width, layers, examples = pick(size, (1, 8, 1, 4), (300, 48, 4, 64), (1500, 96, 6, 92))
     model, batch, loss = trained(steps, width, layers)
     torch.manual_seed(1)
     together = pieces(examples)
     groups = {"embeddings": ["transformer.wte*", "transformer.wpe*"]}
     groups |= {f"layer {i}": [f"transformer.h.{i}.*"] for i in range(layers)}
     found = correlations(model, losses, together, groups, 64 if size == "tiny" else 1024)
-    errors = eigenvalue_errors(model, batch, groups, steps=pick(size, 15, 60, 100))
+    errors = eigenvalue_errors(model, batch, groups, steps=pick(size, 10, 60, 100))
     return {"n": sum(p.numel() for p in model.parameters()), "loss": loss, "examples": examples, **found, **errors}
 
 

@@ -104,9 +104,8 @@ def short(results: Results) -> tuple[str, str]:
     found = next(iter(results["models"].values()))
     low, high = found["log2_d"]
     rows = {row["kind"]: row for row in found["rows"]}
-    here = ", ".join(
-        f"{kind} {least(rows[kind], 0.95, low, high)}" for kind in ("AFFD gaussian", "AFJL gaussian", "QK", "AFFD")
-    )
+    chosen = ("AFFD gaussian", "AFJL gaussian", "QK", "AFFD")
+    here = ", ".join(f"{kind} {least(rows[kind], 0.95, low, high)}" for kind in chosen)
     return "least log2 d for r > .95: AFFD 10, AFJL 12, QK 14", here
 
 
