@@ -45,7 +45,7 @@ class Tuning:
 
 
 def run(size: Size) -> Results:
-    steps, products = pick(size, (0, 2), (0, 5, 20), (0, 10, 50, 100, 200)), pick(size, 12, 25, 60)
+    steps, products = pick(size, (0, 2), (0, 5, 20), (0, 10, 50, 100, 200)), pick(size, 8, 25, 60)
     k, examples = pick(size, 3, 6, 10), pick(size, 4, 8, 16)
     makers = {"a byte-level GPT": byte_gpt} if size == "tiny" else {
         "classification: MiniLM, spam or ham": spam,
