@@ -23,7 +23,7 @@ V100 = 16 * 2**30
 
 def run(size: Size) -> Results:
     here = case(size)
-    directions, rounds = pick(size, (8,), (32, 128), (32, 128, 512)), pick(size, 1, 3, 6)
+    directions, rounds = pick(size, (8,), (32, 128), (32, 128)), pick(size, 1, 3, 6)
     groups: dict[str, int] = {}
     for name, parameter in here.model.named_parameters():
         key = f"layer {name.split('.')[2]}" if ".h." in name else "embeddings and final norm"

@@ -27,15 +27,13 @@ GENERATION, CLASSIFICATION = "generation", "classification"
 
 def run(size: Size) -> Results:
     seeds = tuple(range(pick(size, 1, 2, 3)))
-    kinds = ("AFFD",) if size == "tiny" else subspace_kinds.KINDS
+    kinds: tuple[str, ...] = pick(size, ("AFFD",), ("AFJL", "AFFD"), subspace_kinds.KINDS)
     results: Results = {
         "seeds": len(seeds),
         "tasks": {CLASSIFICATION: digits(kinds, seeds, *pick(size, (0.2, 20), (0.9, 500), (0.9, 500)))},
     }
     if size != "tiny":
-        results["tasks"][GENERATION] = facts(
-            kinds[1:3] if size == "quick" else kinds, seeds, 4 if size == "quick" else 1
-        )
+        results["tasks"][GENERATION] = facts(kinds, seeds, pick(size, 4, 4, 1))
         results["real_weights"] = real_weights()
     return results
 

@@ -1,7 +1,7 @@
 """Every number in a table of the README and the documentation is in the JSON that its page names, as rounded.
 
-Numbers in JSON also count in milliseconds, per cent, millions and binary megabytes. What no benchmark measures (the size
-of somebody's model, a year) stands in ``NOT_MEASURED``. docs/results.md is made by a script and has a test of its own.
+Numbers in JSON also count in milliseconds, per cent, millions and binary megabytes. What no benchmark measures (a year,
+the size of a model) stands in ``NOT_MEASURED``. docs/results.md is made by a script and has a test of its own.
 """
 
 import json
