@@ -61,7 +61,6 @@ def ran(name: str, size: str, again: bool) -> bool:
     """Run one table unless that has been done; whether there is a result of this script now."""
     from benchmarks.paper import kept
     from benchmarks.paper.registry import TABLES
-
     from gradsketch.demo.packages import AbsentError
 
     table = TABLES[name]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.paper.numbers import Interval, median, ratio
-from benchmarks.paper.table import Results, Size, pick
 from hvp_cost import gpt2, gradient, losses
 from record import interleaved_rounds, peak_bytes
 from torch import Tensor, nn
 
 import gradsketch as gs
+from benchmarks.paper.numbers import Interval, median, ratio
+from benchmarks.paper.table import Results, Size, pick
 
 __all__ = ["KINDS", "NEW", "Case", "case", "measured", "named"]
 

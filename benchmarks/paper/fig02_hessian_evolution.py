@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.numbers import Interval, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from torch import nn
 
 import gradsketch as gs
+from benchmarks.paper.numbers import Interval, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from gradsketch.random import Stream
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.numbers import median, shown, slope, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from record import interleaved_rounds, peak_bytes
 from sketch_speed import DEVICE, sketch
+
+from benchmarks.paper.numbers import median, shown, slope, table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+
 from benchmarks.paper.table import Size, Table
 
 __all__ = ["fingerprint", "is_done", "kept", "measured", "path"]

@@ -9,7 +9,6 @@ from benchmarks.paper import kept
 from benchmarks.paper.numbers import table
 from benchmarks.paper.registry import TABLES
 from benchmarks.paper.table import Table
-
 from gradsketch.durable import write_file, written_whole
 
 __all__ = ["PAGE", "README", "summary", "text", "with_summary", "write"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from benchmarks.paper.numbers import shown, table
 from benchmarks.paper.table import Results, Size, Table, pick
 

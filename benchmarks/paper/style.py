@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from benchmarks.paper.numbers import Interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.paper.numbers import Interval
 
 __all__ = ["WIDTH", "finished", "new", "series", "styles"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.numbers import Interval, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from spectrum_dimension import error, losses, pieces, trained
 from torch import Tensor, nn
 
 import gradsketch as gs
+from benchmarks.paper.numbers import Interval, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 from gradsketch.evaluation.quality import sketch_quality
 
 if TYPE_CHECKING:

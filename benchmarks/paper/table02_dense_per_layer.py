@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.costs import case
-from benchmarks.paper.numbers import median, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from record import interleaved_rounds, peak_bytes
 from torch import Tensor
 
 import gradsketch as gs
+from benchmarks.paper.costs import case
+from benchmarks.paper.numbers import median, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

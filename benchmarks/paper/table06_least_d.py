@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.numbers import mean, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from sketch_quality import KINDS, THRESHOLDS, albert_gradients, table6
 from spectrum_dimension import losses, pieces, trained
 from torch import Tensor
 
 import gradsketch as gs
+from benchmarks.paper.numbers import mean, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

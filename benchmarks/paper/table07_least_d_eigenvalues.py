@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.paper.numbers import Interval, median, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from spectrum_dimension import LIMITS, _least, floor, losses, one, trained
 
 import gradsketch as gs
+from benchmarks.paper.numbers import Interval, median, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

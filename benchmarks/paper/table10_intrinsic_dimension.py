@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import record
 import subspace_kinds
-from benchmarks.paper.numbers import table
-from benchmarks.paper.table import Results, Size, Table, pick
 
 import gradsketch as gs
+from benchmarks.paper.numbers import table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.numbers import median, shown, slope, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from record import interleaved_rounds
 from sketch_speed import DEVICE, sketch
 
 import gradsketch as gs
+from benchmarks.paper.numbers import median, shown, slope, table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

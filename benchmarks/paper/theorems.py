@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from benchmarks.paper.numbers import Interval, proportion, shown, table
-from benchmarks.paper.table import Results, Size, Table, pick
 from torch import Tensor
 
 import gradsketch as gs
+from benchmarks.paper.numbers import Interval, proportion, shown, table
+from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
