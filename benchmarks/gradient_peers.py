@@ -190,6 +190,10 @@ def opacus(work: Workload, d: int) -> Sketches:
     linear_layers(work.model)  # it knows no Conv1D of transformers
     phi = gs.AFFD(sum(p.numel() for p in work.model.parameters()), d)
     model = GradSampleModule(work.model, batch_first=True, loss_reduction="sum")
+    model.train()  # it looks at modules in training mode only
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     places = torch.arange(work.ids.shape[1])
 
     def sketch() -> Tensor:

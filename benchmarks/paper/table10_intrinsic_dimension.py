@@ -139,22 +139,22 @@ def _conclusion(tasks: Results) -> str:
 
 
 def _generation(real: list[dict[str, Any]]) -> str:
-    def share(word: str) -> float | None:
-        rows = [r for r in real if word in r["what"] and r["target"] == "gain"]
-        reached = sorted(d for r in rows for d in r["d"] if d is not None)
-        return reached[len(reached) // 2] / rows[0]["n"] if reached else None
-
-    generation, classification = share("facts"), share("spam")
-    if generation is None or classification is None:
+    """Return how the two tasks' shares of the parameters compare, over the searches that reached 90 % of the gain."""
+    found: dict[str, list[float]] = {}
+    missed = 0
+    for row in (row for row in real if row["target"] == "gain"):
+        name = GENERATION if "facts" in row["what"] else CLASSIFICATION
+        found[name] = [d / row["n"] for d in row["d"] if d is not None]
+        missed += row["d"].count(None)
+    if not found.get(GENERATION) or not found.get(CLASSIFICATION):
         return ""
-    ratio = generation / classification
-    says = (
-        "as in [P], generation needs the larger share" if ratio > 1.5 else "[P]'s gap between the two is not seen here"
-    )
+    least = min(found[GENERATION]) / max(found[CLASSIFICATION])
+    most = max(found[GENERATION]) / min(found[CLASSIFICATION])
+    says = "the larger share, as in [P]" if least > 1 else "not clearly another share"
     return (
-        f"By the medians of the searches that reached it, generation needs {ratio:.2g} times the share of its "
-        "parameters that "
-        f"classification does: {says}. In [P] the gap is a factor of about 2^12 in d."
+        f"Generation needs {says}: {least:.2g} to {most:.2g} times that of classification, over the seeds that "
+        "reached 90 % of "
+        f"the gain ({missed} did not). In [P] the gap is a factor of about 2^12 in d."
     )
 
 
