@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from benchmarks.paper.numbers import mean, median, proportion, ratio, shown, slope, table
 
 
