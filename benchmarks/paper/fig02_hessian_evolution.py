@@ -232,7 +232,7 @@ TABLE = Table(
     "MiniLM and SmolLM2-135M in the place of RoBERTa, GPT-2 Large and BART; few examples and steps; a Lanczos "
     "recurrence "
     "in R^n that keeps sketches of its vectors, which has no bias, in the place of the sketched operator.",
-    45,
+    30,
     run,
     show,
     short,

@@ -124,8 +124,8 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "table07_least_d_eigenvalues",
     "Table 7: the least d for eigenvalues",
-    "a byte-level GPT of a quarter of a million parameters, trained here, where [P] has GPT-2.",
-    25,
+    "a byte-level GPT trained here, of a quarter of a million parameters in the full size, where [P] has GPT-2.",
+    20,
     run,
     show,
     short,
