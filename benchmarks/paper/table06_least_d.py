@@ -10,7 +10,7 @@ from spectrum_dimension import losses, pieces, trained
 from torch import Tensor
 
 import gradsketch as gs
-from benchmarks.paper.numbers import mean, shown, table
+from benchmarks.paper.numbers import Interval, median, shown, table
 from benchmarks.paper.table import Results, Size, Table, pick
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def show(results: Results) -> str:
             [
                 f"**{row['kind']}**" if row["kind"] in NEW else row["kind"],
                 *(least(row, t, low, high) for t in THRESHOLDS),
-                shown(mean(row["pearson"][str(high)]), ".3f"),
+                shown(median(row["pearson"][str(high)]), ".3f"),
                 " / ".join(map(str, PAPER[row["kind"]])) if row["kind"] in PAPER else "–",
             ]
             for row in found["rows"]
@@ -113,17 +113,24 @@ def draw(results: Results) -> Figure:
     from benchmarks.paper import style
 
     models = results["models"]
-    figure, axes = style.new(max(2, len(models)), 3.8, share_y=True)
-    for axis, (name, found) in zip(axes, models.items(), strict=False):
+    figure, axes = style.new(len(models), 3.8, share_y=True)
+    for axis, (name, found) in zip(axes, models.items(), strict=True):
         for row, look in zip(found["rows"], style.styles([r["kind"] for r in found["rows"]]).values(), strict=True):
-            style.series(axis, [2 ** int(k) for k in row["pearson"]], [mean(v) for v in row["pearson"].values()], look)
+            style.series(
+                axis, [2 ** int(k) for k in row["pearson"]], [missing(r) for r in row["pearson"].values()], look
+            )
+        for threshold in THRESHOLDS:
+            axis.axhline(1 - threshold, color="grey", linewidth=0.5, linestyle=":")
         axis.set_title(name, fontsize=9)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("sketch size d")
-    for axis in axes[len(models) :]:
-        axis.set_axis_off()
-    axes[0].set(ylabel="Pearson r of inner products", ylim=(0, 1.02))
+        axis.set(xlabel="sketch size d", yscale="log")
+    axes[0].set_ylabel("1 − Pearson r of inner products")
     return style.finished(figure, legend=axes[0])
+
+
+def missing(r: list[float]) -> Interval:
+    """Return what r lacks of one: median and range over seeds."""
+    return median([1 - value for value in r])
 
 
 TABLE = Table(
