@@ -24,7 +24,8 @@ _HEAD = """# The paper, table by table
 What A. Schioppa, *Efficient Sketches for Training Data Attribution and Studying the Loss Landscape* (NeurIPS 2024,
 arXiv 2402.03994; [P] below) reports, and what comes out here. The models and the hardware differ: [P] measured GPT-2,
 RoBERTa and BART on a V100 and on TPUs. So compare forms and ratios, not milliseconds. Numbers in brackets are
-intervals: the range over rounds for times, 95 % otherwise. Kinds in bold are not in [P].
+intervals: the range over rounds for times and over seeds for r at the largest d and for eigenvalue errors; 95 % for
+other correlations and for proportions; what the eigenvalues' errors leave open for R_NEG. Kinds in bold are not in [P].
 
 `python -m benchmarks.paper --all` makes all of it anew, `--quick` in small, `--device cuda` on a GPU, and
 `python -m benchmarks.paper NAME` one table.
