@@ -165,7 +165,7 @@ def show(results: Results) -> str:
         ]
         parts.append(
             f"{name[0].upper()}{name[1:]}; n = {found['n']:,}, the loss on {found['examples']} examples, "
-            f"{found['rows'][0]['products']} products a step at most; values that have not settled are larger than shown."
+            f"{found['rows'][0]['products']} products a step at most; those unsettled are larger than shown."
             f"\n\n{table(header, rows)}\n\n{verdict(found)}"
         )
     return "\n\n".join(parts)
