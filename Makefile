@@ -35,6 +35,7 @@ weights: .venv/weights
 # A wheel and a sdist in dist/, each seen to work in an empty environment.
 release:
 	PYTHON="$(PYTHON)" bash tools/release.sh
+
 # The libraries that benchmarks/paper/peers.py measures gradsketch beside, in an environment of their own.
 peers: .venv-peers/installed
 	@echo "type: python -m benchmarks.paper peers"
