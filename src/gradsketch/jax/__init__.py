@@ -1,0 +1,2 @@
+"""Sketches in JAX."""
+from gradsketch.jax.sketches import affd, afjl, qk, srht
