@@ -7,6 +7,7 @@ and a counter is two words. XLA's own Philox cannot serve: it takes half of the 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.special import ndtri
 
 from gradsketch.random import Stream
 
-__all__ = ["SIGNS_A_COUNTER", "Key", "as_key", "bits_at", "flip", "is_negative", "normals", "words"]
+__all__ = ["SIGNS_A_COUNTER", "Key", "as_key", "flip", "flip_packed", "is_negative_at", "normals", "packed_signs", "words"]
 
 # (key 0, key 1, counter 2, counter 3) of a stream: an array, so that the streams of stacked layers can be scanned.
 Key = UInt32[Array, " 4"] | UInt32[np.ndarray, " 4"]
@@ -55,20 +56,25 @@ def _five_rounds(c: UInt32[Array, "*m 4"], k: UInt32[Array, " 2"]) -> tuple[UInt
     return jnp.stack([c0, c1, c2, c3], axis=-1), k
 
 
-def is_negative(key: Key, count: int, first: UInt32[Array, ""] | int = 0) -> Bool[Array, " count"]:
-    """Return which of ``count`` signs are −1, beginning with the first sign of counter ``first``."""
-    counters = -(-count // SIGNS_A_COUNTER)
-    drawn = words(key, jnp.asarray(first, jnp.uint32) + lax.iota(jnp.uint32, counters))
-    bits = (drawn[..., None] >> lax.iota(jnp.uint32, 32)) & 1
-    return bits.reshape(-1)[:count] != 0
-
-
 def flip(x: Float[Array, "*batch m"], key: Key, first: UInt32[Array, ""] | int = 0) -> Float[Array, "*batch m"]:
     """Multiply vectors by the signs of a stream, from counter ``first`` on."""
-    return jnp.where(is_negative(key, x.shape[-1], first), -x, x)
+    counters = -(-x.shape[-1] // SIGNS_A_COUNTER)
+    drawn = words(key, jnp.asarray(first, jnp.uint32) + lax.iota(jnp.uint32, counters))
+    return flip_packed(x, drawn.reshape(-1))
 
 
-def bits_at(key: Key, index: Int[Array, "*m"]) -> Bool[Array, "*m"]:
+def flip_packed(x: Float[Array, "*batch m"], drawn: UInt32[Any, " w"]) -> Float[Array, "*batch m"]:
+    """Multiply vectors by the signs whose bits some words hold: sign i is bit i mod 32 of word i div 32."""
+    bits = (jnp.asarray(drawn)[:, None] >> lax.iota(jnp.uint32, 32)) & 1
+    return jnp.where(bits.reshape(-1)[: x.shape[-1]] != 0, -x, x)
+
+
+def packed_signs(stream: Stream, count: int) -> UInt32[np.ndarray, " w"]:
+    """Return the words that hold the first signs of a stream."""
+    return stream.words(0, -(-count // 32)).numpy().view(np.uint32)
+
+
+def is_negative_at(key: Key, index: Int[Array, "*m"]) -> Bool[Array, "*m"]:
     """Return whether the signs at some places are −1, without a look-up."""
     place = index.astype(jnp.uint32)
     lane = (place // 32)[..., None] & 3

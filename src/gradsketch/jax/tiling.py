@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
-from gradsketch.jax.random import as_key, bits_at, flip
+from gradsketch.jax.random import as_key, flip_packed, is_negative_at, packed_signs
 from gradsketch.jax.transforms import einsum
 from gradsketch.sketches.side import Side
 from gradsketch.sketches.tiling import Tiling, sums_stream
@@ -66,7 +66,7 @@ def tables_of(tiling: Tiling) -> tuple[TilingShape, Tables]:
     tables = {
         "rows": _side_tables(tiling.row_side),
         "columns": _side_tables(tiling.column_side),
-        "sums": as_key(sums_stream(tiling.stream.seed)),
+        "sums": packed_signs(sums_stream(tiling.stream.seed), layout.products if tiling.folds else 1),
         "starts": np.array(starts, np.int32),
     }
     return shape, tables
@@ -77,8 +77,9 @@ def _side_tables(side: Side) -> Tables:
     return {
         **{name: table.numpy().astype(np.uint16) for name, table in bits.items()},
         "rotations": side.rotations.numpy().astype(np.int32),
-        "signs": as_key(side.stream.child("signs")),
-        "fold": as_key(side.stream.child("fold")),
+        "signs": packed_signs(side.stream.child("signs"), side.count),
+        "fold": packed_signs(side.stream.child("fold"), side.size),
+        "fold_key": as_key(side.stream.child("fold")),
     }
 
 
@@ -138,7 +139,7 @@ def _sums(shape: TilingShape, tables: Tables, numbers: Float[Array, " kept"]) ->
         total = _rolled(jnp.pad(spread, (0, size - products * step)), starts[0])
     else:
         rounds = len(starts)
-        signed = jnp.pad(flip(numbers, tables["sums"]), (0, rounds * size - products)).reshape(rounds, size)
+        signed = jnp.pad(flip_packed(numbers, tables["sums"]), (0, rounds * size - products)).reshape(rounds, size)
         total = sum((_rolled(signed[i], starts[i]) for i in range(rounds)), jnp.zeros_like(signed[0]))
     return total[: shape.d] * shape.scale
 
@@ -171,7 +172,7 @@ def _coordinates(
     x = _fold(side, tables, x)
     used = -(-x.shape[1] // side.length)
     blocks = jnp.pad(x, ((0, 0), (0, used * side.length - x.shape[1]))).reshape(len(x), used, side.length)
-    signs = flip(jnp.ones(used * side.length, x.dtype), tables["signs"])
+    signs = flip_packed(jnp.ones(used * side.length, x.dtype), tables["signs"])
     parities = _parity(tables["places"][:used, :, None], tables["within"])
     first = jnp.where(parities, -1, 1) * signs.reshape(used, side.length, 1)
     # The sums over m and over blocks are apart in one product each; no einsum of three is asked to find an order.
@@ -191,13 +192,15 @@ def _coordinates_of_one(
         rotations = tables["rotations"]
         hot = (index // side.count)[:, None] == np.arange(len(rotations), dtype=np.int32)
         place = (index + jnp.where(hot, rotations, 0).sum(-1, dtype=jnp.int32)) % side.count
-        negative = bits_at(tables["fold"], index)
+        negative = is_negative_at(tables["fold_key"], index)
     block, inside = place // side.length, place % side.length
     in_block = (block[:, None] == np.arange(side.count // side.length, dtype=np.int32)).astype(jnp.float32)
-    shuffled = einsum("mu,up->mp", in_block, tables["places"].astype(np.float32))
+    # A place's row of the first stage, and its sign as its sign.
+    signed = flip_packed(tables["places"].astype(np.float32).reshape(-1) + 1, tables["signs"]).reshape(-1, side.length)
     here = inside[:, None] == np.arange(side.length, dtype=np.int32)
-    row = jnp.where(here, shuffled, 0).sum(-1).astype(jnp.uint16)
-    first = _parity(row[:, None], tables["within"]) ^ (bits_at(tables["signs"], place) ^ negative)[:, None]
+    found = jnp.where(here, einsum("mu,up->mp", in_block, signed), 0).sum(-1)
+    row = (jnp.abs(found) - 1).astype(jnp.uint16)
+    first = _parity(row[:, None], tables["within"]) ^ ((found < 0) ^ negative)[:, None]
     across = _parity(tables["order"][: -(-number // side.length)], block[:, None].astype(jnp.uint16))
     coordinates = across[:, :, None] ^ first[:, None, :]
     return jnp.where(coordinates.reshape(len(index), -1)[:, :number], -1, 1).astype(dtype)
@@ -207,7 +210,7 @@ def _fold(side: SideShape, tables: Tables, x: Float[Array, "m size"]) -> Float[A
     if side.size <= side.count:
         return x
     stretches = len(tables["rotations"])
-    signed = jnp.pad(flip(x, tables["fold"]), ((0, 0), (0, stretches * side.count - side.size)))
+    signed = jnp.pad(flip_packed(x, tables["fold"]), ((0, 0), (0, stretches * side.count - side.size)))
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _rolled(part[0], part[1]), None
