@@ -321,8 +321,7 @@ _watch.defvjp(_watched, _contributed)
 
 def _bind(eqn: Any, ins: list[Any]) -> list[Any]:
     """Evaluate an equation as JAX does, derivative rules of the user's own included."""
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
-    outs = eqn.primitive.bind(*functions, *ins, **params)
+    outs = eqn.primitive.bind(*ins, **eqn.primitive.get_bind_params(eqn.params))
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
