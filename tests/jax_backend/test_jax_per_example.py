@@ -147,7 +147,7 @@ def test_one_model_has_one_sketch_in_both_libraries():
         h = jax.nn.gelu(p["embedding"]["embedding"][ids] @ p["up"]["kernel"] + p["up"]["bias"], approximate=False)
         return cross_entropy(h @ p["out"]["kernel"] + p["out"]["bias"], ids)
 
-    def losses(model, batch):
+    def losses(model, batch):  # of torch
         logits = model(batch)[:, :-1].transpose(1, 2)
         return torch.nn.functional.cross_entropy(logits, batch[:, 1:], reduction="none").sum(1)
 

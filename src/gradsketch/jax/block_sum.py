@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,15 +67,23 @@ class BlockSum:
         Raises:
             InputError: another tree, or leaves of other shapes.
         """
-        numbers = [sketch.gradient(leaf) for sketch, leaf in zip(self.leaves, self.checked(tree), strict=True) if sketch]
-        return sum(numbers[1:], numbers[0])
+        return self._apply(self.checked(tree))
 
     def lift(self, w: Float[Array, " d"]) -> Any:
         """Apply the adjoint: a direction in sketch space becomes a tree, zero in leaves that are left out."""
+        return jax.tree.unflatten(jax.tree.structure(self.like), self._lift(jnp.asarray(w)))
+
+    @partial(jax.jit, static_argnums=0)
+    def _apply(self, leaves: list[Array]) -> Float[Array, " d"]:
+        numbers = [sketch.gradient(leaf) for sketch, leaf in zip(self.leaves, leaves, strict=True) if sketch]
+        return sum(numbers[1:], numbers[0])
+
+    @partial(jax.jit, static_argnums=0)
+    def _lift(self, w: Float[Array, " d"]) -> list[Array]:
         wide = w if w.dtype == jnp.float64 else w.astype(jnp.float32)
-        tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide.dtype), self.like)
-        (lifted,) = jax.linear_transpose(self.apply, tree)(wide)
-        return lifted
+        leaves = [jax.ShapeDtypeStruct(leaf.shape, wide.dtype) for leaf in jax.tree.leaves(self.like)]
+        (lifted,) = jax.linear_transpose(self._apply, leaves)(wide)
+        return list(lifted)
 
     def checked(self, tree: Any) -> list[Any]:
         """Return the leaves of a tree like the parameters.

@@ -12,6 +12,7 @@ is formed. Nothing is left out, because every use is one or the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,8 +25,10 @@ from jaxtyping import Float
 
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.jax.block_sum import BlockSum
+from gradsketch.jax.random import normals
 from gradsketch.jax.rules import RULES, Contribution, View, followed
 from gradsketch.jax.tiling import Tables
+from gradsketch.random import Stream
 
 __all__ = ["PerExample", "per_example"]
 
@@ -35,7 +38,6 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _CHECKPOINTS = ("checkpoint", "remat2", "remat")
 # Relative difference of two float32 results that are the same but for rounding; wider for narrower parameters.
 _TOLERANCE = {"float64": 1e-4, "float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-_WEIGHTS = 0.75, -1.25
 
 
 def per_example(loss: Loss, sketch: BlockSum) -> PerExample:
@@ -77,41 +79,42 @@ class PerExample:
     def with_losses(self, params: Any, batch: Any) -> tuple[Float[Array, " b"], Float[Array, "b d"]]:
         """Return the losses, which come at no cost, and the sketches."""
         leaves = self._checked(params, batch)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            key = jax.tree.structure((params, batch)), tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
-            if key not in self._audited:
-                self.audit(params, batch)
-                self._audited.add(key)
         losses, sketches = self._compiled(params, batch)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, sketches))):
+            key = jax.tree.structure(batch), tuple((jnp.shape(leaf)[1:], jnp.result_type(leaf)) for leaf in leaves)
+            if key not in self._audited:
+                self._compare(params, batch, sketches)
+                self._audited.add(key)
         return losses, sketches
 
     def audit(self, params: Any, batch: Any) -> float:
-        """Hold a weighted sum of two examples' sketches against the sketch of the weighted loss's gradient.
+        """Hold a weighted sum of the examples' sketches against the sketch of the weighted loss's gradient.
 
-        Returns the relative difference.
+        It costs one gradient of the batch. Returns the relative difference.
 
         Raises:
             InputError: they differ by more than rounding.
             NonFiniteError: a loss or a gradient is not finite.
         """
         self._checked(params, batch)
-        examples = jax.tree.map(lambda leaf: leaf[:2], batch)
-        weights = jnp.array(_WEIGHTS[: len(jax.tree.leaves(examples)[0])], jnp.float32)
-        found = weights @ self._compiled(params, examples)[1]
-        wanted = jax.jit(self._of_weighted_loss)(params, examples, weights)
+        return self._compare(params, batch, self._compiled(params, batch)[1])
+
+    def _compare(self, params: Any, batch: Any, sketches: Array) -> float:
+        weights = normals(Stream(0, "audit"), len(sketches))
+        found, wanted = weights.astype(sketches.dtype) @ sketches, self._of_weighted_loss(params, batch, weights)
         size, difference = float(jnp.linalg.norm(wanted)), float(jnp.linalg.norm(found - wanted))
-        if not jnp.isfinite(size + difference):
+        if not math.isfinite(size + difference):
             raise NonFiniteError(
-                "a gradient that is not finite, among the first two examples",
+                "a gradient that is not finite, in this batch",
                 "finite losses and gradients",
-                "Look at them with jax.grad(loss)(params, example), or set jax_debug_nans",
+                "Find the example with jax.grad(loss)(params, example), or set jax_debug_nans",
             )
         error = difference / size if size else difference
-        narrowest = max(_TOLERANCE[str(leaf.dtype)] for leaf in jax.tree.leaves(self.sketch.like) if _is_real(leaf))
-        if error > narrowest:
+        allowed = max(_TOLERANCE[str(leaf.dtype)] for leaf in jax.tree.leaves(self.sketch.like) if _is_real(leaf))
+        if error > allowed:
             raise InputError(
                 f"sketches that are {error:.1e} off the gradient's own",
-                f"a relative difference below {narrowest:g}",
+                f"a relative difference below {allowed:g}",
                 "Check that the loss is a function of its arguments alone; if it is, please report this model",
             )
         return error
@@ -162,6 +165,7 @@ class PerExample:
         outs, marks = interpreter.run(closed.jaxpr, closed.consts, arguments, views)
         return interpreter.escaped(outs, marks)[0]
 
+    @partial(jax.jit, static_argnums=0)
     def _of_weighted_loss(self, params: Any, examples: Any, weights: Array) -> Array:
         def total(leaves: list[Array]) -> Array:
             values = iter(leaves)

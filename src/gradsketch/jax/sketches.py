@@ -125,23 +125,24 @@ def srht(rows: int, columns: int, d: int, *, seed: int = 0, name: str = "") -> M
     tiling = TiledSRHT(rows, columns, d, seed=seed, name=name).tiling
     shape, tables = tables_of(tiling)
     made = linear(lambda x: matrix_numbers(shape, tables, x.reshape(rows, columns)), rows * columns, d)
-    outer = jnp.vectorize(partial(outer_numbers, shape, tables), signature="(t,r),(t,c)->(d)")
+    outer = jnp.vectorize(jax.jit(partial(outer_numbers, shape, tables)), signature="(t,r),(t,c)->(d)")
     return MatrixSketch(made.apply, made.lift, outer)
 
 
 def linear(one: Callable[[Float[Array, " n"]], Float[Array, " d"]], n: int, d: int) -> Linear:
     """Return a linear function of one vector, and its transpose, as functions of vectors in the last dim."""
 
+    @jax.jit
     def transpose(w: Float[Array, " d"]) -> Float[Array, " n"]:
         (x,) = jax.linear_transpose(one, jax.ShapeDtypeStruct((n,), w.dtype))(w)
         vector: Array = x
         return vector
 
-    return Linear(_of_vectors(one, n), _of_vectors(transpose, d))
+    return Linear(_of_vectors(jax.jit(one), n), _of_vectors(transpose, d))
 
 
 def _of_vectors(one: Callable[[Array], Array], length: int) -> Callable[[Array], Array]:
-    def of_vectors(x: Array) -> Array:
+    def of_vectors(x: Any) -> Array:
         x = _wide(x, length)
         return one(x) if x.ndim == 1 else jnp.vectorize(one, signature="(n)->(m)")(x)
 

@@ -196,7 +196,8 @@ def _coordinates_of_one(
     block, inside = place // side.length, place % side.length
     in_block = (block[:, None] == np.arange(side.count // side.length, dtype=np.int32)).astype(jnp.float32)
     # A place's row of the first stage, and its sign as its sign.
-    signed = flip_packed(tables["places"].astype(np.float32).reshape(-1) + 1, tables["signs"]).reshape(-1, side.length)
+    rows = jnp.asarray(tables["places"], jnp.float32).reshape(-1) + 1
+    signed = flip_packed(rows, tables["signs"]).reshape(-1, side.length)
     here = inside[:, None] == np.arange(side.length, dtype=np.int32)
     found = jnp.where(here, einsum("mu,up->mp", in_block, signed), 0).sum(-1)
     row = (jnp.abs(found) - 1).astype(jnp.uint16)
