@@ -60,7 +60,9 @@ def branched():
     params = {"a": normal(V, E), "b": normal(E, V)}
 
     def loss(p, ids):
-        logits = lax.cond(ids[0] > V // 2, lambda: p["a"][ids] @ p["b"], lambda: 2 * jax.nn.one_hot(ids, V) @ p["a"] @ p["b"])
+        logits = lax.cond(
+            ids[0] > V // 2, lambda: p["a"][ids] @ p["b"], lambda: 2 * jax.nn.one_hot(ids, V) @ p["a"] @ p["b"]
+        )
         return cross_entropy(logits, ids)
 
     return loss, params, None, set()
@@ -155,7 +157,7 @@ def test_one_model_has_one_sketch_in_both_libraries():
     wanted = gs.BlockSum(gs.Parameters(model), D, seed=5)
     assert sketch.torch.fingerprint == wanted.fingerprint
     found = gj.per_example(loss, sketch)(params, IDS)
-    by_torch = gs.GradientSketcher(model, losses, wanted)(torch.from_numpy(np.array(IDS))).values
+    by_torch = gs.GradientSketcher(model, losses, wanted)(torch.from_numpy(np.array(IDS, np.int64))).values
     assert relative(found, by_torch) < 1e-6
 
 

@@ -54,14 +54,18 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_apply_and_lift(name):
     phi, reference = CASES[name]
-    x, w = (torch.from_numpy(np.random.default_rng(0).standard_normal((2, k), np.float32)) for k in reference.shape[::-1])
+    x, w = (
+        torch.from_numpy(np.random.default_rng(0).standard_normal((2, k), np.float32)) for k in reference.shape[::-1]
+    )
     assert relative(jax.jit(phi.apply)(x.numpy()), reference(x)) < 6e-7
     assert relative(jax.jit(phi.lift)(w.numpy()), reference.lift(w)) < 6e-7
 
 
 def test_outer_is_the_sketch_of_the_matrix():
     phi, (left, right) = gj.srht(200, 30, 64), (np.random.default_rng(0).standard_normal((5, k)) for k in (200, 30))
-    assert relative(phi.outer(left.astype("f"), right.astype("f")), phi.apply((left.T @ right).ravel().astype("f"))) < 1e-6
+    assert (
+        relative(phi.outer(left.astype("f"), right.astype("f")), phi.apply((left.T @ right).ravel().astype("f"))) < 1e-6
+    )
 
 
 def test_derivatives():

@@ -11,12 +11,14 @@ except ImportError as error:
     raise ImportError('gradsketch.jax needs JAX: pip install "gradsketch[jax]"') from error
 
 from gradsketch.jax.block_sum import BlockSum, block_sum
+from gradsketch.jax.curvature import Eigenvalues, hvp, spectrum
 from gradsketch.jax.names import TorchName, flax_names
 from gradsketch.jax.per_example import PerExample, per_example
 from gradsketch.jax.sketches import Linear, MatrixSketch, affd, afjl, qk, srht
 
 __all__ = [
     "BlockSum",
+    "Eigenvalues",
     "Linear",
     "MatrixSketch",
     "PerExample",
@@ -25,7 +27,9 @@ __all__ = [
     "afjl",
     "block_sum",
     "flax_names",
+    "hvp",
     "per_example",
     "qk",
+    "spectrum",
     "srht",
 ]

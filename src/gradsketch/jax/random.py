@@ -17,7 +17,17 @@ from scipy.special import ndtri
 
 from gradsketch.random import Stream
 
-__all__ = ["SIGNS_A_COUNTER", "Key", "as_key", "flip", "flip_packed", "is_negative_at", "normals", "packed_signs", "words"]
+__all__ = [
+    "SIGNS_A_COUNTER",
+    "Key",
+    "as_key",
+    "flip",
+    "flip_packed",
+    "is_negative_at",
+    "normals",
+    "packed_signs",
+    "words",
+]
 
 # (key 0, key 1, counter 2, counter 3) of a stream: an array, so that the streams of stacked layers can be scanned.
 Key = UInt32[Array, " 4"] | UInt32[np.ndarray, " 4"]

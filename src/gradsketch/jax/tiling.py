@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Float, Int
 
 from gradsketch.jax.random import as_key, flip_packed, is_negative_at, packed_signs
 from gradsketch.jax.transforms import einsum
@@ -165,9 +165,7 @@ def _diagonals(groups: Float[Array, "long r short c"]) -> Float[Array, "several 
     return skewed.reshape(*square.shape[:4], 2 * short + 1)[..., :short].transpose(0, 3, 4, 1, 2)
 
 
-def _coordinates(
-    side: SideShape, tables: Tables, x: Float[Array, "m size"], number: int
-) -> Float[Array, "m number"]:
+def _coordinates(side: SideShape, tables: Tables, x: Float[Array, "m size"], number: int) -> Float[Array, "m number"]:
     """Return the first coordinates of vectors."""
     x = _fold(side, tables, x)
     used = -(-x.shape[1] // side.length)
@@ -237,6 +235,8 @@ def stacked(tables: Sequence[Tables]) -> Tables:
     """Return the tables of several matrices of one shape, stacked."""
     first = tables[0]
     return {
-        name: stacked([t[name] for t in tables]) if isinstance(first[name], dict) else np.stack([t[name] for t in tables])
+        name: stacked([t[name] for t in tables])
+        if isinstance(first[name], dict)
+        else np.stack([t[name] for t in tables])
         for name in first
     }
