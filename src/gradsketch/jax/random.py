@@ -94,10 +94,10 @@ def is_negative_at(key: Key, index: Int[Array, "*m"]) -> Bool[Array, "*m"]:
 
 
 def normals(stream: Stream, count: int, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, " count"]:
-    """Return the first standard normals of a stream: float32 values, at most one unit in the last place off torch's.
+    """Return the first standard normals of a stream: float32 values, equal to torch's but for rounding.
 
-    A quantile table is linear between 512 knots an octave. A knot's value is kept in two parts, and the distance from it
-    is exact, so float32 is enough. The table is looked up, which a TPU does slowly: for start vectors, not for sketches.
+    A quantile table is linear between 512 knots an octave. A knot's value is kept in two parts, and the distance from
+    it is exact, so float32 is enough. The table is looked up: for start vectors, because a TPU is slow at that.
     """
     drawn = words(as_key(stream), lax.iota(jnp.uint32, -(-count // 4))).reshape(-1)[:count]
     # Twice the distance from the nearer end of (0, 1), in units of 2^-32: an odd integer.

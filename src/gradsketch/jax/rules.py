@@ -26,8 +26,8 @@ __all__ = ["RULES", "Contribution", "View", "followed"]
 class View:
     """A value made of one parameter by changing its type, its shape or the order of its axes.
 
-    ``axes`` says which axis of the parameter each of its axes is, or is None where that is not so simple. ``back`` takes
-    a gradient by the value to one by the parameter. ``tables`` are those of the leaf, or of the layer that is seen.
+    ``axes`` says which axis of the parameter each of its axes is, or is None where that is not so simple. ``back``
+    takes a gradient by the value to one by the parameter. ``tables`` are those of the layer that is seen, if it is one.
     """
 
     leaf: LeafSketch

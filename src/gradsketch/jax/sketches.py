@@ -49,7 +49,7 @@ class Linear(NamedTuple):
 
 
 class MatrixSketch(NamedTuple):
-    """``apply`` and ``lift`` of a matrix's entries, and ``outer``: the sketch of Σ_t left_t right_tᵀ from its factors."""
+    """``apply`` and ``lift`` of a matrix's entries; ``outer`` sketches Σ_t left_t right_tᵀ from its factors."""
 
     apply: Apply
     lift: Lift

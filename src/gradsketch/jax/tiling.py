@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,8 @@ __all__ = ["SideShape", "Tables", "TilingShape", "matrix_numbers", "outer_number
 Tables = dict[str, Any]
 
 
-class SideShape(NamedTuple):
+@dataclass(frozen=True)
+class SideShape:
     """``count`` coordinates of vectors of length ``size``, from blocks of ``length``."""
 
     size: int
@@ -35,7 +37,8 @@ class SideShape(NamedTuple):
     length: int
 
 
-class TilingShape(NamedTuple):
+@dataclass(frozen=True)
+class TilingShape:
     """What is the same for all matrices of one shape: ``number`` tiles give the first ``kept`` of all products."""
 
     rows: SideShape
@@ -53,7 +56,8 @@ def tables_of(tiling: Tiling) -> tuple[TilingShape, Tables]:
     """Return what is static of a tiling, and its tables."""
     layout = tiling.layout
     shape = TilingShape(
-        *(SideShape(side.size, side.count, side.length) for side in (tiling.row_side, tiling.column_side)),
+        _side_shape(tiling.row_side),
+        _side_shape(tiling.column_side),
         layout.tile,
         layout.products,
         layout.keeps_all,
@@ -70,6 +74,10 @@ def tables_of(tiling: Tiling) -> tuple[TilingShape, Tables]:
         "starts": np.array(starts, np.int32),
     }
     return shape, tables
+
+
+def _side_shape(side: Side) -> SideShape:
+    return SideShape(side.size, side.count, side.length)
 
 
 def _side_tables(side: Side) -> Tables:
@@ -173,7 +181,6 @@ def _coordinates(side: SideShape, tables: Tables, x: Float[Array, "m size"], num
     signs = flip_packed(jnp.ones(used * side.length, x.dtype), tables["signs"])
     parities = _parity(tables["places"][:used, :, None], tables["within"])
     first = jnp.where(parities, -1, 1) * signs.reshape(used, side.length, 1)
-    # The sums over m and over blocks are apart in one product each; no einsum of three is asked to find an order.
     inside = einsum("mup,upq->muq", blocks, first.astype(x.dtype))
     rows = -(-number // side.length)
     across = jnp.where(_parity(tables["order"][:rows, None], np.arange(used, dtype=np.uint16)), -1, 1).astype(x.dtype)
