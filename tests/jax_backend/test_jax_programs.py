@@ -55,10 +55,10 @@ def test_what_is_exported(name, platform):
 
 EIGHT = """
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import gradsketch.jax as gj
 assert len(jax.devices()) == 8
-mesh = jax.make_mesh((2, 4), ("data", "model"))
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)
 params = {"up": rng.standard_normal((16, 32), np.float32), "down": rng.standard_normal((32, 16), np.float32)}
 batch = rng.standard_normal((8, 3, 16), np.float32)

@@ -1,7 +1,7 @@
 """What torch calls the leaves of a pytree, and how it lays them out: one model has one sketch in both libraries.
 
-The stream of a tensor is named after it, and its entries are sketched as a matrix [first dim, the rest]. So an index made
-with torch can be asked from JAX once each leaf has the name and the layout that its tensor has there.
+The stream of a tensor is named after it, and its entries are sketched as a matrix [first dim, the rest]. So sketches of
+both libraries can be compared once each leaf has the name and the layout that its tensor has in torch.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ used, the result passes through ``_watch``, which changes nothing forwards. Back
 the sketch of what this use gives to the parameter's gradient. So the gradient by the slot is the sketch, and JAX itself
 adds up the uses, through scans, checkpoints and branches.
 
-A use that a rule (``rules.py``) knows never forms the gradient. Any other primitive is differentiated by itself, and what
-it gives is formed and sketched: exact for every primitive that has a derivative, and listed by ``slow`` where a matrix
-is formed. Nothing is left out, because every use is one or the other.
+A use that a rule (``rules.py``) knows never forms the gradient. Any other primitive is differentiated by itself, and
+what it gives is formed and sketched: exact for every primitive that has a derivative, and listed by ``slow`` where a
+matrix is formed. Nothing is left out, because every use is one or the other.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def words(key: Key, counters: UInt32[Array, "*m"], high: int = 0) -> UInt32[Arra
 
 
 def _five_rounds(c: UInt32[Array, "*m 4"], k: UInt32[Array, " 2"]) -> tuple[UInt32[Array, "*m 4"], UInt32[Array, " 2"]]:
-    c0, c1, c2, c3 = (c[..., lane] for lane in range(4))
+    # Not c[..., lane], which becomes a look-up in a batch.
+    c0, c1, c2, c3 = (lax.index_in_dim(c, lane, axis=-1, keepdims=False) for lane in range(4))
     for _ in range(5):
         high0, low0 = _product(c0, _MULTIPLIERS[0])
         high1, low1 = _product(c2, _MULTIPLIERS[1])

@@ -133,7 +133,9 @@ def _numbers_of_products(
     number, t = _groups(shape)[2], len(left)
     products = einsum("tkr,tkc->krc", left.reshape(t, number, -1), right.reshape(t, number, -1))
     reorder = shape.keeps_all and not shape.folds
-    return _sums(shape, tables, _tiles(shape, products[0]) if reorder else products.reshape(-1))
+    return _sums(
+        shape, tables, _tiles(shape, products.reshape(products.shape[1:])) if reorder else products.reshape(-1)
+    )
 
 
 def _sums(shape: TilingShape, tables: Tables, numbers: Float[Array, " kept"]) -> Float[Array, " d"]:
@@ -147,8 +149,9 @@ def _sums(shape: TilingShape, tables: Tables, numbers: Float[Array, " kept"]) ->
         total = _rolled(jnp.pad(spread, (0, size - products * step)), starts[0])
     else:
         rounds = len(starts)
-        signed = jnp.pad(flip_packed(numbers, tables["sums"]), (0, rounds * size - products)).reshape(rounds, size)
-        total = sum((_rolled(signed[i], starts[i]) for i in range(rounds)), jnp.zeros_like(signed[0]))
+        signed = jnp.pad(flip_packed(numbers, tables["sums"]), (0, rounds * size - products))
+        parts = [_rolled(signed[i * size : (i + 1) * size], starts[i]) for i in range(rounds)]
+        total = sum(parts[1:], parts[0])
     return total[: shape.d] * shape.scale
 
 
