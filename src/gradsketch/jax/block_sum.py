@@ -91,7 +91,8 @@ class BlockSum:
         Raises:
             InputError: it is another.
         """
-        leaves, treedef = jax.tree.flatten(tree)
+        leaves: list[Any] = jax.tree.leaves(tree)
+        treedef = jax.tree.structure(tree)
         if treedef != jax.tree.structure(self.like) or any(
             jnp.shape(leaf) != own.shape for leaf, own in zip(leaves, jax.tree.leaves(self.like), strict=True)
         ):

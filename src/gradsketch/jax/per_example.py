@@ -130,7 +130,7 @@ class PerExample:
 
     def _checked(self, params: Any, batch: Any) -> list[Any]:
         self.sketch.checked(params)
-        leaves = jax.tree.leaves(batch)
+        leaves: list[Any] = jax.tree.leaves(batch)
         if len({jnp.shape(leaf)[:1] for leaf in leaves}) != 1 or not jnp.shape(leaves[0])[:1] > (0,):
             raise InputError(
                 f"a batch whose leaves have the shapes {[jnp.shape(leaf) for leaf in leaves]}",

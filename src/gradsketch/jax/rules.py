@@ -118,16 +118,19 @@ def _gather(eqn: Any, place: int, view: View) -> Contribution | None:
         and view.axes is not None
         and view.axes == (*rows, *columns)
         and len(rows) == 1
-        and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
-        and numbers.offset_dims == tuple(range(index.ndim - 1, index.ndim - 1 + len(columns)))
+        and numbers.collapsed_slice_dims in ((), (0,))
+        and numbers.start_index_map[:1] == (0,)
+        and not numbers.operand_batching_dims
+        and numbers.offset_dims[:1] == (index.ndim - 1,)
         and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
     )
-    if not whole_rows:
-        return None
     drops = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    # A second index is zero once it is clipped, because a slice is as long as the row.
+    if not whole_rows or (drops and len(numbers.start_index_map) > 1):
+        return None
 
     def contribution(cotangents: list[Any], arrays: tuple[list[Any], Tables | None]) -> Array:
-        index = arrays[0][1].reshape(-1)
+        index = arrays[0][1][..., :1].reshape(-1)
         inside = (index >= 0) & (index < table.shape[0])
         right = _wide(cotangents[0].reshape(len(index), -1))
         right = jnp.where(inside[:, None] | (not drops), right, 0)

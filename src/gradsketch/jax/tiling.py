@@ -221,19 +221,19 @@ def _fold(side: SideShape, tables: Tables, x: Float[Array, "m size"]) -> Float[A
     stretches = len(tables["rotations"])
     signed = jnp.pad(flip_packed(x, tables["fold"]), ((0, 0), (0, stretches * side.count - side.size)))
 
-    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _rolled(part[0], part[1]), None
-
-    parts = signed.reshape(len(x), stretches, side.count).swapaxes(0, 1)
-    folded: Array = lax.scan(add, jnp.zeros_like(parts[0]), (parts, jnp.asarray(tables["rotations"])))[0]
-    return folded
+    parts = [
+        _rolled(signed[:, i * side.count : (i + 1) * side.count], tables["rotations"][i]) for i in range(stretches)
+    ]
+    return sum(parts[1:], parts[0])
 
 
 def _rolled(x: Float[Array, "*m size"], shift: Any) -> Float[Array, "*m size"]:
-    """Rotate the last dim to the right by less than its length."""
-    size = x.shape[-1]
-    rolled: Array = lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis=-1), size - shift, size, axis=-1)
-    return rolled
+    """Rotate the last dim to the right by less than its length, without an index: in a batch that is a look-up."""
+    if not isinstance(shift, Array):
+        return jnp.roll(x, int(shift), axis=-1)
+    for bit in range((x.shape[-1] - 1).bit_length()):
+        x = jnp.where((shift >> bit) & 1 != 0, jnp.roll(x, 1 << bit, axis=-1), x)
+    return x
 
 
 def _parity(a: Any, b: Any) -> Array:

@@ -48,4 +48,5 @@ def hadamard(x: Float[Array, " n"], length: int) -> Float[Array, " n"]:
 def hadamard_matrix(n: int) -> Float[np.ndarray, "n n"]:
     """Return the ±1 Hadamard matrix in Sylvester order."""
     index = np.arange(n)
-    return 1.0 - 2.0 * (np.bitwise_count(index[:, None] & index) & 1)
+    matrix: np.ndarray = 1.0 - 2.0 * (np.bitwise_count(index[:, None] & index) & 1)
+    return matrix
