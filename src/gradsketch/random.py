@@ -85,6 +85,11 @@ class Stream:
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "_identity", tuple(words))
 
+    @property
+    def identity(self) -> tuple[int, int, int, int]:
+        """The hash of seed and names: the counter's two upper words, then the two words of the key."""
+        return self._identity
+
     def child(self, *names: str) -> Stream:
         """Return the stream whose names are these after the parent's."""
         return Stream(self.seed, *self.names, *names)

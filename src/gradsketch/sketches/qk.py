@@ -66,8 +66,9 @@ class QK(Sketch):
         columns = (-(-n * first // whole // multiple) * multiple, *others)
         # (d_i, B_i) of every factor; the last one acts on neighbouring entries.
         self.sizes = tuple(zip(_balanced_rows(d, columns), columns, strict=True))
-        matrices = [haar_rows(self.stream.child(str(i)), *size) for i, size in enumerate(self.sizes)]
-        self._first, self._others = FactorList(matrices[:1]), FactorList(matrices[1:])
+        # The factors, float64.
+        self.matrices = tuple(haar_rows(self.stream.child(str(i)), *size) for i, size in enumerate(self.sizes))
+        self._first, self._others = FactorList(self.matrices[:1]), FactorList(self.matrices[1:])
         self._scale = (math.prod(columns) / d) ** 0.5
 
     def options(self) -> dict[str, str | int | float | bool]:

@@ -47,6 +47,23 @@ class Side:
         """Rows of the second stage, in the order of the coordinates."""
         return self.stream.child("order").permutation(self.blocks)
 
+    @property
+    def within(self) -> Int64[Tensor, " length"]:
+        """Columns of the first stage, in the order of the coordinates."""
+        return self.stream.child("within").permutation(self.length)
+
+    @property
+    def places(self) -> Int64[Tensor, "blocks length"]:
+        """Rows of the first stage, in the order of a vector's entries: the shuffle within blocks."""
+        keys: Tensor = self.stream.child("places").words(0, 2 * self.count).view(torch.int64)
+        return torch.argsort(keys.view(self.blocks, self.length), dim=1, stable=True)
+
+    @property
+    def rotations(self) -> Int64[Tensor, " stretches"]:
+        """How far each stretch of the fold is rotated."""
+        stretches = -(-self.size // self.count)
+        return self.stream.child("rotations").integers(0, stretches, self.count)
+
     def groups(self, x: Float[Tensor, "m size"], group: int, number: int) -> Float[Tensor, "number m group"]:
         """Return the first ``number`` groups of ``group`` coordinates of each vector, in float32 or wider."""
         return self._grouped(self._stages(self._folded(x)), group, number)
@@ -105,7 +122,7 @@ class Side:
     def _runs(self) -> list[tuple[slice, slice]]:
         """Runs of entries of a vector, and the places that the fold adds them to."""
         runs = []
-        for stretch, rotation in enumerate(self._rotations(torch.empty(0)).tolist()):
+        for stretch, rotation in enumerate(self.rotations.tolist()):
             begin, end = stretch * self.count, min((stretch + 1) * self.count, self.size)
             turn = min(begin + self.count - rotation, end)
             runs.append((slice(begin, turn), slice(rotation, rotation + turn - begin)))
@@ -144,18 +161,14 @@ class Side:
         return self._tables[key]
 
     def _rotations(self, like: Tensor) -> Int64[Tensor, " stretches"]:
-        """Return how far each stretch of the fold is rotated."""
-        stretches = -(-self.size // self.count)
-        return self.stream.child("rotations").integers(0, stretches, self.count).to(like.device)
+        return self.rotations.to(like.device)
 
     def _fold_signs(self, like: Tensor) -> Float[Tensor, " size"]:
         return self.stream.child("fold").signs(0, self.size, dtype=like.dtype, device=like.device)
 
     def _first_stage(self, like: Tensor) -> Float[Tensor, "blocks length length"]:
         """Return the matrix of every block, for vectors from the left."""
-        order = self.stream.child("within").permutation(self.length)
-        keys: Tensor = self.stream.child("places").words(0, 2 * self.count).view(torch.int64)
-        places = torch.argsort(keys.view(self.blocks, self.length), dim=1, stable=True)
+        order, places = self.within, self.places
         signs = self.stream.child("signs").signs(0, self.count, dtype=like.dtype, device=like.device)
         shuffled = hadamard(self.length, like)[:, order.to(like.device)][places.to(like.device)]
         return shuffled * signs.view(self.blocks, self.length, 1)

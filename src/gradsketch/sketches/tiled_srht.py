@@ -50,10 +50,10 @@ class TiledSRHT(Sketch):
     ) -> None:
         super().__init__(rows * columns, d, seed=seed)
         self.rows, self.columns, self.name = rows, columns, name
-        self._tiling = Tiling(rows, columns, d, self.stream.child(name), layout_d)
+        self.tiling = Tiling(rows, columns, d, self.stream.child(name), layout_d)
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"rows": self.rows, "columns": self.columns, "name": self.name, "layout_d": self._tiling.layout_d}
+        return {"rows": self.rows, "columns": self.columns, "name": self.name, "layout_d": self.tiling.layout_d}
 
     def arguments(self) -> dict[str, Any]:
         return {"d": self.d, "seed": self.seed, **self.options()}
@@ -72,7 +72,7 @@ class TiledSRHT(Sketch):
             )
         out = self._empty(left)
         with full_precision(left.device):
-            self._tiling.add_outer(out, left, right)
+            self.tiling.add_outer(out, left, right)
         return out
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
@@ -80,13 +80,13 @@ class TiledSRHT(Sketch):
         with full_precision(x.device):
             # One vector at a time, so that the bits do not depend on how many there are.
             for vector, sketch in zip(x.split(1), out.split(1), strict=True):
-                self._tiling.add_matrix(sketch, vector.view(1, self.rows, self.columns))
+                self.tiling.add_matrix(sketch, vector.view(1, self.rows, self.columns))
         return out
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         w = w.to(widened(w.dtype))
         with full_precision(w.device):
-            return torch.cat([self._tiling.adjoint(vector).flatten(1) for vector in w.split(1)])
+            return torch.cat([self.tiling.adjoint(vector).flatten(1) for vector in w.split(1)])
 
     def _empty(self, x: Tensor) -> Tensor:
         return x.new_zeros(len(x), self.d, dtype=widened(x.dtype))

@@ -17,7 +17,7 @@ from gradsketch.random import Stream
 from gradsketch.sketches.layout import Layout
 from gradsketch.sketches.side import Side
 
-__all__ = ["Block", "Coordinates", "Tiling"]
+__all__ = ["Block", "Coordinates", "Tiling", "sums_stream"]
 
 # Transformed numbers held at once, in examples as a whole: what a batch takes beside a model stays within bounds.
 _AT_ONCE, _AT_ONCE_GPU = 1 << 19, 1 << 28
@@ -122,20 +122,21 @@ class Tiling(Block):
         return self.row_side.adjoint(self.column_side.adjoint(image).mT).mT
 
     @property
-    def _folds(self) -> bool:
+    def folds(self) -> bool:
+        """Whether a number is the sum of several entries."""
         return self.layout.products > self.layout_d
 
     @property
     def _as_they_stand(self) -> bool:
         """Whether entries are taken row by row: all of them, in sums whose order is random anyway."""
-        return self.layout.keeps_all and self._folds
+        return self.layout.keeps_all and self.folds
 
     @property
     def _groups(self) -> tuple[int, int, int]:
         """Group sizes of rows and columns, and how many tiles the numbers up to d take; one whole tile for all."""
         if self.layout.keeps_all:
             return self.row_side.count, self.column_side.count, 1
-        kept = self.layout.products if self._folds else self.d
+        kept = self.layout.products if self.folds else self.d
         return *self.layout.tile, -(-kept // math.prod(self.layout.tile))
 
     def _parts(self, factor: Float[Tensor, "b t _"]) -> Iterator[slice]:
@@ -153,11 +154,11 @@ class Tiling(Block):
         t = left.shape[1] // b
         products = left.reshape(tiles * b, t, -1).mT @ right.reshape(tiles * b, t, -1)
         numbers = products.view(tiles, b, -1).transpose(0, 1).flatten(1)
-        reorder = self.layout.keeps_all and not self._folds
+        reorder = self.layout.keeps_all and not self.folds
         self._add(out, numbers.index_select(1, self._places(out.device)) if reorder else numbers)
 
     def _add(self, out: Float[Tensor, "b d"], numbers: Float[Tensor, "b kept"]) -> None:
-        if not self._folds:
+        if not self.folds:
             part = out[:, self._targets]
             part.add_(numbers[:, : part.shape[1]], alpha=self.scale)
             return
@@ -168,7 +169,7 @@ class Tiling(Block):
 
     def _unfolded(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b kept"]:
         """Return what each kept entry is multiplied with: the adjoint of the sums."""
-        if not self._folds:
+        if not self.folds:
             return w[:, self._targets]
         numbers = w.new_zeros(len(w), self.layout.products)
         for start, entries in self._sums:
@@ -184,13 +185,19 @@ class Tiling(Block):
         that the noise on inputs of rank one was 16 % above the model's.
         """
         size, kept = self.layout_d, self.layout.products
-        starts = self.stream.child("starts").integers(0, -(-kept // size), size).tolist()
         runs = []
-        for begin, start in zip(range(0, kept, size), starts, strict=True):
+        for begin, start in zip(range(0, kept, size), self.starts, strict=True):
             end = min(begin + size, kept)
             turn = min(begin + size - start, end)
             runs += [(start, slice(begin, turn)), (0, slice(turn, end))]
         return [(start, entries) for start, entries in runs if entries.stop > entries.start]
+
+    @property
+    def starts(self) -> list[int]:
+        """The number to which the first entry of each round is added."""
+        size = self.layout_d
+        starts: list[int] = self.stream.child("starts").integers(0, -(-self.layout.products // size), size).tolist()
+        return starts
 
     def _signs(self, like: Tensor) -> Float[Tensor, " kept"]:
         return _signs_of_sums(self.stream.seed, self.layout.products, like.dtype, like.device)
@@ -205,14 +212,24 @@ class Tiling(Block):
         """Where entries go that are no more than the sketch is long: evenly spread, from a random start."""
         kept = self.layout.products
         step = self.layout_d // kept
-        start = int(self.stream.child("start").integers(0, 1, self.layout_d - (kept - 1) * step))
-        return slice(start, min(self.d, start + kept * step), step)
+        return slice(self.start, min(self.d, self.start + kept * step), step)
+
+    @property
+    def start(self) -> int:
+        """The number that gets the first entry, where numbers are single entries."""
+        kept = self.layout.products
+        return int(self.stream.child("start").integers(0, 1, self.layout_d - (kept - 1) * (self.layout_d // kept)))
 
 
 @lru_cache(maxsize=8)
 def _signs_of_sums(seed: int, count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " count"]:
     """Return the signs of products, the same for all matrices of a sketch: their sides have signs of their own."""
-    return Stream(seed, "Tiling", "sums").signs(0, count, dtype=dtype, device=device)
+    return sums_stream(seed).signs(0, count, dtype=dtype, device=device)
+
+
+def sums_stream(seed: int) -> Stream:
+    """Return the stream of the signs with which entries are added up."""
+    return Stream(seed, "Tiling", "sums")
 
 
 @cache
