@@ -77,6 +77,7 @@ _HOME = {
     "gauss_newton": "gradsketch.gradients.curvature",
     "gradient_gram": "gradsketch.gradients.gram",
     "hessian": "gradsketch.gradients.curvature",
+    "index_sketches": "gradsketch.attribution.ready",
     "intrinsic_dimension": "gradsketch.dimension.search",
     "kfac": "gradsketch.gradients.factors.kfac",
     "linear_datamodeling_score": "gradsketch.evaluation.lds",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from gradsketch.attribution.build import build_index
     from gradsketch.attribution.engine import Ray
     from gradsketch.attribution.index import Index
+    from gradsketch.attribution.ready import index_sketches
     from gradsketch.attribution.results import Hits, SelfInfluence
     from gradsketch.attribution.select import Selection
     from gradsketch.dimension.curve import dimension_curve, fine_tune

@@ -16,8 +16,9 @@ from gradsketch.attribution.description import Description
 from gradsketch.attribution.explain import asked_again, explain_hits, training_examples
 from gradsketch.attribution.filters import Where, row_filter
 from gradsketch.attribution.metric import read_factors
-from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries
+from gradsketch.attribution.queries import Queries, as_queries, checked_groups, ready_queries, sketch_queries
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
+from gradsketch.attribution.scan import RowFilter
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, best, bytes_read
 from gradsketch.attribution.select import Budget, Selection, chosen_rows, described_rows, target_scores
@@ -26,6 +27,7 @@ from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
+from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
 
@@ -146,12 +148,63 @@ class Index:
             FingerprintError: the model, the task or the parameters are not those of the index.
             InputError: an unknown score or column, k below 1, no task, an example the task cannot read.
         """
-        kind = kind_of(score)
         self._check(k, opponents, coarse)
+        kind_of(score)
+        examples = as_queries(examples)
         scorer = self._scorer_of_now()
         keep = row_filter(where, scorer.stores[0])
-        examples = as_queries(examples)
         queries = self._sketched(model, examples, checked_groups(groups, len(examples)), batch_tokens)
+        return self._answered(queries, scorer, k, score, opponents, damping, keep, coarse)
+
+    def query_sketches(
+        self,
+        sketches: Any,
+        losses: Any,
+        examples: Sequence[Any],
+        sketch: BlockSum,
+        *,
+        k: int = 10,
+        score: str = "ridge",
+        opponents: int = 0,
+        damping: float | str = DAMPING,
+        where: Where | None = None,
+    ) -> Hits:
+        """Find training examples for questions whose gradients were sketched elsewhere, in JAX for instance.
+
+        The sketch, its names and its shapes are compared with the index's. That the model and the loss are the same is
+        up to you, because nothing here has seen them.
+
+        Args:
+            sketches: [m, d], an array of any library.
+            losses: [m].
+            examples: what was asked, for the page.
+            sketch: with which they were made; ``gj.block_sum(...).torch`` of one in JAX.
+            k, score, opponents, damping, where: see ``query``.
+
+        Raises:
+            FingerprintError: the index was made with another sketch.
+            InputError: an index with a metric or of several checkpoints; arrays of other shapes.
+            NonFiniteError: a sketch or a loss is not finite.
+        """
+        self._check(k, opponents, None)
+        kind_of(score)
+        scorer = self._scorer_of_now()
+        keep = row_filter(where, scorer.stores[0])
+        queries = ready_queries(sketches, losses, examples, sketch, index=self.folder.uri, stores=self.stores)
+        return self._answered(queries, scorer, k, score, opponents, damping, keep, None)
+
+    def _answered(
+        self,
+        queries: Queries,
+        scorer: Scorer,
+        k: int,
+        score: str,
+        opponents: int,
+        damping: float | str,
+        keep: RowFilter | None,
+        coarse: int | None,
+    ) -> Hits:
+        kind = kind_of(score)
         began = time.perf_counter()
         probes = scorer.probes(queries, kind, damping)
         prepared = time.perf_counter()
