@@ -110,7 +110,7 @@ def ready_queries(
             "an index of one checkpoint, without precondition=",
             "Ask it with the model itself: index.query(model, examples)",
         )
-    mine = sketch_facts(sketch)
+    mine = {"sketch": sketch_facts(sketch)["sketch"]}  # its hash is of names and shapes, whatever their order
     fix = "Sketch with block_sum or BlockSum of the same d, seed, names and shapes"
     require_same(mine, {name: facts.get(name) for name in mine}, index, fix=fix)
     ready = as_sketched(sketches, losses, len(examples), sketch.d)
@@ -124,16 +124,16 @@ def as_sketched(sketches: Any, losses: Any, count: int, d: int) -> Sketched:
         InputError: they are not [count, d] and [count].
         NonFiniteError: one is not finite.
     """
-    found = Sketched(*(torch.tensor(np.asarray(x), dtype=torch.float32) for x in (sketches, losses)), {})
-    if count < 1 or found.sketches.shape != (count, d) or found.losses.shape != (count,):
+    rows, values = (torch.tensor(np.asarray(x), dtype=torch.float32) for x in (sketches, losses))
+    if count < 1 or rows.shape != (count, d) or values.shape != (count,):
         raise InputError(
-            f"sketches {list(found.sketches.shape)} and losses {list(found.losses.shape)} of {count} examples",
+            f"sketches {list(rows.shape)} and losses {list(values.shape)} of {count} examples",
             f"[{count}, {d}] and [{count}], one of each an example, and at least one",
             "Pass what per_example(...).with_losses returned, and its examples",
         )
-    if not (torch.isfinite(found.sketches).all() and torch.isfinite(found.losses).all()):
+    if not (torch.isfinite(rows).all() and torch.isfinite(values).all()):
         raise NonFiniteError("a sketch or a loss that is not finite", "finite numbers", "Leave such examples out")
-    return found
+    return Sketched(rows, values, {})
 
 
 _name = "query {}".format
