@@ -79,6 +79,7 @@ _HOME = {
     "gauss_newton": "gradsketch.gradients.curvature",
     "gradient_gram": "gradsketch.gradients.gram",
     "hessian": "gradsketch.gradients.curvature",
+    "index_sketches": "gradsketch.attribution.ready",
     "intrinsic_dimension": "gradsketch.dimension.search",
     "inverse_fisher": "gradsketch.gradients.factors.inverse",
     "kfac": "gradsketch.gradients.factors.kfac",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from gradsketch.attribution.checkpointer import Checkpointer
     from gradsketch.attribution.engine import Ray
     from gradsketch.attribution.index import Index
+    from gradsketch.attribution.ready import index_sketches
     from gradsketch.attribution.results import Hits, SelfInfluence
     from gradsketch.attribution.select import Selection
     from gradsketch.dimension.curve import dimension_curve, fine_tune

@@ -89,7 +89,10 @@ def with_rules_of_its_own():
     return lambda p, ids: cross_entropy(halved(p["embedding"][ids], p["w"]), ids), params, None, {"w"}
 
 
-SITUATIONS = [scanned, branched, made_of_parameters, with_rules_of_its_own]
+SITUATIONS = [
+    scanned,
+    *(pytest.param(f, marks=pytest.mark.slow) for f in (branched, made_of_parameters, with_rules_of_its_own)),
+]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda f: f.__name__)
@@ -101,6 +104,7 @@ def test_as_if_they_were_formed(situation):
     assert set(sketches.slow(params, IDS)) == slow
 
 
+@pytest.mark.slow
 def test_convolution():
     params = {"kernel": normal(3, 3, 2, 4), "head": normal(4, 3)}
 
@@ -135,6 +139,7 @@ class Tiny(torch.nn.Module):
         return self.out(torch.nn.functional.gelu(self.up(self.embedding(ids))))
 
 
+@pytest.mark.slow
 def test_one_model_has_one_sketch_in_both_libraries():
     torch.manual_seed(0)
     model = Tiny()
@@ -161,6 +166,7 @@ def test_one_model_has_one_sketch_in_both_libraries():
     assert relative(found, by_torch) < 1e-6
 
 
+@pytest.mark.slow
 def test_lift_is_the_adjoint():
     _, params, names, _ = scanned()
     sketch = gj.block_sum(params, D, names=names)

@@ -72,6 +72,7 @@ print(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 """
 
 
+@pytest.mark.slow
 def test_sharded_parameters():
     source = Path(gj.__file__).parents[2]
     environment = {
@@ -85,6 +86,7 @@ def test_sharded_parameters():
     assert float(done.stdout) < 1e-6
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_vector():
     n = 1 << 23
     phi = gj.affd(n, 1024)

@@ -51,7 +51,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# The others take seconds to compile.
+QUICK = {"affd of few", "qk", "srht that keeps all", "srht spread, tall"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_apply_and_lift(name):
     phi, reference = CASES[name]
     x, w = (
@@ -61,6 +67,7 @@ def test_apply_and_lift(name):
     assert relative(jax.jit(phi.lift)(w.numpy()), reference.lift(w)) < 6e-7
 
 
+@pytest.mark.slow
 def test_outer_is_the_sketch_of_the_matrix():
     phi, (left, right) = gj.srht(200, 30, 64), (np.random.default_rng(0).standard_normal((5, k)) for k in (200, 30))
     assert (
@@ -68,6 +75,7 @@ def test_outer_is_the_sketch_of_the_matrix():
     )
 
 
+@pytest.mark.slow
 def test_derivatives():
     phi = gj.affd(700, 32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(700), jnp.float32)

@@ -31,7 +31,7 @@ from gradsketch.sketches.preconditioned import Preconditioned
 from gradsketch.store.folder import Folder
 from gradsketch.store.manifest import MANIFEST_NAME
 
-__all__ = ["Description", "StoredCheckpoint", "comparable_facts", "sketch_for"]
+__all__ = ["Description", "StoredCheckpoint", "comparable_facts", "sketch_facts", "sketch_for"]
 
 _FORMAT, _VERSION = "gradsketch-index", 2
 
@@ -181,10 +181,12 @@ def comparable_facts(
     """Return what must agree between an index and a query: model, task, sketch with its parameters, and the metric."""
     metric = {} if factors is None else {"metric": metric_facts(description.precondition, factors)}
     sketch = sketch.sketch if isinstance(sketch, Preconditioned) else sketch
+    return {**metric, "model": model_facts(model), "task": task_facts(task), **sketch_facts(sketch)}
+
+
+def sketch_facts(sketch: ByParameter) -> dict[str, Any]:
+    """Return what must agree between two sketches that are compared: the map, and what it is over."""
     return {
-        **metric,
-        "model": model_facts(model),
-        "task": task_facts(task),
         "sketch": {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "hash": sketch.fingerprint},
         "parameters": {**_summary(sketch.names), "n": sketch.n},
     }

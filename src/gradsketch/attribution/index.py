@@ -27,7 +27,14 @@ from gradsketch.attribution.explain import (
 )
 from gradsketch.attribution.filters import Where, row_filter
 from gradsketch.attribution.metric import read_factors
-from gradsketch.attribution.queries import Queries, as_queries, checked_groups, sketch_queries, stored_queries
+from gradsketch.attribution.queries import (
+    Queries,
+    as_queries,
+    checked_groups,
+    ready_queries,
+    sketch_queries,
+    stored_queries,
+)
 from gradsketch.attribution.rerank import Reranker, candidates_of, exact_named, is_exact, reordered
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scan import every_score
@@ -40,6 +47,7 @@ from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.linear_map import LinearMap
+from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
 
@@ -212,7 +220,7 @@ class Index:
         counts = (k, opponents) if rerank is None else (max(k, rerank), max(opponents, rerank) if opponents else 0)
         proponents, others = both_ends(probes, *counts, keep=keep, coarse=coarse)
         scanned = time.perf_counter()
-        described = kind.described(scorer.damping(kind, damping))
+        described, reranking = kind.described(scorer.damping(kind, damping)), 0.0
         if rerank is not None:
             reranker = self._reranker(
                 model, exact, damping, data, weights, batch_tokens=batch_tokens, progress=progress
@@ -221,12 +229,34 @@ class Index:
             scores, described = reranker(queries.asked(), candidates), reranker.score
             proponents = reordered(candidates, scores, k, sign=1)
             others = reordered(candidates, scores, opponents, sign=-1) if others else None
+            reranking = time.perf_counter() - scanned
         read = bytes_read(self.stores, self.d if coarse is None else coarse)
-        cost = Cost(
-            queries.seconds, prepared - began, scanned - prepared, read, self.rows, time.perf_counter() - scanned
-        )
+        cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows, reranking)
         found = answers(self.stores[0], queries, proponents, others)
         return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
+
+    def query_sketches(
+        self, sketches: Any, losses: Any, examples: Sequence[Any], sketch: BlockSum, **options: Any
+    ) -> Hits:
+        """Find training examples for questions whose gradients were sketched elsewhere, in JAX for instance.
+
+        The sketch, its names and its shapes are compared with the index's. That the model and the loss are the same is
+        up to you, because nothing here has seen them.
+
+        Args:
+            sketches: [m, d], an array of any library.
+            losses: [m].
+            examples: what was asked, for the page.
+            sketch: with which they were made; ``gj.block_sum(...).torch`` of one in JAX.
+            options: those of ``query`` that need no model.
+
+        Raises:
+            FingerprintError: the index was made with another sketch.
+            InputError: an index with a metric or of several checkpoints; arrays of other shapes.
+            NonFiniteError: a sketch or a loss is not finite.
+        """
+        queries = ready_queries(sketches, losses, examples, sketch, index=self.folder.uri, stores=self.stores)
+        return self.query(None, queries, **options)
 
     def scores(
         self,

@@ -7,25 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.attribution.checkpoints import Checkpoint, weights_of
-from gradsketch.attribution.description import Description, comparable_facts, sketch_for
+from gradsketch.attribution.description import Description, comparable_facts, sketch_facts, sketch_for
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource, Sketched
 from gradsketch.durable import require_same
-from gradsketch.errors import InputError
+from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.tasks import Task
+from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
 # Entries a millionth of the largest are then still normal numbers of float32.
 _SMALLEST = 1e-30
 
-__all__ = ["Queries", "as_queries", "checked_groups", "sketch_queries", "stored_queries"]
+__all__ = [
+    "Queries",
+    "as_queries",
+    "as_sketched",
+    "checked_groups",
+    "ready_queries",
+    "sketch_queries",
+    "stored_queries",
+]
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,49 @@ def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequen
     if not groups or not all(group and all(0 <= i < count for i in group) for group in groups):
         raise InputError(f"groups={groups}", f"lists of positions from 0 to {count - 1}", "Check the positions")
     return groups
+
+
+def ready_queries(
+    sketches: Any, losses: Any, examples: Sequence[Any], sketch: BlockSum, *, index: str, stores: Sequence[Store]
+) -> Queries:
+    """Return questions whose gradients were sketched elsewhere.
+
+    Raises:
+        FingerprintError: the index was made with another sketch.
+        InputError: an index with a metric or several checkpoints, or numbers that are not one sketch a question.
+        NonFiniteError: a sketch or a loss is not finite.
+    """
+    facts = stores[0].manifest.facts
+    if len(stores) > 1 or "metric" in facts:
+        raise InputError(
+            f"ready sketches for {index}, which has several checkpoints or a metric",
+            "an index of one checkpoint, without precondition=",
+            "Ask it with the model itself: index.query(model, examples)",
+        )
+    mine = {"sketch": sketch_facts(sketch)["sketch"]}  # its hash is of names and shapes, whatever their order
+    fix = "Sketch with block_sum or BlockSum of the same d, seed, names and shapes"
+    require_same(mine, {name: facts.get(name) for name in mine}, index, fix=fix)
+    ready = as_sketched(sketches, losses, len(examples), sketch.d)
+    return Queries(examples, [[i] for i in range(len(examples))], [ready], 0.0)
+
+
+def as_sketched(sketches: Any, losses: Any, count: int, d: int) -> Sketched:
+    """Return arrays of any library as sketches and losses.
+
+    Raises:
+        InputError: they are not [count, d] and [count].
+        NonFiniteError: one is not finite.
+    """
+    rows, values = (torch.tensor(np.asarray(x), dtype=torch.float32) for x in (sketches, losses))
+    if count < 1 or rows.shape != (count, d) or values.shape != (count,):
+        raise InputError(
+            f"sketches {list(rows.shape)} and losses {list(values.shape)} of {count} examples",
+            f"[{count}, {d}] and [{count}], one of each an example, and at least one",
+            "Pass what per_example(...).with_losses returned, and its examples",
+        )
+    if not (torch.isfinite(rows).all() and torch.isfinite(values).all()):
+        raise NonFiniteError("a sketch or a loss that is not finite", "finite numbers", "Leave such examples out")
+    return Sketched(rows, values, {})
 
 
 _name = "query {}".format
