@@ -37,8 +37,8 @@ def vectors() -> dict[str, Any]:
         phi = make(NUMBERS, LIFTED)
         for way, function, argument in (("apply", phi.apply, x), ("lift", phi.lift, w)):
             call, facts = compiled(function, argument)
-            (seconds,) = interleaved_seconds([call], 5)
-            found[f"{name} {way}"] = {**facts, "ns_a_number": round(min(seconds) / NUMBERS * 1e9, 2)}
+            seconds = interleaved_seconds({"it": call}, 5)["it"]["best"]
+            found[f"{name} {way}"] = {**facts, "ns_a_number": round(seconds / NUMBERS * 1e9, 2)}
     return {"n": NUMBERS, "d": LIFTED, "vector_mb": NUMBERS * 4 / 1e6, **found}
 
 
@@ -71,7 +71,8 @@ def gradients() -> dict[str, Any]:
         jax.value_and_grad(lambda p, ids: jax.vmap(lambda i: loss(p, i))(ids).mean()), params, ids
     )
     sketch, sketch_facts = compiled(sketches, params, ids)
-    plain, sketched = (min(seconds) for seconds in interleaved_seconds([step, sketch], 5))
+    timed = interleaved_seconds({"step": step, "sketch": sketch}, 5)
+    plain, sketched = timed["step"]["best"], timed["sketch"]["best"]
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "shape": {"examples": EXAMPLES, "tokens": TOKENS, "width": WIDTH, "layers": LAYERS, "vocabulary": VOCABULARY},
