@@ -36,7 +36,7 @@ def found(hits):
     ]
 
 
-@pytest.mark.parametrize("score", ["ridge", "dot"])
+@pytest.mark.parametrize("score", ["ridge", pytest.param("dot", marks=pytest.mark.slow)])
 def test_both_ways(both, tmp_path, score):
     model, task, data, phi, (losses, sketches) = both
     options = {"k": 3, "score": score}

@@ -38,8 +38,18 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("name", PROGRAMS)
+# The others take seconds each.
+QUICK = {("affd", "tpu"), ("per_example", "tpu"), ("block_sum", "cuda")}
+
+
+@pytest.mark.parametrize(
+    ("name", "platform"),
+    [
+        pytest.param(name, platform, marks=[] if (name, platform) in QUICK else pytest.mark.slow)
+        for name in PROGRAMS
+        for platform in ("tpu", "cuda")
+    ],
+)
 def test_what_is_exported(name, platform):
     function, shapes, gathers = PROGRAMS[name]
     with jax.default_matmul_precision("highest" if name == "per_example" else "default"):  # the model's own products
