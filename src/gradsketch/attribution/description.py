@@ -184,7 +184,7 @@ def comparable_facts(
     return {**metric, "model": model_facts(model), "task": task_facts(task), **sketch_facts(sketch)}
 
 
-def sketch_facts(sketch: GradientSketch) -> dict[str, Any]:
+def sketch_facts(sketch: BlockSum) -> dict[str, Any]:
     """Return what must agree between two sketches that are compared: the map, and what it is over."""
     return {
         "sketch": {"kind": type(sketch).__name__, "d": sketch.d, "seed": sketch.seed, "hash": sketch.fingerprint},
