@@ -1,13 +1,13 @@
 """Does the explorer stay quick at a million rows? What its page asks, through the server, in milliseconds.
 
-    python benchmarks/explorer.py [--quick]
+    python benchmarks/explorer_speed.py [--quick]
 
 A stand-in index of 10^6 rows, d = 1,024, int8: every shard of the same random rows, texts, and two metadata columns.
 Each answer is timed from the request to the last byte of its JSON, in one process, without a network. "first" is the
 first time of its kind, "warm" the median of five later ones. A question's gradient is not timed: a stored row stands in
 for it, because that cost is the model's.
 
-Writes results/explorer.json.
+Writes results/explorer_speed.json.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     for name, timed in results["milliseconds"].items():
         print(f"{name:<34} first {timed['first']:>9.1f}   warm {timed['warm']:>8.1f}")
     if not quick:
-        print(write("explorer", results))
+        print(write("explorer_speed", results))
 
 
 def measured(folder: Path, rows: int) -> dict[str, Any]:
