@@ -166,11 +166,24 @@ SAVERS = {"torch", "np", "numpy", "json", "pickle", "yaml", "image", "shutil"}  
 READING = ("r", "rb", "rt")
 
 
+NO_FILES = (
+    "gzip",
+    "tarfile",
+    "zipfile",
+    "os",
+    "webbrowser",
+    "Image",
+    "Index",
+    "Store",
+    "cls",
+)  # whose open writes none
+
+
 def writes(call):
     """Whether a call writes a file, as far as its text tells."""
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     of = getattr(getattr(call.func, "value", None), "id", "")
-    if name == "open" and of not in ("gzip", "tarfile", "zipfile", "os", "Image", "Index", "Store", "cls"):
+    if name == "open" and of not in NO_FILES:
         place = 0 if isinstance(call.func, ast.Attribute) else 1
         modes = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == "mode")]
         return any(not (isinstance(m, ast.Constant) and m.value in READING) for m in modes)

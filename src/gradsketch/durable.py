@@ -38,6 +38,7 @@ __all__ = [
     "record_of",
     "record_text",
     "require_same",
+    "require_undamaged",
     "unpacked_tensors",
     "write_file",
     "write_record",
@@ -281,6 +282,19 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
             raise damaged(path, "its checksum does not match")
         file.seek(0)
         return torch.load(file, map_location=device, weights_only=True)
+
+
+def require_undamaged(path: str | Path) -> None:
+    """Check a file that may be somebody else's, which has no checksum.
+
+    Raises:
+        StoreError: it has one that does not match, or cannot be read.
+    """
+    with _explained("read", str(path)), Path(path).open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - len(_CRC_MARK) - _CRC_BYTES
+        file.seek(max(0, size))
+        if file.read(len(_CRC_MARK)) == _CRC_MARK and not _is_sealed(file):
+            raise damaged(path, "its checksum does not match")
 
 
 def packed_tensors(content: Any) -> bytes:

@@ -110,6 +110,21 @@ def test_another_data_set_or_a_damaged_file_is_refused(tmp_path):
         gs.Checkpointer(tmp_path, slope_losses, DATA).begin(model)
 
 
+def test_weights_that_were_damaged_are_refused(tmp_path):
+    """torch reads a flipped bit of a tensor without a word."""
+    data, task, model = toys.vectors(10), toys.vector_task(), toys.classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keeper = gs.Checkpointer(tmp_path / "kept", task, data)
+    keeper.step(model, optimizer)
+    (path,) = keeper.checkpoints.values()
+    content = bytearray(path.read_bytes())
+    place = content.index(model[0].weight.detach().numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="checksum"):
+        keeper.build(tmp_path / "index", model, optimizer, d=8, progress=False)
+
+
 @pytest.mark.parametrize("options", [{"keep": 0}, {"every": 0}, {"keep": True}], ids=["keep", "every", "bool"])
 def test_numbers_that_cannot_be_are_refused(tmp_path, options):
     with pytest.raises(InputError, match="positive integer"):

@@ -20,7 +20,7 @@ from gradsketch.as_found import evaluating
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.index import Index
-from gradsketch.durable import damaged, read_record, require_same, write_record, written_whole
+from gradsketch.durable import damaged, read_record, require_same, write_record, write_tensors
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.data import Batcher
 from gradsketch.gradients.factors.adafactor import adafactor
@@ -163,8 +163,8 @@ class Checkpointer:
     def _add(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: float) -> None:
         """Write the weights, then what lies there, and then remove what is too many."""
         new = Kept(self.steps, loss, self.rates)
-        with written_whole(self._weights(new)) as path:
-            torch.save({name: t.detach().cpu() for name, t in bare(model).state_dict().items()}, path)
+        state = {name: t.detach().cpu() for name, t in bare(model).state_dict().items()}
+        write_tensors(self._weights(new), state)
         if self.adam:
             adafactor(model, optimizer).save(self._factors(new))
         self._note(_thinned(self._before(), [*self.kept, new], self.keep))

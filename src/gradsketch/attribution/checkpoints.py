@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gradsketch.durable import require_undamaged
 from gradsketch.errors import InputError
 from gradsketch.stand_ins import stand_ins
 
@@ -132,6 +133,7 @@ def _read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    require_undamaged(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
