@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt tools/install.sh
+.venv/installed: pyproject.toml constraints.txt tools/install.sh tools/find-links.sh
 	PYTHON="$(PYTHON)" bash tools/install.sh
 	touch $@
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 import gradsketch as gs
 from gradsketch.demo.packages import package_folder
 from gradsketch.random import Stream
 
-__all__ = ["EPOCHS", "TASK", "Trained", "facts", "question_losses", "trained", "untrained"]
+__all__ = ["EPOCHS", "TASK", "Trained", "facts", "question_losses", "retrained", "table", "trained", "untrained"]
 
 WORDINGS = {
     "capital": (
@@ -138,3 +140,17 @@ def trained(rows: list[int], seed: int = 0) -> Trained:
 def question_losses(model: nn.Module) -> Tensor:
     """Return the loss of each question."""
     return TASK.losses(model, TASK.collate(facts()[1]))
+
+
+def retrained(halves: int, path: Path | None) -> gs.Retrainings:
+    """Return the questions' losses after training on random halves; finished halves are kept in a file."""
+    rows = len(facts()[0])
+    return gs.retrain_on_subsets(lambda chosen: trained(chosen)[0], question_losses, rows, subsets=halves, path=path)
+
+
+def table(hits: gs.Hits) -> Float[Tensor, "q n"]:
+    """Return the scores of every question with every row; rows that are no hits have zero."""
+    scores = torch.zeros(len(hits), len(facts()[0]), dtype=torch.float64)
+    for row, query in zip(scores, hits, strict=True):
+        row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
+    return scores

@@ -67,10 +67,7 @@ def scored(states: list[dict[str, Tensor]], variant: str, d: int, seed: int) -> 
         for name, damping in SCORES:
             options = {} if damping is None else {"damping": damping}
             hits = index.query(model, questions, k=len(rows), score=name, **options)
-            scores = torch.zeros(len(questions), len(rows), dtype=torch.float64)
-            for row, query in zip(scores, hits, strict=True):
-                row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
-            found[name if damping is None else f"{name}, λ={damping}"] = scores
+            found[name if damping is None else f"{name}, λ={damping}"] = facts_lm.table(hits)
     return found, cost
 
 
@@ -143,13 +140,7 @@ def main() -> None:
     parser.add_argument("--retrained", type=Path, help="JSON file in which finished halves are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    retrained = gs.retrain_on_subsets(
-        lambda rows: facts_lm.trained(rows)[0],
-        facts_lm.question_losses,
-        len(facts_lm.facts()[0]),
-        subsets=options.halves,
-        path=options.retrained,
-    )
+    retrained = facts_lm.retrained(options.halves, options.retrained)
     results = measured(retrained, options.d, options.seeds)
     print(write("lm_attribution_small", results))
 

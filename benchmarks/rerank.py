@@ -31,18 +31,10 @@ DAMPINGS = (0.01, 0.1)  # of EK-FAC
 Scores = Float[Tensor, "q n"]
 
 
-def table(hits: gs.Hits, rows: int) -> Scores:
-    """Return the scores of every question with every row; rows that are no hits have zero."""
-    scores = torch.zeros(len(hits), rows, dtype=torch.float64)
-    for row, query in zip(scores, hits, strict=True):
-        row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
-    return scores
-
-
 def asked(index: gs.Index, model: torch.nn.Module, **options: Any) -> tuple[Scores, gs.Hits]:
     rows, questions, _ = facts_lm.facts()
     hits = index.query(model, questions, k=len(rows), score="ridge", damping=LAMBDA, **options)
-    return table(hits, len(rows)), hits
+    return facts_lm.table(hits), hits
 
 
 def exact(index: gs.Index, model: torch.nn.Module, damping: float) -> tuple[Scores, float]:
@@ -50,7 +42,7 @@ def exact(index: gs.Index, model: torch.nn.Module, damping: float) -> tuple[Scor
     rows, questions, _ = facts_lm.facts()
     every = len(rows)
     hits = index.query(model, questions, k=every, rerank=every, score="dot", damping=damping, data=rows)
-    return table(hits, len(rows)), hits.cost.rerank
+    return facts_lm.table(hits), hits.cost.rerank
 
 
 def measured(retrained: gs.Retrainings, d: int) -> dict[str, Any]:
@@ -106,13 +98,7 @@ def main() -> None:
     parser.add_argument("--retrained", type=Path, help="JSON file in which finished halves are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    retrained = gs.retrain_on_subsets(
-        lambda rows: facts_lm.trained(rows)[0],
-        facts_lm.question_losses,
-        len(facts_lm.facts()[0]),
-        subsets=options.halves,
-        path=options.retrained,
-    )
+    retrained = facts_lm.retrained(options.halves, options.retrained)
     print(write("rerank", measured(retrained, options.d)))
 
 

@@ -11,10 +11,9 @@ trap 'rm -rf "$work"' EXIT
 rm -rf dist
 "$work/build/bin/python" -m build --quiet --no-isolation --outdir dist .
 
-# torch stays that of constraints.txt: others come with gigabytes for a GPU. uv does not read pip's configuration.
+# torch stays that of constraints.txt: others come with gigabytes for a GPU.
 grep '^torch==' constraints.txt > "$work/torch.txt"
-links=${PIP_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}
-export UV_FIND_LINKS=$(echo "$links" | tr ' \n' ',,')
+export UV_FIND_LINKS=$(PYTHON="$python" bash tools/find-links.sh)
 
 try() { # name, what to install, further options
     "$python" -m venv "$work/$1"

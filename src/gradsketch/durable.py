@@ -278,7 +278,7 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
     import torch
 
     with _explained("read", str(path)), Path(path).open("rb") as file:
-        if not _is_sealed(file):
+        if not _checked(file):
             raise damaged(path, "its checksum does not match")
         file.seek(0)
         return torch.load(file, map_location=device, weights_only=True)
@@ -291,9 +291,7 @@ def require_undamaged(path: str | Path) -> None:
         StoreError: it has one that does not match, or cannot be read.
     """
     with _explained("read", str(path)), Path(path).open("rb") as file:
-        size = file.seek(0, os.SEEK_END) - len(_CRC_MARK) - _CRC_BYTES
-        file.seek(max(0, size))
-        if file.read(len(_CRC_MARK)) == _CRC_MARK and not _is_sealed(file):
+        if _checked(file) is False:
             raise damaged(path, "its checksum does not match")
 
 
@@ -316,7 +314,7 @@ def unpacked_tensors(data: bytes, source: str | Path) -> Any:
     import torch
 
     file = io.BytesIO(data)
-    if not _is_sealed(file):
+    if not _checked(file):
         raise damaged(source, "its checksum does not match")
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
@@ -330,13 +328,12 @@ def _seal(file: IO[bytes] | io.BytesIO) -> None:
     file.write(b"%08x" % _checksum_of(file, size))
 
 
-def _is_sealed(file: IO[bytes] | io.BytesIO) -> bool:
+def _checked(file: IO[bytes] | io.BytesIO) -> bool | None:
+    """Return whether the checksum at the end of a file matches; None where there is none."""
     size = file.seek(0, os.SEEK_END) - _CRC_BYTES
-    if size < len(_CRC_MARK):
-        return False
-    file.seek(size - len(_CRC_MARK))
+    file.seek(max(0, size - len(_CRC_MARK)))
     mark, stored = file.read(len(_CRC_MARK)), file.read(_CRC_BYTES)
-    return mark == _CRC_MARK and stored == b"%08x" % _checksum_of(file, size)
+    return None if mark != _CRC_MARK else stored == b"%08x" % _checksum_of(file, size)
 
 
 def _checksum_of(file: IO[bytes] | io.BytesIO, size: int) -> int:

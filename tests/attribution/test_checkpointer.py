@@ -110,6 +110,17 @@ def test_another_data_set_or_a_damaged_file_is_refused(tmp_path):
         gs.Checkpointer(tmp_path, slope_losses, DATA).begin(model)
 
 
+def test_another_number_in_the_middle_of_a_long_row_is_noticed(tmp_path):
+    def losses(model, batch):
+        return model(batch).mean(dim=1)
+
+    data = torch.zeros(2, 5000)
+    gs.Checkpointer(tmp_path, losses, data).finish(Slope(), torch.optim.SGD(Slope().parameters(), lr=0.1))
+    data[1, 2500] = 1.0  # where a printed tensor has dots
+    with pytest.raises(FingerprintError, match="rows"):
+        gs.Checkpointer(tmp_path, losses, data).begin(Slope(), 1)
+
+
 def test_weights_that_were_damaged_are_refused(tmp_path):
     """torch reads a flipped bit of a tensor without a word."""
     data, task, model = toys.vectors(10), toys.vector_task(), toys.classifier()

@@ -6,7 +6,8 @@ import toys
 
 import gradsketch as gs
 from gradsketch.attribution.build import build_index
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.gradients.per_example.directions import Directions
 
 N = 40
 QUESTIONS = ["the number 7 squared is 49", "something else entirely"]
@@ -115,6 +116,23 @@ def test_gauss_newton_by_conjugate_gradients(tmp_path):
     found = torch.tensor([scores[row] for row in range(20)]).double()
     # λ comes from the mean eigenvalue of eight random vectors, which is not that of the whole matrix.
     assert float(torch.corrcoef(torch.stack([found, expected]))[0, 1]) > 0.99
+
+
+def test_products_that_are_wrong_are_told(tmp_path, monkeypatch):
+    right = Directions.add_outer
+
+    def wrong(self, out, name, left, right_side):
+        right(self, out, name, 1.02 * left, right_side)
+
+    monkeypatch.setattr(Directions, "add_outer", wrong)
+    with pytest.warns(GradsketchWarning, match="row 0: its products with whole gradients are off by"):
+        build(tmp_path).query(toys.TinyLM(), QUESTIONS, k=2, rerank=N)
+
+
+def test_an_inverse_that_did_not_settle_is_told(tmp_path):
+    index, model, data, question, _ = vector_index(tmp_path)
+    with pytest.warns(GradsketchWarning, match="conjugate gradients left"):
+        index.query(model, question, k=3, rerank=20, exact="gauss-newton", damping=1e-12, data=data)
 
 
 @pytest.mark.parametrize(

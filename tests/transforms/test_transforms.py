@@ -140,7 +140,7 @@ def test_fourier_of_a_long_vector(n):
 @pytest.mark.parametrize("make", [Hadamard, Fourier])
 def test_a_long_vector_needs_half_its_memory_besides_input_and_result(make):
     transform, x = make(1 << 23), torch.ones(1 << 23)
-    # The least of three: the first call reads the library's code from the disk, and the allocator keeps up to 6 MB more.
+    # The least of three: the first call reads the library from the disk, and the allocator keeps up to 6 MB more.
     peaks = [peak_bytes(lambda: transform(x)) for _ in range(3)]
     if None in peaks:
         pytest.skip("peak memory is measured on Linux and GPUs")

@@ -98,7 +98,7 @@ class Checkpointer:
         self._measured: list[tuple[int, float]] = []  # steps, and the learning rates up to them
         step = max(1, -(-len(self.data) // _ROWS))
         self._rows = [self.data[row] for row in range(0, len(self.data), step)]
-        self._facts = {"task": task_facts(self.task), "rows": digest([str(row) for row in self._rows]), "adam": adam}
+        self._facts = {"task": task_facts(self.task), "rows": digest(self._rows), "adam": adam}
 
     def begin(self, model: nn.Module, step: int = 0) -> None:
         """Say at which step training begins; a plain loop that begins at the first need not.
@@ -114,7 +114,7 @@ class Checkpointer:
             self._first = self._loss(model)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rate: float | None = None) -> None:
-        """Hear of one step; ``rate`` is its learning rate, by default the optimizer's of now.
+        """Hear of one step; ``rate`` is its learning rate, by default that of the optimizer's first group now.
 
         Raises:
             StoreError: the folder cannot be written.

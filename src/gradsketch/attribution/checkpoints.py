@@ -17,7 +17,7 @@ from gradsketch.durable import require_undamaged
 from gradsketch.errors import InputError
 from gradsketch.stand_ins import stand_ins
 
-__all__ = ["Checkpoint", "as_checkpoints", "weights_of"]
+__all__ = ["Checkpoint", "as_checkpoints", "checked_weights", "weights_of"]
 
 # A state dict, or where to read one: a .safetensors or torch file, or a folder that holds one.
 Weights = Mapping[str, Tensor] | str | Path
@@ -53,14 +53,23 @@ def as_checkpoints(
     if not named or (checkpoints is not None and len(named) != len(checkpoints)):
         raise InputError("no checkpoint, or two of one name", "at least one, each with its own name", "Pass a dict")
     _require_own_tensors(named)
-    weights = [1 / len(named)] * len(named) if weights is None else list(weights)
-    if len(weights) != len(named) or not all(math.isfinite(w) for w in weights):
+    weights = [1 / len(named)] * len(named) if weights is None else checked_weights(weights, len(named))
+    return tuple(Checkpoint(n, c, w) for (n, c), w in zip(named.items(), weights, strict=True))
+
+
+def checked_weights(weights: Sequence[float], checkpoints: int) -> list[float]:
+    """Return the weights of so many checkpoints.
+
+    Raises:
+        InputError: they are not as many finite numbers.
+    """
+    if len(weights) != checkpoints or not all(math.isfinite(w) for w in weights):
         raise InputError(
-            f"{len(weights)} weights {weights} for {len(named)} checkpoints",
+            f"{len(weights)} weights {list(weights)} for {checkpoints} checkpoints",
             "one finite number a checkpoint, such as its learning rate",
             "Pass weights=[...] of that length, or leave it out",
         )
-    return tuple(Checkpoint(n, c, float(w)) for (n, c), w in zip(named.items(), weights, strict=True))
+    return list(map(float, weights))
 
 
 def _require_own_tensors(named: Mapping[str, Weights | None]) -> None:

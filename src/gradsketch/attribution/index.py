@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.attribution.answers import answers
-from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints
+from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, checked_weights
 from gradsketch.attribution.description import Description
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.explain import (
@@ -35,7 +35,7 @@ from gradsketch.attribution.queries import (
     sketch_queries,
     stored_queries,
 )
-from gradsketch.attribution.rerank import Reranker, candidates_of, exact_named, is_exact, reordered
+from gradsketch.attribution.rerank import Reranker, exact_named, is_exact
 from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scan import every_score
 from gradsketch.attribution.scores import kind_of
@@ -220,16 +220,14 @@ class Index:
         counts = (k, opponents) if rerank is None else (max(k, rerank), max(opponents, rerank) if opponents else 0)
         proponents, others = both_ends(probes, *counts, keep=keep, coarse=coarse)
         scanned = time.perf_counter()
-        described, reranking = kind.described(scorer.damping(kind, damping)), 0.0
-        if rerank is not None:
+        if rerank is None:
+            described, reranking = kind.described(scorer.damping(kind, damping)), 0.0
+        else:
             reranker = self._reranker(
                 model, exact, damping, data, weights, batch_tokens=batch_tokens, progress=progress
             )
-            candidates = candidates_of([proponents, *([others] if others else [])])
-            scores, described = reranker(queries.asked(), candidates), reranker.score
-            proponents = reordered(candidates, scores, k, sign=1)
-            others = reordered(candidates, scores, opponents, sign=-1) if others else None
-            reranking = time.perf_counter() - scanned
+            proponents, others = reranker.best(queries.asked(), proponents, others, k, opponents)
+            described, reranking = reranker.score, time.perf_counter() - scanned
         read = bytes_read(self.stores, self.d if coarse is None else coarse)
         cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows, reranking)
         found = answers(self.stores[0], queries, proponents, others)
@@ -498,7 +496,8 @@ class Index:
 
 def _weighed(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> tuple[Checkpoint, ...]:
     """Return the checkpoints with other weights."""
-    return tuple(replace(c, weight=weight) for c, weight in zip(checkpoints, weights, strict=True))
+    checked = checked_weights(weights, len(checkpoints))
+    return tuple(replace(c, weight=weight) for c, weight in zip(checkpoints, checked, strict=True))
 
 
 def _audits_in(folder: Folder, name: str) -> Audits:

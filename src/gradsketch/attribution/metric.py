@@ -16,7 +16,7 @@ from torch import nn
 
 from gradsketch.durable import require_same
 from gradsketch.errors import DamageError, InputError, StoreError
-from gradsketch.gradients.factors.estimation import factor_facts
+from gradsketch.gradients.factors.estimation import Options, factor_facts
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.kfac import ekfac, kfac
 from gradsketch.gradients.factors.moments import WHOLE, whole_rows
@@ -154,7 +154,7 @@ def made_factors(
     found = _kept(folder, checkpoint, estimated)
     stored = {key: value for key, value in found.facts.items() if key != "data"}
     source = f"{folder.uri}/{factors_name(checkpoint)}"
-    require_same(factor_facts(estimate.__name__, model, task, parameters, **options), stored, source)
+    require_same(factor_facts(estimate.__name__, model, task, parameters, Options(**options)), stored, source)
     return found
 
 

@@ -7,8 +7,10 @@ the many candidates then come from the factors that layers leave behind (``Direc
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,20 +23,21 @@ from gradsketch.attribution.checkpoints import Checkpoint, weights_of
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.results import Score
 from gradsketch.attribution.scan import Top
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature import gauss_newton, loss_gradient
 from gradsketch.gradients.curvature.solve import DampedInverse
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.estimation import Labels
 from gradsketch.gradients.factors.inverse import inverse_fisher
 from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.per_example.audit import tolerance
 from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.gradients.tasks import Task
 from gradsketch.linear_map import LinearMap
 from gradsketch.progress import hidden
 from gradsketch.store import Store
 
-__all__ = ["Exact", "Reranker", "candidates_of", "exact_named", "is_exact", "reordered"]
+__all__ = ["Exact", "Reranker", "exact_named", "is_exact"]
 
 # Entries of questions' directions that are held at once.
 _HELD = 1 << 28
@@ -147,14 +150,14 @@ class Reranker:
             NonFiniteError: a gradient is not finite.
         """
         examples = self.examples(candidates[candidates >= 0].unique().tolist())
-        scores, sample = torch.zeros(candidates.shape), self._sample()
-        total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * len(sample) + len(examples))
-        with tqdm(total=total, unit="ex", desc=self._said(len(sample), len(examples)), disable=self._silent) as bar:
+        scores, sample = torch.zeros(candidates.shape), len(self._sample)
+        total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * sample + len(examples))
+        with tqdm(total=total, unit="ex", desc=self._said(sample, len(examples)), disable=self._silent) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
                 if not checkpoint.weight:
                     continue
                 with weights_of(self.model, checkpoint):
-                    parameters, inverse = self._parameters(), self._inverse(number, sample, bar.update)
+                    parameters, inverse = self._parameters(), self._inverse(number, bar.update)
                     step = max(1, _HELD // parameters.n)
                     for start in range(0, len(groups), step):
                         part = slice(start, start + step)
@@ -163,28 +166,43 @@ class Reranker:
                         scores[part] += checkpoint.weight / self.store.rows * products
         return scores.masked_fill(candidates < 0, -torch.inf)
 
+    def best(
+        self, groups: Sequence[Sequence[Any]], proponents: Top, others: Top | None, k: int, opponents: int
+    ) -> tuple[Top, Top | None]:
+        """Return both ends of the list of what was found, by exact scores."""
+        candidates = _candidates([proponents, *([others] if others else [])])
+        scores = self(groups, candidates)
+        least = _reordered(candidates, scores, opponents, sign=-1) if others else None
+        return _reordered(candidates, scores, k, sign=1), least
+
     def directions(self, groups: Sequence[Sequence[Any]], number: int) -> Iterator[dict[str, Tensor]]:
         """Yield (F + λI)⁻¹ q for each group at a checkpoint, whose weights the model has now, by parameter name."""
-        parameters, inverse = self._parameters(), self._inverse(number, self._sample(), lambda count: None)
+        parameters, inverse = self._parameters(), self._inverse(number, lambda count: None)
         sizes = [math.prod(shape) for shape in parameters.shapes.values()]
         for group in groups:
             parts = self._directions([group], parameters, inverse)[0].split(sizes)
             yield {name: part.view(shape) for (name, shape), part in zip(parameters.shapes.items(), parts, strict=True)}
 
-    def _inverse(self, number: int, sample: Sequence[int], advance: Advance) -> LinearMap:
+    def _inverse(self, number: int, advance: Advance) -> LinearMap:
         """Return (F + λI)⁻¹ at a checkpoint, estimated where that was not done before."""
         key = (number, self.kind.name, self.damping)
         if key in self.kept:
-            advance(self.kind.passes * len(sample))
+            advance(self.kind.passes * len(self._sample))
             return self.kept[key]
-        rows = list(self.examples(sample).values())
-        made = self.kind.make(self.model, self.task, rows, self._parameters(), float(self.damping), advance)
+        parameters, damping = self._parameters(), float(self.damping)
+        made = self.kind.make(self.model, self.task, self._sampled, parameters, damping, advance)
         if self.kind.is_kept:
             self.kept[key] = made
         return made
 
+    @cached_property
+    def _sampled(self) -> list[Any]:
+        """The examples of which F is estimated."""
+        return list(self.examples(self._sample).values())
+
+    @cached_property
     def _sample(self) -> list[int]:
-        """Return rows spread over the training data, without those that have no gradient."""
+        """Their rows: spread over the training data, without those that have no gradient."""
         left_out, step = self.store.left_out(), max(1, -(-self.store.rows // self.kind.rows))
         return [row for row in range(0, self.store.rows, step) if row not in left_out]
 
@@ -221,18 +239,36 @@ class Reranker:
 
         read, lengths = read_all(self.task, [examples[row] for row in numbers], name)
         products = source(read, lengths, advance, name).sketches.T
+        self._hold(along, products[:, 0], examples[numbers[0]], name(0))
         none = products.new_zeros(len(products), len(rows) - len(numbers))  # the place of −1, which comes first
         return torch.cat([none, products], 1).gather(1, places)
 
+    def _hold(self, along: Directions, products: Float[Tensor, " m"], example: Any, name: str) -> None:
+        """Hold one candidate's products, which come from layers' factors, against those with its whole gradient."""
+        parameters = self._parameters()
+        with evaluating(self.model):
+            gradient = loss_gradient(self.model, self.task, [example], parameters)
+        lengths = (along.vectors.norm(dim=1) * gradient.norm()).cpu()
+        errors = (along(gradient).cpu() - products).abs()
+        allowed = tolerance(max((t.dtype for _, t in parameters), key=lambda dtype: torch.finfo(dtype).eps))
+        if (errors > allowed * lengths).any():
+            warnings.warn(
+                f"{name}: its products with whole gradients are off by {float((errors / lengths).max()):.1e} of the "
+                f"gradients' lengths, where rounding explains {allowed:.1e}: do not trust these exact scores. "
+                "Without rerank= the scores do not use such products. Please report this model",
+                GradsketchWarning,
+                stacklevel=2,
+            )
 
-def candidates_of(found: Sequence[Top]) -> Int64[Tensor, "m c"]:
+
+def _candidates(found: Sequence[Top]) -> Int64[Tensor, "m c"]:
     """Return the rows of several lists, each once for each group of questions; −1 pads."""
     listed = [sorted({row for row in rows if row >= 0}) for rows in torch.cat([t.rows for t in found], 1).tolist()]
     width = max(1, *map(len, listed))
     return torch.tensor([rows + [-1] * (width - len(rows)) for rows in listed])
 
 
-def reordered(candidates: Int64[Tensor, "m c"], scores: Float[Tensor, "m c"], k: int, *, sign: int) -> Top:
+def _reordered(candidates: Int64[Tensor, "m c"], scores: Float[Tensor, "m c"], k: int, *, sign: int) -> Top:
     """Return the k candidates of largest ``sign * score``, ties by row."""
     signed = torch.where(candidates >= 0, sign * scores, -torch.inf)
     values, places = signed.sort(dim=1, descending=True, stable=True)

@@ -106,6 +106,12 @@ class QueryHits:
     def __getitem__(self, position: int) -> Hit:
         return self.proponents[position]
 
+    def both_ends(self) -> Iterator[tuple[str, Hit]]:
+        """Yield "proponent" or "opponent" with each hit."""
+        for kind, hits in (("proponent", self.proponents), ("opponent", self.opponents)):
+            for hit in hits:
+                yield kind, hit
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -188,12 +194,11 @@ class Hits(Result):
 
     def _records(self) -> Iterator[dict[str, Any]]:
         for number, query in enumerate(self.queries):
-            for kind, hits in (("proponent", query.proponents), ("opponent", query.opponents)):
-                for hit in hits:
-                    record = {"query": number, "query_text": query.text, "kind": kind, "rank": hit.rank}
-                    record |= {"row": hit.row, "id": hit.id, "score": hit.score, "text": hit.text}
-                    record |= {"loss": hit.loss, "gradient_norm": hit.gradient_norm}
-                    yield record | {(f"metadata_{k}" if k in record else k): v for k, v in hit.metadata.items()}
+            for kind, hit in query.both_ends():
+                record = {"query": number, "query_text": query.text, "kind": kind, "rank": hit.rank}
+                record |= {"row": hit.row, "id": hit.id, "score": hit.score, "text": hit.text}
+                record |= {"loss": hit.loss, "gradient_norm": hit.gradient_norm}
+                yield record | {(f"metadata_{k}" if k in record else k): v for k, v in hit.metadata.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.attribution.checkpoints import checked_weights
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
@@ -47,7 +47,7 @@ class Scorer:
             InputError: they are not one finite number a checkpoint.
         """
         probes = []
-        weights = self.weights if weights is None else self._checked(weights)
+        weights = self.weights if weights is None else checked_weights(weights, len(self.stores))
         for number, (store, weight) in enumerate(zip(self.stores, weights, strict=True)):
             q = queries.sketched[number].sketches
             q = queries.means(queries.unit_length(number) if kind.unit_length else q)
@@ -85,12 +85,6 @@ class Scorer:
         values = values.where(torch.isfinite(losses), torch.nan)
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
-
-    def _checked(self, weights: Sequence[float]) -> Sequence[float]:
-        if len(weights) != len(self.stores) or not all(map(math.isfinite, weights)):
-            wanted = f"one finite number a checkpoint, of which the index has {len(self.stores)}"
-            raise InputError(f"weights={list(weights)}", wanted, "Leave weights out, or pass as many")
-        return weights
 
     def _solved(self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str) -> Float[Tensor, "m d"]:
         """Return (F + λI)⁻¹ q / N, or q itself for kinds without it."""

@@ -42,7 +42,7 @@ def harmless(cell: Any) -> Any:
 
 
 def _table(hits: Hits) -> str:
-    columns = list(dict.fromkeys(name for query in hits for hit in _all(query) for name in hit.metadata))
+    columns = list(dict.fromkeys(name for query in hits for _, hit in query.both_ends() for name in hit.metadata))
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_MINIMAL, lineterminator="\r\n")
     fixed = ["question", "asked", "answer", "kind", "rank", "row", "id", "score", "text", "loss", "gradient_norm"]
@@ -54,17 +54,11 @@ def _table(hits: Hits) -> str:
 
 def _records(hits: Hits, columns: list[str]) -> Iterator[list[Any]]:
     for number, query in enumerate(hits, start=1):
-        for kind, found in (("proponent", query.proponents), ("opponent", query.opponents)):
-            for hit in found:
-                own = [hit.rank, hit.row, hit.id, hit.score, hit.text, hit.loss, hit.gradient_norm]
-                metadata = (hit.metadata.get(name) for name in columns)
-                yield [number, query.text, query.answer, kind, *own, *(_cell(value) for value in metadata)]
+        for kind, hit in query.both_ends():
+            own = [hit.rank, hit.row, hit.id, hit.score, hit.text, hit.loss, hit.gradient_norm]
+            metadata = (hit.metadata.get(name) for name in columns)
+            yield [number, query.text, query.answer, kind, *own, *(_cell(value) for value in metadata)]
 
 
 def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else as_json(value, indent=None)
-
-
-def _all(query: Any) -> Iterator[Any]:
-    yield from query.proponents
-    yield from query.opponents

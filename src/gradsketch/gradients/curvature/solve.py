@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.linear_map import LinearMap, widened
 from gradsketch.random import Stream
 
@@ -19,7 +21,8 @@ class DampedInverse(LinearMap):
     """(A + λI)⁻¹ for a positive semi-definite map A, λ being the fraction ``damping`` of its mean eigenvalue.
 
     The mean eigenvalue is estimated from eight random vectors. A solution is done when its residual is ``tolerance``
-    of the right-hand side's length, or after ``iterations`` products; ``residual`` is the largest that was left.
+    of the right-hand side's length, or after ``iterations`` products, of which a warning tells; ``residual`` is the
+    largest that was left.
 
     Source: J. Martens, "Deep learning via Hessian-free optimization", ICML 2010, section 4.
 
@@ -78,9 +81,15 @@ class DampedInverse(LinearMap):
             direction = residual + square / before.clamp_min(torch.finfo(x.dtype).tiny) * direction
         if not torch.isfinite(solution).all():
             raise NonFiniteError("a solution that is not finite", "finite products", "Compute in float32 or wider")
-        self.residual = max(
-            self.residual, float((square / goal.clamp_min(torch.finfo(x.dtype).tiny)).sqrt().max()) * self.tolerance
-        )
+        ratio = float((square / goal.clamp_min(torch.finfo(x.dtype).tiny)).sqrt().max())
+        self.residual = max(self.residual, ratio * self.tolerance)
+        if ratio > 1:
+            warnings.warn(
+                f"conjugate gradients left {ratio * self.tolerance:.1e} of the right-hand side after {self.iterations} "
+                f"products, where {self.tolerance:.0e} is wanted: a larger damping needs fewer products",
+                GradsketchWarning,
+                stacklevel=2,
+            )
         return solution
 
     def _apply_adjoint(self, w: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:

@@ -13,7 +13,7 @@ from gradsketch.gradients.factors.moments import SideMoments
 from gradsketch.linear_map import widened
 from gradsketch.sketches.roots import Pair, Root, Stack
 
-__all__ = ["MatrixSpectrum", "ParameterSpectrum", "SideSpectrum", "damped_roots", "spectrum_of"]
+__all__ = ["MatrixSpectrum", "ParameterSpectrum", "SideSpectrum", "damped_roots", "own_or_mean", "spectrum_of"]
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,19 @@ def damped_roots(
     parameters, or scaled by it where there was no gradient at all.
     """
     mean = _level([matrix for spectrum in spectra.values() for matrix in spectrum.matrices])
-    floor = mean * torch.finfo(dtype).eps ** 1.5
     roots: dict[str, Pair | Stack] = {}
     for name, spectrum in spectra.items():
-        level = _level(spectrum.matrices)
-        level = level if level > floor else mean
+        level = own_or_mean(_level(spectrum.matrices), mean, dtype)
         pairs = tuple(
             _in(widened(dtype), m.pair(damping, level) if m.trace > 0 else _scaled(level)) for m in spectrum.matrices
         )
         roots[name] = pairs[0] if spectrum.height is None else Stack(pairs, spectrum.height)
     return roots
+
+
+def own_or_mean(level: float, mean: float, dtype: torch.dtype) -> float:
+    """Return a parameter's mean eigenvalue, or that of all where its own is zero up to the rounding of gradients."""
+    return level if level > mean * torch.finfo(dtype).eps ** 1.5 else mean
 
 
 def _level(matrices: Sequence[MatrixSpectrum]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -88,10 +88,8 @@ class Estimation:
 
     def facts(self, method: str) -> dict[str, Any]:
         """Return all that decides the numbers."""
-        options = asdict(self.options)
-        return factor_facts(method, self.model, self.task, self.parameters, **options) | {
-            "data": data_facts(self.batches)
-        }
+        known = factor_facts(method, self.model, self.task, self.parameters, self.options)
+        return known | {"data": data_facts(self.batches)}
 
     def _pass(self, fresh: Callable[[], dict[str, _Moments]]) -> dict[str, _Moments]:
         seed = None if self.options.labels == "empirical" else self.options.seed
@@ -102,22 +100,13 @@ class Estimation:
         return over.moments
 
 
-def factor_facts(
-    method: str,
-    model: nn.Module,
-    task: Task,
-    parameters: Parameters,
-    *,
-    damping: float = DAMPING,
-    labels: Labels = "sampled",
-    seed: int = 0,
-) -> dict[str, Any]:
+def factor_facts(method: str, model: nn.Module, task: Task, parameters: Parameters, options: Options) -> dict[str, Any]:
     """Return what decides the numbers of an estimate besides the data."""
     return {
         "method": method,
         "model": model_facts(bare(model)),
         "task": task_facts(task),
         "parameters": list(parameters.names),
-        "damping": float(damping),
-        "labels": labels if labels == "empirical" else f"sampled with seed {seed}",
+        "damping": float(options.damping),
+        "labels": "empirical" if options.labels == "empirical" else f"sampled with seed {options.seed}",
     }

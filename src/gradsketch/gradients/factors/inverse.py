@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.gradients.factors.corrected import EigenMoments, Entries
-from gradsketch.gradients.factors.eigenbases import ParameterSpectrum
+from gradsketch.gradients.factors.eigenbases import ParameterSpectrum, own_or_mean
 from gradsketch.gradients.factors.estimation import DAMPING, Estimation, Labels, Options
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import TaskLike
@@ -74,9 +74,9 @@ class _Matrix:
     columns: Tensor | None
     values: Float[Tensor, "rows columns"]
 
-    def divided(self, x: Float[Tensor, "b rows columns"], damping: float) -> Float[Tensor, "b rows columns"]:
+    def divided(self, x: Float[Tensor, "b rows columns"], shift: float) -> Float[Tensor, "b rows columns"]:
         """Return U ((Uᵀ x V) / (Λ + λ)) Vᵀ."""
-        turned = _right(_right(x, self.columns).mT, self.rows).mT / (self.values.to(x) + damping)
+        turned = _right(_right(x, self.columns).mT, self.rows).mT / (self.values.to(x) + shift)
         return _right(_right(turned, _transposed(self.columns)).mT, _transposed(self.rows)).mT
 
 
@@ -92,7 +92,11 @@ class InverseFisher(LinearMap):
         self._sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.shape = (sum(self._sizes), sum(self._sizes))
         self._matrices = matrices
-        self._mean = _mean([m.values for parts in matrices.values() for m in parts])
+        levels = {name: _mean([m.values for m in parts]) for name, parts in matrices.items()}
+        mean = _mean([m.values for parts in matrices.values() for m in parts])
+        self._shifts = {
+            name: damping * own_or_mean(level, mean, matrices[name][0].values.dtype) for name, level in levels.items()
+        }
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         x = x.to(widened(x.dtype))
@@ -104,13 +108,9 @@ class InverseFisher(LinearMap):
         return self._apply(w)
 
     def _divided(self, name: str, flat: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-        """Divide one parameter's part; where it has no gradient of its own, by the mean of all, as in K-FAC."""
-        matrices = self._matrices[name]
-        level = _mean([m.values for m in matrices]) if flat.shape[1] else 0.0
-        floor = self._mean * torch.finfo(flat.dtype).eps ** 1.5
-        damping = self.damping * (level if level > floor else self._mean)
+        matrices, shift = self._matrices[name], self._shifts[name]
         stack = flat.unflatten(1, (len(matrices), *matrices[0].values.shape))
-        return torch.stack([m.divided(stack[:, i], damping) for i, m in enumerate(matrices)], dim=1).flatten(1)
+        return torch.stack([m.divided(stack[:, i], shift) for i, m in enumerate(matrices)], dim=1).flatten(1)
 
 
 def _spectrum(moments: EigenMoments[Entries], examples: int) -> list[_Matrix]:
