@@ -3,12 +3,13 @@
 import os
 
 from hypothesis import settings
-from jaxtyping import install_import_hook
+
+import checked_types
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_hook = install_import_hook("gradsketch", "beartype.beartype")
+checked_types.install()
 
 # A busy machine is no failure, and the same examples are tried every time.
 settings.register_profile("gradsketch", deadline=None, derandomize=True)
