@@ -2,7 +2,8 @@
 
 * ``jaxtyped`` compiles two checks whenever a ``def`` runs, milliseconds for a function inside a function each time that
   the outer one is called. Here the first one's check serves them all.
-* It looks for shapes at every call. Where a signature has none, beartype alone checks here.
+* It checks the arguments at every call twice, and looks for shapes also where a signature has none. Here beartype
+  checks once, in a context of jaxtyping's where there are shapes.
 * While its hook imports a module, all that this module imports is compiled anew: torch's compiler, transformers, sympy.
   Here the hook looks for bytecode of its own for the modules of gradsketch only.
 """
@@ -18,6 +19,7 @@ import jaxtyping
 from jaxtyping import AbstractArray, _import_hook
 
 _jaxtyped = jaxtyping.jaxtyped
+_context = _jaxtyped("context")
 _checks = {}
 
 
@@ -42,16 +44,23 @@ def _typed(function=None, *, typechecker):
         return _jaxtyped(function, typechecker=typechecker)
     if "<locals>" in function.__qualname__:
         return _nested(function, typechecker)
-    return _jaxtyped(function, typechecker=typechecker) if _has_shapes(function) else typechecker(function)
-
-
-def _has_shapes(function):
-    """Whether a signature names shapes; or cannot be read, which jaxtyping does name by name."""
     try:
         hints = typing.get_type_hints(function, include_extras=True)
-    except Exception:
-        return True
-    return any(_names_a_shape(hint) for hint in hints.values())
+    except Exception:  # a name that only type checkers know: jaxtyping reads the others of the signature
+        return _jaxtyped(function, typechecker=typechecker)
+    checked = typechecker(function)
+    return _in_a_context(checked) if any(map(_names_a_shape, hints.values())) else checked
+
+
+def _in_a_context(function):
+    """One letter is one size throughout a call."""
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        with _context:
+            return function(*args, **kwargs)
+
+    return checked
 
 
 def _names_a_shape(hint):
