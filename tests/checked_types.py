@@ -20,7 +20,7 @@ from jaxtyping import AbstractArray, _import_hook
 
 _jaxtyped = jaxtyping.jaxtyped
 _context = _jaxtyped("context")
-_checks = {}
+_made = {}
 
 
 def install():
@@ -42,18 +42,33 @@ def _typed(function=None, *, typechecker):
         return functools.partial(_typed, typechecker=typechecker)
     if not isinstance(function, types.FunctionType):
         return _jaxtyped(function, typechecker=typechecker)
-    if "<locals>" in function.__qualname__:
-        return _nested(function, typechecker)
+    return (_nested if "<locals>" in function.__qualname__ else _checked)(function, typechecker)
+
+
+def _checked(function, typechecker):
+    function.__annotations__ = {name: _read(function, hint) for name, hint in function.__annotations__.items()}
+    return _in_context(typechecker(function), any(map(_names_a_shape, function.__annotations__.values())))
+
+
+def _read(function, hint):
+    """The type that an annotation stands for; anything, where it names what only type checkers know."""
+    holder = types.SimpleNamespace(__annotations__={"it": hint}, __globals__=function.__globals__)
     try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except Exception:  # a name that only type checkers know: jaxtyping reads the others of the signature
-        return _jaxtyped(function, typechecker=typechecker)
-    checked = typechecker(function)
-    return _in_a_context(checked) if any(map(_names_a_shape, hints.values())) else checked
+        return typing.get_type_hints(holder, include_extras=True)["it"]
+    except Exception:
+        return typing.Any
 
 
-def _in_a_context(function):
-    """One letter is one size throughout a call."""
+def _names_a_shape(hint):
+    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
+        return True
+    return any(map(_names_a_shape, hint if isinstance(hint, list) else typing.get_args(hint)))
+
+
+def _in_context(function, shapes):
+    """In a context, one letter is one size throughout a call."""
+    if not shapes:
+        return function
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
@@ -63,37 +78,32 @@ def _in_a_context(function):
     return checked
 
 
-def _names_a_shape(hint):
-    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
-        return True
-    return any(map(_names_a_shape, hint if isinstance(hint, list) else typing.get_args(hint)))
-
-
 def _nested(function, typechecker):
-    """Wrap one of many functions that one ``def`` makes, by the check of the first."""
-    # By their text, because a shape is a new class whenever it is written.
+    """Check one of many functions that one ``def`` makes as the first of them; what that one holds is not kept."""
+    # By the text of its annotations, because a shape is a new class whenever it is written.
     key = function.__module__, function.__code__, repr(function.__annotations__)
-    if key not in _checks:
-        _checks[key] = _jaxtyped(_caller_of(function), typechecker=typechecker)
-    check = _checks[key]
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        return check(function, *args, **kwargs)
-
-    return checked
-
-
-def _call(function, /, *args, **kwargs):
-    return function(*args, **kwargs)
+    if key not in _made:
+        _made[key] = _recipe(function, typechecker)
+    parts, objects, shapes = _made[key]
+    if parts is None:
+        return function
+    checked = types.FunctionType(*parts)
+    checked.__kwdefaults__ = objects | {"__beartype_func": function}
+    return _in_context(functools.update_wrapper(checked, function), shapes)
 
 
-def _caller_of(function):
-    """``_call`` with the signature of a function, and without a reference to anything that the function holds."""
-    caller = types.FunctionType(_call.__code__, function.__globals__, function.__name__)
-    caller.__qualname__, caller.__module__ = function.__qualname__, function.__module__
-    signature = inspect.signature(function)
-    first = inspect.Parameter("the_function_itself", inspect.Parameter.POSITIONAL_ONLY)
-    others = [p if p.default is p.empty else p.replace(default=None) for p in signature.parameters.values()]
-    caller.__signature__ = signature.replace(parameters=[first, *others])
-    return caller
+def _recipe(function, typechecker):
+    """How beartype checks a function, seen on a twin with empty cells in place of what it closes over."""
+    cells = tuple(types.CellType() for _ in function.__closure__ or ())
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    twin.__qualname__, twin.__module__ = function.__qualname__, function.__module__
+    twin.__annotations__ = {name: _read(function, hint) for name, hint in function.__annotations__.items()}
+    twin.__defaults__ = function.__defaults__ and (None,) * len(function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__ and dict.fromkeys(function.__kwdefaults__)
+    checked = typechecker(twin)
+    if checked is twin:  # nothing to check
+        return None, None, False
+    objects = dict(checked.__kwdefaults__)
+    del objects["__beartype_func"]
+    parts = checked.__code__, checked.__globals__, checked.__name__, checked.__defaults__, checked.__closure__
+    return parts, objects, any(map(_names_a_shape, twin.__annotations__.values()))
