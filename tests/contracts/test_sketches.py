@@ -1,4 +1,7 @@
-"""The battery every sketch must pass, whatever its kind and options."""
+"""The battery every sketch must pass, whatever its kind and options.
+
+By default every kind meets a third of the sizes, and every size a third of the kinds; all meet all with ``-m slow``.
+"""
 
 import json
 import pickle
@@ -10,26 +13,32 @@ import torch
 import gradsketch as gs
 from contracts.sketch_cases import CASES
 from gradsketch.sketches.recipe import made_from, recipe_of
+from sampled import latin
 
 # Odd sizes need padding; the last one is longer than a cache-sized piece.
 SIZES = [(2, 1), (7, 3), (64, 16), (300, 96), (300_001, 4096)]
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=str)
-sizes = pytest.mark.parametrize(("n", "d"), SIZES)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def sized(sizes):
+    """Run with every case and size, a third of them by default."""
+    cases = [pytest.param(*p.values[:1], *p.values[1], marks=p.marks) for p in latin(CASES, sizes)]
+    return pytest.mark.parametrize(("case", "n", "d", "dtype")[: 1 + len(sizes[0])], cases, ids=str)
 
 
 def vectors(b, length, dtype=torch.float64):
     return torch.randn(b, length, dtype=dtype, generator=torch.Generator().manual_seed(length))
 
 
-@sizes
+@sized(SIZES)
 def test_linear(case, n, d):
     n, d = case.fit(n, d)
     phi, x = case.build(n, d), vectors(2, n)
     torch.testing.assert_close(phi(2 * x[0] - 3 * x[1]), 2 * phi(x[0]) - 3 * phi(x[1]), rtol=1e-10, atol=1e-10)
 
 
-@sizes
+@sized(SIZES)
 def test_lift_is_the_adjoint(case, n, d):
     n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(2, n), vectors(2, d)
@@ -37,7 +46,7 @@ def test_lift_is_the_adjoint(case, n, d):
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("n", "d"), SIZES[:4])
+@sized(SIZES[:4])
 def test_dense_is_the_map_of_the_identity(case, n, d):
     n, d = case.fit(n, d)
     phi, x = case.build(n, d), vectors(3, n)
@@ -46,9 +55,7 @@ def test_dense_is_the_map_of_the_identity(case, n, d):
     torch.testing.assert_close(phi(x), x @ phi.dense().T, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "dtype"), [(*size, torch.float32) for size in SIZES] + [(*size, torch.float64) for size in SIZES[:-1]]
-)
+@sized([(*size, torch.float32) for size in SIZES] + [(*size, torch.float64) for size in SIZES[:-1]])
 def test_bits_do_not_depend_on_the_batch(case, n, d, dtype):
     n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(4, n, dtype), vectors(4, d, dtype)
@@ -59,7 +66,7 @@ def test_bits_do_not_depend_on_the_batch(case, n, d, dtype):
         assert torch.equal(map_(batch.T.contiguous().T.view(2, 2, -1)).view_as(whole), whole)
 
 
-@sizes
+@sized(SIZES)
 def test_bits_do_not_depend_on_the_thread_count(case, n, d):
     n, d = case.fit(n, d)
     x, w, before = vectors(1, n, torch.float32), vectors(1, d, torch.float32), torch.get_num_threads()
@@ -76,7 +83,7 @@ def test_bits_do_not_depend_on_the_thread_count(case, n, d):
         assert torch.equal(lift, results[0][1])
 
 
-@sizes
+@sized(SIZES)
 def test_narrow_input_is_widened_and_never_the_arithmetic(case, n, d):
     n, d = case.fit(n, d)
     phi = case.build(n, d)
@@ -88,6 +95,7 @@ def test_narrow_input_is_widened_and_never_the_arithmetic(case, n, d):
     assert (phi(x.float()) - phi(x.float().double())).norm() < 1e-6 * x.norm()
 
 
+@each_case
 def test_the_process_wide_precision_is_neither_used_nor_changed(case):
     phi, x = case.build(5000, 64), vectors(2, 5000, torch.float32)
     exact = phi(x), phi.lift(phi(x))
@@ -101,7 +109,7 @@ def test_the_process_wide_precision_is_neither_used_nor_changed(case):
         torch.set_float32_matmul_precision("highest")
 
 
-@sizes
+@sized(SIZES)
 def test_the_input_is_left_alone(case, n, d):
     n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(1, n), vectors(1, d)
@@ -112,6 +120,7 @@ def test_the_input_is_left_alone(case, n, d):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_case
 def test_sketching_vectors_that_may_be_overwritten(case, dtype):
     for n in (64, 100):
         phi, x = case.build(*case.fit(n, 16)), vectors(3, n, dtype)
@@ -124,7 +133,7 @@ def test_sketching_vectors_that_may_be_overwritten(case, dtype):
             phi.sketch_(x[:, 1:])
 
 
-@sizes
+@sized(SIZES)
 def test_truncate(case, n, d):
     n, d = case.fit(n, d)
     phi, x, w = case.build(n, d), vectors(1, n), vectors(1, d)
@@ -147,6 +156,7 @@ def test_truncate(case, n, d):
         phi.truncate(d + 1)
 
 
+@each_case
 def test_seed_and_kind_decide_the_map(case):
     phi, x = case.build(64, 16, seed=3), vectors(1, 64)
     again = made_from(json.loads(json.dumps(recipe_of(phi))))
@@ -159,6 +169,7 @@ def test_seed_and_kind_decide_the_map(case):
     assert not torch.equal(other(x), phi(x))
 
 
+@each_case
 def test_scipy_and_algebra(case):
     phi = case.build(64, 16)
     matrix = phi.dense()
@@ -171,6 +182,7 @@ def test_scipy_and_algebra(case):
     torch.testing.assert_close(gram.dense(), matrix @ matrix.T)
 
 
+@each_case
 def test_derivatives(case):
     phi = case.build(8, 4)
     x = vectors(1, 8).requires_grad_()
@@ -179,6 +191,7 @@ def test_derivatives(case):
     torch.testing.assert_close(x.grad, 2 * phi.lift(phi(x.detach())))
 
 
+@each_case
 def test_function_transforms(case):
     phi = case.build(*case.fit(16, 4))
     x, w = vectors(3, phi.n), vectors(3, phi.d)
@@ -194,6 +207,7 @@ def test_function_transforms(case):
     torch.testing.assert_close(torch.func.hessian(cubic)(w[0]), hessian)  # forward over reverse, batched
 
 
+@each_case
 def test_an_empty_batch_is_refused(case):
     phi = case.build(64, 16)
     for map_, shape in ((phi, (0, 64)), (phi, (2, 0, 64)), (phi.T, (0, 16)), (phi @ phi.T, (0, 16))):
@@ -201,6 +215,7 @@ def test_an_empty_batch_is_refused(case):
             map_(torch.zeros(shape))
 
 
+@each_case
 def test_these_numbers_never_change(case):
     """Stored sketches are compared with new ones for years. Raise the kind's ``version`` when they must change."""
     golden = json.loads((Path(__file__).parent / "golden_sketches.json").read_text())[str(case)]

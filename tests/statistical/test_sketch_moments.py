@@ -1,7 +1,8 @@
 """Means and variances of sketched inner products against closed forms, and the families on which kinds fail.
 
 Every check is made at a false-alarm rate of 1e-6 over all pairs of inputs together (normal approximation; seeds are
-fixed), and every check is itself tested: sketches broken on purpose must not pass it.
+fixed), and every check is itself tested: sketches broken on purpose must not pass it. By default a third of the kinds are
+drawn, all with ``-m slow``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 import gradsketch as gs
 from gradsketch.sketches.layout import Layout
 from gradsketch.transforms.diagonal import Signs
+from sampled import a_third, latin, some
 from statistical import sketch_variance as variance
 
 pytestmark = pytest.mark.statistical
@@ -92,7 +94,8 @@ KINDS: dict[str, tuple[Callable[..., gs.Sketch], Callable[[Tensor, Tensor, int],
     "SJLT-1": (gs.SJLT, variance.sjlt),
     "SJLT-4": (partial(gs.SJLT, nonzeros=4), variance.sjlt),
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
+# One of each way to be random; FJL, whose default of 128 nonzeros is dense, costs most.
+kinds = pytest.mark.parametrize("kind", some(KINDS, ("Dense-rademacher", "AFFD-local-signs", "AFJL-signs", "SJLT-4")))
 
 
 # Fourth moment over squared variance, where tails are heavier than the sample shows: FFD makes a χ²₁ of a constant
@@ -120,8 +123,7 @@ def test_mean_and_variance_of_inner_products(kind):
         check_kind(kind, 1.1**2 * samples)
 
 
-@pytest.mark.parametrize("kind", ["AFFD-local-signs", "AFFD-local-gaussian"])
-@pytest.mark.parametrize("d", [256, 4096])
+@pytest.mark.parametrize(("kind", "d"), latin(["AFFD-local-signs", "AFFD-local-gaussian"], [256, 4096]))
 def test_variance_with_several_inner_blocks(kind, d):
     vectors = inputs(16384, d)
     check(grams(build(kind, 16384, d), vectors, seeds=200), vectors, theory(kind, d))
@@ -135,8 +137,7 @@ def test_inner_blocks_shorter_than_d_in_their_worst_case():
     check(samples, {"x": x}, lambda *_: 1 / 4096)
 
 
-@pytest.mark.parametrize("kind", [gs.AFFD, gs.AFJL])
-@pytest.mark.parametrize("transform", ["hadamard", "fft", "haar"])
+@pytest.mark.parametrize(("kind", "transform"), latin([gs.AFFD, gs.AFJL], ["hadamard", "fft", "haar"]))
 def test_forms_of_the_paper(kind, transform):
     """Unbiased; typical variance (1 + ρ²)/d for AFFD and 4 times that for AFJL, to 40 %, 4.5 standard errors.
 
@@ -165,7 +166,7 @@ def qk_theory(x: Tensor, y: Tensor) -> float:
     return variance.qk(x, gs.QK(N, D, factors=2).sizes)
 
 
-@pytest.mark.parametrize("name", inputs())
+@pytest.mark.parametrize("name", a_third(inputs()))
 def test_variance_of_qk(name):
     only = {name: inputs()[name]}
     samples = grams(lambda seed: gs.QK(N, D, seed=seed, factors=2), only, seeds=300)
@@ -209,15 +210,18 @@ def noise(kind: str, rows: int, columns: int, d: int, seeds: int) -> tuple[float
 
 @pytest.mark.parametrize(
     ("kind", "rows", "columns", "d"),
-    [
-        ("full", 128, 96, 256),  # four products a number
-        ("rank-one", 128, 96, 256),
-        ("two-directions", 128, 96, 256),
-        ("rank-one", 64, 128, 1024),  # tiles of more entries than numbers
-        ("two-directions", 64, 64, 2500),  # every pair, some numbers with two and some with one
-        ("rank-one", 64, 100, 300),  # d no power of two
-        ("full", 1, 1000, 256),  # a vector
-    ],
+    a_third(
+        [
+            ("full", 128, 96, 256),  # four products a number
+            ("rank-one", 128, 96, 256),
+            ("two-directions", 128, 96, 256),
+            ("rank-one", 64, 128, 1024),  # tiles of more entries than numbers
+            ("two-directions", 64, 64, 2500),  # every pair, some numbers with two and some with one
+            ("rank-one", 64, 100, 300),  # d no power of two
+            ("full", 1, 1000, 256),  # a vector
+        ],
+        first=2,
+    ),
 )
 def test_noise_of_tiled_srht_is_that_of_its_model(kind, rows, columns, d):
     """Within 5 %, and for d ≤ 16,384 at most √(1 + 1/4) of a dense sketch's, whatever the matrices are."""
@@ -275,13 +279,16 @@ def without_signs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        # Not FFD's B, which acts last: the first two moments do not depend on it.
-        *((kind, "B") for kind in KINDS if kind.startswith(("AFFD", "AFJL", "FJL"))),
-        *((kind, "G") for kind in ("AFFD-global-signs", "AFFD-local-signs")),
-        ("SJLT-1", "signs"),
-        ("SJLT-4", "signs"),
-    ],
+    a_third(
+        [
+            # Not FFD's B, which acts last: the first two moments do not depend on it.
+            *((kind, "B") for kind in KINDS if kind.startswith(("AFFD", "AFJL", "FJL"))),
+            *((kind, "G") for kind in ("AFFD-global-signs", "AFFD-local-signs")),
+            ("SJLT-1", "signs"),
+            ("SJLT-4", "signs"),
+        ],
+        first=1,
+    ),
 )
 def test_dropped_signs_do_not_pass(kind, name, monkeypatch):
     without_signs(monkeypatch, name)
@@ -290,7 +297,9 @@ def test_dropped_signs_do_not_pass(kind, name, monkeypatch):
         check_kind(kind, broken)
 
 
-@pytest.mark.parametrize("kind", ["Dense-gaussian", "Dense-rademacher", "AFFD-global-gaussian", "FFD", "FJL"])
+@pytest.mark.parametrize(
+    "kind", a_third(["Dense-gaussian", "Dense-rademacher", "AFFD-global-gaussian", "FFD", "FJL"], first=1)
+)
 def test_a_generator_without_signs_does_not_pass(kind, monkeypatch):
     for draw in ("normals", "signs"):
         honest = getattr(gs.Stream, draw)

@@ -49,10 +49,11 @@ def dense(model: nn.Module, losses: Any, batch: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::gradsketch.errors.GradsketchWarning")
-def test_stated_errors_cover_on_a_hundred_random_nets() -> None:
+@pytest.mark.parametrize("nets", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_stated_errors_cover_on_random_nets(nets: int) -> None:
     """``error_along`` is the error |Hv − truth|: within a factor of two always, and not below it in 95 of 100."""
     draw, found, ratios = random.Random(0), [], []
-    for seed in range(100):
+    for seed in range(nets):
         torch.manual_seed(seed)
         model = network(draw)
         loss = fused_cross_entropy if draw.random() < 0.2 else cross_entropy
@@ -69,8 +70,8 @@ def test_stated_errors_cover_on_a_hundred_random_nets() -> None:
         found.append((off - exact) / (operator.error_along(v) + 1e-12))
         ratios.append(off / float(H.norm()))
     assert max(found) < 2
-    assert sum(ratio <= 1.001 for ratio in found) >= 95
-    assert sum(ratio < 0.01 for ratio in ratios) > 95  # bfloat16 has two digits
+    assert sum(ratio <= 1.001 for ratio in found) >= 0.95 * nets
+    assert sum(ratio < 0.01 for ratio in ratios) > 0.95 * nets  # bfloat16 has two digits
 
 
 def test_the_check_finds_the_leading_error_of_a_difference() -> None:
