@@ -16,8 +16,10 @@ from importlib.machinery import SourceFileLoader
 from unittest.mock import patch
 
 import jaxtyping
-from jaxtyping import AbstractArray, _import_hook
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, _import_hook
 
+check = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 _jaxtyped = jaxtyping.jaxtyped
 _context = _jaxtyped("context")
 _made = {}
@@ -28,7 +30,7 @@ def install():
     jaxtyping.jaxtyped = _typed
     loader = _import_hook._JaxtypingLoader
     loader.exec_module, loader.get_code = SourceFileLoader.exec_module, _code_with_checks
-    jaxtyping.install_import_hook("gradsketch", "beartype.beartype")
+    jaxtyping.install_import_hook("gradsketch", "checked_types.check")
 
 
 def _code_with_checks(loader, name):

@@ -16,7 +16,7 @@ def some(cases, chosen):
 
 
 def latin(*axes):
-    """Return all combinations, of which a third runs by default, so that every value of an axis meets a third of others."""
+    """Return all combinations, of which a third runs by default: every value meets a third of those of another axis."""
     numbered = product(*(list(enumerate(axis)) for axis in axes))
     return [_param(tuple(v for _, v in each), sum(i for i, _ in each) % 3 == 0) for each in numbered]
 

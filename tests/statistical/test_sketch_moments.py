@@ -1,8 +1,8 @@
 """Means and variances of sketched inner products against closed forms, and the families on which kinds fail.
 
 Every check is made at a false-alarm rate of 1e-6 over all pairs of inputs together (normal approximation; seeds are
-fixed), and every check is itself tested: sketches broken on purpose must not pass it. By default a third of the kinds are
-drawn, all with ``-m slow``.
+fixed), and every check is itself tested: sketches broken on purpose must not pass it. By default a third of the kinds
+is drawn, all with ``-m slow``.
 """
 
 from __future__ import annotations
