@@ -82,6 +82,7 @@ def test_a_shard_that_ends_every_worker_is_named(tmp_path):
         build(tmp_path / "index", task=task, engine=gs.Ray(workers=2))
 
 
+@pytest.mark.slow  # as all that starts workers of its own; that workers do start is seen above
 def test_errors_of_workers_are_our_own(tmp_path):
     data = toys.texts(ROWS)
     data[30] = ""

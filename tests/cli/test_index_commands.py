@@ -297,8 +297,8 @@ def test_a_folder_that_cannot_be_made(model, data, tmp_path, path, capsys):
 def test_a_signal_leaves_an_index_that_goes_on(model, data, tmp_path, sent, code, word):
     """A real process, a real SIGINT or a scheduler's SIGTERM, and the same command again."""
     rows = tmp_path / "many.jsonl"
-    rows.write_text("\n".join(data.read_text().splitlines() * 80))
-    command = [sys.executable, "-m", "gradsketch", *arguments(model, rows, tmp_path / "i", "--shard-rows", "50")]
+    rows.write_text("\n".join(data.read_text().splitlines() * 40))
+    command = [sys.executable, "-m", "gradsketch", *arguments(model, rows, tmp_path / "i", "--shard-rows", "25")]
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     shards = tmp_path / "i/checkpoint-0"

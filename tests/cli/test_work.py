@@ -55,6 +55,18 @@ def test_a_share_is_of_torchrun_only_where_it_runs():
     assert WorkOptions(worker=(0, 3)).share({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}) == (0, 3)
 
 
+def test_ranks_of_torchrun_share_the_shards_and_one_speaks(folder, alone, monkeypatch, capsys):
+    """What torchrun sets, in this process: a start of torch for every rank is for -m slow."""
+    for name, value in {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments(folder, folder / "ranks")) == 0
+    assert shards(folder / "ranks") == alone
+    assert capsys.readouterr().out.count("Now ask:") == 1
+
+
+@pytest.mark.slow
 def test_torchrun_shares_the_shards_and_one_rank_speaks(folder, alone):
     # Behind the dashes, or torchrun takes --d for the beginning of an option of its own.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
