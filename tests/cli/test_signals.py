@@ -35,12 +35,13 @@ PROGRAM = """
         pass
 
     def run(options):
-        gs.spectrum(Sending(), 4, resume=f"{sys.argv[1]}/{Sending.sent.name}", steps=100, tolerance=1e-12, method="full", progress=False)
+        gs.spectrum(Sending(), 4, resume=f"{sys.argv[1]}/{Sending.sent.name}/run", steps=100, tolerance=1e-12, method="full", progress=False)
         return 0
 
     register(Command("sending", "sends itself a signal", Options, run))
     gs.spectrum  # imported once, and the runs are forked
     for sent in (signal.SIGINT, signal.SIGTERM):
+        os.mkdir(f"{sys.argv[1]}/{sent.name}")
         pid = os.fork()
         if pid == 0:
             Sending.sent = sent
@@ -61,7 +62,7 @@ def test_sigterm_saves_what_ctrl_c_saves(tmp_path):
     terminated = (tmp_path / "SIGTERM.txt").read_text()
     assert terminated.splitlines()[-1] == "gradsketch sending: terminated"
     assert len(terminated.splitlines()) == 2
-    assert (tmp_path / "SIGINT").stat().st_size == (tmp_path / "SIGTERM").stat().st_size > 0
+    assert (tmp_path / "SIGINT/run").stat().st_size == (tmp_path / "SIGTERM/run").stat().st_size > 0
 
 
 SWALLOWING = """
