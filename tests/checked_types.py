@@ -44,6 +44,8 @@ def _typed(function=None, *, typechecker):
         return functools.partial(_typed, typechecker=typechecker)
     if not isinstance(function, types.FunctionType):
         return _jaxtyped(function, typechecker=typechecker)
+    if inspect.isgeneratorfunction(function):  # whose arguments beartype checks later, in another's context
+        return _jaxtyped(function, typechecker=typechecker)
     return (_nested if "<locals>" in function.__qualname__ else _checked)(function, typechecker)
 
 

@@ -12,6 +12,7 @@ import gradsketch as gs
 from gradsketch.errors import DamageError, GradsketchWarning, InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.tasks import as_task
+from sampled import a_third
 from unchecked import errors_of
 
 
@@ -46,7 +47,7 @@ def alone(model, task, batch, parameters):
         yield {n: torch.zeros_like(t) if g is None else g for g, (n, t) in zip(found, parameters, strict=True)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", a_third(CASES))
 def test_a_sketch_with_factors_is_that_of_preconditioned_gradients(name):
     case, model = CASES[name], CASES[name].model()
     labels = "sampled" if isinstance(case.task, gs.CausalLM | gs.Classification) else "empirical"

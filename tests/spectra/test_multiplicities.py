@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import gradsketch as gs
 from gradsketch.spectra.search import Trial
+from sampled import latin
 
 
 def squares(model, batch):
@@ -80,9 +81,9 @@ def planted(name, seed):
     return np.r_[repeated * signs, np.clip(bulk, -1.5, 1.5)]
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", ["indefinite", "top", "bottom", "positive"])
-@pytest.mark.parametrize("memory", [1 << 28, 0])
+@pytest.mark.parametrize(
+    ("seed", "name", "memory"), latin(range(2), ["indefinite", "top", "bottom", "positive"], [1 << 28, 0])
+)
 def test_planted_multiplicities(name, seed, memory):
     values = planted(name, seed)
     operator = rotated(torch.from_numpy(values), seed)

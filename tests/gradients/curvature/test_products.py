@@ -16,6 +16,7 @@ from cases import (
 )
 
 from gradsketch import Parameters, fisher, gauss_newton, hessian, loss_gradient
+from sampled import latin
 
 pytestmark = pytest.mark.filterwarnings("ignore:attention takes its math path")
 
@@ -39,8 +40,7 @@ def expected(request: pytest.FixtureRequest, case: Case):
     return build, case, v, torch.stack([times(case, row) for row in v])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("mode", "streamed"), latin(MODES, [False, True]))
 def test_every_block_equals_an_independent_product(expected, mode, streamed):
     build, case, v, products = expected
     data = case.examples if streamed else case.batch
