@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-demo test-page demo weights check docs release clean peers
+.PHONY: install test test-slow test-demo test-page demo weights check docs release clean peers
 
 install: .venv/installed
 
@@ -12,6 +12,10 @@ install: .venv/installed
 
 test: install
 	$(BIN)/python -m pytest -n auto
+
+# All cases of what the default tests sample, and what takes minutes. Tests that need weights or CUDA are skipped without.
+test-slow: install
+	$(BIN)/python -m pytest -n auto -m 'slow and not gpu'
 
 # The pages in a browser: attacked, searched, asked, printed, and looked over by axe. Needs Chromium (apt-get install chromium);
 # without it the tests say so and are skipped.

@@ -35,7 +35,8 @@ PROGRAM = """
         pass
 
     def run(options):
-        gs.spectrum(Sending(), 4, resume=f"{sys.argv[1]}/{Sending.sent.name}/run", steps=100, tolerance=1e-12, method="full", progress=False)
+        path = f"{sys.argv[1]}/{Sending.sent.name}/run"
+        gs.spectrum(Sending(), 4, resume=path, steps=100, tolerance=1e-12, method="full", progress=False)
         return 0
 
     register(Command("sending", "sends itself a signal", Options, run))

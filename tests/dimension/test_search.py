@@ -182,6 +182,7 @@ print(result.to_json())
 """
 
 
+@pytest.mark.slow  # three starts of torch; tests/test_random_kills.py kills searches by default
 def test_a_killed_search_resumes_to_the_same_result(tmp_path: Path) -> None:
     def run(folder: str) -> subprocess.Popen[str]:
         program = _PROGRAM.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / folder))

@@ -49,7 +49,7 @@ def dense(model: nn.Module, losses: Any, batch: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::gradsketch.errors.GradsketchWarning")
-@pytest.mark.parametrize("nets", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nets", [50, pytest.param(100, marks=pytest.mark.slow)])
 def test_stated_errors_cover_on_random_nets(nets: int) -> None:
     """``error_along`` is the error |Hv − truth|: within a factor of two always, and not below it in 95 of 100."""
     draw, found, ratios = random.Random(0), [], []
