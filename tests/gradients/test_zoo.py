@@ -20,6 +20,7 @@ from zoo import CASES, VOCABULARY, Case, exact_gradients
 from gradsketch import BlockSum, CausalLM, GradientSketcher, Parameters, gradient_gram, sketch_gradients
 from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.sketches.base import Sketch
+from sampled import a_third
 
 # What cannot be captured in one backward pass, and says so.
 SLOW = {
@@ -84,7 +85,8 @@ def assert_close(values: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> Non
     assert error.max() <= tolerance, error.tolist()
 
 
-@pytest.mark.parametrize("name", CASES)
+# What they share with many more architectures is tested in tests/architectures.
+@pytest.mark.parametrize("name", a_third(CASES))
 class TestEveryArchitecture:
     def test_gradients_are_exact(self, name):
         w = world(name)
