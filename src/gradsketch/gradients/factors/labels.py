@@ -32,7 +32,7 @@ class Draws:
         """Return one class for each row of logits."""
         return torch.stack([self._drawn(*pair) for pair in zip(logits, self._places, strict=True)])
 
-    def _drawn(self, logits: Float[Tensor, "*t c"], place: int) -> Int[Tensor, "..."]:
+    def _drawn(self, logits: Float[Tensor, "*t c"], place: int) -> Int[Tensor, " ..."]:
         """Invert the distribution function of one example's predictions."""
         below = logits.detach().double().softmax(-1).cumsum(-1).view(-1, logits.shape[-1])
         uniform = self._stream.uniforms(place * _AN_EXAMPLE, len(below), device=logits.device)

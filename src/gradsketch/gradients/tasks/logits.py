@@ -82,7 +82,7 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
     return logits
 
 
-def check_ids(ids: Int[Tensor, "..."], size: int, what: str) -> None:
+def check_ids(ids: Int[Tensor, " ..."], size: int, what: str) -> None:
     """Refuse ids outside [0, size), which on a GPU would abort the process. The label IGNORED passes.
 
     Raises:
