@@ -30,6 +30,7 @@ __all__ = [
     "cleaned",
     "damaged",
     "failed",
+    "is_sealed",
     "is_temporary",
     "packed_tensors",
     "read_bytes",
@@ -39,6 +40,7 @@ __all__ = [
     "record_text",
     "require_same",
     "require_undamaged",
+    "seal",
     "unpacked_tensors",
     "write_file",
     "write_record",
@@ -265,8 +267,7 @@ def write_tensors(path: str | Path, content: Any) -> None:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's word for a full disk
             raise failed("write", str(path), error) from error
-        with temporary.open("r+b") as file:
-            _seal(file)
+        seal(temporary)
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -282,6 +283,21 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
             raise damaged(path, "its checksum does not match")
         file.seek(0)
         return torch.load(file, map_location=device, weights_only=True)
+
+
+def seal(path: str | Path) -> None:
+    """Append the checksum of a file to it, which programs that load or read such files pass over."""
+    with Path(path).open("r+b") as file:
+        _seal(file)
+
+
+def is_sealed(path: str | Path) -> bool:
+    """Whether a file is there and ends with its checksum."""
+    try:
+        with Path(path).open("rb") as file:
+            return bool(_checked(file))
+    except OSError:
+        return False
 
 
 def require_undamaged(path: str | Path) -> None:

@@ -64,6 +64,24 @@ class Side:
         stretches = -(-self.size // self.count)
         return self.stream.child("rotations").integers(0, stretches, self.count)
 
+    def plan(self) -> tuple[Int64[Tensor, " size"], Float[Tensor, " size"], Int64[Tensor, " count"]]:
+        """Return it as moves around one Hadamard transform of length ``count``, for kernels.
+
+        Entry e of a vector is added, times ``sign[e]``, to number ``place[e]``; coordinate c is number ``pick[c]`` of
+        the transform.
+        """
+        entries, like = torch.arange(self.size), torch.empty(0)
+        folded = self._places_in_fold(entries) if self.size > self.count else entries
+        signs = self.stream.child("signs").signs(0, self.count, dtype=like.dtype)[folded]
+        signs = signs * self._fold_signs(like) if self.size > self.count else signs
+        places = folded // self.length * self.length + self.places.flatten()[folded]
+        coordinates = torch.arange(self.count)
+        return (
+            places,
+            signs,
+            self.order[coordinates // self.length] * self.length + self.within[coordinates % self.length],
+        )
+
     def groups(self, x: Float[Tensor, "m size"], group: int, number: int) -> Float[Tensor, "number m group"]:
         """Return the first ``number`` groups of ``group`` coordinates of each vector, in float32 or wider."""
         return self._grouped(self._stages(self._folded(x)), group, number)

@@ -10,10 +10,11 @@ from functools import cache, cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from gradsketch.random import Stream
+from gradsketch.sketches.fused import Fused
 from gradsketch.sketches.layout import Layout
 from gradsketch.sketches.side import Side
 
@@ -96,6 +97,9 @@ class Tiling(Block):
     def add_outer(
         self, out: Float[Tensor, "b d"], left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]
     ) -> None:
+        own = self._row_coordinates is self.row_side and self._column_coordinates is self.column_side
+        if own and self._add_fused(out, left, right):
+            return
         rows, columns, number = self._groups
         for part in self._parts(left):
             grouped = self._row_coordinates.groups(left[part].reshape(-1, self.rows), rows, number)
@@ -105,11 +109,30 @@ class Tiling(Block):
     def add_rows(
         self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
     ) -> None:
+        if self._add_fused(out, index, right):
+            return
         rows, columns, number = self._groups
         for part in self._parts(right):
             grouped = self.column_side.groups(right[part].reshape(-1, self.columns), columns, number)
             chosen = self.row_side.group_rows(index[part].reshape(-1), grouped, rows, number)
             self._add_products(out[part], chosen, grouped)
+
+    def _add_fused(
+        self, out: Float[Tensor, "b d"], left: Num[Tensor, "b t *rows"], right: Float[Tensor, "b t columns"]
+    ) -> bool:
+        """Add the products in one pass over the factors, where there is a kernel for it; whether there is."""
+        rows, columns, number = self._groups
+        step = max(1, _AT_ONCE // (rows * columns * number))
+        for part in (slice(start, start + step) for start in range(0, len(out), step)):
+            products = self._fused(left[part], right[part])
+            if products is None:
+                return False
+            self._add_in_order(out[part], products)
+        return True
+
+    @cached_property
+    def _fused(self) -> Fused:
+        return Fused(self.row_side, self.column_side, self._groups)
 
     def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
         numbers = self._unfolded(w * self.scale)
@@ -153,9 +176,12 @@ class Tiling(Block):
         b, tiles = len(out), len(left)
         t = left.shape[1] // b
         products = left.reshape(tiles * b, t, -1).mT @ right.reshape(tiles * b, t, -1)
-        numbers = products.view(tiles, b, -1).transpose(0, 1).flatten(1)
+        self._add_in_order(out, products.view(tiles, b, -1).transpose(0, 1).flatten(1))
+
+    def _add_in_order(self, out: Float[Tensor, "b d"], products: Float[Tensor, "b kept"]) -> None:
+        """Add products that lie tile after tile, or row after row where there is one tile of all."""
         reorder = self.layout.keeps_all and not self.folds
-        self._add(out, numbers.index_select(1, self._places(out.device)) if reorder else numbers)
+        self._add(out, products.index_select(1, self._places(out.device)) if reorder else products)
 
     def _add(self, out: Float[Tensor, "b d"], numbers: Float[Tensor, "b kept"]) -> None:
         if not self.folds:

@@ -1,0 +1,243 @@
+/* Tiles of products of both sides' coordinates of a sum of outer products, without anything in between in memory.
+ *
+ * Eight tokens are in the lanes of a vector while a side is transformed, so that signs, shuffles and the Hadamard
+ * transform are moves and additions of whole vectors. Tokens come in chunks whose coordinates stay in cache.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 8
+#define INLINE static inline __attribute__((always_inline))
+typedef float vec __attribute__((vector_size(32)));
+typedef float loose __attribute__((vector_size(32), aligned(4)));
+
+/* One side of a matrix: entry e of a vector goes to place[e] with sign[e]; coordinate c is entry pick[c] of the
+ * transform of length count. Where `adds`, several entries share a place. */
+typedef struct {
+    int64_t size, count, needed, adds;
+    const int32_t *place, *pick;
+    const float *sign;
+} side_t;
+
+/* One factor: the vector of token t of example e begins at data + e * example + t * token. Without data it is the
+ * one-hot vector of index[e * example + t * token]. */
+typedef struct {
+    const float *data;
+    const int64_t *index;
+    int64_t example, token;
+} factor_t;
+
+INLINE void transpose(vec r[8]) {
+    vec a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        a[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + j + 2] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+INLINE void butterfly(vec *a, vec *b) {
+    vec sum = *a + *b, difference = *a - *b;
+    *a = sum;
+    *b = difference;
+}
+
+/* One pass of the Hadamard transform over `radix` vectors that lie `step` apart. */
+#define PASS(radix)                                                                                                    \
+    for (int64_t i = 0; i < n; i += (radix) * step)                                                                    \
+        for (int64_t j = i; j < i + step; j++) {                                                                       \
+            vec r[radix];                                                                                              \
+            for (int k = 0; k < (radix); k++) r[k] = y[j + k * step];                                                  \
+            for (int h = 1; h < (radix); h *= 2)                                                                       \
+                for (int k = 0; k < (radix); k++)                                                                      \
+                    if (!(k & h)) butterfly(&r[k], &r[k + h]);                                                         \
+            for (int k = 0; k < (radix); k++) y[j + k * step] = r[k];                                                  \
+        }                                                                                                              \
+    step *= (radix)
+
+static void hadamard(vec *y, int64_t n) {
+    int64_t step = 1;
+    while (8 * step <= n) { PASS(8); }
+    if (4 * step <= n) { PASS(4); }
+    if (2 * step <= n) { PASS(2); }
+}
+
+/* Coordinates of one-hot vectors: a sign for each. */
+static void one_hot(const side_t *side, const int64_t *index, int64_t token, int tokens, float *out, int64_t stride) {
+    for (int t = 0; t < tokens; t++) {
+        const int32_t place = side->place[index[t * token]];
+        const float sign = side->sign[index[t * token]];
+        for (int64_t c = 0; c < side->needed; c++)
+            out[t * stride + c] = __builtin_parity(place & side->pick[c]) ? -sign : sign;
+    }
+}
+
+/* Coordinates of up to eight tokens: out[t * stride + c]. */
+static void coordinates(const side_t *side, const factor_t *factor, int64_t offset, int tokens, vec *y, float *out,
+                        int64_t stride) {
+    const int64_t token = factor->token;
+    if (!factor->data) {
+        one_hot(side, factor->index + offset, token, tokens, out, stride);
+        return;
+    }
+    const float *x = factor->data + offset;
+    const float *rows[LANES];
+    for (int t = 0; t < LANES; t++) rows[t] = x + (t < tokens ? t : 0) * token;
+    if (side->adds || side->size < side->count) memset(y, 0, sizeof(vec) * side->count);
+    int64_t e = 0;
+    for (; e + 8 <= side->size; e += 8) {
+        vec r[8];
+        for (int t = 0; t < LANES; t++) r[t] = *(const loose *)(rows[t] + e);
+        transpose(r);
+        if (side->adds)
+            for (int k = 0; k < 8; k++) y[side->place[e + k]] += side->sign[e + k] * r[k];
+        else
+            for (int k = 0; k < 8; k++) y[side->place[e + k]] = side->sign[e + k] * r[k];
+    }
+    for (; e < side->size; e++) {
+        vec v;
+        for (int t = 0; t < LANES; t++) v[t] = rows[t][e];
+        y[side->place[e]] += side->sign[e] * v;
+    }
+    hadamard(y, side->count);
+    int64_t c = 0;
+    for (; c + 8 <= side->needed; c += 8) {
+        vec r[8];
+        for (int k = 0; k < 8; k++) r[k] = y[side->pick[c + k]];
+        transpose(r);
+        for (int t = 0; t < tokens; t++) *(loose *)(out + t * stride + c) = r[t];
+    }
+    for (; c < side->needed; c++)
+        for (int t = 0; t < tokens; t++) out[t * stride + c] = y[side->pick[c]][t];
+}
+
+/* Add r × c products of vectors: sums[i * sum_row + j * sum_column] += Σ_t u[i * u_step] · v[j * v_step]. */
+#define BLOCK(r, c, U, V)                                                                                              \
+    do {                                                                                                               \
+        vec s[r][c];                                                                                                   \
+        for (int i = 0; i < (r); i++)                                                                                  \
+            for (int j = 0; j < (c); j++) s[i][j] = *(loose *)(sums + i * sum_row + j * sum_column);                   \
+        for (int64_t t = 0; t < tokens; t++) {                                                                         \
+            vec a[r], b[c];                                                                                            \
+            for (int i = 0; i < (r); i++) a[i] = U;                                                                    \
+            for (int j = 0; j < (c); j++) b[j] = V;                                                                    \
+            for (int i = 0; i < (r); i++)                                                                              \
+                for (int j = 0; j < (c); j++) s[i][j] += a[i] * b[j];                                                  \
+        }                                                                                                              \
+        for (int i = 0; i < (r); i++)                                                                                  \
+            for (int j = 0; j < (c); j++) *(loose *)(sums + i * sum_row + j * sum_column) = s[i][j];                   \
+    } while (0)
+
+#define SPREAD(x) ((vec){x, x, x, x, x, x, x, x})
+
+/* Products of a chunk of tokens with eight tiles in a vector: sums[i][j][tile]; coordinates lie [in tile][tile]. */
+static void across_tiles(const float *u, const float *v, int64_t tokens, int64_t u_token, int64_t v_token,
+                         int64_t rows, int64_t columns, int64_t tiles, float *all) {
+    const int64_t sum_row = columns * tiles, sum_column = tiles;
+    for (int64_t tile = 0; tile < tiles; tile += LANES)
+        for (int64_t row = 0; row < rows; row += 4)
+            for (int64_t column = 0; column < columns; column += 2) {
+                const float *left = u + row * tiles + tile, *right = v + column * tiles + tile;
+                float *sums = all + row * sum_row + column * sum_column + tile;
+#define U (*(const loose *)(left + t * u_token + i * tiles))
+#define V (*(const loose *)(right + t * v_token + j * tiles))
+                if (row + 4 <= rows && column + 2 <= columns) BLOCK(4, 2, U, V);
+                else
+                    for (int64_t k = row; k < rows && k < row + 4; k++, left += tiles, sums += sum_row) {
+                        if (column + 2 <= columns) BLOCK(1, 2, U, V);
+                        else BLOCK(1, 1, U, V);
+                    }
+#undef U
+#undef V
+            }
+}
+
+/* The same with eight columns in a vector: sums[tile][i][j]; coordinates lie [tile][in tile]. */
+static void across_columns(const float *u, const float *v, int64_t tokens, int64_t u_token, int64_t v_token,
+                           int64_t rows, int64_t columns, int64_t tiles, float *all) {
+    const int64_t sum_row = columns, sum_column = LANES;
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t row = 0; row < rows; row += 4)
+            for (int64_t column = 0; column < columns; column += 2 * LANES) {
+                const float *left = u + tile * rows + row, *right = v + tile * columns + column;
+                float *sums = all + (tile * rows + row) * columns + column;
+#define U SPREAD(left[t * u_token + i])
+#define V (*(const loose *)(right + t * v_token + j * LANES))
+                if (row + 4 <= rows && column + 2 * LANES <= columns) BLOCK(4, 2, U, V);
+                else
+                    for (int64_t k = row; k < rows && k < row + 4; k++, left++, sums += sum_row) {
+                        if (column + 2 * LANES <= columns) BLOCK(1, 2, U, V);
+                        else BLOCK(1, 1, U, V);
+                    }
+#undef U
+#undef V
+            }
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What is the same for all pieces. A piece is `length` tokens of one example, or what is left of it; the sums of tile
+ * products, [tile][row][column], of each are written to `out`. */
+typedef struct {
+    const side_t *left, *right;
+    const factor_t *l, *r;
+    int64_t tokens, length, chunk, rows, columns, tiles, in_lanes;
+    float *out;
+} work_t;
+
+static int64_t entries(const work_t *w) { return w->tiles * w->rows * w->columns; }
+
+static void piece(const work_t *w, int64_t number, float *memory) {
+    const int64_t pieces = (w->tokens + w->length - 1) / w->length, example = number / pieces;
+    const int64_t begin = number % pieces * w->length, end = smaller(begin + w->length, w->tokens);
+    const int64_t u_stride = w->left->needed + LANES, v_stride = w->right->needed + LANES;
+    float *u = memory + larger(w->left->count, w->right->count) * LANES, *v = u + w->chunk * u_stride;
+    float *out = w->out + number * entries(w), *sums = w->in_lanes ? v + w->chunk * v_stride : out;
+    memset(sums, 0, sizeof(float) * entries(w));
+    for (int64_t at = begin; at < end; at += w->chunk) {
+        const int64_t some = smaller(w->chunk, end - at);
+        for (int64_t t = 0; t < some; t += LANES) {
+            const int lanes = (int)smaller(some - t, LANES);
+            const int64_t l = example * w->l->example + (at + t) * w->l->token;
+            const int64_t r = example * w->r->example + (at + t) * w->r->token;
+            coordinates(w->left, w->l, l, lanes, (vec *)memory, u + t * u_stride, u_stride);
+            coordinates(w->right, w->r, r, lanes, (vec *)memory, v + t * v_stride, v_stride);
+        }
+        (w->in_lanes ? across_tiles : across_columns)(u, v, some, u_stride, v_stride, w->rows, w->columns, w->tiles,
+                                                      sums);
+    }
+    if (w->in_lanes)
+        for (int64_t pair = 0; pair < w->rows * w->columns; pair++)
+            for (int64_t tile = 0; tile < w->tiles; tile++)
+                out[tile * w->rows * w->columns + pair] = sums[pair * w->tiles + tile];
+}
+
+/* Do all pieces. Returns 0, or 1 where there is no memory. */
+int tile_products(const work_t *w, int64_t pieces, int threads) {
+    const int64_t factors = w->chunk * (w->left->needed + w->right->needed + 2 * LANES);
+    const int64_t numbers =
+        larger(w->left->count, w->right->count) * LANES + factors + (w->in_lanes ? entries(w) : 0);
+    int failed = 0;
+    (void)threads; /* a compiler without OpenMP has one */
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *memory = aligned_alloc(64, sizeof(float) * ((numbers + 15) / 16 * 16));
+        failed = !memory;
+#pragma omp for schedule(dynamic)
+        for (int64_t number = 0; number < pieces; number++)
+            if (memory) piece(w, number, memory);
+        free(memory);
+    }
+    return failed;
+}
