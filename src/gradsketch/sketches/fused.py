@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,7 +24,7 @@ from gradsketch.sketches.side import Side
 __all__ = ["Fused", "is_sound"]
 
 # Vectors [b, t, size], or the places of ones [b, t].
-Factor = Float[Tensor, "b t size"] | Int64[Tensor, "b t"]
+Factor = Num[Tensor, "b t ..."]
 
 _LANES = 8
 _WIDE = 16  # columns of a tile from which on they lie in the lanes

@@ -91,6 +91,10 @@ class Tiling(Block):
         return other
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
+        if 1 in (self.rows, self.columns):
+            one = x.new_ones(len(x), 1, 1)
+            if self._add_fused(out, *((one, x) if self.rows == 1 else (x.mT, one))):
+                return
         image = self.row_side.transform(self.column_side.transform(x).mT).mT.flatten(1)
         self._add(out, image if self._as_they_stand else image.index_select(1, self._places(x.device)))
 
