@@ -92,7 +92,7 @@ static void coordinates(const side_t *side, const factor_t *factor, int64_t offs
     const float *x = factor->data + offset;
     const float *rows[LANES];
     for (int t = 0; t < LANES; t++) rows[t] = x + (t < tokens ? t : 0) * token;
-    if (side->adds || side->size < side->count) memset(y, 0, sizeof(vec) * side->count);
+    if (side->adds || side->size < side->count || side->size % 8) memset(y, 0, sizeof(vec) * side->count);
     int64_t e = 0;
     for (; e + 8 <= side->size; e += 8) {
         vec r[8];

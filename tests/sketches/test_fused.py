@@ -1,0 +1,118 @@
+"""The kernel for CPUs gives what torch gives, whatever the shapes, and steps back where it must."""
+
+import pytest
+import torch
+
+import gradsketch as gs
+from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.kernels.native import compiled
+from gradsketch.sketches import fused
+from gradsketch.sketches.tiling import Tiling
+
+SHAPES = ((1, 24), (24, 1), (2, 2), (4, 3), (8, 8), (9, 100), (64, 48), (300, 17), (17, 5000), (5000, 8))
+SIZES = (1, 4, 64, 700, 4096, 40000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.skipif(compiled("tiles") is None, reason="there is no C compiler here")
+
+
+def by_torch(monkeypatch, work):
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "is_sound", lambda: False)
+        return work()
+
+
+def numbers(shape, b, t, dtype=torch.float32):
+    torch.manual_seed(0)
+    left, right = (torch.randn(b, t, size).to(dtype) for size in shape)
+    return left, right, torch.randint(shape[0], (b, t))
+
+
+def sketches(tiling, left, right, index):
+    out = torch.zeros(3, len(left), tiling.d)
+    tiling.add_outer(out[0], left, right)
+    tiling.add_rows(out[1], index, right)
+    tiling.add_matrix(out[2], left.float().mT @ right.float())
+    return out
+
+
+def build(shape, d):
+    return Tiling(*shape, min(d, shape[0] * shape[1]), gs.Stream(0, "test"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_gives_what_torch_gives(shape, dtype, monkeypatch):
+    for d in SIZES:
+        tiling, factors = build(shape, d), numbers(shape, 3, 19, dtype)
+        wanted = by_torch(monkeypatch, lambda: sketches(tiling, *factors))  # noqa: B023
+        torch.testing.assert_close(sketches(tiling, *factors), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("t", [1, 7, 8, 64, 65, 512, 513, 1100])
+def test_any_number_of_tokens(t, monkeypatch):
+    tiling, factors = build((40, 70), 256), numbers((40, 70), 2, t)
+    wanted = by_torch(monkeypatch, lambda: sketches(tiling, *factors))
+    torch.testing.assert_close(sketches(tiling, *factors), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_factors_may_lie_in_memory_in_any_way(monkeypatch):
+    tiling, (left, right, index) = build((40, 70), 256), numbers((40, 70), 4, 6)
+    base = torch.randn(6, 4, 140)
+    ways = (left.mT.contiguous().mT, base[..., 70:].transpose(0, 1), index.T.contiguous().T)
+    expanded = (left[:, :1].expand(-1, 6, -1), right[:1].expand(4, -1, -1), index[:1].expand(4, -1))
+    for factors in (ways, expanded):
+        wanted = by_torch(monkeypatch, lambda: sketches(tiling, *factors))  # noqa: B023
+        torch.testing.assert_close(sketches(tiling, *factors), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_bits_depend_neither_on_threads_nor_on_the_company():
+    tiling, (left, right, index) = build((40, 70), 256), numbers((40, 70), 5, 700)
+    all_at_once = sketches(tiling, left, right, index)
+    alone = [sketches(tiling, left[i : i + 1], right[i : i + 1], index[i : i + 1]) for i in range(5)]
+    assert torch.equal(torch.cat(alone, dim=1)[:2], all_at_once[:2])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(sketches(tiling, left, right, index)[:2], all_at_once[:2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_finite_stays_with_its_example():
+    tiling, (left, right, _) = build((40, 70), 256), numbers((40, 70), 3, 20)
+    left[1, 5, 3] = torch.inf
+    out = torch.zeros(3, 256)
+    tiling.add_outer(out, left, right)
+    assert torch.isfinite(out).all(dim=1).tolist() == [True, False, True]
+
+
+def test_double_precision_and_derivatives_are_torchs():
+    tiling, (left, right, _) = build((12, 9), 32), numbers((12, 9), 2, 3)
+    out = torch.zeros(2, 32, dtype=torch.float64)
+    tiling.add_outer(out, left.double(), right.double())
+    single = torch.zeros(2, 32)
+    tiling.add_outer(single, left, right)
+    torch.testing.assert_close(single.double(), out, rtol=1e-5, atol=1e-5)
+    phi = gs.TiledSRHT(12, 9, 32)
+    phi.outer(left.requires_grad_(), right).square().sum().backward()
+    assert float(left.grad.abs().min()) > 0
+
+
+def test_a_row_that_the_matrix_lacks_is_an_error():
+    tiling, (_, right, index) = build((12, 9), 32), numbers((12, 9), 2, 3)
+    with pytest.raises((IndexError, InputError)):
+        tiling.add_rows(torch.zeros(2, 32), index + 12, right)
+
+
+def test_a_kernel_that_is_wrong_is_noticed_and_not_used(monkeypatch):
+    right = fused.Fused.products
+    monkeypatch.setattr(fused.Fused, "products", lambda self, *factors: 1.01 * right(self, *factors))
+    fused.is_sound.cache_clear()
+    tiling, factors = build((40, 70), 64), numbers((40, 70), 2, 5)
+    try:
+        with pytest.warns(GradsketchWarning, match="the kernel that was compiled for this CPU is wrong"):
+            out = sketches(tiling, *factors)
+        assert torch.equal(out, by_torch(monkeypatch, lambda: sketches(tiling, *factors)))
+    finally:
+        monkeypatch.undo()
+        fused.is_sound.cache_clear()
