@@ -55,11 +55,13 @@ class Fused:
         )
         return first, second
 
-    def __call__(self, left: Factor, right: Factor) -> Float[Tensor, "b products"] | None:
-        """Return the products of each example, or None where there is no kernel for these tensors."""
+    def serves(self, left: Factor, right: Factor) -> bool:
+        """Whether there is a kernel for these tensors."""
         fit = self.applies and _fits(left, self._rows) and _fits(right, self._columns)
-        if not (fit and left.shape[:2] == right.shape[:2] and is_sound()):
-            return None
+        return fit and left.shape[:2] == right.shape[:2] and is_sound()
+
+    def __call__(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:
+        """Return the products of each example of tensors that it serves."""
         return self.products(*((right, left) if self.is_turned else (left, right)))
 
     def products(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:

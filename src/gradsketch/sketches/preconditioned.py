@@ -76,7 +76,8 @@ class Preconditioned(LinearMap):
     ) -> None:
         """Add the sketches of L X R for X = Σ_t left_t right_tᵀ, without forming any of them."""
         root = self.roots.get(name)
-        if name in self._tilings:
+        # A kernel makes the sides' coordinates nearly for nothing, so M x is made first.
+        if name in self._tilings and not self._tilings[name].is_fused(left, right):
             self._tilings[name].add_outer(out, left, right)
         elif isinstance(root, Pair):
             self.sketch.add_outer(out, name, root.rows.times(left), root.columns.times(right))

@@ -125,14 +125,17 @@ class Tiling(Block):
         self, out: Float[Tensor, "b d"], left: Num[Tensor, "b t *rows"], right: Float[Tensor, "b t columns"]
     ) -> bool:
         """Add the products in one pass over the factors, where there is a kernel for it; whether there is."""
+        if not self._fused.serves(left, right):
+            return False
         rows, columns, number = self._groups
         step = max(1, _AT_ONCE // (rows * columns * number))
         for part in (slice(start, start + step) for start in range(0, len(out), step)):
-            products = self._fused(left[part], right[part])
-            if products is None:
-                return False
-            self._add_in_order(out[part], products)
+            self._add_in_order(out[part], self._fused(left[part], right[part]))
         return True
+
+    def is_fused(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> bool:
+        """Whether outer products of these factors are added in one pass."""
+        return self._fused.serves(left, right)
 
     @cached_property
     def _fused(self) -> Fused:
