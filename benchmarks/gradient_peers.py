@@ -1,7 +1,7 @@
 """Per-example gradient sketches by gradsketch and by other libraries: one workload, one run, one machine.
 
-    pip install --no-deps -r tools/benchmark-requirements.txt     # the other libraries; absent ones are listed
-    python benchmarks/gradient_peers.py [--quick] [--only bergson]
+    make peers     # the other libraries, in an environment of their own; absent ones are listed
+    .venv-peers/bin/python benchmarks/gradient_peers.py [--quick] [--only bergson]
 
 Every library sketches the 64 sequences of W1 (benchmarks/gradient_workloads.py), in batches of 8, in a process of its
 own with a time limit, taking turns with a plain forward and backward pass. Throughput is relative to that pass; r is

@@ -30,14 +30,14 @@ typedef struct {
 
 INLINE void transpose(vec r[8]) {
     vec a[8], b[8];
-    for (int i = 0; i < 4; i++) {
-        a[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        a[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        a[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
-            b[i + j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            b[i + j + 2] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+            b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + 2 * j + 1] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     for (int i = 0; i < 4; i++) {
         r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
@@ -64,11 +64,17 @@ INLINE void butterfly(vec *a, vec *b) {
         }                                                                                                              \
     step *= (radix)
 
-static void hadamard(vec *y, int64_t n) {
-    int64_t step = 1;
+static void passes(vec *y, int64_t n, int64_t step) {
     while (8 * step <= n) { PASS(8); }
     if (4 * step <= n) { PASS(4); }
     if (2 * step <= n) { PASS(2); }
+}
+
+/* The transform of stretches that fit the first cache, and then across them. */
+static void hadamard(vec *y, int64_t n) {
+    const int64_t stretch = n < 512 ? n : 512;
+    for (int64_t i = 0; i < n; i += stretch) passes(y + i, stretch, 1);
+    passes(y, n, stretch);
 }
 
 /* Coordinates of one-hot vectors: a sign for each. */
@@ -120,7 +126,16 @@ static void coordinates(const side_t *side, const factor_t *factor, int64_t offs
         for (int t = 0; t < tokens; t++) out[t * stride + c] = y[side->pick[c]][t];
 }
 
-/* Add r × c products of vectors: sums[i * sum_row + j * sum_column] += Σ_t u[i * u_step] · v[j * v_step]. */
+#define SPREAD(x) ((vec){x, x, x, x, x, x, x, x})
+
+/* Keep a vector in a register: compilers would read it from memory again for every multiplication. */
+#ifdef __AVX__
+#define PIN(x) __asm__("" : "+x"(x))
+#else
+#define PIN(x) ((void)0)
+#endif
+
+/* Add products to r × c vectors of sums: that of i and j gets Σ_t U · V, expressions in i or j and in t. */
 #define BLOCK(r, c, U, V)                                                                                              \
     do {                                                                                                               \
         vec s[r][c];                                                                                                   \
@@ -130,14 +145,14 @@ static void coordinates(const side_t *side, const factor_t *factor, int64_t offs
             vec a[r], b[c];                                                                                            \
             for (int i = 0; i < (r); i++) a[i] = U;                                                                    \
             for (int j = 0; j < (c); j++) b[j] = V;                                                                    \
+            for (int i = 0; i < (r); i++) PIN(a[i]);                                                                   \
+            for (int j = 0; j < (c); j++) PIN(b[j]);                                                                   \
             for (int i = 0; i < (r); i++)                                                                              \
                 for (int j = 0; j < (c); j++) s[i][j] += a[i] * b[j];                                                  \
         }                                                                                                              \
         for (int i = 0; i < (r); i++)                                                                                  \
             for (int j = 0; j < (c); j++) *(loose *)(sums + i * sum_row + j * sum_column) = s[i][j];                   \
     } while (0)
-
-#define SPREAD(x) ((vec){x, x, x, x, x, x, x, x})
 
 /* Products of a chunk of tokens with eight tiles in a vector: sums[i][j][tile]; coordinates lie [in tile][tile]. */
 static void across_tiles(const float *u, const float *v, int64_t tokens, int64_t u_token, int64_t v_token,
