@@ -23,7 +23,18 @@ NOT_MEASURED = {
     "spectrum_smollm2": {"60", "32"},  # 60 vectors of 134.5 M numbers: 32 GB
     "preconditioning": {"2015", "2018", "2023"},
     "dimension": {"40"},  # held-out lines
-    "gradients": {"14.2", "18.2", "12.7", "11.7", "10.7", "2.7", "4.1", "2.8", "2.4", "2016"},  # sequences over seconds; pairs
+    "gradients": {
+        "14.2",
+        "18.2",
+        "12.7",
+        "11.7",
+        "10.7",
+        "2.7",
+        "4.1",
+        "2.8",
+        "2.4",
+        "2016",
+    },  # sequences over seconds; pairs
     "scale": {"2048", "4096", "8192", "16384"},  # numbers a row, and their bytes
 }
 
