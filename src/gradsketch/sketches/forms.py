@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.kernels import SignedBlocks
+from gradsketch.kernels.plan import BLOCK
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.transforms.base import Transform
-from gradsketch.transforms.diagonal import Diagonal
+from gradsketch.transforms.diagonal import Diagonal, Signs
 from gradsketch.transforms.fourier import Fourier
 from gradsketch.transforms.haar import Haar, PermutedHadamard
 from gradsketch.transforms.hadamard import Hadamard, hadamard_factors
@@ -52,14 +54,28 @@ class Form(ABC):
 class FoldedBlocks(Form):
     """√(n/d) · R_d H_n · second · (I ⊗ H_length) · first, made in cache-sized pieces.
 
-    ``length=1`` leaves the inner transform out, ``second=None`` the second diagonal.
+    ``length=1`` leaves the inner transform out, ``second=None`` the second diagonal. On a GPU one kernel makes all but
+    the outer transform, where it is written for these factors.
     """
 
     def __init__(self, first: Diagonal, length: int, second: Diagonal | None) -> None:
         self._first, self._length, self._second = first, length, second
+        self._kernel = _kernel(first, length, second)
 
     def sketch(self, x: Float[Tensor, "b n"], d: int, *, overwrite: bool = False) -> Float[Tensor, "b d"]:
-        folded = x.new_zeros(len(x), power_of_two_at_least(d), dtype=widened(x.dtype))
+        width = power_of_two_at_least(d)
+        if self._kernel is not None and self._kernel.can_fold(x):
+            return _transform_and_cut(self._kernel.fold(x, width), d)
+        return _transform_and_cut(self._folded(x, width), d)
+
+    def lift(self, w: Float[Tensor, "b d"], n: int) -> Float[Tensor, "b n"]:
+        u = _continue_and_transform(w)
+        if self._kernel is not None and self._kernel.can_repeat(u, n):
+            return self._kernel.repeat(u, n)
+        return self._repeated(u, n)
+
+    def _folded(self, x: Float[Tensor, "b n"], width: int) -> Float[Tensor, "b width"]:
+        folded = x.new_zeros(len(x), width, dtype=widened(x.dtype))
         multiple = self._multiple(folded)
         scratch = Scratch(x.shape, multiple, folded.dtype, x.device)
         for piece in pieces(x.shape, multiple, x.device):
@@ -71,10 +87,9 @@ class FoldedBlocks(Form):
             if self._second is not None:
                 self._second.multiply(mixed, piece.start, mixed)
             _add_blocks(mixed, piece.start, folded[piece.rows])
-        return _transform_and_cut(folded, d)
+        return folded
 
-    def lift(self, w: Float[Tensor, "b d"], n: int) -> Float[Tensor, "b n"]:
-        u = _continue_and_transform(w)
+    def _repeated(self, u: Float[Tensor, "b width"], n: int) -> Float[Tensor, "b n"]:
         multiple = self._multiple(u)
         out = u.new_empty(len(u), n)
         scratch = Scratch(out.shape, multiple, u.dtype, u.device)
@@ -172,6 +187,13 @@ class AsPrinted(Form):
             self._transform.apply_(mixed, adjoint=True)
             _store(mixed, self._first, vector)
         return out
+
+
+def _kernel(first: Diagonal, length: int, second: Diagonal | None) -> SignedBlocks | None:
+    """Return the kernel that is written for these factors."""
+    if isinstance(first, Signs) and length == BLOCK and isinstance(second, Signs):
+        return SignedBlocks(first.stream, second.stream)
+    return SignedBlocks(first.stream, None) if isinstance(first, Signs) and length == 1 and second is None else None
 
 
 def preconditioner(kind: Preconditioner, n: int, stream: Stream) -> Transform:

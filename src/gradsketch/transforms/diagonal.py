@@ -27,7 +27,7 @@ class Signs(Diagonal):
     """±1 on the diagonal, held as packed bits (n/8 bytes a device) once used: redrawing costs more than reading."""
 
     def __init__(self, stream: Stream, n: int) -> None:
-        self._stream, self._words_needed = stream, -(-n // 32)
+        self.stream, self._words_needed = stream, -(-n // 32)
         self._words: dict[torch.device, Int32[Tensor, " w"]] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -44,7 +44,7 @@ class Signs(Diagonal):
 
     def _packed(self, device: torch.device) -> Int32[Tensor, " w"]:
         if device not in self._words:
-            self._words[device] = self._stream.words(0, self._words_needed, device)
+            self._words[device] = self.stream.words(0, self._words_needed, device)
         return self._words[device]
 
 

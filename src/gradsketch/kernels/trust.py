@@ -1,0 +1,78 @@
+"""A program is used on a device once it has been right there.
+
+Compilers, drivers and devices that nobody here has seen decide what a kernel computes. So each one that Triton
+compiles, told apart by device, type and alignment, does a small piece of work first, which is held against the
+definition. If it fails or differs, a warning says so, and torch's own operations do the work from then on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from gradsketch.errors import GradsketchWarning
+
+__all__ = ["can_run_on", "switched_off", "trusted"]
+
+# Rounding gives 3e-7; a wrong sign, a lost block or a race far more.
+_TOLERANCE = 1e-5
+_DEVICES = ("cuda",)
+_TENSORS: tuple[type, ...] = (Tensor, torch.nn.Parameter)
+_verdicts: dict[Hashable, bool] = {}
+_off = False
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Let torch's own operations do the work inside: to compare with the kernels."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def can_run_on(x: Tensor) -> bool:
+    """Whether kernels can be launched on a tensor: a plain one on a GPU, outside compilers, and Triton is there."""
+    plain = x.device.type in _DEVICES and type(x) in _TENSORS
+    return plain and not _off and not torch.compiler.is_compiling() and _triton_is_there()
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
+
+
+def trusted(name: str, like: Tensor, variant: Hashable, trial: Callable[[], float]) -> bool:
+    """Whether a program may be used; ``trial`` returns the relative error of a small piece of work by this variant."""
+    key = name, like.device, like.dtype, variant
+    if key not in _verdicts:
+        _verdicts[key] = _passes(name, like, trial)
+    return _verdicts[key]
+
+
+def _passes(name: str, like: Tensor, trial: Callable[[], float]) -> bool:
+    try:
+        error = trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # whatever a compiler, a driver or a device may raise
+        came = f"failed with {type(failure).__name__} ({str(failure).strip().partition(chr(10))[0]})"
+    else:
+        if error <= _TOLERANCE:
+            return True
+        came = f"differs from torch by {error:.1e}"
+    warnings.warn(
+        f"The kernel {name} for {like.dtype} on {like.device} {came}. torch's own operations do its work, which is "
+        "slower. Please report this with the versions of torch and Triton and the name of the GPU.",
+        GradsketchWarning,
+        stacklevel=2,
+    )
+    return False
