@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import gradsketch as gs
 from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.kernels import trust
 from gradsketch.kernels.native import compiled
 from gradsketch.sketches import fused
 from gradsketch.sketches.tiling import Tiling
@@ -15,9 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.skipif(compiled("tiles") is None, reason="there is no C compiler here")
 
 
-def by_torch(monkeypatch, work):
-    with monkeypatch.context() as patch:
-        patch.setattr(fused, "is_sound", lambda: False)
+def by_torch(work):
+    with trust.switched_off():
         return work()
 
 
@@ -41,27 +42,27 @@ def build(shape, d):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape_gives_what_torch_gives(shape, dtype, monkeypatch):
+def test_every_shape_gives_what_torch_gives(shape, dtype):
     for d in SIZES:
         tiling, factors = build(shape, d), numbers(shape, 3, 19, dtype)
-        wanted = by_torch(monkeypatch, lambda: sketches(tiling, *factors))  # noqa: B023
+        wanted = by_torch(lambda: sketches(tiling, *factors))  # noqa: B023
         torch.testing.assert_close(sketches(tiling, *factors), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("t", [1, 7, 8, 64, 65, 512, 513, 1100])
-def test_any_number_of_tokens(t, monkeypatch):
+def test_any_number_of_tokens(t):
     tiling, factors = build((40, 70), 256), numbers((40, 70), 2, t)
-    wanted = by_torch(monkeypatch, lambda: sketches(tiling, *factors))
+    wanted = by_torch(lambda: sketches(tiling, *factors))
     torch.testing.assert_close(sketches(tiling, *factors), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
 
 
-def test_factors_may_lie_in_memory_in_any_way(monkeypatch):
+def test_factors_may_lie_in_memory_in_any_way():
     tiling, (left, right, index) = build((40, 70), 256), numbers((40, 70), 4, 6)
     base = torch.randn(6, 4, 140)
     ways = (left.mT.contiguous().mT, base[..., 70:].transpose(0, 1), index.T.contiguous().T)
     expanded = (left[:, :1].expand(-1, 6, -1), right[:1].expand(4, -1, -1), index[:1].expand(4, -1))
     for factors in (ways, expanded):
-        wanted = by_torch(monkeypatch, lambda: sketches(tiling, *factors))  # noqa: B023
+        wanted = by_torch(lambda: sketches(tiling, *factors))  # noqa: B023
         torch.testing.assert_close(sketches(tiling, *factors), wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
 
 
@@ -105,14 +106,44 @@ def test_a_row_that_the_matrix_lacks_is_an_error():
 
 
 def test_a_kernel_that_is_wrong_is_noticed_and_not_used(monkeypatch):
-    right = fused.Fused.products
-    monkeypatch.setattr(fused.Fused, "products", lambda self, *factors: 1.01 * right(self, *factors))
-    fused.is_sound.cache_clear()
+    right = fused.Fused._products
+    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(fused.Fused, "_products", lambda self, *factors: 1.01 * right(self, *factors))
     tiling, factors = build((40, 70), 64), numbers((40, 70), 2, 5)
+    with pytest.warns(
+        GradsketchWarning, match=r"The kernel tiles for torch\.float32 on cpu differs from torch by 1\.0e-02"
+    ):
+        out = sketches(tiling, *factors)
+    assert torch.equal(out, by_torch(lambda: sketches(tiling, *factors)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    wanted = sketches(build((40, 70), 256), *numbers((40, 70), 2, 9))
+    factors = numbers((40, 70), 2, 9)
+    torch.set_default_dtype(dtype)
     try:
-        with pytest.warns(GradsketchWarning, match="the kernel that was compiled for this CPU is wrong"):
-            out = sketches(tiling, *factors)
-        assert torch.equal(out, by_torch(monkeypatch, lambda: sketches(tiling, *factors)))
+        out = torch.zeros(2, 256, dtype=torch.float32)
+        build((40, 70), 256).add_outer(out, *factors[:2])
     finally:
-        monkeypatch.undo()
-        fused.is_sound.cache_clear()
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, wanted[0])
+
+
+def test_transforms_of_functions_and_forward_derivatives_are_torchs():
+    phi, (left, right, _) = gs.TiledSRHT(40, 70, 256), numbers((40, 70), 3, 9)
+    wanted, moved = phi.outer(left, right), phi.outer(right.new_ones(3, 9, 40), right)
+    one_by_one = torch.vmap(lambda g, a: phi.outer(g[None], a[None])[0])(left, right)
+    torch.testing.assert_close(one_by_one, wanted, rtol=1e-5, atol=1e-4)
+    value, tangent = torch.func.jvp(lambda g: phi.outer(g, right), (left,), (torch.ones_like(left),))
+    torch.testing.assert_close((value, tangent), (wanted, moved), rtol=1e-5, atol=1e-4)
+    with forward_ad.dual_level():
+        dual = phi.outer(forward_ad.make_dual(left, torch.ones_like(left)), right)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, moved, rtol=1e-5, atol=1e-4)
+
+
+def test_a_first_use_under_autocast_is_no_fault_of_the_kernel(monkeypatch):
+    monkeypatch.setattr(trust, "_verdicts", {})
+    tiling, (left, right, _) = build((40, 70), 256), numbers((40, 70), 2, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tiling.is_fused(left, right)

@@ -1,8 +1,9 @@
 """A program is used on a device once it has been right there.
 
-Compilers, drivers and devices that nobody here has seen decide what a kernel computes. So each one that Triton
-compiles, told apart by device, type and alignment, does a small piece of work first, which is held against the
-definition. If it fails or differs, a warning says so, and torch's own operations do the work from then on.
+Compilers, drivers and devices that nobody here has seen decide what a kernel computes. So each one, told apart by all
+that decides which of its ways is taken (device, type, alignment, layout), does a small piece of work first, which is
+held against the definition. If it fails or differs, a warning says so, and torch's own operations do the work from then
+on.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from gradsketch.errors import GradsketchWarning
 
-__all__ = ["can_run_on", "switched_off", "trusted"]
+__all__ = ["can_run_on", "is_plain", "switched_off", "trusted"]
 
 # Rounding gives 3e-7; a wrong sign, a lost block or a race far more.
 _TOLERANCE = 1e-5
@@ -39,10 +42,17 @@ def switched_off() -> Iterator[None]:
         _off = before
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether a kernel may read a tensor's memory: outside compilers and ``torch.func``, with no derivative wanted."""
+    if _off or type(x) not in _TENSORS or torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x):
+        return False
+    backward = x.requires_grad and torch.is_grad_enabled()
+    return not backward and forward_ad.unpack_dual(x).tangent is None
+
+
 def can_run_on(x: Tensor) -> bool:
-    """Whether kernels can be launched on a tensor: a plain one on a GPU, outside compilers, and Triton is there."""
-    plain = x.device.type in _DEVICES and type(x) in _TENSORS
-    return plain and not _off and not torch.compiler.is_compiling() and _triton_is_there()
+    """Whether kernels can be launched on a tensor: a plain one on a GPU, and Triton is there."""
+    return x.device.type in _DEVICES and is_plain(x) and _triton_is_there()
 
 
 @cache
@@ -61,7 +71,7 @@ def trusted(name: str, like: Tensor, variant: Hashable, trial: Callable[[], floa
 def _passes(name: str, like: Tensor, trial: Callable[[], float]) -> bool:
     try:
         error = trial()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as failure:  # whatever a compiler, a driver or a device may raise
         came = f"failed with {type(failure).__name__} ({str(failure).strip().partition(chr(10))[0]})"
@@ -71,7 +81,7 @@ def _passes(name: str, like: Tensor, trial: Callable[[], float]) -> bool:
         came = f"differs from torch by {error:.1e}"
     warnings.warn(
         f"The kernel {name} for {like.dtype} on {like.device} {came}. torch's own operations do its work, which is "
-        "slower. Please report this with the versions of torch and Triton and the name of the GPU.",
+        "slower. Please report this with the versions of torch and of Triton or the compiler, and the device's name.",
         GradsketchWarning,
         stacklevel=2,
     )

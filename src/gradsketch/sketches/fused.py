@@ -7,21 +7,20 @@ come from there. Torch needs two passes of multiplications over coordinates that
 from __future__ import annotations
 
 import ctypes
-import warnings
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import functional
 
-from gradsketch.errors import GradsketchWarning
 from gradsketch.kernels.native import compiled
+from gradsketch.kernels.trust import is_plain, trusted
 from gradsketch.random import Stream
 from gradsketch.sketches.side import Side
 
-__all__ = ["Fused", "is_sound"]
+__all__ = ["Fused"]
 
 # Vectors [b, t, size], or the places of ones [b, t].
 Factor = Num[Tensor, "b t ..."]
@@ -31,6 +30,7 @@ _WIDE = 16  # columns of a tile from which on they lie in the lanes
 _PIECE = 512  # tokens after which sums are written down, so that long rows are shared by threads
 _HELD = 1 << 16  # coordinates of a chunk of tokens, which stay in cache
 _CHUNK = 64
+_TRIAL = Stream(0, "tiles", "trial")
 
 
 class Fused:
@@ -41,31 +41,49 @@ class Fused:
 
     def __init__(self, rows: Side, columns: Side, groups: tuple[int, int, int]) -> None:
         height, width, number = groups
-        self._rows, self._columns = rows.size, columns.size
-        self.is_turned = height > width
-        self._tile = (width, height) if self.is_turned else (height, width)
+        self._rows, self._columns, self._groups = rows, columns, groups
+        self._turned = height > width
+        self._tile = (width, height) if self._turned else (height, width)
         self._number, self._in_lanes = number, max(height, width) < _WIDE
-        self.applies = not self._in_lanes or number % _LANES == 0
-        self._sides = (columns, rows) if self.is_turned else (rows, columns)
+        self._applies = not self._in_lanes or number % _LANES == 0
 
     @cached_property
     def _tables(self) -> tuple[_Table, _Table]:
-        first, second = (
-            _Table.of(s, g, self._number, self._in_lanes) for s, g in zip(self._sides, self._tile, strict=True)
-        )
+        sides = (self._columns, self._rows) if self._turned else (self._rows, self._columns)
+        first, second = (_Table.of(s, g, self._number, self._in_lanes) for s, g in zip(sides, self._tile, strict=True))
         return first, second
 
     def serves(self, left: Factor, right: Factor) -> bool:
-        """Whether there is a kernel for these tensors."""
-        fit = self.applies and _fits(left, self._rows) and _fits(right, self._columns)
-        return fit and left.shape[:2] == right.shape[:2] and is_sound()
+        """Whether there is a kernel for these tensors, after a trial at the first use of such a layout."""
+        fit = self._applies and _fits(left, self._rows.size) and _fits(right, self._columns.size)
+        if not fit or left.shape[:2] != right.shape[:2] or compiled("tiles") is None:
+            return False
+        one_hot = left.ndim == 2
+        layout = (*((s.size, s.count, s.length) for s in (self._rows, self._columns)), self._groups, one_hot)
+        return trusted("tiles", torch.empty(0, dtype=torch.float32, device="cpu"), layout, lambda: self._error(one_hot))
 
     def __call__(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:
         """Return the products of each example of tensors that it serves."""
-        return self.products(*((right, left) if self.is_turned else (left, right)))
+        products = self._products(*((right, left) if self._turned else (left, right)))
+        if not self._turned:
+            return products
+        return products.view(len(products), self._number, *self._tile).mT.flatten(1)
 
-    def products(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:
-        """Run the kernel."""
+    def _error(self, one_hot: bool) -> float:
+        """Return the relative error for vectors of signs, or rows of the matrix, against the sides' own arithmetic."""
+        b, t, (height, width, number) = 2, 11, self._groups
+        right = _TRIAL.signs(0, b * t * self._columns.size).view(b * t, -1)
+        index = _TRIAL.integers(0, b * t, self._rows.size)
+        left = _TRIAL.child("rows").signs(0, b * t * self._rows.size).view(b * t, -1)
+        left = functional.one_hot(index, self._rows.size).float() if one_hot else left
+        with torch.autocast("cpu", enabled=False):
+            rows, columns = self._rows.groups(left, height, number), self._columns.groups(right, width, number)
+            sides = rows.unflatten(1, (b, t)), columns.unflatten(1, (b, t))
+            wanted = torch.einsum("kbtr,kbtc->bkrc", *sides).flatten(1)
+        found = self(index.view(b, t) if one_hot else left.view(b, t, -1), right.view(b, t, -1))
+        return float((found - wanted).norm() / wanted.norm())
+
+    def _products(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:
         library = compiled("tiles")
         assert library is not None
         (b, t), tile = left.shape[:2], self._number * self._tile[0] * self._tile[1]
@@ -73,7 +91,7 @@ class Fused:
         left, right = _rows(left), _rows(right)
         length = min(t, _PIECE)
         pieces = -(-t // length)
-        out = torch.empty(b * pieces, tile)
+        out = torch.empty(b * pieces, tile, dtype=torch.float32, device="cpu")
         chunk = min(_CHUNK, max(_LANES, _HELD // (len(first.pick) + len(second.pick)) // _LANES * _LANES))
         factors = _factor(left), _factor(right)
         sides = first.as_c(), second.as_c()
@@ -90,54 +108,7 @@ class Fused:
         )
         if library.tile_products(ctypes.byref(work), ctypes.c_int64(b * pieces), ctypes.c_int(torch.get_num_threads())):
             raise MemoryError(f"no memory for {self._number} tiles of {self._tile}")
-        out = out.view(b, pieces, -1).sum(1) if pieces > 1 else out
-        return out.view(b, self._number, *self._tile).mT.flatten(1) if self.is_turned else out
-
-
-@cache
-def is_sound() -> bool:
-    """Whether there is a kernel, and it does what the sides say; if it does not, a warning says so once."""
-    if compiled("tiles") is None:
-        return False
-    wrong = [case for case in _CASES if not _agrees(*case)]
-    if wrong:
-        warnings.warn(
-            f"the kernel that was compiled for this CPU is wrong for {wrong[0]}: torch does its work, slower. "
-            "Please report the compiler and the CPU",
-            GradsketchWarning,
-            stacklevel=2,
-        )
-    return not wrong
-
-
-# Rows and columns of a matrix, coordinates of both sides, groups: every branch of the kernel.
-_CASES = (
-    ((30, 21), (32, 32), (2, 4, 8)),
-    ((100, 17), (64, 32), (1, 1, 16)),
-    ((40, 70), (16, 128), (4, 32, 4)),
-    ((70, 9), (128, 16), (32, 4, 4)),
-    ((5, 50), (8, 64), (8, 64, 1)),
-    ((1, 24), (1, 32), (1, 32, 1)),
-)
-
-
-def _agrees(shape: tuple[int, int], counts: tuple[int, int], groups: tuple[int, int, int]) -> bool:
-    rows, columns = (
-        Side(size, count, Stream(0, "check", str(size)), group)
-        for size, count, group in zip(shape, counts, groups[:2], strict=True)
-    )
-    b, t = 2, 11
-    numbers = Stream(0, "check").normals(0, b * t * sum(shape)).view(b * t, -1)
-    left, right = numbers.split(shape, dim=1)
-    fused = Fused(rows, columns, groups)
-    number, found = groups[2], []
-    for factor in (left.view(b, t, -1), torch.arange(b * t).view(b, t) % shape[0]):
-        one = left if factor.ndim == 3 else functional.one_hot(factor.flatten(), shape[0]).float()
-        sides = rows.groups(one, groups[0], number), columns.groups(right, groups[1], number)
-        wanted = torch.einsum("kbtr,kbtc->bkrc", *(side.unflatten(1, (b, t)) for side in sides)).flatten(1)
-        ordered = (right.view(b, t, -1), factor) if fused.is_turned else (factor, right.view(b, t, -1))
-        found.append(torch.allclose(fused.products(*ordered), wanted, rtol=1e-4, atol=1e-4 * float(wanted.std())))
-    return all(found)
+        return out.view(b, pieces, -1).sum(1) if pieces > 1 else out
 
 
 @dataclass(frozen=True)
@@ -186,13 +157,12 @@ class _Work(ctypes.Structure):
 
 
 def _fits(factor: Factor, size: int) -> bool:
-    """Whether a factor's numbers lie in this process's memory as float32 or less, and no derivative is wanted."""
-    if type(factor) not in (Tensor, torch.nn.Parameter) or factor.device.type != "cpu" or not factor.numel():
+    """Whether a factor's numbers lie in this process's memory as float32 or less."""
+    if factor.device.type != "cpu" or not is_plain(factor) or not factor.numel():
         return False
     if factor.ndim == 2:
         return factor.dtype == torch.int64 and int(factor.min()) >= 0 and int(factor.max()) < size
-    exact = factor.dtype in (torch.float32, torch.bfloat16, torch.float16) and factor.shape[2] == size
-    return exact and not (factor.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+    return factor.dtype in (torch.float32, torch.bfloat16, torch.float16) and factor.shape[2] == size
 
 
 def _rows(factor: Tensor) -> Tensor:

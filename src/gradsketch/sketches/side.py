@@ -70,17 +70,12 @@ class Side:
         Entry e of a vector is added, times ``sign[e]``, to number ``place[e]``; coordinate c is number ``pick[c]`` of
         the transform.
         """
-        entries, like = torch.arange(self.size), torch.empty(0)
+        entries, like = torch.arange(self.size, device="cpu"), torch.empty(0, dtype=torch.float32, device="cpu")
         folded = self._places_in_fold(entries) if self.size > self.count else entries
         signs = self.stream.child("signs").signs(0, self.count, dtype=like.dtype)[folded]
         signs = signs * self._fold_signs(like) if self.size > self.count else signs
         places = folded // self.length * self.length + self.places.flatten()[folded]
-        coordinates = torch.arange(self.count)
-        return (
-            places,
-            signs,
-            self.order[coordinates // self.length] * self.length + self.within[coordinates % self.length],
-        )
+        return places, signs, (self.order[:, None] * self.length + self.within).flatten()
 
     def groups(self, x: Float[Tensor, "m size"], group: int, number: int) -> Float[Tensor, "number m group"]:
         """Return the first ``number`` groups of ``group`` coordinates of each vector, in float32 or wider."""
