@@ -1,7 +1,7 @@
 """What Triton makes of the kernels for GPUs that are not there: registers, shared memory, instructions a number.
 
 ``python -m benchmarks.kernels_compiled`` needs Triton and no GPU. Nothing here is a time: those come from
-``benchmarks/on_gpu.py`` on the day there is a GPU.
+``benchmarks/on_gpu`` on the day there is a GPU.
 """
 
 from __future__ import annotations

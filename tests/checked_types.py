@@ -59,7 +59,7 @@ def _read(function, hint):
     holder = types.SimpleNamespace(__annotations__={"it": hint}, __globals__=function.__globals__)
     try:
         return typing.get_type_hints(holder, include_extras=True)["it"]
-    except Exception:
+    except Exception:  # whatever an annotation raises that only type checkers are meant to read
         return typing.Any
 
 

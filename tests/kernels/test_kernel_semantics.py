@@ -33,7 +33,7 @@ def relative(came, exact, size=None):
 def folds_right(kind, rows, n, width, dtype=torch.float32, offset=0):
     x, blocks = at_offset(rows, n, dtype, offset), STREAMS[kind]
     exact = definition.folded(x, width, blocks.first, blocks.second)
-    assert relative(blocks.fold(x, width), exact, x) < 5e-7
+    assert relative(blocks.fold(x, width), exact, x) < 1e-6  # float32's rounding; one wrong sign is above 1e-3
 
 
 def repeats_right(kind, rows, n, width):

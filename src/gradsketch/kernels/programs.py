@@ -93,51 +93,51 @@ def hadamard_high(y):
 
 
 @gluon.jit
+def hadamard_inner(y, before: gl.constexpr, after: gl.constexpr):
+    """H_16 over the four bits that have ``before`` values of higher bits and ``after`` of lower ones around them."""
+    v = gl.permute(y.reshape([before, 2, 2, 2, 2, after]), [0, 5, 1, 2, 3, 4])
+    return gl.permute(hadamard16(v), [0, 2, 3, 4, 5, 1]).reshape([128, 32])
+
+
+@gluon.jit
 def hadamard_middle(y):
     """H_16 over bits 9 to 6."""
-    v = gl.permute(y.reshape([4, 2, 2, 2, 2, 64]), [0, 5, 1, 2, 3, 4])
-    return gl.permute(hadamard16(v), [0, 2, 3, 4, 5, 1]).reshape([128, 32])
+    return hadamard_inner(y, 4, 64)
 
 
 @gluon.jit
 def hadamard_low(y):
     """H_16 over bits 5 to 2."""
-    v = gl.permute(y.reshape([64, 2, 2, 2, 2, 4]), [0, 5, 1, 2, 3, 4])
-    return gl.permute(hadamard16(v), [0, 2, 3, 4, 5, 1]).reshape([128, 32])
+    return hadamard_inner(y, 64, 4)
 
 
 @gluon.constexpr_function
-def block_layout(registers, lanes, warps):
-    """Who holds which number of a block: the bits of its position that name register, lane and warp."""
+def block_layout(registers, threads, wave64):
+    """Who holds which number of a block: the bits of its position that name register and thread, lanes first."""
 
     def basis(bits):
         return [[0, 1 << bit] if bit < 5 else [1 << (bit - 5), 0] for bit in bits]
 
-    return gl.DistributedLinearLayout(basis(registers), basis(lanes), basis(warps), [], [128, 32])
+    lanes = 6 if wave64 else 5
+    return gl.DistributedLinearLayout(basis(registers), basis(threads[:lanes]), basis(threads[lanes:]), [], [128, 32])
 
 
 @gluon.constexpr_function
 def high_layout(wave64):
     """Bits 11, 10, 1 and 0 in registers: 16 bytes of neighbours at a time from and to memory."""
-    if wave64:
-        return block_layout([0, 1, 10, 11], [2, 3, 4, 5, 6, 7], [8, 9])
-    return block_layout([0, 1, 10, 11], [2, 3, 4, 5, 6], [7, 8, 9])
+    return block_layout([0, 1, 10, 11], [2, 3, 4, 5, 6, 7, 8, 9], wave64)
 
 
 @gluon.constexpr_function
 def middle_layout(wave64):
     """Bits 9 to 6 in registers."""
-    if wave64:
-        return block_layout([6, 7, 8, 9], [2, 3, 4, 5, 0, 1], [10, 11])
-    return block_layout([6, 7, 8, 9], [2, 3, 4, 5, 0], [1, 10, 11])
+    return block_layout([6, 7, 8, 9], [2, 3, 4, 5, 0, 1, 10, 11], wave64)
 
 
 @gluon.constexpr_function
 def low_layout(wave64):
     """Bits 5 to 2 in registers."""
-    if wave64:
-        return block_layout([2, 3, 4, 5], [0, 6, 7, 8, 9, 1], [10, 11])
-    return block_layout([2, 3, 4, 5], [0, 6, 7, 8, 9], [1, 10, 11])
+    return block_layout([2, 3, 4, 5], [0, 6, 7, 8, 9, 1, 10, 11], wave64)
 
 
 @gluon.constexpr_function
