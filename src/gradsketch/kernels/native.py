@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from functools import cache
@@ -31,16 +32,17 @@ def compiled(name: str) -> ctypes.CDLL | None:
 
     It takes threads from torch's own OpenMP, or does with one where that cannot be found.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = tuple(shlex.split(os.environ.get("CC", ""))) or (found and (found,))  # CC may be "ccache gcc"
+    if not compiler:
         return None
     openmp = _torchs_openmp()
     return (openmp and _library(name, compiler, "-fopenmp")) or _library(name, compiler)
 
 
-def _library(name: str, compiler: str, *flags: str) -> ctypes.CDLL | None:
+def _library(name: str, compiler: tuple[str, ...], *flags: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.c")
-    facts = (source.read_text(encoding="utf-8"), compiler, *_FLAGS, *flags, _processor())
+    facts = (source.read_text(encoding="utf-8"), *compiler, *_FLAGS, *flags, _processor())
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     try:
         file = _cache_folder() / f"{name}-{key}.so"
@@ -53,12 +55,12 @@ def _library(name: str, compiler: str, *flags: str) -> ctypes.CDLL | None:
         return None
 
 
-def _compile(source: Path, target: Path, compiler: str, flags: tuple[str, ...]) -> None:
+def _compile(source: Path, target: Path, compiler: tuple[str, ...], flags: tuple[str, ...]) -> None:
     # What the code needs of OpenMP is left open: linking would bring a second one with threads of its own.
     made = target.with_suffix(".o")
     try:
-        _run(compiler, *_FLAGS[:-1], *flags, "-c", str(source), "-o", str(made))
-        _run(compiler, *_FLAGS[-1:], str(made), "-o", str(target))
+        _run(*compiler, *_FLAGS[:-1], *flags, "-c", str(source), "-o", str(made))
+        _run(*compiler, *_FLAGS[-1:], str(made), "-o", str(target))
     finally:
         made.unlink(missing_ok=True)
 
