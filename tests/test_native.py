@@ -37,12 +37,17 @@ def test_it_is_compiled_once(cache, monkeypatch):
     assert file.suffix == ".so"
 
 
+def test_a_compiler_may_have_a_wrapper(cache, monkeypatch):
+    monkeypatch.setenv("CC", "env cc")
+    assert native.compiled("tiles") is not None
+
+
 def test_a_damaged_file_is_made_again(cache):
-    native._library("tiles", "cc")
+    native._library("tiles", ("cc",))
     (file,) = cache.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    assert native._library("tiles", "cc") is not None
+    assert native._library("tiles", ("cc",)) is not None
     assert len(file.read_bytes()) == len(whole)
 
 
