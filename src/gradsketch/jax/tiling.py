@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from gradsketch.jax.random import as_key, flip_packed, is_negative_at, packed_signs
 from gradsketch.jax.transforms import einsum
 from gradsketch.sketches.side import Side
-from gradsketch.sketches.tiling import Tiling, sums_stream
+from gradsketch.sketches.sums import sums_stream
+from gradsketch.sketches.tiling import Tiling
 
 __all__ = ["SideShape", "Tables", "TilingShape", "matrix_numbers", "outer_numbers", "row_numbers", "tables_of"]
 
@@ -61,17 +62,16 @@ def tables_of(tiling: Tiling) -> tuple[TilingShape, Tables]:
         layout.tile,
         layout.products,
         layout.keeps_all,
-        tiling.folds,
+        tiling.sums.adds,
         tiling.d,
         tiling.layout_d,
-        tiling.scale,
+        tiling.sums.scale,
     )
-    starts = tiling.starts if tiling.folds else [tiling.start]
     tables = {
         "rows": _side_tables(tiling.row_side),
         "columns": _side_tables(tiling.column_side),
-        "sums": packed_signs(sums_stream(tiling.stream.seed), layout.products if tiling.folds else 1),
-        "starts": np.array(starts, np.int32),
+        "sums": packed_signs(sums_stream(tiling.stream.seed), layout.products if tiling.sums.adds else 1),
+        "starts": np.array(tiling.sums.starts, np.int32),
     }
     return shape, tables
 

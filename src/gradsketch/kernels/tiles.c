@@ -1,4 +1,4 @@
-/* Tiles of products of both sides' coordinates of a sum of outer products, without anything in between in memory.
+/* Sums of tiles of products of both sides' coordinates of a sum of outer products, with nothing in between in memory.
  *
  * Eight tokens are in the lanes of a vector while a side is transformed, so that signs, shuffles and the Hadamard
  * transform are moves and additions of whole vectors. Tokens come in chunks whose coordinates stay in cache.
@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define LANES 8
+#define SHARED (1 << 19) /* sums that threads share, beyond those of one example */
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(32)));
 typedef float loose __attribute__((vector_size(32), aligned(4)));
@@ -27,6 +28,21 @@ typedef struct {
     const int64_t *index;
     int64_t example, token;
 } factor_t;
+
+/* Entries begin to end are added to the numbers of a sketch, the first to number `first`, each next one `step` on. */
+typedef struct {
+    int64_t first, begin, end;
+} run_t;
+
+/* How entries make up the numbers of a sketch. Entry k is product order[k] times sign[k], or product k, or without a
+ * sign, where those are not given. */
+typedef struct {
+    const run_t *runs;
+    int64_t count, step;
+    const int32_t *order;
+    const float *sign;
+    float scale;
+} sums_t;
 
 INLINE void transpose(vec r[8]) {
     vec a[8], b[8];
@@ -202,23 +218,24 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* What is the same for all pieces. A piece is `length` tokens of one example, or what is left of it; the sums of tile
- * products, [tile][row][column], of each are written to `out`. */
+/* What is the same for all pieces. A piece is `length` tokens of one example, or what is left of it. The sums of its
+ * tile products, [tile][row][column], make up a row of `out`; `turned` says that rows and columns changed places. */
 typedef struct {
     const side_t *left, *right;
     const factor_t *l, *r;
-    int64_t tokens, length, chunk, rows, columns, tiles, in_lanes;
+    const sums_t *sums;
+    int64_t tokens, length, chunk, rows, columns, tiles, in_lanes, turned;
     float *out;
+    int64_t row;
 } work_t;
 
 static int64_t entries(const work_t *w) { return w->tiles * w->rows * w->columns; }
 
-static void piece(const work_t *w, int64_t number, float *memory) {
-    const int64_t pieces = (w->tokens + w->length - 1) / w->length, example = number / pieces;
-    const int64_t begin = number % pieces * w->length, end = smaller(begin + w->length, w->tokens);
+/* Sum up the products of a piece, as [tile][row][column], or [row][column][tile] with tiles in the lanes. */
+static void piece(const work_t *w, int64_t example, int64_t number, float *sums, float *memory) {
+    const int64_t begin = number * w->length, end = smaller(begin + w->length, w->tokens);
     const int64_t u_stride = w->left->needed + LANES, v_stride = w->right->needed + LANES;
     float *u = memory + larger(w->left->count, w->right->count) * LANES, *v = u + w->chunk * u_stride;
-    float *out = w->out + number * entries(w), *sums = w->in_lanes ? v + w->chunk * v_stride : out;
     memset(sums, 0, sizeof(float) * entries(w));
     for (int64_t at = begin; at < end; at += w->chunk) {
         const int64_t some = smaller(w->chunk, end - at);
@@ -232,26 +249,114 @@ static void piece(const work_t *w, int64_t number, float *memory) {
         (w->in_lanes ? across_tiles : across_columns)(u, v, some, u_stride, v_stride, w->rows, w->columns, w->tiles,
                                                       sums);
     }
-    if (w->in_lanes)
-        for (int64_t pair = 0; pair < w->rows * w->columns; pair++)
-            for (int64_t tile = 0; tile < w->tiles; tile++)
-                out[tile * w->rows * w->columns + pair] = sums[pair * w->tiles + tile];
 }
 
-/* Do all pieces. Returns 0, or 1 where there is no memory. */
-int tile_products(const work_t *w, int64_t pieces, int threads) {
-    const int64_t factors = w->chunk * (w->left->needed + w->right->needed + 2 * LANES);
-    const int64_t numbers =
-        larger(w->left->count, w->right->count) * LANES + factors + (w->in_lanes ? entries(w) : 0);
-    int failed = 0;
+/* Bring sums into the order [tile][row][column] of the matrix that is sketched. Returns where they are then. */
+static const float *in_order(const work_t *w, const float *sums, float *other) {
+    const int64_t r = w->rows, c = w->columns, n = w->tiles;
+    if (!w->in_lanes && (!w->turned || r == 1)) return sums;
+    const int64_t tile_step = w->in_lanes ? 1 : r * c, entry_step = w->in_lanes ? n : 1;
+    for (int64_t i = 0; i < r; i++)
+        for (int64_t j = 0; j < c; j++) {
+            const float *from = sums + (i * c + j) * entry_step;
+            float *to = other + (w->turned ? j * r + i : i * c + j);
+            for (int64_t tile = 0; tile < n; tile++) to[tile * r * c] = from[tile * tile_step];
+        }
+    return other;
+}
+
+static void add(const sums_t *s, const float *products, float *out) {
+    for (int64_t i = 0; i < s->count; i++) {
+        float *to = out + s->runs[i].first;
+        for (int64_t k = s->runs[i].begin; k < s->runs[i].end; k++, to += s->step)
+            *to += s->scale * ((s->sign ? s->sign[k] : 1) * products[s->order ? s->order[k] : k]);
+    }
+}
+
+/* The commonest case by itself, for compilers to take eight at a time. */
+static void add_signed(const sums_t *s, const float *products, float *out) {
+    if (s->order || !s->sign || s->step != 1) {
+        add(s, products, out);
+        return;
+    }
+    for (int64_t i = 0; i < s->count; i++) {
+        const int64_t begin = s->runs[i].begin, number = s->runs[i].end - begin;
+        float *restrict to = out + s->runs[i].first;
+        const float *restrict from = products + begin, *restrict sign = s->sign + begin;
+        for (int64_t k = 0; k < number; k++) to[k] += s->scale * (sign[k] * from[k]);
+    }
+}
+
+/* Add the sums of `parts` pieces of an example, in their order, to its sketch. */
+static void finish(const work_t *w, int64_t example, float *parts, int64_t number, float *other) {
+    for (int64_t part = 1; part < number; part++)
+        for (int64_t k = 0; k < entries(w); k++) parts[k] += parts[part * entries(w) + k];
+    add_signed(w->sums, in_order(w, parts, other), w->out + example * w->row);
+}
+
+static float *room(int64_t numbers) { return aligned_alloc(64, sizeof(float) * ((numbers + 15) / 16 * 16)); }
+
+/* Add the sketches of all examples. Returns 0, or 1 where there is no memory. */
+int add_tiles(const work_t *w, int64_t examples, int threads) {
+    const int64_t pieces = (w->tokens + w->length - 1) / w->length, size = entries(w);
+    const int64_t scratch = larger(w->left->count, w->right->count) * LANES +
+                            w->chunk * (w->left->needed + w->right->needed + 2 * LANES);
+    /* Examples of several pieces are shared by threads, some examples at a time. */
+    const int64_t together = pieces == 1 ? examples : larger(1, smaller(examples, SHARED / (pieces * size)));
+    float *shared = pieces == 1 ? 0 : room(together * pieces * size);
+    int failed = pieces > 1 && !shared;
     (void)threads; /* a compiler without OpenMP has one */
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *memory = aligned_alloc(64, sizeof(float) * ((numbers + 15) / 16 * 16));
-        failed = !memory;
+        float *memory = room(scratch + 2 * size), *own = memory + scratch, *other = own + size;
+        failed |= !memory;
+        if (pieces == 1) {
 #pragma omp for schedule(dynamic)
-        for (int64_t number = 0; number < pieces; number++)
-            if (memory) piece(w, number, memory);
+            for (int64_t example = 0; example < examples; example++)
+                if (memory) {
+                    piece(w, example, 0, own, memory);
+                    finish(w, example, own, 1, other);
+                }
+        } else
+            for (int64_t first = 0; first < examples && shared; first += together) {
+                const int64_t some = smaller(together, examples - first);
+#pragma omp for schedule(dynamic)
+                for (int64_t part = 0; part < some * pieces; part++)
+                    if (memory) piece(w, first + part / pieces, part % pieces, shared + part * size, memory);
+#pragma omp for schedule(dynamic)
+                for (int64_t e = 0; e < some; e++)
+                    if (memory) finish(w, first + e, shared + e * pieces * size, pieces, other);
+            }
+        free(memory);
+    }
+    free(shared);
+    return failed;
+}
+
+/* One vector of each example: its coordinates are the entries. */
+typedef struct {
+    const side_t *side;
+    const sums_t *sums;
+    factor_t factor; /* examples take the place of tokens */
+} vector_t;
+
+/* Add the sketches of `number` vectors of each example, where the longest side has `longest` coordinates. */
+int add_vectors(const vector_t *v, int64_t number, int64_t longest, int64_t examples, float *out, int64_t row,
+                int threads) {
+    const int64_t each = smaller(LANES, larger(1, (examples + threads - 1) / threads)), stride = longest + LANES;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *memory = room((longest + stride) * LANES), *found = memory + longest * LANES;
+        failed |= !memory;
+#pragma omp for schedule(dynamic)
+        for (int64_t first = 0; first < examples; first += each) {
+            const int lanes = (int)smaller(each, examples - first);
+            for (int64_t i = 0; i < number && memory; i++) {
+                coordinates(v[i].side, &v[i].factor, first * v[i].factor.token, lanes, (vec *)memory, found, stride);
+                for (int e = 0; e < lanes; e++) add(v[i].sums, found + e * stride, out + (first + e) * row);
+            }
+        }
         free(memory);
     }
     return failed;

@@ -16,6 +16,7 @@ from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.fused import FusedVectors
 from gradsketch.sketches.recipe import register, vector_kind, vector_kinds
 from gradsketch.sketches.tiling import Block, Tiling
 from gradsketch.transforms.precision import full_precision
@@ -79,6 +80,7 @@ class BlockSum(Sketch):
         self.nesting = self.nesting if self.nesting == "prefix" else None
         # Tensors without entries are part of the vector all the same.
         self.blocks = {name: self._block(name, shape) for name, shape in self.shapes.items() if math.prod(shape)}
+        self._calls: dict[tuple[str, ...], tuple[FusedVectors, tuple[str, ...]]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,6 +115,17 @@ class BlockSum(Sketch):
         """Add the sketches of one tensor's per-example gradients ``[b, *shape]``."""
         self.blocks[name].add_matrix(out, gradient.reshape(len(gradient), *as_matrix(self.shapes[name])))
 
+    def add_vectors(self, out: Float[Tensor, "b d"], gradients: Mapping[str, Float[Tensor, "b _"]]) -> None:
+        """Add the sketches of the per-example gradients of several vectors, as many as can be in one call."""
+        together, names = self._together(tuple(gradients))
+        vectors = [gradients[name] for name in names]
+        served = bool(names) and together.serves(out, vectors)
+        if served:
+            together.add(out, vectors)
+        for name in gradients:
+            if not served or name not in names:
+                self.add_gradient(out, name, gradients[name])
+
     def add_outer(
         self, out: Float[Tensor, "b d"], name: str, left: Float[Tensor, "b t r"], right: Float[Tensor, "b t c"]
     ) -> None:
@@ -145,6 +158,14 @@ class BlockSum(Sketch):
                     for vector in w.split(1)
                 ]
             )
+
+    def _together(self, names: tuple[str, ...]) -> tuple[FusedVectors, tuple[str, ...]]:
+        """Return what sketches vectors of these names in one call, and the names of those for which it does."""
+        if names not in self._calls:
+            blocks = {name: self.blocks[name] for name in names}
+            maps = {n: m for n, block in blocks.items() if isinstance(block, Tiling) and (m := block.of_vectors)}
+            self._calls[names] = FusedVectors(list(maps.values())), tuple(maps)
+        return self._calls[names]
 
     def _block(self, name: str, shape: tuple[int, ...]) -> Block:
         rows, columns = as_matrix(shape)

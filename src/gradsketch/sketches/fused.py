@@ -1,14 +1,17 @@
-"""Tiles of products on a CPU in one pass over the factors, with nothing in between in memory (kernels/tiles.c).
+"""Sketches of products on a CPU in one pass over the factors, with nothing in between in memory (kernels/tiles.c).
 
 The coordinates of eight tokens are made at a time, in cache, by additions alone; the products of a chunk of tokens then
-come from there. Torch needs two passes of multiplications over coordinates that lie in memory.
+come from there, and are added to the sketch. Torch needs passes of multiplications over coordinates that lie in memory.
+Vectors have no products: those of many parameters go in one call.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
@@ -19,8 +22,9 @@ from gradsketch.kernels.native import compiled
 from gradsketch.kernels.trust import is_plain, trusted
 from gradsketch.random import Stream
 from gradsketch.sketches.side import Side
+from gradsketch.sketches.sums import Sums
 
-__all__ = ["Fused"]
+__all__ = ["FusedTiles", "FusedVectors", "VectorMap"]
 
 # Vectors [b, t, size], or the places of ones [b, t].
 Factor = Num[Tensor, "b t ..."]
@@ -33,41 +37,67 @@ _CHUNK = 64
 _TRIAL = Stream(0, "tiles", "trial")
 
 
-class Fused:
-    """The sums of ``number`` tiles of products of two sides' groups of coordinates, as [tile, row, column].
+class FusedTiles:
+    """Adds the sums of ``number`` tiles of products of two sides' groups of coordinates to sketches.
 
     The longer dim of a tile, or the tiles themselves, lie in the lanes of a vector, so that sides may change places.
+    ``order`` tells which product each entry of the sums is, if not the products in their order.
     """
 
-    def __init__(self, rows: Side, columns: Side, groups: tuple[int, int, int]) -> None:
+    def __init__(
+        self, rows: Side, columns: Side, groups: tuple[int, int, int], sums: Sums, order: Tensor | None
+    ) -> None:
         height, width, number = groups
-        self._rows, self._columns, self._groups = rows, columns, groups
+        self._rows, self._columns, self._groups, self._sums, self._order = rows, columns, groups, sums, order
         self._turned = height > width
         self._tile = (width, height) if self._turned else (height, width)
         self._number, self._in_lanes = number, max(height, width) < _WIDE
         self._applies = not self._in_lanes or number % _LANES == 0
 
-    @cached_property
-    def _tables(self) -> tuple[_Table, _Table]:
-        sides = (self._columns, self._rows) if self._turned else (self._rows, self._columns)
-        first, second = (_Table.of(s, g, self._number, self._in_lanes) for s, g in zip(sides, self._tile, strict=True))
-        return first, second
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._rows, self._columns, self._groups, self._sums, self._order)  # addresses stay here
 
-    def serves(self, left: Factor, right: Factor) -> bool:
+    @cached_property
+    def _tables(self) -> tuple[_Table, _Table, _SumsTable]:
+        sides = (self._columns, self._rows) if self._turned else (self._rows, self._columns)
+        first, second = (
+            _Table.of(side, side.plan(), g, self._number, self._in_lanes)
+            for side, g in zip(sides, self._tile, strict=True)
+        )
+        return first, second, _SumsTable(self._sums, self._order, self._sums.scale)
+
+    def serves(self, out: Float[Tensor, "b d"], left: Factor, right: Factor) -> bool:
         """Whether there is a kernel for these tensors, after a trial at the first use of such a layout."""
         fit = self._applies and _fits(left, self._rows.size) and _fits(right, self._columns.size)
-        if not fit or left.shape[:2] != right.shape[:2] or compiled("tiles") is None:
+        if not fit or not _takes(out) or left.shape[:2] != right.shape[:2] or compiled("tiles") is None:
             return False
         one_hot = left.ndim == 2
-        layout = (*((s.size, s.count, s.length) for s in (self._rows, self._columns)), self._groups, one_hot)
-        return trusted("tiles", torch.empty(0, dtype=torch.float32, device="cpu"), layout, lambda: self._error(one_hot))
+        sides = tuple(_layout(side) for side in (self._rows, self._columns))
+        variant = *sides, self._groups, self._sums.kept, self._sums.layout_d, one_hot
+        return trusted("tiles", out.new_empty(0), variant, lambda: self._error(one_hot))
 
-    def __call__(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:
-        """Return the products of each example of tensors that it serves."""
-        products = self._products(*((right, left) if self._turned else (left, right)))
-        if not self._turned:
-            return products
-        return products.view(len(products), self._number, *self._tile).mT.flatten(1)
+    def add(self, out: Float[Tensor, "b d"], left: Factor, right: Factor) -> None:
+        """Add the sketches of each example, of tensors that it serves."""
+        library = compiled("tiles")
+        assert library is not None
+        (b, t), (first, second, sums) = left.shape[:2], self._tables
+        left, right = (_rows(factor) for factor in ((right, left) if self._turned else (left, right)))
+        chunk = min(_CHUNK, max(_LANES, _HELD // (first.shape.needed + second.shape.needed) // _LANES * _LANES))
+        factors = _factor(left), _factor(right)
+        work = _Work(
+            *map(ctypes.addressof, (first.shape, second.shape, *factors, sums.shape)),
+            t,
+            min(t, _PIECE),
+            chunk,
+            *self._tile,
+            self._number,
+            self._in_lanes,
+            self._turned,
+            out.data_ptr(),
+            out.stride(0),
+        )
+        if library.add_tiles(ctypes.byref(work), ctypes.c_int64(b), ctypes.c_int(torch.get_num_threads())):
+            raise MemoryError(f"no memory for {self._number} tiles of {self._tile}")
 
     def _error(self, one_hot: bool) -> float:
         """Return the relative error for vectors of signs, or rows of the matrix, against the sides' own arithmetic."""
@@ -76,62 +106,103 @@ class Fused:
         index = _TRIAL.integers(0, b * t, self._rows.size)
         left = _TRIAL.child("rows").signs(0, b * t * self._rows.size).view(b * t, -1)
         left = functional.one_hot(index, self._rows.size).float() if one_hot else left
+        wanted, found = right.new_zeros(2, b, self._sums.d)
         with torch.autocast("cpu", enabled=False):
             rows, columns = self._rows.groups(left, height, number), self._columns.groups(right, width, number)
             sides = rows.unflatten(1, (b, t)), columns.unflatten(1, (b, t))
-            wanted = torch.einsum("kbtr,kbtc->bkrc", *sides).flatten(1)
-        found = self(index.view(b, t) if one_hot else left.view(b, t, -1), right.view(b, t, -1))
+            products = torch.einsum("kbtr,kbtc->bkrc", *sides).flatten(1)
+            self._sums.add(wanted, products if self._order is None else products[:, self._order.long()])
+        self.add(found, index.view(b, t) if one_hot else left.view(b, t, -1), right.view(b, t, -1))
         return float((found - wanted).norm() / wanted.norm())
-
-    def _products(self, left: Factor, right: Factor) -> Float[Tensor, "b products"]:
-        library = compiled("tiles")
-        assert library is not None
-        (b, t), tile = left.shape[:2], self._number * self._tile[0] * self._tile[1]
-        first, second = self._tables
-        left, right = _rows(left), _rows(right)
-        length = min(t, _PIECE)
-        pieces = -(-t // length)
-        out = torch.empty(b * pieces, tile, dtype=torch.float32, device="cpu")
-        chunk = min(_CHUNK, max(_LANES, _HELD // (len(first.pick) + len(second.pick)) // _LANES * _LANES))
-        factors = _factor(left), _factor(right)
-        sides = first.as_c(), second.as_c()
-        work = _Work(
-            *map(ctypes.addressof, sides),
-            *map(ctypes.addressof, factors),
-            t,
-            length,
-            chunk,
-            *self._tile,
-            self._number,
-            self._in_lanes,
-            out.data_ptr(),
-        )
-        if library.tile_products(ctypes.byref(work), ctypes.c_int64(b * pieces), ctypes.c_int(torch.get_num_threads())):
-            raise MemoryError(f"no memory for {self._number} tiles of {self._tile}")
-        return out.view(b, pieces, -1).sum(1) if pieces > 1 else out
 
 
 @dataclass(frozen=True)
+class VectorMap:
+    """A sketch of vectors: the first of a side's coordinates, times a sign, make up its numbers."""
+
+    side: Side
+    sign: float
+    sums: Sums
+
+    def error(self) -> float:
+        """Return the kernel's relative error for vectors of signs, against the side's own arithmetic."""
+        b = 3
+        x = _TRIAL.signs(0, b * self.side.size).view(b, -1)
+        wanted, found = x.new_zeros(2, b, self.sums.d)
+        with torch.autocast("cpu", enabled=False):
+            self.sums.add(wanted, self.sign * self.side.transform(x))
+        FusedVectors([self]).add(found, [x])
+        return float((found - wanted).norm() / wanted.norm())
+
+
+class FusedVectors:
+    """Adds the sketches of vectors, one for each map, to the same numbers."""
+
+    def __init__(self, maps: Sequence[VectorMap]) -> None:
+        self._maps = maps
+        tables = [_Table.of(m.side, m.side.plan(), m.sums.kept, 1, False) for m in maps]
+        sums = [_SumsTable(m.sums, None, m.sums.scale * m.sign) for m in maps]
+        self._tables = tables, sums
+        self._longest = max((m.side.count for m in maps), default=0)
+        self._vectors = (_Vector * len(maps))(
+            *(
+                _Vector(ctypes.addressof(table.shape), ctypes.addressof(own.shape))
+                for table, own in zip(tables, sums, strict=True)
+            )
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._maps,)
+
+    def serves(self, out: Float[Tensor, "b d"], vectors: Sequence[Float[Tensor, "b _"]]) -> bool:
+        """Whether there is a kernel for these tensors, after a trial at the first use of such a side."""
+        if not _takes(out) or compiled("tiles") is None:
+            return False
+        return all(
+            _fits(x[:, None], m.side.size) and trusted("vectors", out.new_empty(0), _variant(m), m.error)
+            for m, x in zip(self._maps, vectors, strict=True)
+        )
+
+    def add(self, out: Float[Tensor, "b d"], vectors: Sequence[Float[Tensor, "b _"]]) -> None:
+        """Add the sketches of each example, of vectors that it serves."""
+        library = compiled("tiles")
+        assert library is not None
+        vectors = [_rows(x[:, None])[:, 0] for x in vectors]
+        for place, x in zip(self._vectors, vectors, strict=True):
+            place.factor.data, place.factor.token = x.data_ptr(), x.stride(0)
+        sizes = map(ctypes.c_int64, (len(vectors), self._longest, len(out)))
+        target = ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.stride(0))
+        if library.add_vectors(self._vectors, *sizes, *target, ctypes.c_int(torch.get_num_threads())):
+            raise MemoryError(f"no memory for {self._longest} coordinates")
+
+
 class _Table:
     """A side as the kernel takes it; see ``side_t`` there."""
 
-    size: int
-    count: int
-    place: Tensor
-    pick: Tensor
-    sign: Tensor
+    def __init__(self, side: Side, place: Tensor, sign: Tensor, pick: Tensor) -> None:
+        self._held = place.to(torch.int32), pick.to(torch.int32).contiguous(), sign
+        self.shape = _Side(
+            side.size, side.count, len(pick), side.size > side.count, *(t.data_ptr() for t in self._held)
+        )
 
     @classmethod
-    def of(cls, side: Side, group: int, number: int, in_lanes: bool) -> _Table:
+    def of(cls, side: Side, plan: tuple[Tensor, Tensor, Tensor], group: int, number: int, in_lanes: bool) -> _Table:
         """Write out where a side takes entries, with which signs, and where its first groups of coordinates stand."""
-        place, sign, pick = side.plan()
+        place, sign, pick = plan
         pick = pick[: group * number]
-        pick = pick.view(number, group).T.flatten() if in_lanes else pick
-        return cls(side.size, side.count, place.to(torch.int32), pick.to(torch.int32).contiguous(), sign)
+        return cls(side, place, sign, pick.view(number, group).T.flatten() if in_lanes else pick)
 
-    def as_c(self) -> _Side:
-        shape = self.size, self.count, len(self.pick), self.size > self.count
-        return _Side(*shape, *(t.data_ptr() for t in (self.place, self.pick, self.sign)))
+
+class _SumsTable:
+    """How entries are added up, as the kernel takes it; see ``sums_t`` there."""
+
+    def __init__(self, sums: Sums, order: Tensor | None, scale: float) -> None:
+        signs = sums.signs(torch.empty(0, dtype=torch.float32, device="cpu"))
+        order = None if order is None else order.to(torch.int32)
+        runs = (_Run * len(sums.runs))(*(_Run(*run) for run in sums.runs))
+        self._held = signs, order, runs
+        pointers = (None if t is None else t.data_ptr() for t in (order, signs))
+        self.shape = _Sums(ctypes.addressof(runs), len(runs), sums.step, *pointers, scale)
 
 
 class _Side(ctypes.Structure):
@@ -141,7 +212,20 @@ class _Side(ctypes.Structure):
     )
 
 
-class _Vectors(ctypes.Structure):
+class _Run(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("first", "begin", "end"))
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = (
+        ("runs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "step")),
+        *((name, ctypes.c_void_p) for name in ("order", "sign")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Factor(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "index")),
         *((name, ctypes.c_int64) for name in ("example", "token")),
@@ -150,10 +234,28 @@ class _Vectors(ctypes.Structure):
 
 class _Work(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("left", "right", "l", "r")),
-        *((n, ctypes.c_int64) for n in ("tokens", "length", "chunk", "rows", "columns", "tiles", "in_lanes")),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "l", "r", "sums")),
+        *((n, ctypes.c_int64) for n in ("tokens", "length", "chunk", "rows", "columns", "tiles", "in_lanes", "turned")),
         ("out", ctypes.c_void_p),
+        ("row", ctypes.c_int64),
     )
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("side", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("factor", _Factor))
+
+
+def _layout(side: Side) -> tuple[int, int, int]:
+    return side.size, side.count, side.length
+
+
+def _variant(vectors: VectorMap) -> Hashable:
+    return _layout(vectors.side), vectors.sums.kept, vectors.sums.layout_d
+
+
+def _takes(out: Tensor) -> bool:
+    """Whether sketches lie in this process's memory as float32."""
+    return out.device.type == "cpu" and out.dtype == torch.float32 and is_plain(out) and out.stride(1) == 1
 
 
 def _fits(factor: Factor, size: int) -> bool:
@@ -173,7 +275,7 @@ def _rows(factor: Tensor) -> Tensor:
     return factor if factor.stride(2) == 1 or factor.shape[2] == 1 else factor.contiguous()
 
 
-def _factor(factor: Tensor) -> _Vectors:
+def _factor(factor: Tensor) -> _Factor:
     place = factor.data_ptr()
     pointers = (None, place) if factor.ndim == 2 else (place, None)
-    return _Vectors(*pointers, factor.stride(0), factor.stride(1))
+    return _Factor(*pointers, factor.stride(0), factor.stride(1))

@@ -71,13 +71,17 @@ class Preconditioned(LinearMap):
         """Add the sketches of one tensor's per-example gradients ``[b, *shape]``, preconditioned."""
         self.sketch.add_gradient(out, name, self._applied(name, gradient.flatten(1)))
 
+    def add_vectors(self, out: Float[Tensor, "b d"], gradients: Mapping[str, Float[Tensor, "b _"]]) -> None:
+        """Add the sketches of the per-example gradients of several vectors, preconditioned."""
+        self.sketch.add_vectors(out, {name: self._applied(name, gradient) for name, gradient in gradients.items()})
+
     def add_outer(
         self, out: Float[Tensor, "b d"], name: str, left: Float[Tensor, "b t r"], right: Float[Tensor, "b t c"]
     ) -> None:
         """Add the sketches of L X R for X = Σ_t left_t right_tᵀ, without forming any of them."""
         root = self.roots.get(name)
         # A kernel makes the sides' coordinates nearly for nothing, so M x is made first.
-        if name in self._tilings and not self._tilings[name].is_fused(left, right):
+        if name in self._tilings and not self._tilings[name].is_fused(out, left, right):
             self._tilings[name].add_outer(out, left, right)
         elif isinstance(root, Pair):
             self.sketch.add_outer(out, name, root.rows.times(left), root.columns.times(right))

@@ -6,19 +6,20 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64, Num
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gradsketch.random import Stream
-from gradsketch.sketches.fused import Fused
+from gradsketch.sketches.fused import FusedTiles, FusedVectors, VectorMap
 from gradsketch.sketches.layout import Layout
 from gradsketch.sketches.side import Side
+from gradsketch.sketches.sums import Sums
 
-__all__ = ["Block", "Coordinates", "Tiling", "sums_stream"]
+__all__ = ["Block", "Coordinates", "Tiling"]
 
 # Transformed numbers held at once, in examples as a whole: what a batch takes beside a model stays within bounds.
 _AT_ONCE, _AT_ONCE_GPU = 1 << 19, 1 << 28
@@ -82,7 +83,8 @@ class Tiling(Block):
         self.column_side = Side(columns, self.layout.counts[1], stream.child("columns"), self.layout.tile[1])
         self._row_coordinates: Coordinates = self.row_side
         self._column_coordinates: Coordinates = self.column_side
-        self.scale = math.sqrt(self.layout_d / (d * self.layout.products))
+        scale = math.sqrt(self.layout_d / (d * self.layout.products))
+        self.sums = Sums(self.layout.products, d, self.layout_d, scale, stream)
 
     def with_sides(self, rows: Coordinates, columns: Coordinates) -> Tiling:
         """Return it for outer products whose sides' coordinates come from others."""
@@ -91,18 +93,18 @@ class Tiling(Block):
         return other
 
     def add_matrix(self, out: Float[Tensor, "b d"], x: Float[Tensor, "b rows columns"]) -> None:
-        if 1 in (self.rows, self.columns):
-            one = x.new_ones(len(x), 1, 1)
-            if self._add_fused(out, *((one, x) if self.rows == 1 else (x.mT, one))):
-                return
+        if self.of_vectors is not None and self._fused_vectors.serves(out, [x.flatten(1)]):
+            self._fused_vectors.add(out, [x.flatten(1)])
+            return
         image = self.row_side.transform(self.column_side.transform(x).mT).mT.flatten(1)
-        self._add(out, image if self._as_they_stand else image.index_select(1, self._places(x.device)))
+        self.sums.add(out, image if self._as_they_stand else image.index_select(1, self._places(x.device)))
 
     def add_outer(
         self, out: Float[Tensor, "b d"], left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]
     ) -> None:
         own = self._row_coordinates is self.row_side and self._column_coordinates is self.column_side
-        if own and self._add_fused(out, left, right):
+        if own and self._fused.serves(out, left, right):
+            self._fused.add(out, left, right)
             return
         rows, columns, number = self._groups
         for part in self._parts(left):
@@ -113,7 +115,8 @@ class Tiling(Block):
     def add_rows(
         self, out: Float[Tensor, "b d"], index: Int64[Tensor, "b t"], right: Float[Tensor, "b t columns"]
     ) -> None:
-        if self._add_fused(out, index, right):
+        if self._fused.serves(out, index, right):
+            self._fused.add(out, index, right)
             return
         rows, columns, number = self._groups
         for part in self._parts(right):
@@ -121,52 +124,56 @@ class Tiling(Block):
             chosen = self.row_side.group_rows(index[part].reshape(-1), grouped, rows, number)
             self._add_products(out[part], chosen, grouped)
 
-    def _add_fused(
-        self, out: Float[Tensor, "b d"], left: Num[Tensor, "b t *rows"], right: Float[Tensor, "b t columns"]
+    def is_fused(
+        self, out: Float[Tensor, "b d"], left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]
     ) -> bool:
-        """Add the products in one pass over the factors, where there is a kernel for it; whether there is."""
-        if not self._fused.serves(left, right):
-            return False
-        rows, columns, number = self._groups
-        step = max(1, _AT_ONCE // (rows * columns * number))
-        for part in (slice(start, start + step) for start in range(0, len(out), step)):
-            self._add_in_order(out[part], self._fused(left[part], right[part]))
-        return True
-
-    def is_fused(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> bool:
         """Whether outer products of these factors are added in one pass."""
-        return self._fused.serves(left, right)
+        return self._fused.serves(out, left, right)
 
     @cached_property
-    def _fused(self) -> Fused:
-        return Fused(self.row_side, self.column_side, self._groups)
+    def _fused(self) -> FusedTiles:
+        order = self._places(torch.device("cpu")) if self._in_other_order else None
+        return FusedTiles(self.row_side, self.column_side, self._groups, self.sums, order)
+
+    @cached_property
+    def of_vectors(self) -> VectorMap | None:
+        """The map of vectors that this is if one side is a single number: the other's coordinates times a sign."""
+        if 1 not in (self.rows, self.columns):
+            return None
+        one, side = sorted((self.row_side, self.column_side), key=lambda side: side.size)
+        return VectorMap(side, float(one.plan()[1]), self.sums)
+
+    @cached_property
+    def _fused_vectors(self) -> FusedVectors:
+        assert self.of_vectors is not None
+        return FusedVectors([self.of_vectors])
 
     def adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b rows columns"]:
-        numbers = self._unfolded(w * self.scale)
+        numbers = self.sums.adjoint(w * self.sums.scale)
         image = w.new_zeros(len(w), self.row_side.count * self.column_side.count)
         if self._as_they_stand:
             image.copy_(numbers)
         else:
-            image[:, self._places(w.device)[: numbers.shape[1]]] = numbers
+            image[:, self._places(w.device)] = numbers
         image = image.view(len(w), self.row_side.count, self.column_side.count)
         return self.row_side.adjoint(self.column_side.adjoint(image).mT).mT
 
     @property
-    def folds(self) -> bool:
-        """Whether a number is the sum of several entries."""
-        return self.layout.products > self.layout_d
-
-    @property
     def _as_they_stand(self) -> bool:
         """Whether entries are taken row by row: all of them, in sums whose order is random anyway."""
-        return self.layout.keeps_all and self.folds
+        return self.layout.keeps_all and self.sums.adds
+
+    @property
+    def _in_other_order(self) -> bool:
+        """Whether products of whole sides come row by row, and entries are numbers tile by tile."""
+        return self.layout.keeps_all and not self.sums.adds
 
     @property
     def _groups(self) -> tuple[int, int, int]:
         """Group sizes of rows and columns, and how many tiles the numbers up to d take; one whole tile for all."""
         if self.layout.keeps_all:
             return self.row_side.count, self.column_side.count, 1
-        kept = self.layout.products if self.folds else self.d
+        kept = self.layout.products if self.sums.adds else self.d
         return *self.layout.tile, -(-kept // math.prod(self.layout.tile))
 
     def _parts(self, factor: Float[Tensor, "b t _"]) -> Iterator[slice]:
@@ -183,86 +190,13 @@ class Tiling(Block):
         b, tiles = len(out), len(left)
         t = left.shape[1] // b
         products = left.reshape(tiles * b, t, -1).mT @ right.reshape(tiles * b, t, -1)
-        self._add_in_order(out, products.view(tiles, b, -1).transpose(0, 1).flatten(1))
-
-    def _add_in_order(self, out: Float[Tensor, "b d"], products: Float[Tensor, "b kept"]) -> None:
-        """Add products that lie tile after tile, or row after row where there is one tile of all."""
-        reorder = self.layout.keeps_all and not self.folds
-        self._add(out, products.index_select(1, self._places(out.device)) if reorder else products)
-
-    def _add(self, out: Float[Tensor, "b d"], numbers: Float[Tensor, "b kept"]) -> None:
-        if not self.folds:
-            part = out[:, self._targets]
-            part.add_(numbers[:, : part.shape[1]], alpha=self.scale)
-            return
-        signed = numbers[:, : self.layout.products] * self._signs(numbers)
-        for start, entries in self._sums:
-            add = signed[:, entries][:, : max(0, self.d - start)]
-            out[:, start : start + add.shape[1]].add_(add, alpha=self.scale)
-
-    def _unfolded(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b kept"]:
-        """Return what each kept entry is multiplied with: the adjoint of the sums."""
-        if not self.folds:
-            return w[:, self._targets]
-        numbers = w.new_zeros(len(w), self.layout.products)
-        for start, entries in self._sums:
-            part = w[:, start : start + entries.stop - entries.start]
-            numbers[:, entries.start : entries.start + part.shape[1]] = part
-        return numbers * self._signs(w)
-
-    @cached_property
-    def _sums(self) -> list[tuple[int, slice]]:
-        """Runs of entries, and the number that the first of each run is added to.
-
-        Each round begins at a random number, so that the entries of one number rarely share a row or a column. Without
-        that the noise on inputs of rank one was 16 % above the model's.
-        """
-        size, kept = self.layout_d, self.layout.products
-        runs = []
-        for begin, start in zip(range(0, kept, size), self.starts, strict=True):
-            end = min(begin + size, kept)
-            turn = min(begin + size - start, end)
-            runs += [(start, slice(begin, turn)), (0, slice(turn, end))]
-        return [(start, entries) for start, entries in runs if entries.stop > entries.start]
-
-    @property
-    def starts(self) -> list[int]:
-        """The number to which the first entry of each round is added."""
-        size = self.layout_d
-        starts: list[int] = self.stream.child("starts").integers(0, -(-self.layout.products // size), size).tolist()
-        return starts
-
-    def _signs(self, like: Tensor) -> Float[Tensor, " kept"]:
-        return _signs_of_sums(self.stream.seed, self.layout.products, like.dtype, like.device)
+        entries = products.view(tiles, b, -1).transpose(0, 1).flatten(1)
+        self.sums.add(out, entries.index_select(1, self._places(out.device)) if self._in_other_order else entries)
 
     def _places(self, device: torch.device) -> Int64[Tensor, " kept"]:
         """Return where, in the row-major matrix of computed coordinates, each entry stands."""
         order = _tile_order(self.row_side.count, self.column_side.count, self.layout.tile, device)
         return order[: self.layout.products]
-
-    @cached_property
-    def _targets(self) -> slice:
-        """Where entries go that are no more than the sketch is long: evenly spread, from a random start."""
-        kept = self.layout.products
-        step = self.layout_d // kept
-        return slice(self.start, min(self.d, self.start + kept * step), step)
-
-    @property
-    def start(self) -> int:
-        """The number that gets the first entry, where numbers are single entries."""
-        kept = self.layout.products
-        return int(self.stream.child("start").integers(0, 1, self.layout_d - (kept - 1) * (self.layout_d // kept)))
-
-
-@lru_cache(maxsize=8)
-def _signs_of_sums(seed: int, count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " count"]:
-    """Return the signs of products, the same for all matrices of a sketch: their sides have signs of their own."""
-    return sums_stream(seed).signs(0, count, dtype=dtype, device=device)
-
-
-def sums_stream(seed: int) -> Stream:
-    """Return the stream of the signs with which entries are added up."""
-    return Stream(seed, "Tiling", "sums")
 
 
 @cache

@@ -56,6 +56,10 @@ class Contribution(ABC):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         """Add its sketches to ``out``."""
 
+    def formed(self) -> Float[Tensor, "b ..."] | None:
+        """Return the gradients themselves, if they are at hand."""
+        return None
+
     @abstractmethod
     def measure(self, moments: Moments) -> None:
         """Add it to the second moments of both sides."""
@@ -171,6 +175,9 @@ class Direct(Contribution):
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.gradient)
 
+    def formed(self) -> Float[Tensor, "b ..."] | None:
+        return self.gradient
+
     def measure(self, moments: Moments) -> None:
         moments.add_gradient(self.gradient)
 
@@ -197,6 +204,9 @@ class Sum(Contribution):
 
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         self.added().sketch(phi, name, out)
+
+    def formed(self) -> Float[Tensor, "b ..."] | None:
+        return self.added().gradient
 
     def measure(self, moments: Moments) -> None:
         self.added().measure(moments)

@@ -57,6 +57,11 @@ class Directions(LinearMap):
         """Add the products of one tensor's per-example gradients ``[b, *shape]``."""
         self._add(out, name, gradient.flatten(1))
 
+    def add_vectors(self, out: Float[Tensor, "b d"], gradients: Mapping[str, Float[Tensor, "b _"]]) -> None:
+        """Add the products of the per-example gradients of several vectors."""
+        for name, gradient in gradients.items():
+            self._add(out, name, gradient)
+
     def add_outer(
         self, out: Float[Tensor, "b d"], name: str, left: Float[Tensor, "b t r"], right: Float[Tensor, "b t c"]
     ) -> None:

@@ -141,7 +141,7 @@ class GradientSketcher:
             return sink.add
 
         losses = self._capture(batch, begin)
-        return sink.out, losses
+        return sink.result(), losses
 
     def _check_finite(self, batch: Batch, values: Tensor, losses: Tensor) -> dict[int, str]:
         bad = ~(torch.isfinite(losses) & torch.isfinite(values.sum(1)))
@@ -198,7 +198,7 @@ def sketch_gradients(
 
 
 class _Sketches:
-    """Adds contributions up into sketches."""
+    """Adds contributions up into sketches; those of vectors, biases above all, together at the end."""
 
     def __init__(self, phi: ByParameter) -> None:
         self.phi = phi
@@ -206,9 +206,18 @@ class _Sketches:
     def begin(self, b: int, like: Tensor) -> None:
         dtype = widened(like.dtype)
         self.out = torch.zeros(b, self.phi.d, dtype=dtype, device=like.device)
+        self.vectors: dict[str, Tensor] = {}
 
     def add(self, name: str, contribution: Contribution, rows: slice) -> None:
-        contribution.sketch(self.phi, name, self.out[rows])
+        formed = contribution.formed() if len(self.phi.shapes[name]) == 1 and rows == slice(None) else None
+        if formed is None:
+            contribution.sketch(self.phi, name, self.out[rows])
+        else:
+            self.vectors[name] = self.vectors[name] + formed if name in self.vectors else formed
+
+    def result(self) -> Tensor:
+        self.phi.add_vectors(self.out, self.vectors)
+        return self.out
 
 
 class _Formed:
@@ -227,6 +236,9 @@ class _Formed:
         shape = self.shapes[name]
         first = shape[0] if len(shape) > 1 else 1
         self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)
+
+    def result(self) -> Tensor:
+        return self.out
 
 
 def _tensors_of(
