@@ -1,5 +1,8 @@
 """The kernel for CPUs gives what torch gives, whatever the shapes, and steps back where it must."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -149,3 +152,42 @@ def test_a_first_use_under_autocast_is_no_fault_of_the_kernel(monkeypatch):
     tiling, (left, right, _) = build((40, 70), 256), numbers((40, 70), 2, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tiling.is_fused(torch.zeros(2, 256), left, right)
+
+
+VECTORS = {"one": (1,), "bias": (7,), "norm": (300,), "long": (5000,), "matrix": (4, 6)}
+
+
+def vectors(b):
+    torch.manual_seed(1)
+    return {name: torch.randn(b, *shape) for name, shape in VECTORS.items() if len(shape) == 1}
+
+
+def sketched(phi, gradients):
+    out = torch.zeros(len(next(iter(gradients.values()))), phi.d)
+    phi.add_vectors(out, gradients)
+    return out
+
+
+@pytest.mark.parametrize("layout_d", [None, 4096])
+@pytest.mark.parametrize("d", [1, 64, 700, 4096])
+def test_vectors_of_many_parameters_in_one_call(d, layout_d):
+    phi, gradients = gs.BlockSum(VECTORS, d, layout_d=layout_d), vectors(5)
+    wanted = torch.zeros(5, d)
+    for name, gradient in gradients.items():
+        by_torch(lambda: phi.add_gradient(wanted, name, gradient))  # noqa: B023
+    found = sketched(phi, gradients)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
+    alone = torch.cat([sketched(phi, {name: g[i : i + 1] for name, g in gradients.items()}) for i in range(5)])
+    assert torch.equal(found, alone)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda phi: pickle.loads(pickle.dumps(phi))])
+def test_a_used_sketch_can_be_copied(copied):
+    phi, gradients = gs.BlockSum(VECTORS, 64), vectors(2)
+    left, right, _ = numbers((4, 6), 2, 3)
+    wanted = sketched(phi, gradients)
+    phi.add_outer(wanted, "matrix", left, right)
+    other = copied(phi)
+    found = sketched(other, gradients)
+    other.add_outer(found, "matrix", left, right)
+    assert torch.equal(found, wanted)

@@ -73,7 +73,7 @@ class FusedTiles:
             return False
         one_hot = left.ndim == 2
         sides = tuple(_layout(side) for side in (self._rows, self._columns))
-        variant = *sides, self._groups, self._sums.kept, self._sums.layout_d, one_hot
+        variant = *sides, self._groups, _added(self._sums), one_hot
         return trusted("tiles", out.new_empty(0), variant, lambda: self._error(one_hot))
 
     def add(self, out: Float[Tensor, "b d"], left: Factor, right: Factor) -> None:
@@ -113,7 +113,7 @@ class FusedTiles:
             products = torch.einsum("kbtr,kbtc->bkrc", *sides).flatten(1)
             self._sums.add(wanted, products if self._order is None else products[:, self._order.long()])
         self.add(found, index.view(b, t) if one_hot else left.view(b, t, -1), right.view(b, t, -1))
-        return float((found - wanted).norm() / wanted.norm())
+        return _relative(found, wanted)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class VectorMap:
         with torch.autocast("cpu", enabled=False):
             self.sums.add(wanted, self.sign * self.side.transform(x))
         FusedVectors([self]).add(found, [x])
-        return float((found - wanted).norm() / wanted.norm())
+        return _relative(found, wanted)
 
 
 class FusedVectors:
@@ -250,7 +250,16 @@ def _layout(side: Side) -> tuple[int, int, int]:
 
 
 def _variant(vectors: VectorMap) -> Hashable:
-    return _layout(vectors.side), vectors.sums.kept, vectors.sums.layout_d
+    return _layout(vectors.side), _added(vectors.sums)
+
+
+def _added(sums: Sums) -> tuple[int, int, int]:
+    return sums.kept, sums.layout_d, sums.d
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """Return the relative error; the prefix of a sketch may be zeros."""
+    return float((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))
 
 
 def _takes(out: Tensor) -> bool:

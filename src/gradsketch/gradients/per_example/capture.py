@@ -179,7 +179,8 @@ class Capture:
         return losses
 
     def _random_states(self) -> list[Tensor]:
-        devices = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
+        with torch._C.DisableTorchFunction():  # to ask each tensor for its device would be intercepted
+            devices = {tensor.device for tensor in self.tensors.values() if tensor.is_cuda}
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
     # One attempt to capture a batch.
