@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -27,15 +28,18 @@ UNKNOWN: Final = -2
 _TAG = "_gradsketch_axis"
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, also those in lists and tuples."""
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors among arguments, also those in lists and tuples."""
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from tensors_in(value)
+            found.append(value)
+        elif isinstance(value, (tuple, list)):  # a union takes twice as long, at every function
+            found += tensors_in(value)
+    return found
 
 
+@lru_cache(maxsize=4096)
 def function_name(func: Any) -> str:
     """Return a torch function's plain name: "add" for ``Tensor.__iadd__``, "mT" for the property of that name."""
     name = getattr(func, "__name__", "")
@@ -79,8 +83,12 @@ class Provenance:
         if args and isinstance(args[0], Tensor) and (result is args[0] or name == "setitem"):
             self._wrote(name, args, kwargs)
             return
-        results = [t for t in tensors_in((result,)) if not any(t is a for a in tensors_in(args))]
-        given = list(tensors_in((*args, *kwargs.values()))) if results else []
+        results = tensors_in((result,))
+        if not results:
+            return
+        by_place = tensors_in(args)
+        results = [t for t in results if not any(t is a for a in by_place)]
+        given = by_place + tensors_in(kwargs.values()) if kwargs else by_place
         for position, tensor in enumerate(results):
             self._tag(tensor, self._of_result(name, func, args, kwargs, given, tensor, position, len(results)))
 
@@ -119,7 +127,7 @@ class Provenance:
             return
         after = UNKNOWN
         if name in _ELEMENTWISE:
-            after = _elementwise(self, self._relevant([target, *others]), target)
+            after = _elementwise(self, self._relevant([t for t in (target, *others) if self.axis(t) != SHARED]), target)
         if after != before and (after == UNKNOWN or target._is_view()):
             self._written.add(self._memory(target))
         self._tag(target, after)
@@ -135,9 +143,12 @@ class Provenance:
         position: int,
         count: int,
     ) -> Axis:
-        if name in _CONSTANT or all(self.axis(t) == SHARED for t in given):
+        examples = [t for t in given if self.axis(t) != SHARED]
+        if name in _CONSTANT or not examples:
             return SHARED
-        relevant = self._relevant(given[:3] if name == "scaled_dot_product_attention" else given)
+        if name == "scaled_dot_product_attention":
+            examples = [t for t in given[:3] if self.axis(t) != SHARED]
+        relevant = self._relevant(examples)
         if name in _ELEMENTWISE:
             return _elementwise(self, relevant, result)
         if not relevant or any(self.axis(t) == UNKNOWN for t in relevant):
@@ -147,9 +158,10 @@ class Provenance:
         handler = _HANDLERS.get(name)
         return UNKNOWN if handler is None else handler(self, name, args, kwargs, relevant, result)
 
-    def _relevant(self, given: list[Tensor]) -> list[Tensor]:
-        """Return the tensors that decide: those with gradients, else those of numbers, else all not shared."""
-        examples = [t for t in given if self.axis(t) != SHARED]
+    def _relevant(self, examples: list[Tensor]) -> list[Tensor]:
+        """Return the tensors that decide, of those not shared: with gradients, else of numbers, else all."""
+        if len(examples) < 2:
+            return examples
         numbers = [t for t in examples if t.is_floating_point()]
         return [t for t in numbers if t.requires_grad] or numbers or examples
 
@@ -224,6 +236,11 @@ def _stride_one(result: Tensor, size: int) -> Axis:
 
 def _elementwise(self: Provenance, relevant: list[Tensor], result: Tensor) -> Axis:
     """Broadcasting aligns dims from the right; a tensor of size 1 along the dim of examples decides nothing."""
+    if len(relevant) == 1:
+        axis = self.axis(relevant[0])
+        place = axis - relevant[0].ndim
+        same = axis >= 0 and -place <= result.ndim and result.shape[place] == relevant[0].shape[axis]
+        return result.ndim + place if same and self.multiple(result.shape[place]) else UNKNOWN
     found: set[int] = set()
     unknown = False
     for tensor in relevant:
@@ -408,7 +425,7 @@ def _einsum(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[
     if not isinstance(args[0], str):
         return UNKNOWN
     left, right = einsum_letters(args)
-    operands = list(tensors_in(args[1:]))
+    operands = tensors_in(args[1:])
     letters = {
         letter[self.axis(t)]
         for letter, t in zip(left, operands, strict=True)

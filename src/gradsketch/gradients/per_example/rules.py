@@ -551,7 +551,7 @@ def _expand(tap: Interception, func: Any, input: Tensor, *sizes: Any, **named: A
 
 def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other function whose dim of examples is known: run again on each example alone."""
-    given = list(tensors_in((*args, *kwargs.values())))
+    given = tensors_in((*args, *kwargs.values()))
     others = [t for t in given if not tap.chosen(t)]
     if not tap.provenance.follows(func) or all(tap.axis(t) == SHARED for t in others):
         return NotImplemented
