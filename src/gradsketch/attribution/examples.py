@@ -85,14 +85,8 @@ def fields(example: Any) -> tuple[str | None, dict[str, Any]]:
     if isinstance(example, str):
         return None, {"text": example}
     if isinstance(example, Mapping):
-        id_, ids = example.get("id"), example.get("input_ids")
-        tokens = None if ids is None else len(ids)
-        columns = {
-            (_RENAMED + str(name) if name in RESERVED else str(name)): _plain(value)
-            for name, value in example.items()
-            if name != "id" and not is_input(name, value, tokens) and _is_plain(value)
-        }
-        return (None if id_ is None else str(id_)), columns
+        id_ = example.get("id")
+        return (None if id_ is None else str(id_)), _columns(example)
     if isinstance(example, tuple | list) and len(example) == 2:
         first, second = example
         if isinstance(first, str) and isinstance(second, str):
@@ -103,16 +97,36 @@ def fields(example: Any) -> tuple[str | None, dict[str, Any]]:
     return None, {}
 
 
+def _columns(example: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the metadata of a dict, by column; those that a store has itself are renamed."""
+    ids, columns = example.get("input_ids"), dict[str, Any]()
+    tokens = None if ids is None else len(ids)
+    for name, value in example.items():
+        if name == "id" or is_input(name, value, tokens) or not _is_plain(value):
+            continue
+        column = _RENAMED + str(name) if name in RESERVED else str(name)
+        if column in columns:
+            raise InputError(f"a row with two fields for the column {column!r}", "one of them", "Rename or drop the other")
+        columns[column] = _plain(value)
+    return columns
+
+
 def rebuild(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a stored row as an example a task can read again, or None where it was not made of plain values."""
     names = {"text", "prompt", "source", "messages"} & set(record)
     if not any(record[name] is not None for name in names):
         return None
     return {
-        name.removeprefix(_RENAMED): value
+        _own_name(name): value
         for name, value in record.items()
         if value is not None and name not in ("id", "loss", "gradient_norm")
     }
+
+
+def _own_name(column: str) -> str:
+    """Return what the data calls a column; a name of its own may begin as those that were renamed do."""
+    name = column.removeprefix(_RENAMED)
+    return name if name in RESERVED else column
 
 
 def display(record: Mapping[str, Any]) -> tuple[str | None, str | None]:

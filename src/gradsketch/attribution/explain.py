@@ -7,6 +7,7 @@ gradient that flows through the token's place in the layers (:mod:`gradsketch.at
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from gradsketch.as_found import evaluating
 from gradsketch.attribution.checkpoints import Checkpoint, weights_of
 from gradsketch.attribution.description import Description, sketch_for
-from gradsketch.attribution.examples import rebuild
+from gradsketch.attribution.examples import fields, rebuild
 from gradsketch.attribution.gates import token_products
 from gradsketch.attribution.predictions import prediction_products
 from gradsketch.attribution.rerank import Reranker
@@ -35,6 +36,8 @@ from gradsketch.gradients.tasks.pieces import Piece, decoded
 from gradsketch.store import Store
 
 __all__ = ["Aim", "asked_again", "exact_aims", "explain_hits", "first_rows", "sketched_aims", "training_examples"]
+
+_OWN_DATA = "Pass the data that the index was built of, in its order"
 
 
 def asked_again(hits: Hits) -> tuple[list[Any], list[list[int]]]:
@@ -54,16 +57,37 @@ def training_examples(store: Store, rows: Sequence[int], data: Any) -> dict[int,
     """Return examples by row: from the data, or as the index holds them.
 
     Raises:
-        InputError: an example that is not a text, without the data.
+        InputError: an example that is not a text, without the data; data that is not the index's.
     """
+    if data is not None and len(data) != store.rows:
+        raise InputError(f"data of {len(data):,} rows", f"the {store.rows:,} rows of the index", _OWN_DATA)
     examples: dict[int, Any] = {}
     for row, record in zip(rows, store.records(list(rows)), strict=True):
+        if data is not None:
+            _require_same(row, data[row], record)
         examples[row] = data[row] if data is not None else rebuild(record)
         if examples[row] is None:
             raise InputError(
                 f"row {row}, whose example is not a text that the index holds", "the training data", "Pass data=..."
             )
     return examples
+
+
+def _require_same(row: int, example: Any, record: Mapping[str, Any]) -> None:
+    """Refuse an example whose id, text or other metadata is not what the index holds of its row."""
+    id_, columns = fields(example)
+    came = {**columns, "id": str(row) if id_ is None else id_}
+    other = [name for name, value in came.items() if not _equal(value, record.get(name))]
+    if other:
+        raise InputError(
+            f"data whose row {row} is not that of the index: its {other[0]} is {str(came[other[0]])[:80]!r}",
+            f"{str(record.get(other[0]))[:80]!r}",
+            _OWN_DATA,
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(a == b) or json.dumps(a, default=str) == json.dumps(b, default=str)  # NaN is not NaN
 
 
 @dataclass(frozen=True)

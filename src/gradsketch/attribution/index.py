@@ -40,7 +40,14 @@ from gradsketch.attribution.results import Cost, Hits, SelfInfluence
 from gradsketch.attribution.scan import every_score
 from gradsketch.attribution.scores import kind_of
 from gradsketch.attribution.scoring import DAMPING, Scorer, both_ends, bytes_read
-from gradsketch.attribution.select import Budget, Selection, chosen_rows, described_rows, target_scores
+from gradsketch.attribution.select import (
+    Budget,
+    Selection,
+    chosen_rows,
+    data_digest,
+    described_rows,
+    target_scores,
+)
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.gradients.factors.factors import Factors
@@ -317,6 +324,7 @@ class Index:
             harmful: the rows that harm the targets most instead.
             aggregate: "mean" or "max" over the targets, or "rank": the mean place among all rows.
             alike: a row is passed over where the cosine of its gradient with a chosen one's is above this; None: never.
+                Copies of a harmful row harm as it does, and are chosen too.
             score: "ridge" (default), "influence", "cosine" or "dot".
             damping: see ``query``.
             batch_tokens: tokens a batch of targets.
@@ -338,7 +346,7 @@ class Index:
         sign = -1 if harmful else 1
         values = target_scores(scorer.probes(queries, kind, damping), aggregate, sign)
         store = scorer.stores[0]
-        found, copies = chosen_rows(store, sign * values, budget, alike=alike)
+        found, copies = chosen_rows(store, sign * values, budget, alike=None if harmful else alike)
         ids, lengths = described_rows(store, found)
         return Selection(
             rows=tuple(found),
@@ -351,6 +359,8 @@ class Index:
             aggregate=aggregate,
             score=kind.described(scorer.damping(kind, damping)),
             harmful=harmful,
+            data=data_digest(store),
+            shard_rows=store.manifest.shard_rows,
         )
 
     def explain(

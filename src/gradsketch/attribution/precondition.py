@@ -30,6 +30,7 @@ EXACT_SIZE = 16_384
 LOW_RANK = 1024
 _DAMPINGS = tuple(10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 _SAMPLE_ROWS = 2048
+_SMALLEST, _LARGEST = 1e-15, 1e15
 
 
 class _Solver(ABC):
@@ -74,13 +75,20 @@ def fit_preconditioner(
     Raises:
         InputError: damping is not positive or too small to invert F, or there are no rows with a gradient.
     """
-    if not (damping > 0 and math.isfinite(damping)):
+    if not (isinstance(damping, int | float) and damping > 0 and math.isfinite(damping)):
         raise InputError(f"damping={damping}", "a positive number", 'Pass damping=0.1, or damping="auto"')
     rows = RowMatrix(store, unit_length)
     size = min(rows.count, store.d)
     mean = rows.squared_norm / rows.count / size if rows.count else 0.0
     if mean == 0:
         raise InputError(f"{store!r} without a gradient", "rows of non-zero gradients", 'Use score="dot"')
+    length = math.sqrt(rows.squared_norm / rows.count)
+    if not _SMALLEST <= length <= _LARGEST:
+        raise InputError(
+            f"gradients of length {length:.3g}, as a root mean square",
+            f"{_SMALLEST:g} to {_LARGEST:g}: float32 does not hold the squares of others",
+            'Pass score="ridge", which compares directions, or leave out rows of an extreme gradient_norm',
+        )
     moments = moments_of(rows, exact_size=exact_size, rank=rank)
     return Preconditioner(_solver(rows, moments, damping * mean), rows.count, damping, mean, moments.method)
 

@@ -144,7 +144,7 @@ def as_sketched(sketches: Any, losses: Any, count: int, d: int) -> Sketched:
         InputError: they are not [count, d] and [count].
         NonFiniteError: one is not finite.
     """
-    rows, values = (torch.tensor(np.asarray(x), dtype=torch.float32) for x in (sketches, losses))
+    rows, values = (_float32(x) for x in (sketches, losses))
     if count < 1 or rows.shape != (count, d) or values.shape != (count,):
         raise InputError(
             f"sketches {list(rows.shape)} and losses {list(values.shape)} of {count} examples",
@@ -154,6 +154,12 @@ def as_sketched(sketches: Any, losses: Any, count: int, d: int) -> Sketched:
     if not (torch.isfinite(rows).all() and torch.isfinite(values).all()):
         raise NonFiniteError("a sketch or a loss that is not finite", "finite numbers", "Leave such examples out")
     return Sketched(rows, values, {})
+
+
+def _float32(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach().to("cpu", torch.float32)
+    return torch.tensor(np.asarray(array), dtype=torch.float32)
 
 
 _name = "query {}".format

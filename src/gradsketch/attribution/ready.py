@@ -12,6 +12,7 @@ from gradsketch.attribution.examples import fields
 from gradsketch.attribution.index import Index
 from gradsketch.attribution.parts import digest_of
 from gradsketch.attribution.queries import as_sketched
+from gradsketch.gradients.fingerprints import digest
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows
 from gradsketch.store.folder import open_folder
@@ -54,7 +55,8 @@ def index_sketches(
     description = Description(sketch.d, sketch.seed, sketch.names, (stored,), "sketches")
     if not folder.write(MANIFEST_NAME, description.to_json().encode(), replace=False):
         description.require_same(Description.read(folder), folder.uri)
-    facts = {**sketch_facts(sketch), "data": {"rows": rows, "content": digest_of(examples, 0, rows)}}
+    content = {"rows": rows, "content": digest_of(examples, 0, rows), "sketches": digest([found.sketches, found.losses])}
+    facts = {**sketch_facts(sketch), "data": content}
     shape = Manifest(sketch.d, rows, default_shard_rows(rows, sketch.d, dtype), dtype, facts)
     store = Store.create(folder.child(stored.folder), shape)
     for start, count in store.unfinished():

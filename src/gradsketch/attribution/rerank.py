@@ -42,6 +42,8 @@ __all__ = ["Exact", "Reranker", "exact_named", "is_exact"]
 # Entries of questions' directions that are held at once.
 _HELD = 1 << 28
 _EXAMPLES = 8  # a batch of second derivatives
+# By so much, and so much of itself, may a loss differ from the one that was stored: half precision in another batch.
+_SAME_LOSS = 0.05
 
 Advance = Callable[[int], Any]
 Make = Callable[[nn.Module, Task, Sequence[Any], Parameters, float, Advance], LinearMap]
@@ -162,7 +164,7 @@ class Reranker:
                     for start in range(0, len(groups), step):
                         part = slice(start, start + step)
                         along = Directions(parameters.shapes, self._directions(groups[part], parameters, inverse))
-                        products = self._products(along, candidates[part], examples, bar.update)
+                        products = self._products(along, candidates[part], examples, bar.update, number)
                         scores[part] += checkpoint.weight / self.store.rows * products
         return scores.masked_fill(candidates < 0, -torch.inf)
 
@@ -227,7 +229,12 @@ class Reranker:
             return inverse(torch.stack(means))
 
     def _products(
-        self, along: Directions, candidates: Int64[Tensor, "m c"], examples: Mapping[int, Any], advance: Advance
+        self,
+        along: Directions,
+        candidates: Int64[Tensor, "m c"],
+        examples: Mapping[int, Any],
+        advance: Advance,
+        number: int,
     ) -> Float[Tensor, "m c"]:
         """Return ⟨direction, gradient⟩ of every group with each of its candidates; one backward pass a candidate."""
         rows, places = candidates.unique(return_inverse=True)
@@ -238,10 +245,28 @@ class Reranker:
             return f"row {numbers[place]}"
 
         read, lengths = read_all(self.task, [examples[row] for row in numbers], name)
-        products = source(read, lengths, advance, name).sketches.T
+        found = source(read, lengths, advance, name)
+        if number == 0:
+            self._require_same_losses(numbers, found.losses)
+        products = found.sketches.T
         self._hold(along, products[:, 0], examples[numbers[0]], name(0))
         none = products.new_zeros(len(products), len(rows) - len(numbers))  # the place of −1, which comes first
         return torch.cat([none, products], 1).gather(1, places)
+
+    def _require_same_losses(self, rows: Sequence[int], losses: Float[Tensor, " rows"]) -> None:
+        """Refuse examples that do not have the losses with which their rows were indexed: they are others.
+
+        Raises:
+            InputError: they are.
+        """
+        stored = torch.tensor([record["loss"] for record in self.store.records(rows)])
+        apart = (losses - stored).abs() > _SAME_LOSS * torch.maximum(losses.abs(), stored.abs()) + _SAME_LOSS
+        for place in apart.nonzero()[:1, 0].tolist():
+            raise InputError(
+                f"an example of row {rows[place]} whose loss is {float(losses[place]):.4g}",
+                f"{float(stored[place]):.4g}, with which it was indexed",
+                "Pass the data that the index was built of, in its order",
+            )
 
     def _hold(self, along: Directions, products: Float[Tensor, " m"], example: Any, name: str) -> None:
         """Hold one candidate's products, which come from layers' factors, against those with its whole gradient."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from gradsketch.errors import NonFiniteError
 from gradsketch.store import Shard, Store
 from gradsketch.store.encoding import stored_count, turned, unpacked
 from gradsketch.transforms.precision import full_precision
@@ -122,15 +123,23 @@ def _combined(
 ) -> Float[Tensor, "m rows"]:
     """Weighted sum over checkpoints of the scores of a shard's rows, or of some of them."""
     total: Tensor | None = None
+    usable = torch.ones((), dtype=torch.bool)
     for probe, shard in zip(probes, shards, strict=True):
         stored = shard.sketches if places is None else shard.sketches[places]
         factors = _factors(probe, shard) if places is None else _factors(probe, shard)[places]
+        usable = usable & torch.isfinite(factors)
         out = torch.empty(len(probe.directions), len(stored))
         for at, product in _products(stored, shard.dtype, probe.directions, width):
             out[:, at] = product
         out *= factors * probe.weight
         total = out if total is None else total.add_(out)
     assert total is not None
+    if bool((usable & ~torch.isfinite(total)).any()):
+        raise NonFiniteError(
+            f"a score of rows {shards[0].start} to {shards[0].start + shards[0].count - 1} beyond what float32 holds",
+            "products of gradients below 3e38",
+            'Pass score="cosine" or "ridge", which compare directions, or leave out rows of such a gradient_norm',
+        )
     return total
 
 

@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradsketch.attribution.parts import digest_of
 from gradsketch.attribution.results import Score
 from gradsketch.attribution.scan import Probe, every_score, scan
 from gradsketch.durable import written_whole
 from gradsketch.errors import InputError
+from gradsketch.gradients.fingerprints import digest
 from gradsketch.report.numbers import ranked_figure
 from gradsketch.results import Result
 from gradsketch.store import Store
@@ -28,7 +30,7 @@ from gradsketch.table import aligned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["AGGREGATES", "Budget", "Selection", "chosen_rows", "described_rows", "target_scores"]
+__all__ = ["AGGREGATES", "Budget", "Selection", "chosen_rows", "data_digest", "described_rows", "target_scores"]
 
 AGGREGATES = ("mean", "max", "rank")
 # Rows compared with all chosen ones at a time, to find copies.
@@ -64,7 +66,8 @@ class Selection(Result):
 
     ``rows`` are their places in the data, ``ids`` their names, ``values`` their scores and ``tokens`` their lengths.
     ``copies`` counts rows that were passed over because a chosen one is alike. ``of`` is how many rows were scored, for
-    how many ``targets``. A score says which rows to try first; what training on them brings, only training shows.
+    how many ``targets``. ``data`` is a hash of the indexed data, ``shard_rows`` at a time; "" where that is not known.
+    A score says which rows to try first; what training on them brings, only training shows.
     """
 
     rows: tuple[int, ...]
@@ -77,6 +80,8 @@ class Selection(Result):
     aggregate: str
     score: Score
     harmful: bool
+    data: str = ""
+    shard_rows: int = 1
 
     def summary(self) -> str:
         total = float(self.tokens.nansum())
@@ -106,12 +111,30 @@ class Selection(Result):
             raise InputError(
                 f"data of {len(data):,} rows", f"the {self.of:,} rows of the index", "Pass the data it was built of"
             )
+        self._require_same(data)
         chosen = set(self.rows)
         with written_whole(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
             for place in range(len(data)):
                 if (place in chosen) != drop:
                     file.write(_line(data[place], place))
         return Path(path)
+
+
+    def _require_same(self, data: Sequence[Any]) -> None:
+        starts = range(0, self.of, self.shard_rows) if self.data else ()
+        found = [digest_of(data, start, min(self.shard_rows, self.of - start)) for start in starts]
+        if self.data and digest(found) != self.data:
+            raise InputError(
+                "data of another content or order than the index's",
+                "the data that the index was built of, whose places the chosen rows are",
+                "Pass that data, or take selection.rows and write them yourself",
+            )
+
+
+def data_digest(store: Store) -> str:
+    """Return a hash of the data behind a store, or nothing where rows or their hashes are missing."""
+    digests = [store.shard(start, count).digest for start, count in store.ranges()]
+    return digest(digests) if all(digests) and not store.rows_missing else ""
 
 
 def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Float[Tensor, " rows"]:

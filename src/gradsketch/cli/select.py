@@ -23,7 +23,8 @@ __all__ = ["COMMAND", "SelectOptions"]
 class SelectOptions:
     """Choose the training rows that help a target set, or leave out those that harm it.
 
-    A copy of a row that was chosen is passed over. Rows are written as they stand in the data.
+    Copies of a row that helps are passed over; of rows that harm they count too. Rows are written as they stand in the
+    data.
 
     Example: gradsketch select runs/facts --for target.jsonl --keep 5% --out kept.jsonl
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradsketch.errors import InputError
 from gradsketch.reading.lines import json_lines, refuse_other_text
-from gradsketch.reading.rows import FileRows, Row, as_row, bad_row
+from gradsketch.reading.rows import FileRows, Row, as_row, bad_row, each_key_once
 from gradsketch.reading.sources import Source, whole
 
 __all__ = ["TextFiles", "json_document"]
@@ -47,7 +47,7 @@ class TextFiles(FileRows):
     def read(self, i: int) -> Row:
         source = self._sources[i]
         try:
-            text = b"".join(source.pieces()).decode("utf-8")
+            text = b"".join(source.pieces()).decode("utf-8-sig")
         except (OSError, ValueError) as error:
             raise bad_row(self.where(i), error) from error
         return {"text": text.replace("\r\n", "\n"), "path": source.name.partition("/")[2] or source.name}
@@ -65,10 +65,14 @@ def json_document(source: Source) -> FileRows:
     refuse_other_text(source)
     if _holds_lines(source):
         return json_lines(source)
-    values = whole(source.name, lambda: json.loads(b"".join(source.pieces()).decode("utf-8-sig")))
+    values = whole(source.name, lambda: _parsed(b"".join(source.pieces())))
     if not isinstance(values, list):
         raise InputError(f"{source.name} holds a {type(values).__name__}", "a list of objects", "Write it as .jsonl")
     return _List(source, values)
+
+
+def _parsed(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8-sig"), object_pairs_hook=each_key_once)
 
 
 def _holds_lines(source: Source) -> bool:

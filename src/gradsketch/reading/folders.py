@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,15 +67,39 @@ def found(place: str) -> tuple[list[Source], bool]:
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not any(match.is_file() for match in matches):
         raise InputError(f"the data {place!r} matches no file", "a glob that does", "Check the path")
-    return [local(match, str(match)) for match in matches if match.is_file()], False
+    base = _fixed_part(place)
+    return [local(match, str(match.relative_to(base))) for match in matches if match.is_file()], False
+
+
+def _fixed_part(pattern: str) -> Path:
+    """Return the folders of a glob that hold no magic, but for the last of them, which stands in names as a folder's."""
+    parts = Path(pattern).expanduser().parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[: max(0, fixed - 1)])
 
 
 def _under(folder: Path) -> list[tuple[str, Path]]:
-    named = sorted((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*"))
+    named = sorted((file.relative_to(folder).as_posix(), file) for file in _inside(folder))
     for name, file in named:
         if file.is_symlink() and not file.exists() and file.suffix.lower() in DATA_KINDS:
             raise InputError(f"{folder.name}/{name} is a link to nothing", "the file", "Fetch it, or remove the link")
     return [(name, file) for name, file in named if file.is_file() and not _is_hidden(name)]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder, also behind links to folders elsewhere."""
+    for path, folders, files in os.walk(folder, followlinks=True):
+        here = Path(path)
+        folders[:] = [name for name in folders if not _leads_back(here / name, folder)]
+        yield from (here / name for name in (*folders, *files))
+
+
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Whether a path is a link to what is walked through already: what is in the folder, or a place above the link."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return target.is_relative_to(folder.resolve()) or any(p.resolve().is_relative_to(target) for p in path.parents)
 
 
 def _is_hidden(name: str) -> bool:
@@ -203,7 +228,14 @@ def saved_to_disk(place: str, sources: Iterable[Source], split: str | None) -> l
     state = by_name.get(f"{inside}state.json")
     if state is None or f"{inside}dataset_info.json" not in by_name:
         return None
-    names = [f"{inside}{file['filename']}" for file in _json(state)["_data_files"]]
+    found = _json(state)
+    if found.get("_indices_data_files") or found.get("_indices_files"):
+        raise InputError(
+            f"{place!r}, saved with a list of the rows that count, as datasets did before version 2",
+            "rows that lie as they count",
+            "Load it with datasets.load_from_disk and save it again",
+        )
+    names = [f"{inside}{file['filename']}" for file in found["_data_files"]]
     missing = next((name for name in names if name not in by_name), None)
     if missing is not None:
         raise InputError(f"{place!r} without its file {missing}", "all files that save_to_disk wrote", "Save it again")

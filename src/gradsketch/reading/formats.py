@@ -10,6 +10,7 @@ from gradsketch.errors import InputError
 __all__ = ["FORMATS", "refuse_unmapped"]
 
 _SYSTEM = "system"
+_WEIGHTS = ("weight", "train", "training")  # by which a turn says whether the assistant is to learn it
 # Who speaks in ShareGPT, and in the turns of Vicuna, OpenOrca, Hermes and Glaive that follow it.
 _ROLES = {
     "human": "user",
@@ -47,7 +48,7 @@ def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
             "conversations, a list of {from, value}",
             "Name another --format, or none",
         )
-    turns = [_turn(_role(turn), _text(turn, "value")) for turn in found]
+    turns = [{**_turn(_role(turn), _text(turn, "value")), **_weights(turn)} for turn in found]
     rest = {name: value for name, value in row.items() if name not in ("conversations", _SYSTEM)}
     return {**rest, "messages": [*_system(row), *turns]}
 
@@ -83,6 +84,11 @@ def refuse_unmapped(example: Any) -> None:
 
 def _turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def _weights(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that say whether a turn counts."""
+    return {name: turn[name] for name in _WEIGHTS if turn.get(name) is not None}
 
 
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from gradsketch.errors import InputError
 from gradsketch.reading.blocks import Block, BlockRows
 from gradsketch.reading.marks import Marks, mark_lines, newlines, not_blank
-from gradsketch.reading.rows import Row, as_row, bad_row
+from gradsketch.reading.rows import Row, as_row, bad_row, each_key_once
 from gradsketch.reading.sources import Source, local, room_for, whole
 
 __all__ = ["LineBlock", "TextRows", "json_lines", "refuse_other_text", "text_lines"]
@@ -127,7 +127,7 @@ def text_lines(source: Source) -> TextRows:
 
 
 def _json_row(line: str) -> Row:
-    return as_row(json.loads(line))
+    return as_row(json.loads(line, object_pairs_hook=each_key_once))
 
 
 def _text_row(line: str) -> Row:

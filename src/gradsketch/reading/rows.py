@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from gradsketch.errors import InputError
 
-__all__ = ["FileRows", "Row", "as_row", "bad_row", "rows_or_errors"]
+__all__ = ["FileRows", "Row", "as_row", "bad_row", "each_key_once", "rows_or_errors"]
 
 Row = dict[str, Any]
 _ITERATED = 256  # rows read at once by who iterates
@@ -96,6 +96,19 @@ def _sound(row: Row | InputError) -> Row:
     if isinstance(row, InputError):
         raise row
     return row
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of some JSON, for ``json.loads(…, object_pairs_hook=…)``.
+
+    Raises:
+        ValueError: it has a key twice, of which a parser would take the last without a word.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object with two values of {next(key for key in keys if keys.count(key) > 1)!r}")
+    return found
 
 
 def as_row(value: Any) -> Row:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 
-from gradsketch.errors import InputError
+from gradsketch.errors import InputError, StoreError
 from gradsketch.reading.connection import hub_reached, reached
 
 __all__ = ["PACKINGS", "READ_ERRORS", "Source", "filesystem_of", "local", "room_for", "spooled", "whole"]
@@ -43,6 +43,7 @@ class Source:
     name: str
     size: int
     kept: Any = field(default=None, repr=False, compare=False)  # what deletes a temporary file when it is let go of
+    changed: int | None = None  # when a local file was written last, in nanoseconds
 
     @property
     def packing(self) -> str | None:
@@ -56,8 +57,29 @@ class Source:
         return (PurePosixPath(name.stem) if self.packing else name).suffix.lower()
 
     def open(self) -> pa.NativeFile:
-        """Open its bytes, as they lie, at any place."""
+        """Open its bytes, as they lie, at any place.
+
+        Raises:
+            StoreError: it has changed since it was found. Where its rows begin is known from then.
+        """
+        self.require_unchanged()
         return self.filesystem.open_input_file(self.path)
+
+    def require_unchanged(self) -> None:
+        """Refuse a local file that was written to, or replaced, since it was found.
+
+        Raises:
+            StoreError: it was.
+        """
+        if self.changed is None:
+            return
+        found = Path(self.path).stat()
+        if (found.st_size, found.st_mtime_ns) != (self.size, self.changed):
+            raise StoreError(
+                f"{self.name} has changed while it was read",
+                "a file that stays as it is until the work is done",
+                "Run the same command again; what is finished is compared with the data as it is then",
+            )
 
     def pieces(self, start: int = 0) -> Iterator[bytes]:
         """Yield its content from byte ``start`` on, unpacked.
@@ -94,7 +116,10 @@ def _read(file: pa.NativeFile) -> Iterator[bytes]:
 
 def local(path: Path, name: str | None = None) -> Source:
     """Return a file on this machine."""
-    return Source(pyarrow.fs.LocalFileSystem(), str(path), name or path.name, path.stat().st_size)
+    found = path.stat()
+    return Source(
+        pyarrow.fs.LocalFileSystem(), str(path), name or path.name, found.st_size, changed=found.st_mtime_ns
+    )
 
 
 def filesystem_of(uri: str) -> tuple[pa.fs.FileSystem, str]:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from gradsketch.errors import InputError
 from gradsketch.reading.blocks import Block, BlockRows
-from gradsketch.reading.rows import Row
+from gradsketch.reading.rows import Row, bad_row
 from gradsketch.reading.sources import Source, whole
 
 __all__ = ["arrow", "parquet", "python_rows"]
@@ -31,7 +31,17 @@ class _Batch(Block):
         self._source, self._batch = source, batch
 
     def rows(self, start: int, stop: int) -> list[Row | InputError]:
-        return list(python_rows(self._batch.slice(start, stop - start)))
+        try:
+            return list(python_rows(self._batch.slice(start, stop - start)))
+        except (ValueError, pa.ArrowException):  # a row among them is bad: which one shows alone
+            return [self._alone(j) for j in range(start, stop)]
+
+    def _alone(self, j: int) -> Row | InputError:
+        try:
+            (row,) = python_rows(self._batch.slice(j, 1))
+        except (ValueError, pa.ArrowException) as error:
+            return bad_row(self.place(j), error)
+        return row
 
     def place(self, j: int) -> str:
         return f"{self._source.name}, row {self.first + j + 1}"
@@ -118,6 +128,7 @@ def _batches(source: Source, kind: type[BlockRows]) -> tuple[list[int], list[str
 
 def _mapped(source: Source) -> Any:
     """Open a file so that what is passed over is not read, where that can be."""
+    source.require_unchanged()
     is_local = isinstance(source.filesystem, pyarrow.fs.LocalFileSystem)
     return pa.memory_map(source.path) if is_local else source.open()
 

@@ -203,6 +203,7 @@ def _prompt_and_answer(example: Any) -> tuple[str, str]:
     if isinstance(example, tuple | list) and len(example) == 2 and all(isinstance(part, str) for part in example):
         return example[0], example[1]
     if isinstance(example, Mapping):
+        _refuse_two_readings(example)
         answer = example.get("answer", example.get("completion"))
         if isinstance(example.get("prompt"), str) and isinstance(answer, str):
             return example["prompt"], answer
@@ -211,4 +212,21 @@ def _prompt_and_answer(example: Any) -> tuple[str, str]:
     refuse_unmapped(example)
     raise tokens.unknown_example(
         example, "a text, (prompt, answer), or a dict with text, prompt and answer, or messages"
+    )
+
+
+def _refuse_two_readings(row: Mapping[str, Any]) -> None:
+    """Refuse a row of two texts, either of which could be what the model learns."""
+    given = [name for name in ("text", "prompt", "answer", "completion") if isinstance(row.get(name), str)]
+    answers = [name for name in given if name in ("answer", "completion")]
+    if len({row[name] for name in answers}) > 1:
+        two, fix = answers, "Type --answer-column with the name of the one that is learned"
+    elif "prompt" in given and answers and "text" in given:
+        two, fix = ["text", f"prompt with {answers[0]}"], "Type --text-column text, or --prompt-column prompt"
+    else:
+        return
+    raise InputError(
+        f"a row with {' and '.join(two)}, either of which could be what the model learns",
+        "one of them",
+        f"{fix}, or drop the other",
     )

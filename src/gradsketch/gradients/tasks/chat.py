@@ -22,6 +22,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from itertools import accumulate
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from gradsketch.errors import InputError
@@ -144,7 +145,7 @@ class _Chat:
             InputError: nothing proves where they stand.
         """
         span = self._by_prefix(i) or self._by_end(i) or self._by_mark(i)
-        if span is None:
+        if span is None or self._ends_in_prompt(i, span):
             raise self._unproved(
                 f"turn {i + 1} of a conversation, which the chat template writes otherwise when more turns follow, or "
                 "without the prompt for generation that it names"
@@ -223,6 +224,21 @@ class _Chat:
             return None
         through = self.whole[: content.stop + len(alone[1])]
         return _Span(content.start, self._end(through, content.start))
+
+    def _ends_in_prompt(self, i: int, span: _Span) -> bool:
+        """Whether what follows the text of a turn ends as what stands before it: a prompt for generation, always written.
+
+        Of the first templates of Llama 3 some write it whether it was asked for or not.
+        """
+        before = self._try(self.conversation.messages[:i])
+        if before is None or self.whole[: span.start].rstrip() != before.rstrip():
+            return False
+        said = (self.conversation.messages[i].get("content") or "").strip()
+        after = self.whole[slice(*span)].rpartition(said)[2] if said else self.whole[slice(*span)]
+        shared = commonprefix([after.rstrip()[::-1], before.rstrip()[::-1]])[::-1]
+        for token in (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens):
+            shared = shared.replace(token, "")
+        return bool(shared.strip())
 
     def _marked(self, i: int, messages: Sequence[dict[str, Any]], name: str = "content") -> tuple[str, str] | None:
         """Return what the template writes before and after a text of a turn."""

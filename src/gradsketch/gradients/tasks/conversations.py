@@ -15,6 +15,7 @@ from gradsketch.errors import InputError
 __all__ = [
     "ASSISTANT",
     "SAID",
+    "WEIGHTS",
     "Conversation",
     "Turn",
     "Turns",
@@ -31,13 +32,15 @@ Turns = Literal["all", "last"]
 ASSISTANT = "assistant"
 # The fields of a turn whose texts are shown, in this order.
 SAID = ("reasoning_content", "content")
+# By which a turn says whether the assistant is to learn it, as OpenAI, Hermes and Axolotl write it.
+WEIGHTS = ("weight", "train", "training")
 _ANSWERS = ("answer", "completion")
 _WANTED = 'turns such as {"role": "user", "content": "Hi"}'
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of a row, of which those before ``first`` never count.
+    """The turns of a row, of which those before ``first`` never count, nor those in ``left_out``.
 
     ``tools`` and ``options`` (the row's ``chat_template_kwargs``) go to the template as they are.
     """
@@ -46,6 +49,7 @@ class Conversation:
     first: int = 0
     tools: Sequence[Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    left_out: frozenset[int] = frozenset()
 
     def counted(self, turns: Turns) -> list[int]:
         """Return the places of the assistant's turns that count: all, or the last.
@@ -53,7 +57,10 @@ class Conversation:
         Raises:
             InputError: there is none.
         """
-        found = [i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT and i >= self.first]
+        said = [i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT and i >= self.first]
+        found = [i for i in said if i not in self.left_out]
+        if said and not found:
+            raise InputError("a conversation whose turns of the assistant have all the weight 0", "one to learn", "Drop it")
         if not found:
             raise InputError(
                 f"a conversation of the roles {', '.join(dict.fromkeys(turn['role'] for turn in self.messages))}"
@@ -98,11 +105,13 @@ def conversation_of(example: Any) -> Conversation | None:
         return None
     _refuse_two_readings(example)
     lists = [_checked(example[name], name) for name in found]
+    turns = [turn for part in lists for turn in part]
     return Conversation(
-        [turn for turns in lists for turn in turns],
+        [{name: value for name, value in turn.items() if name not in WEIGHTS} for turn in turns],
         len(lists[0]) if len(lists) == 2 else 0,
         _tools(example.get("tools")),
         _options(example.get("chat_template_kwargs")),
+        frozenset(i for i, turn in enumerate(turns) if not _counts(turn, i)),
     )
 
 
@@ -227,6 +236,25 @@ def _text_of(part: Any, where: str) -> str:
         "text, which is all that this task reads",
         "Write the task as a function (model, batch) → losses [b] over what the processor makes of such turns",
     )
+
+
+def _counts(turn: Mapping[str, Any], place: int) -> bool:
+    """Whether a turn counts, by the weight of 0 or 1 that it may have; that of others than the assistant says nothing.
+
+    Raises:
+        InputError: the assistant's turn has another weight.
+    """
+    given = [(name, turn[name]) for name in WEIGHTS if name in turn]
+    if turn["role"] != ASSISTANT or not given:
+        return True
+    for name, value in given:
+        if value not in (0, 1):
+            raise InputError(
+                f"turn {place + 1} of a conversation with {name} {value!r}",
+                "0 (it does not count) or 1",
+                "Round or drop it: no task counts one turn more than another",
+            )
+    return all(value == 1 for _, value in given)
 
 
 def _tools(tools: Any) -> list[Any] | None:
