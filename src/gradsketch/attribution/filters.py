@@ -14,6 +14,7 @@ from torch import Tensor
 from gradsketch.attribution.scan import RowFilter
 from gradsketch.errors import InputError
 from gradsketch.store import Shard, Store
+from gradsketch.store.columns import among
 
 __all__ = ["Where", "row_filter"]
 
@@ -46,7 +47,8 @@ def row_filter(where: Where | None, store: Store) -> RowFilter | None:
     if where is None:
         return None
     if not isinstance(where, Mapping):
-        return lambda shard: torch.tensor([bool(where(shard.record(i))) for i in range(shard.count)])
+        none = dict.fromkeys(store.columns())  # a shard has the columns of its own rows only
+        return lambda shard: torch.tensor([bool(where(none | shard.record(i))) for i in range(shard.count)])
     columns = {"id": {"string"}, **store.columns()}
     unknown = [name for name in where if name not in columns]
     if unknown:
@@ -62,7 +64,7 @@ def row_filter(where: Where | None, store: Store) -> RowFilter | None:
     def keep(shard: Shard) -> Bool[Tensor, " rows"]:
         kept = torch.ones(shard.count, dtype=torch.bool)
         for name, values in wanted.items():
-            kept &= torch.tensor([value in values for value in shard.column(name)], dtype=torch.bool)
+            kept &= torch.tensor([among(value, values) for value in shard.column(name)], dtype=torch.bool)
         return kept
 
     return keep
@@ -81,5 +83,6 @@ def _require_possible(name: str, values: list[Any], kinds: Collection[str]) -> N
 
 
 def _values(value: Any) -> list[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # arrays and numbers of numpy and torch
     values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
-    return [v.item() if hasattr(v, "item") else v for v in values]  # numbers of numpy and torch
+    return [v.item() if hasattr(v, "item") else v for v in values]

@@ -108,7 +108,8 @@ def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequen
     """
     if groups is None:
         return [[i] for i in range(count)]
-    if not groups or not all(group and all(0 <= i < count for i in group) for group in groups):
+    groups = [list(group) for group in groups]
+    if not groups or not all(group and all(i in range(count) for i in group) for group in groups):
         raise InputError(f"groups={groups}", f"lists of positions from 0 to {count - 1}", "Check the positions")
     return groups
 
@@ -208,8 +209,10 @@ def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
         InputError: a row that is not there, or that has no sketch.
     """
     began = time.perf_counter()
+    if not len(rows):
+        raise InputError("no row", "at least one", "Pass a list of rows")
     for row in rows:
-        if not 0 <= row < stores[0].rows:
+        if row not in range(stores[0].rows):
             raise InputError(f"row {row}", f"a row from 0 to {stores[0].rows - 1}", "Check its number")
     records = stores[0].records(rows)
     without = [row for row, record in zip(rows, records, strict=True) if record["loss"] != record["loss"]]

@@ -46,7 +46,8 @@ def _table(hits: Hits) -> str:
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_MINIMAL, lineterminator="\r\n")
     fixed = ["question", "asked", "answer", "kind", "rank", "row", "id", "score", "text", "loss", "gradient_norm"]
-    writer.writerow([harmless(name) for name in [*fixed, *columns]])
+    names = [f"metadata_{name}" if name in fixed else name for name in columns]
+    writer.writerow([harmless(name) for name in [*fixed, *names]])
     for record in _records(hits, columns):
         writer.writerow([harmless(cell) for cell in record])
     return out.getvalue()

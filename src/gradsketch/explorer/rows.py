@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from gradsketch.errors import InputError
 from gradsketch.store import Shard, Store
+from gradsketch.store.columns import among
 
 __all__ = ["ORDERS", "Facet", "RowTable", "Value"]
 
@@ -105,7 +106,7 @@ class RowTable:
         kept = self.there.copy()
         for column, wanted in where.items():
             coded = self.coded(column)
-            meets = [coded.value(code) in wanted for code in range(len(coded.values))]
+            meets = [among(coded.value(code), wanted) for code in range(len(coded.values))]
             kept &= np.array([*meets, None in wanted], dtype=bool)[coded.codes]
         return kept
 
@@ -170,9 +171,11 @@ class RowTable:
 
 def _holds(shard: Shard, words: str) -> Truths:
     """Return which rows hold the words, in any case, in their id or a text."""
-    names = ["id", *(name for name, kind in shard.columns.items() if kind in ("string", "json"))]
+    kinds = {"id": "string", **{name: kind for name, kind in shard.columns.items() if kind in ("string", "json")}}
     found = np.zeros(shard.count, dtype=bool)
-    for name in names:
-        held = pc.match_substring(shard.batch.column(name), words, ignore_case=True)
+    for name, kind in kinds.items():
+        # In JSON, as a chat is kept, a quote and a line feed stand escaped.
+        written = json.dumps(words, ensure_ascii=False)[1:-1] if kind == "json" else words
+        held = pc.match_substring(shard.batch.column(name), written, ignore_case=True)
         found |= held.fill_null(False).to_numpy(zero_copy_only=False)
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-__all__ = ["COLUMN_TYPES", "RESERVED", "common_kind", "kind_of"]
+__all__ = ["COLUMN_TYPES", "RESERVED", "among", "common_kind", "kind_of"]
 
 # Columns hold values of one of these kinds; values of several kinds are stored as JSON text, and read back from it.
 COLUMN_TYPES: Mapping[str, pa.DataType] = {
@@ -20,12 +20,19 @@ COLUMN_TYPES: Mapping[str, pa.DataType] = {
 }
 RESERVED = ("id", "sketch", "scale", "gradient_norm", "loss", "tokens")
 
+_EXACT = 1 << 53  # up to here every integer is a float64
 _KINDS = {str: "string", bool: "bool", int: "int", float: "float", type(None): "null"}
 
 
 def kind_of(values: Iterable[Any]) -> str:
-    """Return the kind of a column that holds these values; None, for a value that is missing, fits every kind."""
-    return common_kind({_kind(value) for value in values})
+    """Return the kind of a column that holds these values; None, for a value that is missing, fits every kind.
+
+    Integers that a float would round are not put among floats.
+    """
+    values = list(values)
+    kind = common_kind({_kind(value) for value in values})
+    is_rounded = kind == "float" and any(isinstance(value, int) and abs(value) > _EXACT for value in values)
+    return "json" if is_rounded else kind
 
 
 def common_kind(kinds: Collection[str]) -> str:
@@ -40,3 +47,8 @@ def _kind(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
         return "json"
     return _KINDS.get(type(value), "json")
+
+
+def among(value: Any, wanted: Iterable[Any]) -> bool:
+    """Whether a value is one of those wanted; True is not the number 1, as it is in Python."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in wanted)

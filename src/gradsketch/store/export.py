@@ -13,7 +13,7 @@ import torch
 
 from gradsketch.durable import written_whole
 from gradsketch.errors import InputError
-from gradsketch.store.columns import COLUMN_TYPES, common_kind
+from gradsketch.store.columns import COLUMN_TYPES, common_kind, kind_of
 from gradsketch.store.shard import Shard
 from gradsketch.store.store import Store
 
@@ -25,7 +25,7 @@ _NUMBERS = ("gradient_norm", "loss", "tokens")
 def to_parquet(store: Store, path: str | Path) -> Path:
     """Write one Parquet file: row, id, float32 sketch, gradient_norm, loss, tokens and the metadata columns.
 
-    One row group a shard, so memory stays bounded by a shard. A file at ``path`` is replaced, whole or not at all.
+    A metadata column called row becomes ``metadata_row``. One row group a shard, so memory stays bounded by a shard. A file at ``path`` is replaced, whole or not at all.
 
     Raises:
         InputError: the store is empty.
@@ -34,7 +34,7 @@ def to_parquet(store: Store, path: str | Path) -> Path:
     path, store = Path(path), store.snapshot()
     if not store.ranges():
         raise _empty(store)
-    kinds = {name: common_kind(found) for name, found in store.columns().items()}
+    kinds = _kinds(store)
     schema = _schema(store.d, kinds)
     with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as out:
         for shard in store:
@@ -72,9 +72,25 @@ def to_faiss(store: Store, path: str | Path, *, normalize: bool = True) -> Path:
     return Path(path)
 
 
+def _kinds(store: Store) -> dict[str, str]:
+    """Return the kind of each metadata column over all shards: JSON where a float would round an integer."""
+    found = store.columns()
+    kinds = {name: common_kind(own) for name, own in found.items()}
+    mixed = [name for name, kind in kinds.items() if kind == "float" and "int" in found[name]]
+    for shard in store if mixed else ():
+        for name in mixed:
+            if shard.columns.get(name) == "int" and kind_of([*shard.column(name), 0.5]) == "json":
+                kinds[name] = "json"
+    return kinds
+
+
+def _free(name: str) -> str:
+    return f"metadata_{name}" if name == "row" else name
+
+
 def _schema(d: int, kinds: Mapping[str, str]) -> pa.Schema:
     numbers = [pa.field(name, pa.float32()) for name in _NUMBERS]
-    metadata = [pa.field(name, COLUMN_TYPES[kind]) for name, kind in kinds.items()]
+    metadata = [pa.field(_free(name), COLUMN_TYPES[kind]) for name, kind in kinds.items()]
     first = [pa.field("row", pa.int64()), pa.field("id", COLUMN_TYPES["string"])]
     return pa.schema([*first, pa.field("sketch", pa.list_(pa.float32(), d)), *numbers, *metadata])
 
@@ -86,7 +102,7 @@ def _table(shard: Shard, kinds: Mapping[str, str]) -> pa.Table:
         "sketch": pa.FixedSizeListArray.from_arrays(pa.array(shard.decoded().numpy().reshape(-1)), shard.d),
         **{name: shard.batch.column(name) for name in _NUMBERS},
     }
-    return pa.table({**columns, **{name: _metadata(shard, name, kind) for name, kind in kinds.items()}})
+    return pa.table({**columns, **{_free(name): _metadata(shard, name, kind) for name, kind in kinds.items()}})
 
 
 def _metadata(shard: Shard, name: str, kind: str) -> pa.Array:

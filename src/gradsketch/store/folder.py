@@ -75,7 +75,7 @@ def open_folder(path: str | Path) -> Folder:
         StoreError: the URI's scheme is unknown or its service refuses.
     """
     if "://" not in str(path):
-        return LocalFolder(Path(path))
+        return LocalFolder(Path(path).expanduser())
     try:
         filesystem, inner = pyarrow.fs.FileSystem.from_uri(str(path))
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -18,7 +18,7 @@ from gradsketch.gradients.tasks.conversations import Turns, check_turns, convers
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import logits_of
 from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
-from gradsketch.gradients.tasks.rows import counted_labels, tokenised
+from gradsketch.gradients.tasks.rows import counted_labels, refuse_weights, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
 from gradsketch.reading.formats import refuse_unmapped
 
@@ -121,6 +121,7 @@ class CausalLM(Task):
         if isinstance(example, Mapping) and "input_ids" in example:
             row = tokenised(example, self.max_length)
             return Encoded(len(row.sequences["input_ids"]), counted_labels(row.sequences), row.values)
+        refuse_weights(example, text=True)
         if (conversation := conversation_of(example)) is not None:
             ids, counted = encode_chat(self.tokenizer, conversation, self.turns, self.max_length)
             return _row(ids, counted)
@@ -220,7 +221,7 @@ def _refuse_two_readings(row: Mapping[str, Any]) -> None:
     given = [name for name in ("text", "prompt", "answer", "completion") if isinstance(row.get(name), str)]
     answers = [name for name in given if name in ("answer", "completion")]
     if len({row[name] for name in answers}) > 1:
-        two, fix = answers, "Type --answer-column with the name of the one that is learned"
+        two, fix = answers, "Type --answer-column answer to read that one, or rename the column answer"
     elif "prompt" in given and answers and "text" in given:
         two, fix = ["text", f"prompt with {answers[0]}"], "Type --text-column text, or --prompt-column prompt"
     else:
@@ -228,5 +229,5 @@ def _refuse_two_readings(row: Mapping[str, Any]) -> None:
     raise InputError(
         f"a row with {' and '.join(two)}, either of which could be what the model learns",
         "one of them",
-        f"{fix}, or drop the other",
+        f"{fix}; or drop the other",
     )

@@ -62,7 +62,7 @@ def encode_chat(
     """
     counted = conversation.counted(turns)
     chat = _Chat(tokenizer, conversation)
-    spans = chat.generated(counted[0]) if chat.marks_generation else [chat.turn(i) for i in counted]
+    spans = chat.generated(counted) if chat.marks_generation else [chat.turn(i) for i in counted]
     encoded = chat.encoded()
     ids = list(encoded["input_ids"])[:limit]
     mask = chat.places(encoded, spans)[:limit]
@@ -120,8 +120,8 @@ class _Chat:
         offsets = piece_of.with_offsets(self.tokenizer)
         return dict(self.tokenizer(self.whole, add_special_tokens=False, **offsets))
 
-    def generated(self, first: int) -> list[_Span]:
-        """Return the characters that the template marks as generated, from a turn on.
+    def generated(self, counted: Sequence[int]) -> list[_Span]:
+        """Return the characters that the template marks as generated in the turns that count.
 
         transformers has marks of its own, which it loses where a token leaves white space out.
 
@@ -135,6 +135,14 @@ class _Chat:
         ends = list(accumulate(len(part) for part in parts))
         spans = [_Span(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
         speaking = [i for i, turn in enumerate(self.conversation.messages) if turn["role"] == ASSISTANT]
+        if self.conversation.left_out:
+            if len(spans) != len(speaking):
+                raise self._unproved(
+                    f"a conversation of which some turns do not count, and a chat template that marks {len(spans)} "
+                    f"generations of {len(speaking)} turns"
+                )
+            return [spans[speaking.index(i)] for i in counted]
+        first = counted[0]
         begin = len(self.before(first)) if first != speaking[0] else 0
         return [span for span in spans if span.start >= begin]
 

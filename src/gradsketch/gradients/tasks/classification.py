@@ -18,7 +18,7 @@ from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import check_ids, logits_of
 from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
-from gradsketch.gradients.tasks.rows import Row, tensor_inputs, tokenised
+from gradsketch.gradients.tasks.rows import Row, refuse_weights, tensor_inputs, tokenised
 from gradsketch.linear_map import widened
 
 __all__ = ["Classification"]
@@ -87,6 +87,7 @@ class Classification(Task):
         return logits, labels
 
     def encode(self, example: Any) -> Encoded:
+        refuse_weights(example, text=True)
         x, others, label = _parts(example)
         row = self._inputs(x)
         values: dict[str, Any] = {**row.values, **tensor_inputs(others), "labels": self._class(label)}

@@ -16,7 +16,7 @@ from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
 from gradsketch.gradients.tasks.logits import logits_of
 from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
-from gradsketch.gradients.tasks.rows import Row, tokenised
+from gradsketch.gradients.tasks.rows import Row, refuse_weights, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
 from gradsketch.random import Stream
 
@@ -102,6 +102,7 @@ class MaskedLM(Task):
     def _tokens(self, example: Any) -> Row:
         if isinstance(example, Mapping) and "input_ids" in example:
             return tokenised(example, self.max_length)
+        refuse_weights(example, text=True)
         text = example.get("text") if isinstance(example, Mapping) else example
         if not isinstance(text, str):
             raise tokens.unknown_example(example, "a text, a dict with text, or a tokenised dict")

@@ -88,16 +88,16 @@ def is_input(name: str, value: Any, tokens: int | None) -> bool:
     return name in known or (isinstance(value, list | tuple) and len(value) == tokens and not isinstance(value[0], str))
 
 
-def refuse_weights(example: Mapping[str, Any]) -> None:
-    """Refuse a row that says how much it, or a token of it, counts.
+def refuse_weights(example: Any, *, text: bool = False) -> None:
+    """Refuse a row that says how much it, or a token of it, counts; the ``weight`` of a text may be what it is about.
 
     Raises:
         InputError: it does.
     """
-    for name in _WEIGHTS:
-        if example.get(name) is not None:
+    for name in _WEIGHTS if isinstance(example, Mapping) else ():
+        if example.get(name) is not None and not (text and name in ("weight", "weights")):
             raise InputError(
-                f"a tokenised row with {name!r}, which no task applies",
+                f"a row with {name!r}, which no task applies",
                 "rows that count alike",
                 "Write the loss as a function (model, batch) → losses [b] that multiplies by it, or rename a mere fact",
             )

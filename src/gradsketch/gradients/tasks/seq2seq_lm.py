@@ -136,6 +136,7 @@ class Seq2SeqLM(Task):
         return self.tokenizer(text_target=target, **cut, **options)
 
     def _texts(self, example: Any) -> tuple[Row, dict[str, np.ndarray]]:
+        refuse_weights(example, text=True)
         source, target = _source_and_target(example)
         for text, name in ((source, "source"), (target, "target")):
             if not text:
