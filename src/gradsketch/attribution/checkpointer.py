@@ -20,8 +20,8 @@ from gradsketch.as_found import evaluating
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.index import Index
-from gradsketch.durable import damaged, read_record, require_same, write_record, write_tensors
-from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.durable import damaged, is_sealed, read_record, require_same, write_record, write_tensors
+from gradsketch.errors import InputError, NonFiniteError, StoreError
 from gradsketch.gradients.data import Batcher
 from gradsketch.gradients.factors.adafactor import adafactor
 from gradsketch.gradients.factors.factors import Factors
@@ -98,7 +98,7 @@ class Checkpointer:
         self._measured: list[tuple[int, float]] = []  # steps, and the learning rates up to them
         step = max(1, -(-len(self.data) // _ROWS))
         self._rows = [self.data[row] for row in range(0, len(self.data), step)]
-        self._facts = {"task": task_facts(self.task), "rows": digest(self._rows), "adam": adam}
+        self._facts: dict[str, Any] = {"task": task_facts(self.task), "rows": digest(self._rows), "adam": adam}
 
     def begin(self, model: nn.Module, step: int = 0) -> None:
         """Say at which step training begins; a plain loop that begins at the first need not.
@@ -106,10 +106,10 @@ class Checkpointer:
         What an earlier run kept up to this step is taken up, and what it kept later is removed.
 
         Raises:
-            FingerprintError: the folder is of another task or other data.
+            FingerprintError: the folder is of another task, other data or a model of other shapes.
             StoreError: it is damaged.
         """
-        self._begin(step)
+        self._begin(model, step)
         if step == 0:
             self._first = self._loss(model)
 
@@ -120,7 +120,7 @@ class Checkpointer:
             StoreError: the folder cannot be written.
         """
         if not self._begun:
-            self._begin(0)
+            self._begin(model, 0)
         self.steps += 1
         self.rates += float(optimizer.param_groups[0]["lr"]) if rate is None else rate
         if self.steps % self.every == 0:
@@ -163,6 +163,7 @@ class Checkpointer:
     def _add(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: float) -> None:
         """Write the weights, then what lies there, and then remove what is too many."""
         new = Kept(self.steps, loss, self.rates)
+        _require_own(self._weights(new))
         state = {name: t.detach().cpu() for name, t in bare(model).state_dict().items()}
         write_tensors(self._weights(new), state)
         if self.adam:
@@ -191,8 +192,10 @@ class Checkpointer:
             self._weights(kept).unlink(missing_ok=True)
             self._factors(kept).unlink(missing_ok=True)
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, model: nn.Module, step: int) -> None:
         self._begun, self.steps, file = True, step, self.directory / _FILE
+        shapes = {name: list(tensor.shape) for name, tensor in bare(model).state_dict().items()}
+        self._facts |= {"model": {"class": type(bare(model)).__name__, "shapes": digest(shapes)}}
         if not file.exists():
             return
         record = read_record(file)
@@ -214,6 +217,12 @@ class Checkpointer:
 
     def _factors(self, kept: Kept) -> Path:
         return self.directory / f"factors-{kept.step}.pt"
+
+
+def _require_own(path: Path) -> None:
+    """Refuse to write where a file lies that no checkpointer wrote: such a file ends with its checksum."""
+    if path.exists() and not is_sealed(path):
+        raise StoreError(f"{path}, which gradsketch did not write", "a folder of its own", "Choose another directory")
 
 
 def _thinned(before: list[float], kept: list[Kept], most: int) -> list[Kept]:

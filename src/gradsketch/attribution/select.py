@@ -22,6 +22,8 @@ from gradsketch.attribution.scan import Probe, every_score, scan
 from gradsketch.durable import written_whole
 from gradsketch.errors import InputError
 from gradsketch.gradients.fingerprints import digest
+from gradsketch.reading.folders import is_read_from
+from gradsketch.reading.mapped import MappedRows
 from gradsketch.report.numbers import ranked_figure
 from gradsketch.results import Result
 from gradsketch.store import Store
@@ -103,15 +105,20 @@ class Selection(Result):
     def write(self, path: str | Path, data: Sequence[Any], *, drop: bool = False) -> Path:
         """Write the chosen rows of the data as JSON lines, in the data's order; with ``drop`` all others.
 
+        Rows that were read under other names (``mapped_rows``) are written under their own.
+
         Raises:
-            InputError: the data is not that of the index, or holds rows that are no JSON.
+            InputError: the data is not that of the index, holds rows that are no JSON, or is read from that very file.
             StoreError: the file cannot be written.
         """
         if len(data) != self.of:
             raise InputError(
                 f"data of {len(data):,} rows", f"the {self.of:,} rows of the index", "Pass the data it was built of"
             )
+        if is_read_from(str(getattr(data, "path", "://")), Path(path)):
+            raise InputError(f"{path}, from which the data is read", "a file of its own", "Choose another name")
         self._require_same(data)
+        data = data.rows if isinstance(data, MappedRows) else data  # rows as they stand, under their own names
         chosen = set(self.rows)
         with written_whole(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
             for place in range(len(data)):

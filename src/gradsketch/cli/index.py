@@ -81,7 +81,7 @@ def built_with(index: str) -> IndexOptions | None:
     Raises:
         InputError, DamageError: the file cannot be used, or was changed since.
     """
-    file = Path(index) / RUN_FILE
+    file = Path(index).expanduser() / RUN_FILE
     if "://" in index or not file.is_file():
         return None
     return run_file.read(IndexOptions, "index", file, untouched=True)
@@ -116,6 +116,8 @@ def _run(options: IndexOptions) -> int:
     from gradsketch.plain import as_json
 
     began = time.perf_counter()
+    if "://" not in options.path:
+        run_file.require_own(Path(options.path).expanduser() / RUN_FILE)
     data = options.part.rows(options.data)  # before the model, which may take minutes
     model, task = load(options.model)
     build = Build(
@@ -158,7 +160,7 @@ def _run(options: IndexOptions) -> int:
 def _save(options: IndexOptions) -> None:
     if "://" not in options.path:
         with suppress(StoreError):  # a finished index may be read-only; where rows are to be written, that is told then
-            run_file.write(options, "index", Path(options.path) / RUN_FILE)
+            run_file.write(options, "index", Path(options.path).expanduser() / RUN_FILE)
 
 
 def _in_flags(error: GradsketchError) -> GradsketchError:

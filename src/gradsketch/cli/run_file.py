@@ -18,7 +18,7 @@ from gradsketch.durable import record_of, record_text, write_file
 from gradsketch.errors import InputError
 from gradsketch.table import wrapped
 
-__all__ = ["parse", "read", "write"]
+__all__ = ["parse", "read", "require_own", "write"]
 
 Options = TypeVar("Options")
 
@@ -84,14 +84,28 @@ def write(options: Any, command: str, path: Path) -> None:
     """Save a command's resolved options, where they are not there already.
 
     Raises:
+        InputError: a file of that name is there which gradsketch did not write.
         StoreError: the folder cannot be made or written.
     """
+    require_own(path)
     body = {"command": command, "gradsketch": gradsketch.__version__, "options": asdict(options)}
     text = record_text(json.loads(json.dumps(body, default=str)))
     if not (
         path.is_file() and path.read_bytes() == text.encode()
     ):  # a finished run may lie where nothing can be written
         write_file(path, text)
+
+
+def require_own(path: Path) -> None:
+    """Refuse to write where a file of that name is there which gradsketch did not write.
+
+    Raises:
+        InputError: it is.
+    """
+    if path.is_file() and not all(name in path.read_bytes() for name in (b'"command"', b'"options"')):
+        raise InputError(
+            f"{path}, which is no run file of gradsketch", "a folder of its own", "Choose another, or move that file away"
+        )
 
 
 def _built(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ import pyarrow.fs
 from gradsketch.errors import InputError
 from gradsketch.reading.sources import Source, filesystem_of, local, whole
 
-__all__ = ["DATA_KINDS", "TEXT_KINDS", "found", "no_split", "of_split", "one_kind", "saved_to_disk"]
+__all__ = ["DATA_KINDS", "TEXT_KINDS", "found", "is_read_from", "no_split", "of_split", "one_kind", "saved_to_disk"]
 
 TEXT_KINDS = (".txt", ".md")
 # Suffixes that say how a file is read, and what a person calls files of that kind.
@@ -69,6 +69,17 @@ def found(place: str) -> tuple[list[Source], bool]:
         raise InputError(f"the data {place!r} matches no file", "a glob that does", "Check the path")
     base = _fixed_part(place)
     return [local(match, str(match.relative_to(base))) for match in matches if match.is_file()], False
+
+
+def is_read_from(place: str, path: Path) -> bool:
+    """Whether a file is among those that a path or a glob names, or would be once it is written."""
+    if "://" in place:
+        return False
+    named, written = Path(place).expanduser(), path.resolve()
+    if named.is_dir():
+        return written.is_relative_to(named.resolve())
+    files = [named] if named.exists() else map(Path, glob.glob(str(named), recursive=True))
+    return any(file.resolve() == written for file in files)
 
 
 def _fixed_part(pattern: str) -> Path:
