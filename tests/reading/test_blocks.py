@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import random
 import tracemalloc
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from gradsketch import InputError
+from gradsketch.errors import StoreError
 from gradsketch.reading import read_examples
 from gradsketch.reading.lines import LineBlock
 from gradsketch.reading.marks import mark_lines
@@ -105,12 +107,36 @@ def test_a_packed_file_that_is_read_at_random_is_unpacked_once(tmp_path, monkeyp
     assert [rows[i] for i in (2000, 1000, 1500, 500, 300, 100)] == [ROWS[i] for i in (2000, 1000, 1500, 500, 300, 100)]
 
 
-def test_a_file_that_has_shrunk_is_told(tmp_path):
+def _shrunk(path):
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def _edited(path):
+    path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+    os.utime(path, ns=(1, 1))  # as large as it was, within one tick of the clock
+
+
+@pytest.mark.parametrize("change", [_shrunk, _edited, lambda path: path.unlink()], ids=["shrunk", "edited", "removed"])
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, change):
     path = _write(tmp_path / "a.jsonl")
     rows = read_examples(path)
-    path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(InputError, match="shorter than when it was opened"):
+    change(path)
+    with pytest.raises(StoreError, match=r"a\.jsonl was changed or removed while it was read"):
         rows[COUNT - 1]
+    with pytest.raises(StoreError, match="was changed or removed"):
+        rows.read_range(0, 5)  # no bad rows, which a build would leave out
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_that_changes_while_it_is_read_is_told(tmp_path, kind):
+    path, write = tmp_path / f"a.{kind}", pa.parquet.write_table if kind == "parquet" else pa.feather.write_feather
+    write(pa.table({"text": ["a", "b"]}), path)
+    rows = read_examples(path)
+    assert rows[1] == {"text": "b"}
+    rows.release()
+    write(pa.table({"text": ["x", "y", "z"]}), path)
+    with pytest.raises(StoreError, match="was changed or removed"):
+        rows[1]
 
 
 def test_lines_are_those_that_python_sees():

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -145,3 +146,39 @@ def test_opened_again_in_another_process(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(InputError, match="does not exist"):
         pickle.loads(pickle.dumps(rows))
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "text": "b"}', '{"text": "a", "meta": {"x": 1, "x": 2}}'])
+def test_a_key_that_stands_twice_is_a_bad_row(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{line}\n{{"text": "sound"}}\n')
+    bad, sound = read_examples(tmp_path / "a.jsonl").read_range(0, 2)
+    assert "a.jsonl, line 1: an object with two values of" in str(bad)
+    assert sound == {"text": "sound"}
+    (tmp_path / "a.json").write_text(f"[{line}]")
+    with pytest.raises(InputError, match="two values of"):
+        read_examples(tmp_path / "a.json")
+
+
+def _not_utf8():
+    return pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+
+
+def _twice_named():
+    return pa.StructArray.from_arrays([pa.array([1, None]), pa.array([2, None])], ["x", "x"], mask=pa.array([True, False]))
+
+
+@pytest.mark.parametrize("column", [_not_utf8, _twice_named])
+def test_a_row_of_a_table_that_python_cannot_hold_is_a_bad_row(tmp_path, column):
+    table = pa.table({"text": ["a", "b"], "odd": column()})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    rows = read_examples(tmp_path / "a.arrow").read_range(0, 2)
+    assert "a.arrow, row 2: " in str(rows[1])
+    assert isinstance(rows[1], InputError)
+
+
+def test_a_byte_order_mark_is_no_letter_of_a_text(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read_examples(tmp_path / "texts")[0]["text"] == read_examples(tmp_path / "lines.txt")[0]["text"] == "hello"

@@ -206,3 +206,31 @@ def test_other_file_systems_by_fsspec(monkeypatch):
     assert texts("memory://shelf/1.jsonl") == ["1"]
     with pytest.raises(InputError, match=r"weird://x/y\.jsonl cannot be opened"):
         read_examples("weird://x/y.jsonl")
+
+
+def test_links_to_folders_are_followed_once(put, tmp_path):
+    put("data/a.jsonl", "here")
+    put("elsewhere/b.jsonl", "linked")
+    for name, target in {"other": "elsewhere", "again": "data", "above": "."}.items():
+        (tmp_path / "data" / name).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert texts(tmp_path / "data") == ["here", "linked"]
+
+
+def test_rows_of_a_glob_do_not_depend_on_how_its_place_is_typed(put, tmp_path, monkeypatch):
+    put("run=7/dev/data/year=2020/a.jsonl", "a")
+    monkeypatch.chdir(tmp_path / "run=7" / "dev")
+    for place in ("data/*/*.jsonl", str(tmp_path / "run=7/dev/data/*/*.jsonl"), "data", "data/year=2020/*.jsonl"):
+        assert list(read_examples(place)) == [{"year": "2020", "text": "a"}]
+    with pytest.raises(InputError, match="no split"):
+        read_examples(str(tmp_path / "run=7/dev/data/*/*.jsonl"), split="validation")
+
+
+def test_a_data_set_saved_with_a_list_of_its_rows_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="a list of the rows that count"):
+        read_examples(tmp_path / "saved")

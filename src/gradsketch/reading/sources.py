@@ -66,17 +66,21 @@ class Source:
         return self.filesystem.open_input_file(self.path)
 
     def require_unchanged(self) -> None:
-        """Refuse a local file that was written to, or replaced, since it was found.
+        """Refuse a local file that was written to, replaced or removed since it was found.
 
         Raises:
             StoreError: it was.
         """
         if self.changed is None:
             return
-        found = Path(self.path).stat()
-        if (found.st_size, found.st_mtime_ns) != (self.size, self.changed):
+        try:
+            found = Path(self.path).stat()
+            same = (found.st_size, found.st_mtime_ns) == (self.size, self.changed)
+        except OSError:
+            same = False
+        if not same:
             raise StoreError(
-                f"{self.name} has changed while it was read",
+                f"{self.name} was changed or removed while it was read",
                 "a file that stays as it is until the work is done",
                 "Run the same command again; what is finished is compared with the data as it is then",
             )
