@@ -265,3 +265,50 @@ class TestMappedRows:
         page = hits.to_html(tmp_path / "why.html").read_text(encoding="utf-8")
         assert page.count('<b class="role"><bdi>assistant</bdi></b>') == 2  # of the question, and of the hit
         assert "user: Say hi" not in page.split("<main")[1]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("field", "yes", "no"), [("weight", 1, 0), ("train", True, False), ("training", True, False)])
+def test_a_turn_of_no_weight_does_not_count(tokenizer, name, field, yes, no):
+    tokenizer.chat_template = TEMPLATES[name]
+    task, plain = gs.CausalLM(tokenizer), [dict(turn) for turn in MESSAGES]
+    both, ids = counted(task, {"messages": plain})
+    for first, second, expected in ((no, yes, both[1:]), (yes, no, both[:1]), (None, None, both)):
+        weighed = [dict(turn) for turn in MESSAGES]
+        weighed[0][field], weighed[1][field], weighed[3][field] = no, first, second
+        assert counted(task, {"messages": weighed}) == (expected, ids)
+    with pytest.raises(InputError, match="all the weight 0"):
+        task.encode({"messages": [plain[0], {**plain[1], field: no}]})
+    with pytest.raises(InputError, match=f"turn 2 of a conversation with {field} 0.5"):
+        task.encode({"messages": [plain[0], {**plain[1], field: 0.5}]})
+
+
+def test_weights_of_sharegpt_count(tokenizer):
+    turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": t["content"]} for i, t in enumerate(MESSAGES)]
+    turns[1]["weight"], turns[3]["weight"] = 0, 1
+    (row,) = gs.mapped_rows([{"conversations": turns}], format="sharegpt")
+    assert counted(gs.CausalLM(tokenizer), row)[0] == ["Lutz.<|im_end|>"]
+
+
+# Some of the first templates of Llama 3 and of Vicuna, which write the prompt for generation whether asked for or not.
+ALWAYS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    "{{ '<|im_start|>assistant\n\n' }}",
+    "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}ASSISTANT: ",
+    "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}</s>\n{% endfor %}ASSISTANT:",
+)
+
+
+@pytest.mark.parametrize("template", ALWAYS)
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_a_prompt_for_generation_that_is_always_written_is_no_answer(tokenizer, template, turns):
+    tokenizer.chat_template = template
+    for messages in (MESSAGES, MESSAGES[:2]):
+        with pytest.raises(InputError, match="of a conversation, which the chat template writes otherwise"):
+            gs.CausalLM(tokenizer, turns=turns).encode({"messages": messages})
+
+
+def test_turns_that_end_alike_are_none_of_these(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} ### End\n{% endfor %}"
+    found, _ = counted(gs.CausalLM(tokenizer), {"messages": MESSAGES})
+    assert [text.strip() for text in found] == [f"{turn['content']} ### End" for turn in MESSAGES[1::2]]
