@@ -237,3 +237,24 @@ def test_a_loss_that_is_infinite_does_not_end_the_training(tmp_path):
 def test_what_cannot_be_built_is_told_before_the_training(tmp_path):
     with pytest.raises(InputError, match="d=100000"):
         train(tmp_path / "out", gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), d=100_000))
+
+
+def test_a_model_of_other_shapes_does_not_go_on_with_a_run(tmp_path):
+    task, data = toys.vector_task(), toys.vectors(8)
+    models = [nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))]
+    for number, model in enumerate(models):
+        keeper, optimizer = gs.Checkpointer(tmp_path, task, data), torch.optim.SGD(model.parameters(), lr=0.1)
+        if number:
+            with pytest.raises(FingerprintError, match="model is now"):
+                keeper.begin(model, 1)
+        else:
+            keeper.begin(model)
+            keeper.step(model, optimizer)
+            keeper.finish(model, optimizer)
+
+
+def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path):
+    (tmp_path / "step-1.pt").write_bytes(b"mine")
+    with pytest.raises(StoreError, match=r"step-1\.pt, which gradsketch did not write"):
+        run(tmp_path, FALLING[:3], RATES, keep=1)
+    assert (tmp_path / "step-1.pt").read_bytes() == b"mine"

@@ -91,3 +91,12 @@ def test_hostile_texts_are_written_in_every_format(kind):
     assert "\x1b" not in written
     if kind == "html":
         assert written.count("<script>") == 1
+
+
+def test_no_two_columns_of_a_table_have_one_name():
+    hit = replace(sample.hit(1, 0.5, "a text"), metadata={"kind": "fact", "answer": "no", "source": "x"})
+    head, row = table(sample.hits(sample.query("q", "yes", [hit])))
+    assert len(set(head)) == len(head)
+    found = dict(zip(head, row, strict=True))
+    assert (found["kind"], found["metadata_kind"]) == ("proponent", "fact")
+    assert (found["answer"], found["metadata_answer"], found["source"]) == ("yes", "no", "x")

@@ -307,3 +307,19 @@ def test_columns_that_differ_from_shard_to_shard(tmp_path):
         kept = torch.cat([row_filter({"what": [value]}, store)(shard) for shard in store])
         assert table.keep({"what": [value]}).tolist() == kept.tolist()
     assert table.facet("what").distinct == 7
+
+
+def test_values_and_words_are_those_of_the_rows(tmp_path):
+    values = [1, True, "1"]
+    rows = [
+        {"text": row["text"], "mixed": values[i % 3], "chat": [{"role": "user", "content": f'say "x{i}"\nnow'}]}
+        for i, row in enumerate(desk.rows(9))
+    ]
+    session = desk.session(desk.build(tmp_path / "i", rows))
+    for place, value in enumerate(values):
+        facet = next(v for v in session.table.facet("mixed").values if v.value == value and type(v.value) is type(value))
+        page = session.rows({"mixed": [value]})
+        assert [hit.row for hit in page.rows] == list(range(place, 9, 3))
+        assert facet.rows == page.total == 3
+    assert [hit.row for hit in session.rows({}, 'say "x3"').rows] == [3]
+    assert session.rows({}, '"\nnow').total == 9

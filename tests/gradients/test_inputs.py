@@ -147,6 +147,41 @@ def test_weights_are_refused_by_name(task, name):
         task.collate([row])
 
 
+@pytest.mark.parametrize("name", ["loss_weights", "sample_weight", "token_weights", "example_weight"])
+def test_weights_of_raw_rows_are_refused_by_name(name):
+    rows = [
+        (CausalLM(Chatty()), {"text": "how are you"}),
+        (CausalLM(Chatty()), {"prompt": "how are", "answer": " you"}),
+        (MaskedLM(Chatty()), {"text": "how are you"}),
+        (Seq2SeqLM(Chatty()), {"source": "how", "target": "you"}),
+        (Classification(Chatty()), {"text": "how", "label": 1}),
+    ]
+    for task, row in rows:
+        with pytest.raises(InputError, match=f"a row with '{name}'"):
+            task.encode({**row, name: 0.5})
+    CausalLM(Chatty()).encode({"text": "how are you", "weight": 3.5})  # in kilograms
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    ({"text": "how are you", "prompt": "how", "answer": " are"}, "text and prompt with answer"),
+    ({"text": "how are you", "prompt": "how", "completion": " are"}, "text and prompt with completion"),
+    ({"prompt": "how", "answer": " 42", "completion": " so 42"}, "answer and completion"),
+])  # fmt: skip
+def test_a_row_of_two_readings_is_refused(row, words):
+    with pytest.raises(InputError, match=f"a row with {words}, either of which"):
+        CausalLM(Chatty()).encode(row)
+
+
+def test_a_row_of_one_reading_is_read():
+    task, mapped = CausalLM(Chatty()), gs.mapped_rows
+    row = {"text": "how are you", "prompt": "how", "answer": " are"}
+    by_text, by_prompt = (mapped([row], columns={name: name})[0] for name in ("text", "prompt"))
+    assert task.encode(by_text).sequences["labels"].tolist() == [-100, 5, 5, 5]
+    assert task.encode(by_prompt).sequences["labels"].tolist() == [-100, -100, 5]
+    task.encode({"prompt": "how", "answer": " are", "completion": " are"})
+    task.encode({"text": "how are you", "prompt": "how", "answer": None})
+
+
 def test_a_field_without_a_value_is_absent(gpt2):
     row = {"input_ids": IDS, "labels": None, "attention_mask": None, "completion_mask": None, "weight": None}
     torch.testing.assert_close(loss(CausalLM(), gpt2, row), loss(CausalLM(), gpt2, {"input_ids": IDS}))

@@ -491,6 +491,18 @@ class TestExport:
         sketches = torch.tensor(table["sketch"].to_pylist())
         assert torch.equal(sketches, torch.cat([shard.decoded() for shard in store]))
 
+    def test_parquet_loses_no_column_and_no_digit(self, tmp_path):
+        store = Store.create(tmp_path / "store", Manifest(d=4, rows=3, shard_rows=1))
+        columns = {"row": ["mine", "two", None], "large": [2**53 + 1, 0.5, None], "small": [1, 0.5, None]}
+        for place in range(3):
+            own = {name: values[place : place + 1] for name, values in columns.items()}
+            store.write(place, Rows([f"r{place}"], torch.ones(1, 4), torch.zeros(1), own))
+        table = pa.parquet.read_table(to_parquet(store, tmp_path / "out.parquet"))
+        assert table["row"].to_pylist() == [0, 1, 2]
+        assert table["metadata_row"].to_pylist() == columns["row"]
+        assert [None if text is None else json.loads(text) for text in table["large"].to_pylist()] == columns["large"]
+        assert table["small"].to_pylist() == [1.0, 0.5, None]
+
     def test_faiss_finds_what_an_exact_product_finds(self, tmp_path):
         faiss = pytest.importorskip("faiss")
         store = fill(Store.create(tmp_path / "store", manifest()))
