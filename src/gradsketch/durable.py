@@ -36,6 +36,7 @@ __all__ = [
     "read_bytes",
     "read_record",
     "read_tensors",
+    "record_checksum",
     "record_of",
     "record_text",
     "require_same",
@@ -229,7 +230,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 def record_text(record: Mapping[str, Any]) -> str:
     """Return a JSON object as text, with its checksum."""
-    return json.dumps({**record, "crc32": _record_checksum(record)}, indent=1) + "\n"
+    return json.dumps({**record, "crc32": record_checksum(record)}, indent=1) + "\n"
 
 
 def record_of(data: bytes, source: str | Path) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def record_of(data: bytes, source: str | Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(data)
         stored = record.pop("crc32")
-        sound = stored == _record_checksum(record)
+        sound = stored == record_checksum(record)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise damaged(source, f"{type(error).__name__}: {error}") from error
     if not sound:
@@ -249,8 +250,8 @@ def record_of(data: bytes, source: str | Path) -> dict[str, Any]:
     return record
 
 
-def _record_checksum(record: Mapping[str, Any]) -> str:
-    # Of the values and not of the text, so that a file indented otherwise is still sound.
+def record_checksum(record: Mapping[str, Any]) -> str:
+    """Return the checksum of a JSON object: of its values, so that a text indented otherwise is still sound."""
     return f"{checksum(json.dumps(record, sort_keys=True).encode()):08x}"
 
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from gradsketch.durable import record_checksum
 from gradsketch.errors import InputError
 from gradsketch.plain import as_json, from_plain, to_plain
 from gradsketch.report.figure import save
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result"]
 
+_CHECKSUM = "crc32"
 _Result = TypeVar("_Result", bound="Result")
 
 
@@ -61,14 +63,16 @@ class Result(ABC):
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything as strict JSON, and write it to ``path``, whole or not at all, where one is given.
 
-        Numbers that are not finite are the texts "NaN", "Infinity" and "-Infinity".
+        Numbers that are not finite are the texts "NaN", "Infinity" and "-Infinity". ``crc32`` is the checksum of all
+        other values, which ``from_json`` compares.
 
         Raises:
             InputError: the path is a folder.
             StoreError: the path cannot be written to.
         """
         derived = {name: to_plain(getattr(self, name)) for name in self.derived}
-        text = as_json({"result": type(self).__name__, **derived, **to_plain(self)})
+        record = {"result": type(self).__name__, **derived, **to_plain(self)}
+        text = as_json({**record, _CHECKSUM: record_checksum(record)})
         if path is not None:
             write(path, f"{text}\n".encode())
         return text
@@ -78,10 +82,12 @@ class Result(ABC):
         """Return the result that ``to_json`` wrote, from its text or from a file given as a Path.
 
         Raises:
-            InputError: it is not the JSON of such a result.
+            InputError: it is not the JSON of such a result, or a value of it was changed since.
         """
         try:
             record = json.loads(text.read_text(encoding="utf-8") if isinstance(text, Path) else text)
+            if _CHECKSUM in record and record.pop(_CHECKSUM) != record_checksum(record):
+                raise ValueError("its checksum does not match: it was changed since it was written")
             if record.pop("result") != cls.__name__:
                 raise ValueError("of another result")
             values = {name: value for name, value in record.items() if name not in cls.derived}

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import random
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def test_json_and_back(result, tmp_path):
         assert hash(again) == hash(result)
         assert again.to_json() == text
         assert str(again) == str(result)
+
+
+@every
+def test_a_changed_digit_is_told(result, tmp_path):
+    text, draw = result.to_json(), random.Random(0)
+    digits = [place for place, letter in enumerate(text) if letter.isdigit()]
+    for place in draw.sample(digits, min(20, len(digits))):
+        path = tmp_path / "changed.json"
+        path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1:]}", encoding="utf-8")
+        with pytest.raises(InputError, match="cannot be read"):
+            type(result).from_json(path)
+    record = json.loads(text)
+    assert type(result).from_json(json.dumps(record, indent=4, sort_keys=True)) == result  # written otherwise
+    del record["crc32"]
+    assert type(result).from_json(json.dumps(record)) == result  # as it was written before it had a checksum
 
 
 @every

@@ -1,10 +1,12 @@
 """Every store, wherever it lives: rows come back as written, damage and disagreement are named."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from gradsketch.errors import FingerprintError, InputError, NonFiniteError, StoreError
+from gradsketch.errors import DamageError, FingerprintError, InputError, NonFiniteError, StoreError
 from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows, to_faiss, to_parquet, verify
 from gradsketch.store.encoding import decode, encode
 from gradsketch.store.folder import LocalFolder, RemoteFolder, open_folder
+from gradsketch.store.layout import require_plain
 from gradsketch.store.shard import _sealed
 
 SRC = Path(__file__).parents[2] / "src"
@@ -539,3 +542,51 @@ def run_python(program, *arguments, **options):
         env={**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
         **options,
     )
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_packed_shard_is_refused_before_it_is_unpacked(tmp_path, codec):
+    store = Store.create(tmp_path, Manifest(d=4096, rows=1000, shard_rows=1000, dtype="float32"))
+    store.write(0, Rows([""] * 1000, torch.zeros(1000, 4096), torch.zeros(1000), {}))
+    (file,) = tmp_path.glob("part-*")
+    options, sink = pa.ipc.IpcWriteOptions(compression=codec), pa.BufferOutputStream()
+    with pa.ipc.open_file(file) as reader:
+        with pa.ipc.new_file(sink, reader.schema, options=options) as writer:
+            writer.write_batch(reader.get_batch(0))
+    packed = _sealed(sink.getvalue())  # as whoever means harm would
+    for written in (packed.to_pybytes(), packed.to_pybytes().replace(b"crc32=", b"crc33=")):
+        file.write_bytes(written)
+        assert len(written) < 1 << 18
+        pool = pa.system_memory_pool()
+        before, usual = pool.max_memory(), pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        try:
+            with pytest.raises(DamageError):
+                Store.open(tmp_path).shard(0, 1000)
+            assert not verify(Store.open(tmp_path)).sound
+        finally:
+            pa.set_memory_pool(usual)
+        assert pool.max_memory() - before < 1 << 20
+
+
+def test_a_shard_with_dictionaries_is_refused(tmp_path):
+    column = pa.array(["x"]).dictionary_encode()
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.schema([("text", column.type)])) as writer:
+        writer.write_table(pa.table({"text": column}))
+    with pytest.raises(ValueError, match="dictionaries"):
+        require_plain(pa.py_buffer((tmp_path / "a.arrow").read_bytes()))
+
+
+def test_flipped_bytes_of_a_layout_are_a_value_error_or_none(tmp_path):
+    store = fill(Store.create(tmp_path, manifest()))
+    (file, *_) = sorted(tmp_path.glob("part-*"))
+    data = file.read_bytes()
+    require_plain(data)
+    draw = random.Random(0)
+    for _ in range(300):
+        flipped = bytearray(data)
+        for _ in range(3):
+            flipped[draw.randrange(len(data) - 2000, len(data))] ^= 1 << draw.randrange(8)
+        with contextlib.suppress(ValueError):
+            require_plain(bytes(flipped))
+    assert len(store.ranges()) > 1

@@ -29,6 +29,7 @@ from gradsketch.gradients.fingerprints import digest
 from gradsketch.random import Stream
 from gradsketch.store import Shard, Store
 from gradsketch.store.folder import Folder
+from gradsketch.store.layout import require_plain
 from gradsketch.store.shard import UNREADABLE
 
 __all__ = ["Moments", "RowMatrix", "damaged_moments", "moments_of"]
@@ -206,6 +207,7 @@ def _opened(folder: Folder, name: str) -> tuple[dict[str, Any], tuple[Tensor, ..
     """
     data = folder.read(name, whole=True)
     try:
+        require_plain(data)
         reader = pa.ipc.open_file(data)
         header = json.loads(reader.schema.metadata[_HEADER])
         batch = reader.get_batch(0)

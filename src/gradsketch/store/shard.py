@@ -25,6 +25,7 @@ from torch import Tensor
 from gradsketch.errors import DamageError, FingerprintError, InputError, StoreError
 from gradsketch.store.columns import COLUMN_TYPES, RESERVED, kind_of
 from gradsketch.store.encoding import decode, encode, stored_type, stored_width
+from gradsketch.store.layout import require_plain
 from gradsketch.store.manifest import FORMAT_VERSION, Manifest
 
 __all__ = ["CHECKSUM_ROWS", "UNREADABLE", "Rows", "Shard", "damage", "encode_shard", "open_shard", "require_sound"]
@@ -198,6 +199,7 @@ def require_sound(data: pa.Buffer, name: str) -> None:
     if _file_checksum(data) != _stored_checksum(data):
         raise _broken(name, "its checksum does not match")
     try:
+        require_plain(data)
         pa.ipc.open_file(data).get_batch(0).validate(full=True)
     except UNREADABLE as error:
         raise _broken(name, f"{type(error).__name__}: {error}") from error
@@ -247,6 +249,7 @@ def damage(data: pa.Buffer, name: str, start: int, count: int, manifest: Manifes
             return [error.came]
         return []
     try:
+        require_plain(data)
         reader = pa.ipc.open_file(data)
         expected = json.loads(reader.schema.metadata[_HEADER])["crc32"]
         batch = reader.get_batch(0)
