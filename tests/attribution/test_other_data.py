@@ -1,4 +1,4 @@
-"""What is asked of an index with data, sketches or numbers that are not its own is refused, and is never a wrong score."""
+"""What is asked with data, sketches or numbers that are not the index's own is refused, and is never a wrong score."""
 
 import json
 

@@ -59,7 +59,7 @@ def test_a_changed_digit_is_told(result, tmp_path):
     digits = [place for place, letter in enumerate(text) if letter.isdigit()]
     for place in draw.sample(digits, min(20, len(digits))):
         path = tmp_path / "changed.json"
-        path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1:]}", encoding="utf-8")
+        path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}", encoding="utf-8")
         with pytest.raises(InputError, match="cannot be read"):
             type(result).from_json(path)
     record = json.loads(text)

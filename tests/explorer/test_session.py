@@ -317,7 +317,9 @@ def test_values_and_words_are_those_of_the_rows(tmp_path):
     ]
     session = desk.session(desk.build(tmp_path / "i", rows))
     for place, value in enumerate(values):
-        facet = next(v for v in session.table.facet("mixed").values if v.value == value and type(v.value) is type(value))
+        facet = next(
+            v for v in session.table.facet("mixed").values if v.value == value and type(v.value) is type(value)
+        )
         page = session.rows({"mixed": [value]})
         assert [hit.row for hit in page.rows] == list(range(place, 9, 3))
         assert facet.rows == page.total == 3

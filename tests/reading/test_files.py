@@ -164,7 +164,9 @@ def _not_utf8():
 
 
 def _twice_named():
-    return pa.StructArray.from_arrays([pa.array([1, None]), pa.array([2, None])], ["x", "x"], mask=pa.array([True, False]))
+    return pa.StructArray.from_arrays(
+        [pa.array([1, None]), pa.array([2, None])], ["x", "x"], mask=pa.array([True, False])
+    )
 
 
 @pytest.mark.parametrize("column", [_not_utf8, _twice_named])

@@ -550,9 +550,8 @@ def test_a_packed_shard_is_refused_before_it_is_unpacked(tmp_path, codec):
     store.write(0, Rows([""] * 1000, torch.zeros(1000, 4096), torch.zeros(1000), {}))
     (file,) = tmp_path.glob("part-*")
     options, sink = pa.ipc.IpcWriteOptions(compression=codec), pa.BufferOutputStream()
-    with pa.ipc.open_file(file) as reader:
-        with pa.ipc.new_file(sink, reader.schema, options=options) as writer:
-            writer.write_batch(reader.get_batch(0))
+    with pa.ipc.open_file(file) as reader, pa.ipc.new_file(sink, reader.schema, options=options) as writer:
+        writer.write_batch(reader.get_batch(0))
     packed = _sealed(sink.getvalue())  # as whoever means harm would
     for written in (packed.to_pybytes(), packed.to_pybytes().replace(b"crc32=", b"crc33=")):
         file.write_bytes(written)

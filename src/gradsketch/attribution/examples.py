@@ -106,7 +106,9 @@ def _columns(example: Mapping[Any, Any]) -> dict[str, Any]:
             continue
         column = _RENAMED + str(name) if name in RESERVED else str(name)
         if column in columns:
-            raise InputError(f"a row with two fields for the column {column!r}", "one of them", "Rename or drop the other")
+            raise InputError(
+                f"a row with two fields for the column {column!r}", "one of them", "Rename or drop the other"
+            )
         columns[column] = _plain(value)
     return columns
 

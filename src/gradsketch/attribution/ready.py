@@ -55,7 +55,11 @@ def index_sketches(
     description = Description(sketch.d, sketch.seed, sketch.names, (stored,), "sketches")
     if not folder.write(MANIFEST_NAME, description.to_json().encode(), replace=False):
         description.require_same(Description.read(folder), folder.uri)
-    content = {"rows": rows, "content": digest_of(examples, 0, rows), "sketches": digest([found.sketches, found.losses])}
+    content = {
+        "rows": rows,
+        "content": digest_of(examples, 0, rows),
+        "sketches": digest([found.sketches, found.losses]),
+    }
     facts = {**sketch_facts(sketch), "data": content}
     shape = Manifest(sketch.d, rows, default_shard_rows(rows, sketch.d, dtype), dtype, facts)
     store = Store.create(folder.child(stored.folder), shape)

@@ -126,7 +126,6 @@ class Selection(Result):
                     file.write(_line(data[place], place))
         return Path(path)
 
-
     def _require_same(self, data: Sequence[Any]) -> None:
         starts = range(0, self.of, self.shard_rows) if self.data else ()
         found = [digest_of(data, start, min(self.shard_rows, self.of - start)) for start in starts]

@@ -104,7 +104,9 @@ def require_own(path: Path) -> None:
     """
     if path.is_file() and not all(name in path.read_bytes() for name in (b'"command"', b'"options"')):
         raise InputError(
-            f"{path}, which is no run file of gradsketch", "a folder of its own", "Choose another, or move that file away"
+            f"{path}, which is no run file of gradsketch",
+            "a folder of its own",
+            "Choose another, or move that file away",
         )
 
 

@@ -83,7 +83,7 @@ def is_read_from(place: str, path: Path) -> bool:
 
 
 def _fixed_part(pattern: str) -> Path:
-    """Return the folders of a glob that hold no magic, but for the last of them, which stands in names as a folder's."""
+    """Return the folders of a glob before its magic, but for the last, which stands in names as a folder's own does."""
     parts = Path(pattern).expanduser().parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     return Path(*parts[: max(0, fixed - 1)])

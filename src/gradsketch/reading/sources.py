@@ -121,9 +121,7 @@ def _read(file: pa.NativeFile) -> Iterator[bytes]:
 def local(path: Path, name: str | None = None) -> Source:
     """Return a file on this machine."""
     found = path.stat()
-    return Source(
-        pyarrow.fs.LocalFileSystem(), str(path), name or path.name, found.st_size, changed=found.st_mtime_ns
-    )
+    return Source(pyarrow.fs.LocalFileSystem(), str(path), name or path.name, found.st_size, changed=found.st_mtime_ns)
 
 
 def filesystem_of(uri: str) -> tuple[pa.fs.FileSystem, str]:

@@ -43,6 +43,7 @@ DTYPES = (*_PLAIN, *_PACKED)
 _BLOCK, _SMALLEST_BLOCK = 4096, 64
 # int4: of every 64 numbers the first half stands in the low halves of 32 bytes, so that both are unpacked as runs.
 _RUN = 32
+_LARGEST = 2.0**126  # of a row's norm
 _LARGEST_INT4, _CLIPPED_AT = 7, 3.0  # root mean squares
 
 
@@ -78,14 +79,16 @@ def encode(
     entry), 1/254 (int8).
 
     Raises:
-        NonFiniteError: a sketch holds a NaN or an infinity.
+        NonFiniteError: a sketch holds a NaN or an infinity, or its norm is near the end of float32.
     """
     sketches = sketches.detach().to("cpu", torch.float32)
     largest = sketches.abs().amax(dim=-1) if sketches.numel() else sketches.new_zeros(len(sketches))
-    bad = (~torch.isfinite(largest)).nonzero().flatten().tolist()
+    # So that scale, norm and rounded numbers are finite too.
+    bad = (~(largest <= _LARGEST / max(1, sketches.shape[1]) ** 0.5)).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteError(
-            f"the sketch of row {bad[0]} of a batch of {len(sketches)} holds a NaN or an infinity",
+            f"the sketch of row {bad[0]} of a batch of {len(sketches)} holds a NaN, an infinity, or a number beyond what "
+            "float32 has squares of",
             "finite sketches only",
             "Find the example whose loss or gradient is not finite, or leave it out",
         )

@@ -25,7 +25,8 @@ _NUMBERS = ("gradient_norm", "loss", "tokens")
 def to_parquet(store: Store, path: str | Path) -> Path:
     """Write one Parquet file: row, id, float32 sketch, gradient_norm, loss, tokens and the metadata columns.
 
-    A metadata column called row becomes ``metadata_row``. One row group a shard, so memory stays bounded by a shard. A file at ``path`` is replaced, whole or not at all.
+    A metadata column called row becomes ``metadata_row``. One row group a shard, so memory stays bounded by a shard. A
+    file at ``path`` is replaced, whole or not at all.
 
     Raises:
         InputError: the store is empty.

@@ -21,8 +21,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date
-from itertools import accumulate
-from os.path import commonprefix
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 from gradsketch.errors import InputError
@@ -234,7 +233,7 @@ class _Chat:
         return _Span(content.start, self._end(through, content.start))
 
     def _ends_in_prompt(self, i: int, span: _Span) -> bool:
-        """Whether what follows the text of a turn ends as what stands before it: a prompt for generation, always written.
+        """Whether what follows a turn's text ends as what stands before it: a prompt for generation, always written.
 
         Of the first templates of Llama 3 some write it whether it was asked for or not.
         """
@@ -243,7 +242,8 @@ class _Chat:
             return False
         said = (self.conversation.messages[i].get("content") or "").strip()
         after = self.whole[slice(*span)].rpartition(said)[2] if said else self.whole[slice(*span)]
-        shared = commonprefix([after.rstrip()[::-1], before.rstrip()[::-1]])[::-1]
+        pairs = zip(reversed(after.rstrip()), reversed(before.rstrip()), strict=False)
+        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))[::-1]
         for token in (*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens):
             shared = shared.replace(token, "")
         return bool(shared.strip())

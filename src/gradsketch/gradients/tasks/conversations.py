@@ -60,7 +60,9 @@ class Conversation:
         said = [i for i, turn in enumerate(self.messages) if turn["role"] == ASSISTANT and i >= self.first]
         found = [i for i in said if i not in self.left_out]
         if said and not found:
-            raise InputError("a conversation whose turns of the assistant have all the weight 0", "one to learn", "Drop it")
+            raise InputError(
+                "a conversation whose turns of the assistant have all the weight 0", "one to learn", "Drop it"
+            )
         if not found:
             raise InputError(
                 f"a conversation of the roles {', '.join(dict.fromkeys(turn['role'] for turn in self.messages))}"
