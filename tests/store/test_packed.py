@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gradsketch.errors import NonFiniteError
 from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, verify
 from gradsketch.store.encoding import DTYPES, decode, encode, row_bytes, stored_count, stored_width, turned, unpacked
@@ -120,3 +121,18 @@ def test_in_a_store(tmp_path, dtype):
     torch.testing.assert_close(
         torch.cat([s.decoded() for s in Store.open(tmp_path)]), decode(*encode(x, dtype), 100, dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_near_the_end_of_float32_are_stored_or_refused(dtype):
+    for size in (1e30, 1e36, 1e37, 9e37, 2e38, 3.4e38):
+        row = torch.zeros(1, 128)
+        row[0, 3] = size
+        try:
+            stored, scale = encode(row, dtype)
+        except NonFiniteError:
+            assert size > 5e36
+            continue
+        assert size < 1e37
+        found = decode(stored, scale, 128, dtype)
+        assert float((found.double() * row.double()).sum()) == pytest.approx(size**2, rel=0.01)

@@ -87,8 +87,8 @@ def encode(
     bad = (~(largest <= _LARGEST / max(1, sketches.shape[1]) ** 0.5)).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteError(
-            f"the sketch of row {bad[0]} of a batch of {len(sketches)} holds a NaN, an infinity, or a number beyond what "
-            "float32 has squares of",
+            f"the sketch of row {bad[0]} of a batch of {len(sketches)} holds a NaN, an infinity, or numbers whose norm "
+            "is beyond float32",
             "finite sketches only",
             "Find the example whose loss or gradient is not finite, or leave it out",
         )
