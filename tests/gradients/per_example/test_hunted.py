@@ -192,6 +192,75 @@ def test_a_parameter_that_was_replaced_is_refused():
         sketcher(some(5, 5))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: torch.nn.utils.parametrizations.weight_norm(model[2]), lambda model: model.pop(2)],
+    ids=["parametrized", "removed"],
+)
+@pytest.mark.parametrize("method", ["auto", "loop"])
+def test_a_parameter_that_the_model_no_longer_has_is_refused(change, method):
+    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    sketcher = sketcher_of(model, method=method)
+    sketcher(some(5, 5))
+    change(model)
+    with pytest.raises(InputError, match=r"2\.weight.*replaced"):
+        sketcher(some(5, 5))
+
+
+class Centres(nn.Module):
+    """Compares examples with each other where training or asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.coupled = False
+
+    def forward(self, x):
+        return x - x.mean(0) if self.training or self.coupled else x
+
+
+def _coupled_forward(model):
+    model[1].forward = lambda x: x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "mode": lambda model: model.train(),
+        "mode of a part": lambda model: model[1].train(),
+        "flag": lambda model: setattr(model[1], "coupled", True),
+        "module added": lambda model: model.append(Centres()),
+        "module exchanged": lambda model: model.__setitem__(1, Centres()),
+        "hook": lambda model: model[1].register_forward_hook(lambda m, x, y: y - y.mean(0)),
+        "backward hook": lambda model: model[1].register_full_backward_hook(lambda m, x, y: (x[0] / x[0].norm(),)),
+        "forward replaced": _coupled_forward,
+    }.items(),
+    ids=lambda item: item[0].replace(" ", "_"),
+)
+@pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")  # the exact path is tried first
+@pytest.mark.parametrize("anew", [False, True], ids=["same_sketcher", "new_sketcher"])
+def test_a_model_that_was_changed_is_not_trusted_for_what_it_was(change, anew):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), Centres()).double().eval()
+    sketcher = sketcher_of(model)
+    sketcher(some(5, 5))
+    change[1](model)
+    with pytest.raises(InputError, match="together"):
+        (sketcher_of(model) if anew else sketcher)(some(5, 5))
+
+
+def test_a_model_that_goes_to_and_fro_is_proved_once_for_each_mode():
+    model = nn.Sequential(nn.Linear(5, 3), Centres()).double().eval()
+    sketcher = sketcher_of(model)
+    sketcher(some(5, 5))
+    for _ in range(3):
+        model[0].train()
+        sketcher(some(5, 5))
+        assert sketcher.audits.audited == 1
+        model[0].eval()
+    sketcher(some(5, 5))
+    assert (sketcher.audits.audited, sketcher.audits.batches) == (1, 2)
+
+
 def test_no_mark_stays_on_the_user_s_tensors():
     class Passing(nn.Module):
         def __init__(self):

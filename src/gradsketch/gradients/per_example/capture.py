@@ -91,7 +91,7 @@ class Capture:
 
     def _recall(self) -> None:
         """Take up what is known of the model and the task as they are now."""
-        self._flags = flags_of(self.task)
+        self._flags = flags_of(self.model, self.task)
         self._known = recall(self.model, self.task, self.method, frozenset(self._names.items()))
         # In eval mode torch's encoder layers choose a faster kernel where nothing is intercepted.
         self._may_differ = any(
@@ -134,8 +134,8 @@ class Capture:
 
     def _begin(self) -> None:
         """Count a batch, draw whether it is audited, and say what takes the exact path."""
-        if flags_of(self.task) != self._flags:
-            self._recall()  # what was proved of the task as it was is no proof of what it is now
+        if flags_of(self.model, self.task) != self._flags:
+            self._recall()  # what was proved of the model and the task as they were is no proof of what they are now
         known = self._known
         known.audits = replace(known.audits, batches=known.audits.batches + 1)
         self._drawn = known.draws.random() < SCHEDULE.share

@@ -131,11 +131,10 @@ def refuse_strangers(
 
 
 def refuse_replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a chosen parameter in whose place the model has another now: its gradient would be taken for zero."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    present = {id(t) for t in own.values()}
+    """Refuse a chosen parameter that the model no longer has: its gradient would be taken for zero."""
+    present = {id(t) for t in model.parameters()}
     for name, tensor in tensors.items():
-        if name in own and id(tensor) not in present:
+        if id(tensor) not in present:
             raise InputError(
                 f"{name!r}, which was replaced in the model after it was chosen",
                 "parameters that are the model's own",

@@ -42,7 +42,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, Known]] = weakref.WeakKey
 def recall(model: nn.Module, task: Task, *others: Any) -> Known:
     """Return what is known of a model under a task, given what else decides."""
     known = _KNOWN.setdefault(model, {})
-    found = known.setdefault((model.training, _facts_of(task, _PLAIN, _Same), *others), Known())
+    found = known.setdefault((_flags_of_model(model), _facts_of(task, _PLAIN, _Same), *others), Known())
     if len(known) > _REMEMBERED:
         del known[next(iter(known))]
     return found
@@ -72,12 +72,30 @@ _FLAGS = (bool, str, types.CodeType, types.NoneType)
 _PLAIN = (*_FLAGS, int, float, torch.dtype, torch.device)
 
 
-def flags_of(task: Task) -> Any:
-    """Return the flags among what a task has captured, which somebody may switch between two batches.
+def flags_of(model: nn.Module, task: Task) -> Any:
+    """Return what somebody may switch between two batches: flags of the model, and those that a task has captured.
 
-    Numbers are left out, because tasks count with them.
+    Numbers are left out, because tasks and modules count with them.
     """
-    return _facts_of(task, _FLAGS, lambda _: None)
+    return _flags_of_model(model), _facts_of(task, _FLAGS, lambda _: None)
+
+
+# Where a module keeps its hooks, by numbers that no other hook gets.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _flags_of_model(model: nn.Module) -> tuple[Any, ...]:
+    """Return each module with its mode, flags and hooks, and what stands in the place of its forward method."""
+    return tuple(
+        (
+            id(module),
+            type(module),
+            id(vars(module).get("forward")),
+            *(number for hooks in _HOOKS for number in vars(module)[hooks]),
+            *(value for value in vars(module).values() if type(value) in (bool, str)),
+        )
+        for module in model.modules()
+    )
 
 
 def _facts_of(value: Any, plain: tuple[type, ...], same: Callable[[Any], Any], depth: int = 5) -> Any:
