@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["full_precision", "one_thread"]
+__all__ = ["full_precision", "one_thread", "outside_autocast"]
 
 
 @contextmanager
@@ -23,9 +23,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     A transform that is orthonormal to 1e-7 would otherwise be so to 1e-3 for everyone who trains with
     ``torch.set_float32_matmul_precision("high")``.
     """
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+    with outside_autocast(device), ExitStack() as stack:
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch ≥ 2.9
             mkldnn: Any = torch.backends.mkldnn
             for backend in (torch.backends.cuda.matmul, mkldnn.matmul):
@@ -35,6 +33,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
         elif torch.get_float32_matmul_precision() != "highest":
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
+        yield
+
+
+@contextmanager
+def outside_autocast(device: torch.device) -> Iterator[None]:
+    """Switch autocast off meanwhile: a backward pass takes each product in the dtype that the forward pass chose."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
         yield
 
 

@@ -362,3 +362,22 @@ def test_an_error_in_a_loss_keeps_no_tensors_alive(place):
         assert not [out for out in hidden if out() is not None]
     finally:
         gc.enable()
+
+
+def in_full_precision(model, batch):
+    with torch.autocast("cpu", enabled=False):
+        return losses_of(model, batch)
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "implicit"])
+@pytest.mark.parametrize("formed", [False, True], ids=["captured", "formed"])
+def test_an_autocast_around_a_call_narrows_what_the_forward_pass_lets_it_and_no_more(method, formed):
+    """Backward passes and sketches of a loss that switches autocast off are in its own precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    parameters, batch = gs.Parameters(model), some(5, 5, dtype=torch.float32)
+    sketch = gs.AFFD(parameters.n, 16) if formed else gs.BlockSum(parameters, 16)
+    sketcher = gs.GradientSketcher(model, in_full_precision, sketch, parameters=parameters, method=method)
+    expected = sketcher(batch).values
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sketcher(batch).values, expected)

@@ -42,6 +42,7 @@ from gradsketch.gradients.per_example.refusals import (
 from gradsketch.gradients.per_example.remembered import flags_of, recall
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.transforms.precision import full_precision
 
 __all__ = ["SCHEDULE", "Capture", "Schedule"]
 
@@ -490,8 +491,9 @@ class Capture:
         try:
             for position, alone, gradients in form(self.model, self.task, batch, tensors):
                 self._compare(range(position, position + len(alone)), alone, losses, self._dtype)
-                for name, gradient in gradients.items():
-                    consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
+                with full_precision(losses.device):
+                    for name, gradient in gradients.items():
+                        consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
         except RuntimeError as error:
             if self.method != "vmap":
                 raise

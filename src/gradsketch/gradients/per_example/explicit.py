@@ -17,6 +17,7 @@ from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.preconditioned import Preconditioned
+from gradsketch.transforms.precision import outside_autocast
 
 __all__ = ["accumulated", "gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
 
@@ -102,7 +103,8 @@ def accumulated(losses: Tensor, weights: Tensor, tensors: Mapping[str, Tensor], 
     for tensor in tensors.values():
         tensor.grad = None
     if losses.requires_grad:
-        losses.backward(weights, retain_graph=keep)
+        with outside_autocast(losses.device):
+            losses.backward(weights, retain_graph=keep)
     parts = {name: torch.zeros_like(t) if t.grad is None else _strided(t.grad) for name, t in tensors.items()}
     for tensor in tensors.values():
         tensor.grad = None

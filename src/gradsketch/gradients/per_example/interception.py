@@ -26,7 +26,7 @@ from gradsketch.gradients.per_example.owners import (
     projected,
 )
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, Provenance, function_name, tensors_in
-from gradsketch.transforms.precision import full_precision
+from gradsketch.transforms.precision import full_precision, outside_autocast
 
 __all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "nodes_outside_rules"]
 
@@ -253,7 +253,7 @@ class Interception(TorchFunctionMode):
         """Run backward from the losses so that every watched result reports; ``again`` if it will run once more."""
         rooted = _Root.apply(losses, self)
         if self.calls:
-            with self.inside_modules():
+            with self.inside_modules(), outside_autocast(losses.device):
                 torch.autograd.grad(rooted, [self.slot], weights, allow_unused=True, retain_graph=again)
 
     @contextmanager
