@@ -381,3 +381,19 @@ def test_an_autocast_around_a_call_narrows_what_the_forward_pass_lets_it_and_no_
     expected = sketcher(batch).values
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sketcher(batch).values, expected)
+
+
+def hardest_half(model, batch):
+    losses = losses_of(model, batch)
+    return torch.where(losses >= losses.median(), losses, 0 * losses)
+
+
+@pytest.mark.parametrize("b", [3, 5, 8])
+def test_coupling_that_spares_the_two_rows_that_ran_alone_is_refused(b):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    batch = some(b, 5)
+    hardest = losses_of(model, batch).argsort(descending=True)
+    order = [hardest[0], *hardest[2:], hardest[1]]  # both ends are kept
+    with pytest.raises(InputError, match="together and .* among half of the batch"):
+        sketcher_of(model, hardest_half)({name: value[torch.tensor(order)] for name, value in batch.items()})

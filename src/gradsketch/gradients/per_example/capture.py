@@ -229,6 +229,7 @@ class Capture:
             self._judge(audit, tap.seen, known.slow)
         if alone is not None and alone.conclusive:
             refuse_other_gradients(alone.failed(), self.model)
+            self._compare_in_other_company(tap, batch, losses.detach())
             known.independent = True
         return losses.detach()
 
@@ -437,6 +438,21 @@ class Capture:
         audit = Audit(weights, self._gradients(alone, weights[places]), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit
+
+    def _compare_in_other_company(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
+        """Run both halves of the batch without interception: who is kept by a rank or a capacity is others there.
+
+        Two rows alone may be among those to whom nothing happens. Call it after the backward pass, when memory is free.
+        """
+        count = len(losses)
+        if count <= 2:
+            return  # they have been alone
+        halves = ((0, count // 2), (count // 2, count))
+        others = torch.cat([self.losses(batch_slice(batch, *ends)).detach() for ends in halves]).cpu()
+        for place, (other, loss) in enumerate(zip(others, losses.cpu(), strict=True)):
+            if not self._chance and not _close(other, loss, tap.dtype):
+                self._compare_with_plain(tap, batch, losses)
+                refuse_coupling(place, loss, other, "among half of the batch")
 
     def _warn_of_padding(self, batch: Batch, places: Sequence[int], alone: Tensor, dtype: torch.dtype) -> None:
         """Warn where a row's loss depends on its padding, as with positions scaled by the length of the batch."""

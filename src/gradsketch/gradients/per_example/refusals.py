@@ -47,11 +47,10 @@ def reentrant() -> InputError:
     )
 
 
-def refuse_coupling(example: int, together: Tensor, alone: Tensor) -> None:
-    """Refuse a loss that is another alone than in company."""
+def refuse_coupling(example: int, together: Tensor, other: Tensor, where: str = "one example at a time") -> None:
+    """Refuse a loss that is another alone, or in other company, than in this."""
     raise InputError(
-        f"the loss of example {example} of the batch is {together.item():.6g} together and {alone.item():.6g} one "
-        "example at a time",
+        f"the loss of example {example} of the batch is {together.item():.6g} together and {other.item():.6g} {where}",
         *INDEPENDENT,
     )
 
