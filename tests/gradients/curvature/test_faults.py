@@ -355,3 +355,112 @@ def test_outputs_the_loss_ignores_cost_nothing():
     v = torch.randn(sum(p.numel() for p in case.model.parameters()), dtype=torch.float64)
     wanted = gauss_newton(case.model, case.losses, case.batch)(v)
     torch.testing.assert_close(gauss_newton(case.model, losses, case.batch)(v), wanted)
+
+
+class WithTable(nn.Module):
+    """Answers with logits and a constant of another shape; its own flags and parts are for losses to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.scale = nn.Linear(4, 3).double(), 2.0
+        self.register_buffer("table", torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x).tanh(), self.table
+
+    def __len__(self) -> int:
+        return 5
+
+
+def at_table(model: Any, batch: Any) -> Tensor:
+    outputs, table = model(batch[0])
+    return (outputs.square() * table).sum(1)
+
+
+def over_tokens(model: Any, batch: Any) -> Tensor:
+    outputs, _ = model(batch[0])
+    return outputs.square().sum(1) / batch[1].sum()
+
+
+def by_examples(model: Any, batch: Any) -> Tensor:
+    outputs, _ = model(batch[0])
+    return nn.functional.cross_entropy(outputs @ outputs.mT, torch.arange(len(outputs)), reduction="none")
+
+
+def counted(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 4, generator=generator, dtype=torch.float64), torch.arange(1, count + 1)
+
+
+@pytest.mark.parametrize("losses", [at_table, over_tokens, by_examples])
+@pytest.mark.parametrize("count", [3, 6])
+@pytest.mark.parametrize("mode", MODES)
+def test_examples_are_cut_apart_only_where_their_losses_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, losses: Any, count: int, mode: Any
+) -> None:
+    model, v = WithTable(), torch.linspace(-1, 1, 15, dtype=torch.float64)
+    wanted = gauss_newton(model, losses, counted(count), mode=mode)(v)
+    monkeypatch.setattr("gradsketch.gradients.curvature.outer_products._HEAD_ENTRIES", 3)
+    torch.testing.assert_close(gauss_newton(model, losses, counted(count), mode=mode)(v), wanted)
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "mode": lambda model: 1 + model.training,
+    "class": lambda model: 1 + isinstance(model, WithTable),
+    "length": len,
+    "attribute": lambda model: model.scale,
+    "module": lambda model: len(list(model.modules())),
+    "buffer": lambda model: dict(model.named_buffers())["table"][2],
+    "state": lambda model: len(model.state_dict()),
+    "dtype": lambda model: next(model.parameters()).itemsize,
+}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_may_read_the_model_that_answered(read: Callable[[Any], Any], mode: Any) -> None:
+    model, v = WithTable().eval(), torch.linspace(-1, 1, 15, dtype=torch.float64)
+    factor = float(read(model))
+    wanted = factor * gauss_newton(model, at_table, counted(4), mode=mode)(v)
+    product = gauss_newton(model, lambda m, batch: at_table(m, batch) * read(m), counted(4), mode=mode)(v)
+    torch.testing.assert_close(product, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_a_loss_that_tells_the_model_from_its_stand_in_is_refused() -> None:
+    def losses(model: Any, batch: Any) -> Tensor:
+        return at_table(model, batch) * (2 if type(model) is WithTable else 1)
+
+    with pytest.raises(InputError, match="same output again"):
+        gauss_newton(WithTable(), losses, counted(4))(torch.ones(15, dtype=torch.float64))
+
+
+STOPPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "in part": lambda h: h.tanh() * h.detach(),
+    "straight through": lambda h: h + (h.round() - h).detach(),
+    "normed": lambda h: h / h.norm(dim=1, keepdim=True).detach(),
+}
+
+
+@pytest.mark.parametrize("stop", STOPPED.values(), ids=STOPPED)
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_differences_of_gradients_that_belong_to_no_function_say_so(
+    stop: Callable[[Tensor], Tensor], builder: Any
+) -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+    model = nn.Sequential(first, Applied(stop), last)
+    rows, classes = counted(4)
+    operator = builder(model, class_losses, (rows, classes % 3), mode="central-difference")
+    with pytest.warns(GradsketchWarning, match="asymmetric.*belong to no function"):
+        operator(torch.ones(35, dtype=torch.float64))
+    assert not operator.check.conclusive
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

@@ -98,9 +98,22 @@ def calibrated(products: Products) -> tuple[Scheme, Check]:
         other_worst = max(other_error, _visible(_change(compare, vector, other)))
         scheme, worst = (other, other_worst) if other_worst < worst else (scheme, worst)
     note = "" if worst <= _VISIBLE else _unsteady(worst)
-    return scheme, Check("central-difference", worst, str(scheme), worst <= _VISIBLE, note)
+    skew = 0.0 if note else _asymmetry(compare, scheme)
+    if skew > max(_VISIBLE, _SKEW_OF_ERROR * worst):
+        note = (
+            f"differences are asymmetric by {skew:.1%}: {_NO_FUNCTION}. They see it move; mode='auto' holds it constant,"
+            " as autograd does"
+        )
+    return scheme, Check("central-difference", max(worst, skew if note else 0.0), str(scheme), not note, note)
 
 
+# What detaching does to gradients.
+_NO_FUNCTION = (
+    "the gradients belong to no function, for something that depends on the weights is detached or rounded on its way"
+    " to the loss"
+)
+# Asymmetry that errors of differences explain, in units of these.
+_SKEW_OF_ERROR = 10
 # What a difference of zero counts as: inner rounding may have swallowed the step, so any other scheme is better.
 _VANISHES = 1e9
 # An error from which on a user is told.
@@ -112,6 +125,18 @@ def _unsteady(change: float) -> str:
         f"central differences of gradients change by {change:.1%} with the length of their steps: the loss has kinks"
         " (ReLU, max, rounding) or computes in less precision than its weights have"
     )
+
+
+def _asymmetry(compare: _Comparison, scheme: Scheme) -> float:
+    """Return |D − Dᵀ| / |D| for differences D, from three random directions: <u, Dv> = <v, Du> where D is a Hessian."""
+    directions = [compare.direction(name).double() for name in ("first", "second", "third")]
+    found = [compare.products.difference(v.to(compare.dtype), scheme)[0].double() for v in directions]
+    pairs = ((0, 1), (0, 2), (1, 2))
+    gaps = [abs(float(directions[i] @ found[j] - directions[j] @ found[i])) for i, j in pairs]
+    if any(compare.vanishes(product) for product in found):
+        return 0.0
+    size = max(float(torch.linalg.vector_norm(product)) for product in found)
+    return max(gaps) * len(directions[0]) ** 0.5 / size
 
 
 def _best(compare: _Comparison, vector: Tensor) -> tuple[Scheme, float]:
@@ -336,10 +361,7 @@ class _Examination:
             return self._check(change, None, conclusive=False, note=f"not checked, because {_unsteady(change)}")
         off = self.compare.total(product, steady.difference)
         if not self._is_symmetric(vector, product, steady):
-            note = (
-                "the gradients belong to no function: something that depends on the weights is detached or rounded on"
-                " its way to the loss. Products hold it constant, as autograd does"
-            )
+            note = f"{_NO_FUNCTION}. Products hold it constant, as autograd does"
             return self._check(off, steady.scheme, conclusive=False, note=note)
         raise WrongDerivativeError(
             f"differentiating twice is {max(off, 1e-4):.2%} off along {where}, most in {steady.name!r}"

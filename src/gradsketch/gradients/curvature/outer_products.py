@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.graph import operations
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
-from gradsketch.gradients.data import batch_slice
+from gradsketch.gradients.data import batch_slice, is_out_of_memory
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import Batch, TaskLike
 from gradsketch.linear_map import LinearMap, widened
@@ -152,6 +153,8 @@ class _Losses(_Outputs):
 class _ModelOutputs(_Outputs):
     """Every floating-point tensor the model returns that the loss depends on, and the loss's Hessian in them."""
 
+    _separable: bool | None
+
     def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
         self._objective, self._batch = objective, batch
         with _cut_behind(objective.model) as calls:
@@ -167,6 +170,7 @@ class _ModelOutputs(_Outputs):
             )
         tensors, self._structure = pytree.tree_flatten(calls[0])
         self._constant = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
+        self._losses, self._separable = _primal(losses).detach(), None
         self._places = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.requires_grad]
         self._places = self._used()
         self.values = [tensors[i] for i in self._places]
@@ -195,15 +199,40 @@ class _ModelOutputs(_Outputs):
         self, work: Callable[[slice, Batch, list[Tensor]], list[Tensor]], directions: list[Tensor]
     ) -> list[Tensor]:
         """Do work on directions, a few examples at a time where outputs are large."""
-        rows = self._rows_at_once(directions)
-        if rows >= self.examples:
+        parts = self._parts(self._rows_at_once(directions))
+        if len(parts) == 1 or not self._are_alike(parts):
             return work(slice(None), self._batch, directions)
-        parts = []
-        for start in range(0, self.examples, rows):
-            stop = min(start + rows, self.examples)
-            sliced = [d[start:stop] for d in directions]
-            parts.append(work(slice(start, stop), batch_slice(self._batch, start, stop), sliced))
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        done = [work(rows, self._cut(rows), [d[rows] for d in directions]) for rows in parts]
+        return [torch.cat(column) for column in zip(*done, strict=True)]
+
+    def _parts(self, rows: int) -> list[slice]:
+        return [slice(start, min(start + rows, self.examples)) for start in range(0, self.examples, rows)]
+
+    def _cut(self, rows: slice) -> Batch:
+        return batch_slice(self._batch, rows.start, rows.stop)
+
+    def _are_alike(self, parts: Sequence[slice]) -> bool:
+        """Whether examples have the losses in these parts that they have together; asked once a batch.
+
+        Not so where a loss divides by the tokens of its batch, compares examples, or takes a table for one of them.
+        """
+        if self._separable is None:
+            try:
+                with torch.no_grad():
+                    losses = torch.cat([self._losses_of(rows, self._cut(rows))[1] for rows in parts])
+            except Exception as error:  # of the user's own loss, which never saw such a part of an output
+                if is_out_of_memory(error):
+                    raise
+                self._separable = False
+            else:
+                self._separable = self._are_as_found(losses)
+        return self._separable
+
+    def _are_as_found(self, losses: Tensor) -> bool:
+        """Whether losses are those of the model's own call, but for rounding."""
+        near = torch.finfo(losses.dtype).eps ** 0.5
+        same = losses.shape == self._losses.shape and losses.dtype == self._losses.dtype
+        return same and torch.allclose(losses, self._losses, rtol=near, atol=near, equal_nan=True)
 
     def _slopes(self, rows: slice, batch: Batch, directions: list[Tensor], scale: float) -> list[Tensor]:
         heads, losses = self._losses_of(rows, batch, [d * scale for d in directions])
@@ -212,6 +241,12 @@ class _ModelOutputs(_Outputs):
 
     def _used(self) -> list[int]:
         heads, losses = self._losses_of(slice(None), self._batch)
+        if not self._are_as_found(losses):
+            raise InputError(
+                f"{self._objective.task!r}, whose losses are others where the model answers with the same output again",
+                "a loss computed from the model's output, the batch and constants",
+                "Leave out what tells the model from a stand-in of its class, or use hessian(...) or fisher(...)",
+            )
         if not losses.requires_grad:  # no output does, or the loss uses none of them
             return []
         self.loss_operations = frozenset(operations([losses.grad_fn]))
@@ -241,26 +276,27 @@ class _ModelOutputs(_Outputs):
         for index, place in enumerate(self._places):
             moved = tree[place].detach() if shifts is None else tree[place].detach() + shifts[index]
             tree[place] = moved.requires_grad_()
-        answer = _Answer(self._objective.model, pytree.tree_unflatten(tree, self._structure))
+        answer = _answering(self._objective.model, pytree.tree_unflatten(tree, self._structure))
         return [tree[place] for place in self._places], self._objective.task.losses(answer, batch)
 
 
-class _Answer(nn.Module):
-    """A model that answers every call with an output computed before, and is the original in everything else."""
+def _answering(model: nn.Module, output: Any) -> nn.Module:
+    """Return what answers every call with an output computed before, and is the model in everything else."""
+    answer: nn.Module = object.__new__(_answering_class(type(model)))
+    vars(answer).update({name: value for name, value in vars(model).items() if name != "forward"}, **{_OUTPUT: output})
+    return answer
 
-    def __init__(self, model: nn.Module, output: Any) -> None:
-        super().__init__()
-        object.__setattr__(self, "_original", model)
-        object.__setattr__(self, "_output", output)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._output
+_OUTPUT = "_gradsketch_output"
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        return self._original.named_parameters(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_original"), name)
+@cache
+def _answering_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def answer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[_OUTPUT]
+
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {"forward": answer, "__call__": answer} | names)
 
 
 @contextmanager
