@@ -227,8 +227,14 @@ def _blank(make: Callable[..., type], *arguments: Any) -> Any:
 
 
 def _read(module: nn.Module, attribute: str) -> Tensor | None:
-    parameter = module._parameters[attribute]
     reading: Reading = vars(module)[_KEY][attribute]
+    if attribute not in module._parameters:
+        raise InputError(
+            f"{reading.name!r}, which was taken out of a {type(module).__name__} that is open in a Subspace",
+            "the parameters that the Subspace was made over",
+            "Call merge() or close() first; parametrize, prune or replace layers before a Subspace is made",
+        )
+    parameter = module._parameters[attribute]
     if parameter is not reading.parameter:
         return parameter
     if torch.compiler.is_compiling():

@@ -101,8 +101,8 @@ def calibrated(products: Products) -> tuple[Scheme, Check]:
     skew = 0.0 if note else _asymmetry(compare, scheme)
     if skew > max(_VISIBLE, _SKEW_OF_ERROR * worst):
         note = (
-            f"differences are asymmetric by {skew:.1%}: {_NO_FUNCTION}. They see it move; mode='auto' holds it constant,"
-            " as autograd does"
+            f"differences are asymmetric by {skew:.1%}: {_NO_FUNCTION}. They see it move; mode='auto' holds it"
+            " constant, as autograd does"
         )
     return scheme, Check("central-difference", max(worst, skew if note else 0.0), str(scheme), not note, note)
 
