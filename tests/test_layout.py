@@ -97,6 +97,41 @@ def test_imports_by_text_are_seen(text):
     assert not names_imports("import importlib.metadata")
 
 
+# Functions of torch that make tensors from nothing, and those of them whose dtype is else the user's default.
+_WHOLE = {"arange", "randint", "randperm", "tensor", "tril_indices", "triu_indices", "empty_strided"}
+_BROKEN = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+
+
+def left_to_the_user(text):
+    """Return the lines that make a tensor on the default device, or of the default dtype."""
+    lines = []
+    for node in ast.walk(ast.parse(text)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+            wanted = {"device"} if node.func.attr in _WHOLE | _BROKEN else set()
+            of_numbers = node.func.attr == "full" and any("index" in ast.unparse(a) for a in node.args[1:])
+            wanted |= {"dtype"} if node.func.attr in _BROKEN and not of_numbers else set()
+            if wanted - {keyword.arg for keyword in node.keywords}:
+                lines.append(node.lineno)
+    return lines
+
+
+def test_own_tensors_depend_on_no_default_that_a_user_has_set():
+    found = {name: left_to_the_user(text) for name, text in MODULES.items() if ".jax" not in name}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_a_tensor_that_is_left_to_the_user_is_seen():
+    assert left_to_the_user("torch.zeros(3)\ntorch.ones(3, device=d)\ntorch.arange(3)\ntorch.zeros(3, dtype=t)") == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert left_to_the_user("torch.zeros(3, dtype=t, device=d)\ntorch.arange(3, device=d)\nx.new_zeros(3)") == []
+
+
 def test_every_public_name_resolves_to_where_it_is_said_to_be():
     for name in gs.__all__:
         assert getattr(gs, name) is not None

@@ -118,7 +118,7 @@ class LinearMap(ABC):
 
             return matvec
 
-        numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
+        numpy_dtype = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec=through(self), rmatvec=through(self.T), dtype=numpy_dtype)
 
 

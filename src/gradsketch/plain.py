@@ -91,4 +91,4 @@ def _name(value: float) -> str:
 def _tensor(record: Mapping[str, Any]) -> Tensor:
     dtype, shape = getattr(torch, record["dtype"]), record["shape"]
     data = bytearray(base64.b64decode(record["base64"]))
-    return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype, device="cpu")

@@ -170,7 +170,7 @@ _SMALLEST, _LARGEST = 0.5, 2.0**31  # range of the tail value (integer below 2^3
 
 
 def _float64_bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
+    return int(torch.tensor(value, dtype=torch.float64, device="cpu").view(torch.int64))
 
 
 _FIRST_KNOT = _float64_bits(_SMALLEST) >> (52 - _KNOT_BITS)
@@ -180,7 +180,7 @@ _FIRST_KNOT = _float64_bits(_SMALLEST) >> (52 - _KNOT_BITS)
 def _quantile_table(device: torch.device) -> tuple[Float[Tensor, " knots"], Float[Tensor, " knots"]]:
     """Intercept and slope, per knot interval, of t ↦ −Φ⁻¹(t / 2^32) for t in [1/2, 2^31)."""
     last = _float64_bits(_LARGEST) >> (52 - _KNOT_BITS)
-    bits = torch.arange(_FIRST_KNOT, last + 1, dtype=torch.int64) << (52 - _KNOT_BITS)
+    bits = torch.arange(_FIRST_KNOT, last + 1, dtype=torch.int64, device="cpu") << (52 - _KNOT_BITS)
     knots = bits.view(torch.float64)
     quantile = -torch.from_numpy(ndtri((knots / 2.0**32).numpy()))
     slope = (quantile[1:] - quantile[:-1]) / (knots[1:] - knots[:-1])

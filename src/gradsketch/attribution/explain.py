@@ -43,7 +43,7 @@ _OWN_DATA = "Pass the data that the index was built of, in its order"
 def asked_again(hits: Hits) -> tuple[list[Any], list[list[int]]]:
     """Return the examples of all questions, and the positions of each question's members among them."""
     members = [list(query.example) if query.members > 1 else [query.example] for query in hits.queries]
-    ends = torch.tensor([len(group) for group in members]).cumsum(0).tolist()
+    ends = torch.tensor([len(group) for group in members], device="cpu").cumsum(0).tolist()
     groups = [list(range(end - len(group), end)) for group, end in zip(members, ends, strict=True)]
     return [example for group in members for example in group], groups
 

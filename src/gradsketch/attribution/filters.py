@@ -48,7 +48,9 @@ def row_filter(where: Where | None, store: Store) -> RowFilter | None:
         return None
     if not isinstance(where, Mapping):
         none = dict.fromkeys(store.columns())  # a shard has the columns of its own rows only
-        return lambda shard: torch.tensor([bool(where(none | shard.record(i))) for i in range(shard.count)])
+        return lambda shard: torch.tensor(
+            [bool(where(none | shard.record(i))) for i in range(shard.count)], device="cpu"
+        )
     columns = {"id": {"string"}, **store.columns()}
     unknown = [name for name in where if name not in columns]
     if unknown:
@@ -62,9 +64,9 @@ def row_filter(where: Where | None, store: Store) -> RowFilter | None:
         _require_possible(name, values, columns[name])
 
     def keep(shard: Shard) -> Bool[Tensor, " rows"]:
-        kept = torch.ones(shard.count, dtype=torch.bool)
+        kept = torch.ones(shard.count, dtype=torch.bool, device="cpu")
         for name, values in wanted.items():
-            kept &= torch.tensor([among(value, values) for value in shard.column(name)], dtype=torch.bool)
+            kept &= torch.tensor([among(value, values) for value in shard.column(name)], dtype=torch.bool, device="cpu")
         return kept
 
     return keep

@@ -50,10 +50,10 @@ def token_products(
     with evaluating(model), _gated(model, direction, gates), torch.enable_grad():
         loss = task.losses(model, batch).sum()
         if not loss.requires_grad:
-            return torch.zeros(sum(lengths)), 0.0
+            return torch.zeros(sum(lengths), dtype=torch.float32, device="cpu"), 0.0
         (parts,) = torch.autograd.grad(loss, [gates.values], allow_unused=True)
     if parts is None:  # no module with a direction took part
-        return torch.zeros(sum(lengths)), 0.0
+        return torch.zeros(sum(lengths), dtype=torch.float32, device="cpu"), 0.0
     return parts[:-1].float().cpu(), float(parts[-1])
 
 

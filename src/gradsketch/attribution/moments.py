@@ -82,14 +82,14 @@ class RowMatrix:
 
     def second_moment(self) -> Float64[Tensor, "d d"]:
         """Return XᵀX / N."""
-        total = torch.zeros(self.store.d, self.store.d, dtype=torch.float64)
+        total = torch.zeros(self.store.d, self.store.d, dtype=torch.float64, device="cpu")
         for x in self.blocks():
             total += x.T @ x
         return total / self.count
 
     def gram(self) -> Float64[Tensor, "n n"]:
         """Return XXᵀ, block by block: two shards are held at a time."""
-        out = torch.empty(self.count, self.count, dtype=torch.float64)
+        out = torch.empty(self.count, self.count, dtype=torch.float64, device="cpu")
         row = 0
         for x in self.blocks():
             column = 0
@@ -111,7 +111,7 @@ class RowMatrix:
         d = self.store.d
         normals = Stream(0, "nystrom").normals(0, d * rank, dtype=torch.float64).view(d, rank)
         test = torch.linalg.qr(normals).Q
-        image = torch.zeros(d, rank, dtype=torch.float64)
+        image = torch.zeros(d, rank, dtype=torch.float64, device="cpu")
         for x in self.blocks():
             image += (x.T @ (x @ test.float())).double() / self.count
         # A shift of rounding size keeps the small Cholesky positive definite; it is taken off again.

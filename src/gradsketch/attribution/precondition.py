@@ -168,7 +168,7 @@ def held_out_damping(store: Store, *, unit_length: bool) -> float:
     sample = _sample(RowMatrix(store, unit_length), _SAMPLE_ROWS)
     if len(sample) < 10:
         raise InputError(f"{len(sample)} rows", "at least ten to hold some out", "Pass damping=0.1")
-    held = torch.arange(len(sample)) % 5 == 0
+    held = torch.arange(len(sample), device="cpu") % 5 == 0
     fit, test = sample[~held].double(), sample[held].double()
     gram = fit @ fit.T
     values, vectors = torch.linalg.eigh(gram)
@@ -196,4 +196,4 @@ def _sample(rows: RowMatrix, most: int) -> Float[Tensor, "rows d"]:
     for x in rows.blocks():
         kept.append(x[(-seen) % step :: step].clone())
         seen += len(x)
-    return torch.cat(kept) if kept else torch.empty(0, rows.store.d)
+    return torch.cat(kept) if kept else torch.empty(0, rows.store.d, dtype=torch.float32, device="cpu")

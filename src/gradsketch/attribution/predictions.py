@@ -42,7 +42,7 @@ def prediction_products(
         if losses is None:
             return None
         if not losses.requires_grad:
-            return torch.zeros(losses.shape[1])
+            return torch.zeros(losses.shape[1], dtype=torch.float32, device="cpu")
         tangents = [direction[name].to(p) for name, p in chosen.items()]
         term = (losses[0], list(chosen.values()), tangents)
         parts = _all_at_once(*term)

@@ -152,7 +152,7 @@ class Reranker:
             NonFiniteError: a gradient is not finite.
         """
         examples = self.examples(candidates[candidates >= 0].unique().tolist())
-        scores, sample = torch.zeros(candidates.shape), len(self._sample)
+        scores, sample = torch.zeros(candidates.shape, dtype=torch.float32, device="cpu"), len(self._sample)
         total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * sample + len(examples))
         with tqdm(total=total, unit="ex", desc=self._said(sample, len(examples)), disable=self._silent) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
@@ -290,7 +290,7 @@ def _candidates(found: Sequence[Top]) -> Int64[Tensor, "m c"]:
     """Return the rows of several lists, each once for each group of questions; −1 pads."""
     listed = [sorted({row for row in rows if row >= 0}) for rows in torch.cat([t.rows for t in found], 1).tolist()]
     width = max(1, *map(len, listed))
-    return torch.tensor([rows + [-1] * (width - len(rows)) for rows in listed])
+    return torch.tensor([rows + [-1] * (width - len(rows)) for rows in listed], device="cpu")
 
 
 def _reordered(candidates: Int64[Tensor, "m c"], scores: Float[Tensor, "m c"], k: int, *, sign: int) -> Top:

@@ -66,7 +66,7 @@ def scan(probes: Sequence[Probe], width: int | None = None) -> Iterator[tuple[li
 
 def every_score(probes: Sequence[Probe]) -> Float[Tensor, "m rows"]:
     """Return all scores of all rows; NaN for rows that were left out, or are not there yet."""
-    every = torch.full((len(probes[0].directions), probes[0].store.rows), torch.nan)
+    every = torch.full((len(probes[0].directions), probes[0].store.rows), torch.nan, dtype=torch.float32, device="cpu")
     for shards, scores in scan(probes):
         every[:, shards[0].start : shards[0].start + scores.shape[1]] = scores
     return every.where(torch.isfinite(every), torch.nan)
@@ -91,7 +91,13 @@ def tops(
 ) -> list[Top]:
     """Return what ``top`` does for each (k, sign), in one pass over the stores."""
     m = len(probes[0].directions)
-    found = [(torch.full((m, k), -torch.inf), torch.full((m, k), -1, dtype=torch.int64)) for k, _ in wanted]
+    found = [
+        (
+            torch.full((m, k), -torch.inf, dtype=torch.float32, device="cpu"),
+            torch.full((m, k), -1, dtype=torch.int64, device="cpu"),
+        )
+        for k, _ in wanted
+    ]
     for shards, scores in scan(probes, width):
         shard = shards[0]
         usable = torch.isfinite(scores) if keep is None else torch.isfinite(scores) & keep(shard)
@@ -108,7 +114,7 @@ def _top(best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], sign: int) -> T
 
 def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"]) -> Float[Tensor, "m c"]:
     """Return the exact scores of given rows, each row of ``found`` belonging to one query (−1: no row, −inf)."""
-    out = torch.full(found.shape, -torch.inf)
+    out = torch.full(found.shape, -torch.inf, dtype=torch.float32, device="cpu")
     manifest = probes[0].store.manifest
     for start, count in sorted({manifest.shard_at(row) for row in found[found >= 0].tolist()}):
         inside = (found >= start) & (found < start + count)
@@ -128,7 +134,7 @@ def _combined(
         stored = shard.sketches if places is None else shard.sketches[places]
         factors = _factors(probe, shard) if places is None else _factors(probe, shard)[places]
         usable = usable & torch.isfinite(factors)
-        out = torch.empty(len(probe.directions), len(stored))
+        out = torch.empty(len(probe.directions), len(stored), dtype=torch.float32, device="cpu")
         for at, product in _products(stored, shard.dtype, probe.directions, width):
             out[:, at] = product
         out *= factors * probe.weight
@@ -159,7 +165,7 @@ def _products(
     count = stored_count(width or d, d, dtype)
     used = turned(directions, dtype)[:, :count] * (d / count if width else 1)
     step = max(1, (_BLOCK_ENTRIES if device.type == "cpu" else _BLOCK_ENTRIES_GPU) // count)
-    buffer = torch.empty(min(step, rows), count, device=device)
+    buffer = torch.empty(min(step, rows), count, device=device, dtype=torch.float32)
     for start in range(0, rows, step):
         block = stored[start : start + step].to(device)
         floats = unpacked(block, count, dtype, buffer[: len(block)])

@@ -73,8 +73,8 @@ class Scorer:
                 "rows stored as int8 or finer",
                 'Build the index with dtype="int8" (--store int8)',
             )
-        began, values = time.perf_counter(), torch.zeros(self.rows)
-        ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan)
+        began, values = time.perf_counter(), torch.zeros(self.rows, dtype=torch.float32, device="cpu")
+        ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan, dtype=torch.float32, device="cpu")
         for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
             for shard in store:
                 x, at = shard.decoded(), slice(shard.start, shard.start + shard.count)

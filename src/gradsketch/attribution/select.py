@@ -156,14 +156,14 @@ def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Flo
         raise InputError(f"aggregate={aggregate!r}", f"one of {', '.join(AGGREGATES)}", 'Pass aggregate="mean"')
     total = probes[0].store.rows
     if aggregate != "rank":
-        out = torch.full((total,), torch.nan)
+        out = torch.full((total,), torch.nan, dtype=torch.float32, device="cpu")
         for shards, scores in scan(probes):
             start = shards[0].start
             out[start : start + scores.shape[1]] = (
                 scores.mean(0) if aggregate == "mean" else sign * (sign * scores).amax(0)
             )
         return out.where(torch.isfinite(out), torch.nan)
-    ranks, every = torch.zeros(total), every_score(probes)
+    ranks, every = torch.zeros(total, dtype=torch.float32, device="cpu"), every_score(probes)
     usable = torch.isfinite(every).all(0)
     for scores in every:
         places = scores[usable].argsort(stable=True).argsort()
@@ -186,7 +186,11 @@ def chosen_rows(
         raise InputError(f"alike={alike!r}", "a cosine above 0, up to 1, or None", "Pass alike=0.99")
     usable = torch.isfinite(values)
     order = values.where(usable, -torch.inf).sort(descending=True, stable=True).indices[: int(usable.sum())]
-    tokens = _tokens(store, values) if budget.tokens is not None else torch.ones(len(values))
+    tokens = (
+        _tokens(store, values)
+        if budget.tokens is not None
+        else torch.ones(len(values), dtype=torch.float32, device="cpu")
+    )
     limit = budget.tokens or budget.rows or max(1, round((budget.share or 0) * len(order)))
     rows: list[int] = []
     known, copies, spent = _Copies(store, alike), 0, 0.0
@@ -213,7 +217,7 @@ class _Copies:
         self.store, self.alike = store, alike
         self._chosen: list[Tensor] = []  # unit-length sketches
         self._accepted: list[int] = []  # of the block
-        self._unit = torch.empty(0, store.d)
+        self._unit = torch.empty(0, store.d, dtype=torch.float32, device="cpu")
 
     def begin(self, rows: list[int]) -> None:
         """Take the next block of candidates."""
@@ -223,7 +227,7 @@ class _Copies:
             self._chosen.append(self._unit[self._accepted])
         self._accepted, self._unit = [], torch.nn.functional.normalize(_sketches(self.store, rows), dim=1)
         alike = [(self._unit @ part.T).amax(1) > self.alike for part in self._chosen]
-        self._copy = torch.stack(alike).any(0) if alike else torch.zeros(len(rows), dtype=torch.bool)
+        self._copy = torch.stack(alike).any(0) if alike else torch.zeros(len(rows), dtype=torch.bool, device="cpu")
 
     def accepts(self, position: int) -> bool:
         """Return whether a candidate of the block is no copy; it counts as chosen then."""
@@ -238,7 +242,7 @@ class _Copies:
 
 def described_rows(store: Store, rows: Sequence[int]) -> tuple[tuple[str, ...], Float[Tensor, " chosen"]]:
     """Return the ids of rows, and their tokens."""
-    ids, tokens = [""] * len(rows), torch.full((len(rows),), torch.nan)
+    ids, tokens = [""] * len(rows), torch.full((len(rows),), torch.nan, dtype=torch.float32, device="cpu")
     for shard, positions, places in store.by_shard(rows):
         names, lengths = shard.column("id"), shard.numbers("tokens")
         for position, place in zip(positions, places, strict=True):
@@ -247,7 +251,7 @@ def described_rows(store: Store, rows: Sequence[int]) -> tuple[tuple[str, ...], 
 
 
 def _sketches(store: Store, rows: list[int]) -> Float[Tensor, "rows d"]:
-    out = torch.empty(len(rows), store.d)
+    out = torch.empty(len(rows), store.d, dtype=torch.float32, device="cpu")
     for shard, positions, places in store.by_shard(rows):
         out[positions] = shard.decoded(places)
     return out

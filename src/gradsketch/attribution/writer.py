@@ -68,13 +68,16 @@ class ShardWriter:
         part = self.parts.read(start, count)
         sketched = self.source(part.encoded, part.lengths, advance, lambda i: self._where(part.places[i]))
         advance(len(part.bad))
-        sketches, losses = torch.zeros(count, self.store.d), torch.full((count,), torch.nan)
+        sketches, losses = (
+            torch.zeros(count, self.store.d, dtype=torch.float32, device="cpu"),
+            torch.full((count,), torch.nan, dtype=torch.float32, device="cpu"),
+        )
         positions = [place - start for place in part.places]
         sketches[positions], losses[positions] = sketched.sketches, sketched.losses
         left_out = {row.place - start: f"{row.where}: {row.reason}" for row in part.bad}
         left_out |= {positions[i]: f"{self._where(part.places[i])}: {why}" for i, why in sketched.skipped.items()}
-        tokens = torch.full((count,), torch.nan)
-        tokens[positions] = torch.tensor(part.lengths, dtype=torch.float32)
+        tokens = torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
+        tokens[positions] = torch.tensor(part.lengths, dtype=torch.float32, device="cpu")
         columns = part.columns if self.with_metadata else {}
         return Rows(part.ids, sketches, losses, columns, left_out, part.digest, tokens)
 

@@ -64,7 +64,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return best
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(f"--device {name} ({reason})", "a device of this machine", f"Type --device {best}") from error

@@ -124,7 +124,7 @@ def tell_digits(out: Path, *, stage: Stage) -> DigitsStory:
     """
     start = time.perf_counter()
     train, test = flipped_digits()
-    wrong = torch.tensor([example["flipped"] for example in train])
+    wrong = torch.tensor([example["flipped"] for example in train], device="cpu")
     model, task = digits_net(), Classification()
     with stage(
         f"Train a small network on {TRAIN} digits, {int(wrong.sum())} with a wrong label", EPOCHS * TRAIN

@@ -65,7 +65,9 @@ def answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, tokens:
         # Padding stands after the last token, which a causal model does not see.
         padded = nn.utils.rnn.pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
         logits: Tensor = model(input_ids=padded, use_cache=False).logits
-        for row, token in zip(rows, logits[torch.arange(len(rows)), lengths - 1].argmax(-1).tolist(), strict=True):
+        for row, token in zip(
+            rows, logits[torch.arange(len(rows), device="cpu"), lengths - 1].argmax(-1).tolist(), strict=True
+        ):
             row.append(token)
     said = [tokenizer.decode(row[start:]) for row, start in zip(rows, starts, strict=True)]
     return [text.split(".")[0].split("\n")[0].strip() for text in said]

@@ -204,7 +204,7 @@ class _Gradient:
             self.add(name, grad)
         running = torch._C._current_graph_task_id()
         if running not in self.passes:
-            return torch.zeros(self.sketch.d, device=self.device)
+            return torch.zeros(self.sketch.d, device=self.device, dtype=torch.float32)
         vector, seen = self.passes.pop(running)
         for name in self.places.keys() - seen:  # parameters that this loss does not use
             vector[self.places[name]].zero_()

@@ -52,7 +52,7 @@ class Accuracy:
         return {"task": task_facts(self.task), "data": data_facts(self.batches)}
 
     def __call__(self, model: nn.Module) -> float:
-        right, total = torch.zeros(()), 0
+        right, total = torch.zeros((), dtype=torch.float32, device="cpu"), 0
         for batch in _on_device_of(model, self.batches):
             inputs, labels = _inputs_and_labels(batch)
             right = right.to(labels.device)
@@ -87,7 +87,7 @@ class Loss:
         return {"task": task_facts(self.task), "data": data_facts(self.batches)}
 
     def __call__(self, model: nn.Module) -> float:
-        total, examples = torch.zeros((), dtype=torch.float64), 0
+        total, examples = torch.zeros((), dtype=torch.float64, device="cpu"), 0
         for batch in _on_device_of(model, self.batches):
             losses = per_example(self.task, model, batch).detach().double()
             total = total.to(losses.device) + losses.sum()

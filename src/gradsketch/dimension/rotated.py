@@ -91,7 +91,7 @@ class _Balanced(Sketch):
 def _doubling_order(sizes: list[int]) -> Int64[Tensor, " d"]:
     """Return the positions of a grid (last index fastest) so that every prefix of 2^k is a block with equal sides."""
     strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    order, sides = torch.zeros(1, dtype=torch.int64), [1] * len(sizes)
+    order, sides = torch.zeros(1, dtype=torch.int64, device="cpu"), [1] * len(sizes)
     while len(order) < math.prod(sizes):
         i = min((i for i, size in enumerate(sizes) if sides[i] < size), key=lambda i: sides[i])
         order = torch.cat([order, order + sides[i] * strides[i]])

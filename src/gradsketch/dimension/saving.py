@@ -43,7 +43,7 @@ def read(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, 
 
 def as_tensor(fingerprints: dict[str, str]) -> Tensor:
     """Return fingerprints as bytes in a tensor, which every file format of state dicts can hold."""
-    return torch.tensor(list(json.dumps(fingerprints).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(fingerprints).encode()), dtype=torch.uint8, device="cpu")
 
 
 def keep_state_small(subspace: Subspace) -> None:

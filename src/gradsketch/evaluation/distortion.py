@@ -201,7 +201,7 @@ class _Check:
 
     def sketches(self) -> Float[Tensor, "b d"]:
         """Sketch every example."""
-        out = torch.zeros(len(self.examples), self.sketch.d, dtype=torch.float64)
+        out = torch.zeros(len(self.examples), self.sketch.d, dtype=torch.float64, device="cpu")
         batcher = Batcher(self.task, device=self.device)
         for places, values in batcher.map(lambda batch: self.sketcher(batch).values, self.examples):
             out[places] = values.double().cpu()
@@ -210,14 +210,14 @@ class _Check:
 
     def exact(self) -> Float[Tensor, "b b"]:
         """Return all exact inner products."""
-        out = torch.zeros(len(self.examples), len(self.examples), dtype=torch.float64)
+        out = torch.zeros(len(self.examples), len(self.examples), dtype=torch.float64, device="cpu")
         for i, rows in enumerate(self.places):
             for columns in self.places[: i + 1]:
                 second = None if columns is rows else self._batch(columns)
                 gram = gradient_gram(self.model, self.task, self._batch(rows), second, parameters=self.parameters)
                 block = gram.double().cpu()
-                out[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
-                out[torch.tensor(columns)[:, None], torch.tensor(rows)] = block.T
+                out[torch.tensor(rows, device="cpu")[:, None], torch.tensor(columns, device="cpu")] = block
+                out[torch.tensor(columns, device="cpu")[:, None], torch.tensor(rows, device="cpu")] = block.T
         return out
 
     def gradient_error(self, sketches: Float[Tensor, "b d"]) -> float:

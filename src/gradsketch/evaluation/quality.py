@@ -74,7 +74,7 @@ def sketch_quality(
         InputError: fewer than three examples with a gradient.
     """
     pairs = _Pairs(exact, sketches, sketches if stored is None else stored)
-    noise, pearson = pairs.statistics(torch.ones(1, len(exact), dtype=torch.float64))
+    noise, pearson = pairs.statistics(torch.ones(1, len(exact), dtype=torch.float64, device="cpu"))
     intervals = [_interval(values) for values in pairs.statistics(_resamples(len(exact)))]
     return Quality(sketches.shape[1], float(noise), intervals[0], float(pearson), intervals[1])
 
@@ -89,7 +89,7 @@ def needed_size(exact: Float[Tensor, "b b"], noise: float, pearson: float) -> fl
         InputError: r is not between 0 and 1.
     """
     check_wanted(pearson)
-    first, second = torch.triu_indices(len(exact), len(exact), 1)
+    first, second = torch.triu_indices(len(exact), len(exact), 1, device="cpu")
     exact = exact.double().cpu()
     spread = exact[first, second].var().item()
     scale = (exact.diagonal()[first] * exact.diagonal()[second]).mean().item()
@@ -112,7 +112,7 @@ class _Pairs:
     def __init__(self, exact: Tensor, sketches: Tensor, stored: Tensor) -> None:
         exact = exact.double().cpu()
         wide, other = sketches.double().cpu(), stored.double().cpu()
-        self.first, self.second = torch.triu_indices(len(exact), len(exact), 1)
+        self.first, self.second = torch.triu_indices(len(exact), len(exact), 1, device="cpu")
         norms = exact.diagonal().clamp(min=0).sqrt()
         kept = (norms[self.first] > 0) & (norms[self.second] > 0)
         if int((norms > 0).sum()) < 3:
@@ -142,7 +142,7 @@ class _Pairs:
 def _resamples(examples: int) -> Float[Tensor, "draws b"]:
     """Return how often each bootstrap draw holds each example."""
     drawn = Stream(0, "bootstrap").integers(0, _RESAMPLES * examples, examples).view(_RESAMPLES, examples)
-    counts = torch.zeros(_RESAMPLES, examples, dtype=torch.float64)
+    counts = torch.zeros(_RESAMPLES, examples, dtype=torch.float64, device="cpu")
     return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
@@ -151,5 +151,7 @@ def _interval(values: Float[Tensor, " draws"]) -> tuple[float, float]:
     finite = values[torch.isfinite(values)]
     if len(finite) == 0:
         return math.nan, math.nan
-    low, high = torch.quantile(finite, torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64))
+    low, high = torch.quantile(
+        finite, torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64, device="cpu")
+    )
     return float(low), float(high)

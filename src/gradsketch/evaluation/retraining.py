@@ -108,10 +108,10 @@ def retrain_on_subsets(
     log = _Log(path, {"n": n, "fraction": fraction, "seed": seed})
     for j in tqdm(range(len(log.losses), subsets), desc="retraining", unit="model", disable=None):
         log.append(retrained_losses(train, measure, drawn[j].tolist(), f"subset {j}").tolist())
-    kept = torch.zeros(subsets, n, dtype=torch.bool)
+    kept = torch.zeros(subsets, n, dtype=torch.bool, device="cpu")
     for j, rows in enumerate(drawn):
         kept[j, rows] = True
-    losses = torch.tensor(log.losses[:subsets], dtype=torch.float64)
+    losses = torch.tensor(log.losses[:subsets], dtype=torch.float64, device="cpu")
     return Retrainings(kept, losses, time.perf_counter() - start)
 
 

@@ -88,7 +88,7 @@ class SignedBlocks:
         """Return the words that name both streams, on the device."""
         if like.device not in self._identities:
             words = self.first.identity + (self.second or self.first).identity
-            self._identities[like.device] = torch.tensor(words).to(torch.int32).to(like.device)
+            self._identities[like.device] = torch.tensor(words, device="cpu").to(torch.int32).to(like.device)
         return self._identities[like.device]
 
 

@@ -188,7 +188,7 @@ class Side:
 
     def _second_stage(self, like: Tensor) -> Num[Tensor, "blocks blocks"]:
         """Return the matrix across blocks."""
-        bits = self.order[:, None] & torch.arange(self.blocks)
+        bits = self.order[:, None] & torch.arange(self.blocks, device="cpu")
         for shift in (16, 8, 4, 2, 1):
             bits = bits ^ (bits >> shift)
         return (1 - 2 * (bits & 1)).to(device=like.device, dtype=like.dtype)

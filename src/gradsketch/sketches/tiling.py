@@ -203,10 +203,10 @@ class Tiling(Block):
 def _tile_order(rows: int, columns: int, tile: tuple[int, int], device: torch.device) -> Int64[Tensor, " all"]:
     """Return the entries of a row-major matrix tile by tile: group j of the rows meets group j + k of the columns."""
     row_groups, column_groups = -(-rows // tile[0]), -(-columns // tile[1])
-    index = torch.arange(row_groups * column_groups)
+    index = torch.arange(row_groups * column_groups, device="cpu")
     turn = index // max(row_groups, column_groups)
     row_group = (index + turn * (row_groups < column_groups)) % row_groups
     column_group = (index + turn * (row_groups >= column_groups)) % column_groups
-    p = row_group[:, None, None] * tile[0] + torch.arange(tile[0])[:, None]
-    q = column_group[:, None, None] * tile[1] + torch.arange(tile[1])
+    p = row_group[:, None, None] * tile[0] + torch.arange(tile[0], device="cpu")[:, None]
+    q = column_group[:, None, None] * tile[1] + torch.arange(tile[1], device="cpu")
     return (p * columns + q).reshape(-1).to(device)

@@ -191,7 +191,7 @@ class _Inner:
         The k estimates themselves share most of their range: their spread misses up to half of the variance.
         """
         k = len(self.forms)
-        without = torch.tensor([self._without(i).estimate() for i in range(k)], dtype=torch.float64)
+        without = torch.tensor([self._without(i).estimate() for i in range(k)], dtype=torch.float64, device="cpu")
         return float(((k - 1) / k * (without - without.mean()).square().sum()).sqrt())
 
     def _without(self, i: int) -> _Inner:

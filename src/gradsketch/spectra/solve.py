@@ -137,7 +137,12 @@ class Run:
     def begin(cls, plan: Plan, gradient: Float[Tensor, " n"] | None, file: RunFile) -> Run:
         """Start, or take up what the file holds."""
         saved = file.load()
-        run = cls(plan, recurrence(plan, torch.empty(0) if saved else start(plan, gradient)), gradient, file)
+        run = cls(
+            plan,
+            recurrence(plan, torch.empty(0, dtype=torch.float32, device="cpu") if saved else start(plan, gradient)),
+            gradient,
+            file,
+        )
         if saved:
             run.lanczos.restore(saved["lanczos"], plan.device)
             run.overlaps, run.products, run.seconds = saved["overlaps"], saved["products"], saved["seconds"]
@@ -390,7 +395,7 @@ class Run:
     def _sketches(self, coefficients: Float[np.ndarray, "m r"]) -> Float[Tensor, "r d"]:
         basis, weights = self.lanczos.basis, torch.from_numpy(np.ascontiguousarray(coefficients))
         if weights.shape[1] == 0:
-            return torch.zeros(0, self.plan.sketch.shape[0])
+            return torch.zeros(0, self.plan.sketch.shape[0], dtype=torch.float32, device="cpu")
         if self.plan.method != "full":
             return basis.combine(weights).to("cpu", torch.float32)
         columns = [self.plan.sketch(vector) for vector in self._vectors(coefficients)]

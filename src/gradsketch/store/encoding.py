@@ -94,7 +94,7 @@ def encode(
         )
     if dtype in _PACKED:
         return _packed(turned(sketches / _nonzero(largest)[:, None], dtype), largest, dtype)
-    scale = torch.ones(len(sketches))
+    scale = torch.ones(len(sketches), dtype=torch.float32, device="cpu")
     if dtype in ("float16", "int8"):
         scale = _nonzero(largest / 127 if dtype == "int8" else torch.exp2(torch.ceil(torch.log2(largest))))
     stored = sketches / scale[:, None]
@@ -127,7 +127,7 @@ def unpacked(
 
     They are written to ``out`` where it is given. Of int4 and signs they are those of turned sketches.
     """
-    out = torch.empty(len(stored), count, device=stored.device) if out is None else out
+    out = torch.empty(len(stored), count, device=stored.device, dtype=torch.float32) if out is None else out
     if dtype == "int4":
         return _unpack_int4(stored, count, out)
     return _unpack_signs(stored, count, out) if dtype == "sign" else out.copy_(stored[:, :count])
@@ -161,7 +161,9 @@ def _signs(count: int) -> Float[Tensor, " count"]:
 
 def _nonzero(scale: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Return 1 for rows of zeros, and for rows so small that the scale itself would underflow."""
-    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones(()), scale)
+    return torch.where(
+        scale < torch.finfo(torch.float32).tiny, torch.ones((), dtype=torch.float32, device="cpu"), scale
+    )
 
 
 def _packed(
@@ -193,7 +195,7 @@ def _unpack_int4(
 
 def _pack_signs(x: Float[Tensor, "rows count"]) -> UInt8[Tensor, "rows width"]:
     bits = (x >= 0).to(torch.uint8).view(len(x), x.shape[1] // 8, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=2, dtype=torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(dim=2, dtype=torch.uint8)
 
 
 def _unpack_signs(
@@ -206,5 +208,5 @@ def _unpack_signs(
 @cache
 def _signs_of_bytes() -> Float[Tensor, "256 8"]:
     """Return the eight signs that each byte stands for: one look-up in place of eight shifts."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
     return (2 * bits - 1).float()

@@ -362,7 +362,7 @@ def _sealed(data: pa.Buffer) -> pa.Buffer:
 
 def _view(buffer: pa.Buffer, dtype: torch.dtype, count: int) -> Tensor:
     if count == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     with warnings.catch_warnings():
         # The mapping is read-only; Shard says so to its readers, and nothing here writes.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")

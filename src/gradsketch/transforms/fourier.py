@@ -56,10 +56,10 @@ def _long_fourier_(x: Complex[Tensor, " m"], inverse: bool) -> None:
     side, held = 1 << (len(x).bit_length() - 1) // 2, piece_length(x.device) // 2
     columns, rows = x.view(side, -1), x.view(side, -1, side)
     width = held // side
-    rising = _roots(x, side, torch.arange(width), inverse)
+    rising = _roots(x, side, torch.arange(width, device="cpu"), inverse)
     for number, panel in enumerate(columns.split(width, dim=1)):
         mixed = transform(panel.contiguous(), dim=0, norm="ortho")
-        mixed *= _roots(x, side, torch.tensor([number * width]), inverse)
+        mixed *= _roots(x, side, torch.tensor([number * width], device="cpu"), inverse)
         panel.copy_(mixed.mul_(rising))
     for some in rows.split(held // columns.shape[1]):
         some.copy_(transform(some.flatten(1), norm="ortho").view(len(some), side, -1).mT)
@@ -71,7 +71,11 @@ def _roots(
     x: Complex[Tensor, " m"], rows: int, columns: Int64[Tensor, " c"], inverse: bool
 ) -> Complex[Tensor, "rows c"]:
     """Return exp(∓2πi·k·c/m) for the rows k and some columns c, like x, from angles in float64."""
-    angle = torch.outer(torch.arange(rows), columns).to(torch.float64).mul_((2 if inverse else -2) * math.pi / len(x))
+    angle = (
+        torch.outer(torch.arange(rows, device="cpu"), columns)
+        .to(torch.float64)
+        .mul_((2 if inverse else -2) * math.pi / len(x))
+    )
     return torch.polar(torch.ones_like(angle), angle).to(x)
 
 

@@ -72,8 +72,8 @@ def hadamard_factors(n: int, dtype: torch.dtype, device: torch.device) -> list[F
 @cache
 def hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n n"]:
     """Return H_n, orthonormal and in Sylvester order, built in float64."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
     while len(matrix) < n:
         matrix = torch.kron(two, matrix)
     return matrix.mul_(n**-0.5).to(device=device, dtype=dtype)

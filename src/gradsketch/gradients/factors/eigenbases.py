@@ -73,7 +73,10 @@ def spectrum_of(moments: SideMoments, examples: int) -> ParameterSpectrum:
 def _matrix_spectrum(moments: SideMoments, examples: int) -> MatrixSpectrum:
     sides = moments.sides(examples)
     if sides is None:
-        rows, columns = (SideSpectrum(torch.zeros(n), None) for n in (moments.rows, moments.columns))
+        rows, columns = (
+            SideSpectrum(torch.zeros(n, dtype=torch.float32, device="cpu"), None)
+            for n in (moments.rows, moments.columns)
+        )
         return MatrixSpectrum(rows, columns, 0.0)
     return MatrixSpectrum(_side_spectrum(sides.rows), _side_spectrum(sides.columns), sides.trace)
 
@@ -117,7 +120,10 @@ def _level(matrices: Sequence[MatrixSpectrum]) -> float:
 
 
 def _scaled(level: float) -> Pair:
-    return Pair(Root(torch.tensor((level or 1.0) ** -0.5).double()), Root(torch.tensor(1.0).double()))
+    return Pair(
+        Root(torch.tensor((level or 1.0) ** -0.5, dtype=torch.float32, device="cpu").double()),
+        Root(torch.tensor(1.0, dtype=torch.float32, device="cpu").double()),
+    )
 
 
 def _in(dtype: torch.dtype, pair: Pair) -> Pair:

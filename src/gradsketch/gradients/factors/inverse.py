@@ -119,7 +119,11 @@ def _spectrum(moments: EigenMoments[Entries], examples: int) -> list[_Matrix]:
 
 def _matrix(spectrum: ParameterSpectrum, sums: Entries | None, examples: int) -> _Matrix:
     rows, columns = spectrum.matrices[0].rows, spectrum.matrices[0].columns
-    values = torch.zeros(len(rows.values), len(columns.values)) if sums is None else sums.matrix / examples
+    values = (
+        torch.zeros(len(rows.values), len(columns.values), dtype=torch.float32, device="cpu")
+        if sums is None
+        else sums.matrix / examples
+    )
     dtype = values.dtype
     bases = [None if side.vectors is None else side.vectors.to(dtype) for side in (rows, columns)]
     return _Matrix(bases[0], bases[1], values)

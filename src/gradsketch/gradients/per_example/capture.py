@@ -399,7 +399,7 @@ class Capture:
 
     def _audit_of(self, losses: Tensor, dtype: torch.dtype, *, keep: bool = False) -> Audit:
         generator = torch.Generator().manual_seed(self._known.audits.batches)
-        weights = torch.randn(len(losses), generator=generator, dtype=torch.float64)
+        weights = torch.randn(len(losses), generator=generator, dtype=torch.float64, device="cpu")
         return Audit(weights, self._gradients(losses, weights, keep=keep), tolerance(dtype))
 
     def _judge(self, audit: Audit, kinds: set[Kind], slow: Collection[str]) -> None:
@@ -433,8 +433,8 @@ class Capture:
             self._compare_with_plain(tap, batch, losses)
         self._compare(places, alone, losses, tap.dtype)
         self._warn_of_padding(batch, places, alone, tap.dtype)
-        weights = torch.zeros(len(losses), dtype=torch.float64)
-        weights[places] = torch.tensor([1.0, -0.7], dtype=torch.float64)
+        weights = torch.zeros(len(losses), dtype=torch.float64, device="cpu")
+        weights[places] = torch.tensor([1.0, -0.7], dtype=torch.float64, device="cpu")
         audit = Audit(weights, self._gradients(alone, weights[places]), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit

@@ -115,7 +115,7 @@ class Interception(TorchFunctionMode):
         self._placed: Tensor | tuple[Tensor, ...] | None = None
         self._derived: dict[int, _Derived] = {}
         self._gates: dict[int, Tensor] = {}
-        self.slot = torch.zeros((), requires_grad=True)
+        self.slot = torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
         self._pass: int | None = None
         self._weights: Tensor | None = None  # while the backward pass of weighted losses runs
         self._measured: Tensor | None = None  # the weights of such a pass that has run

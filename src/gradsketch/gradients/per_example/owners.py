@@ -97,10 +97,10 @@ def spread_weights(losses: Float[Tensor, " b"], dtype: torch.dtype) -> Float[Ten
     step = min(1 + 4 * _tolerance(dtype), torch.finfo(dtype).max ** (0.5 / len(losses)))
     generator = torch.Generator().manual_seed(0)
     # Unevenly, so that the mean of two or of all is nobody's.
-    uneven = torch.rand(len(losses), generator=generator, dtype=torch.float64) / 2
-    powers = torch.arange(len(losses), dtype=torch.float64) + uneven
-    weights = torch.tensor(step, dtype=torch.float64) ** powers
-    order = torch.randperm(len(losses), generator=generator)
+    uneven = torch.rand(len(losses), generator=generator, dtype=torch.float64, device="cpu") / 2
+    powers = torch.arange(len(losses), dtype=torch.float64, device="cpu") + uneven
+    weights = torch.tensor(step, dtype=torch.float64, device="cpu") ** powers
+    order = torch.randperm(len(losses), generator=generator, device="cpu")
     return weights[order].to(losses)
 
 
@@ -109,7 +109,7 @@ def projected(gradient: Float[Tensor, "*r"], leading: int) -> Float[Tensor, "r 4
     rows = gradient.flatten(0, leading - 1).flatten(1) if gradient.ndim > leading else gradient.flatten()[:, None]
     rows = rows.to(widened(rows.dtype))
     generator = torch.Generator().manual_seed(rows.shape[1])
-    directions = torch.randn(rows.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64)
+    directions = torch.randn(rows.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
     return (rows @ directions.to(rows)).double()
 
 

@@ -130,7 +130,7 @@ class Classification(Task):
             return Row(self._text(*x), {})
         if hasattr(self.processor, "image_processor_type"):
             return Row({}, {name: values[0] for name, values in self.processor(x, return_tensors="pt").items()})
-        return Row({}, {"x": torch.as_tensor(x)})
+        return Row({}, {"x": x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")})
 
     def _text(self, text: str, pair: str | None = None) -> dict[str, np.ndarray]:
         if not text:

@@ -107,8 +107,8 @@ def stack(rows: Sequence[Encoded], tokenizer: Any = None) -> dict[str, Tensor]:
         names = dict.fromkeys(("input_ids", "attention_mask", *names))
     batch = {n: _padded([_sequence(r, n) for r in rows], pad_id if n in _TOKENS else _FILLS.get(n, 0)) for n in names}
     if "position_ids" in names:  # they start again in the padding, which makes it a document of its own
-        lengths = torch.tensor([len(row.sequences["input_ids"]) for row in rows])[:, None]
-        places = torch.arange(batch["position_ids"].shape[1])
+        lengths = torch.tensor([len(row.sequences["input_ids"]) for row in rows], device="cpu")[:, None]
+        places = torch.arange(batch["position_ids"].shape[1], device="cpu")
         batch["position_ids"] = torch.where(places < lengths, batch["position_ids"], places - lengths)
     for name in dict.fromkeys(name for row in rows for name in row.values):
         batch[name] = default_collate([_present(row.values, name) for row in rows])

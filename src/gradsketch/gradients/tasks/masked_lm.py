@@ -122,7 +122,7 @@ class MaskedLM(Task):
                 "Pass the model's tokenizer: MaskedLM(tokenizer)",
             )
         ids = torch.from_numpy(row["input_ids"]).long()
-        ordinary = ~torch.isin(ids, torch.tensor(list(self.tokenizer.all_special_ids)))
+        ordinary = ~torch.isin(ids, torch.tensor(list(self.tokenizer.all_special_ids), device="cpu"))
         if not ordinary.any():
             raise InputError("a text of special tokens only", "at least one ordinary token to hide", "Drop it")
         stream = Stream(self.seed, "MaskedLM", repr(ids.tolist()))

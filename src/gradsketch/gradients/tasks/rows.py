@@ -59,7 +59,7 @@ def tokenised(example: Mapping[str, Any], limit: int | None, own: Sequence[str] 
         elif len(array) == len(ids) and name not in _WHOLE:
             sequences[name] = np.asarray(array)
         elif name in _WHOLE or hasattr(value, "shape"):
-            values[name] = torch.as_tensor(array)
+            values[name] = torch.as_tensor(array, device="cpu")
     return Row({name: entries[_shown(sequences, limit)] for name, entries in sequences.items()}, values)
 
 
@@ -79,7 +79,7 @@ def counted_labels(sequences: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 def tensor_inputs(fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the fields that can be inputs of a model, as tensors: arrays, and lists of numbers."""
     arrays = {name: _numbers(value, of_one=False) for name, value in fields.items()}
-    return {name: torch.as_tensor(array) for name, array in arrays.items() if array is not None}
+    return {name: torch.as_tensor(array, device="cpu") for name, array in arrays.items() if array is not None}
 
 
 def is_input(name: str, value: Any, tokens: int | None) -> bool:
