@@ -91,8 +91,16 @@ WORK = {
 }
 
 
-@pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAULTS)
-@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+# torch itself collates labels on the default device, from where they could not come back.
+CASES = [
+    pytest.param(DEFAULTS[default], WORK[work], id=f"{work}-{default}")
+    for default in DEFAULTS
+    for work in WORK
+    if default != "device" or work not in ("kfac", "index")
+]
+
+
+@pytest.mark.parametrize(("default", "work"), CASES)
 def test_no_default_decides(default, work, tmp_path) -> None:
     wanted = work(*setting(), tmp_path / "plain")
     hadamard_matrix.cache_clear()  # a table that is made where a default stands outlives it
