@@ -15,6 +15,7 @@ checkpointing then run again at the model's own weights, without a word.
 from __future__ import annotations
 
 import copyreg
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -25,14 +26,17 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 
-__all__ = ["Reading", "Readings", "Source", "check_held", "held", "made_again", "read_instead", "stand_ins"]
+__all__ = ["ALONE", "Reading", "Readings", "Source", "check_held", "held", "made_again", "read_instead", "stand_ins"]
 
+# Held while a model is not as its user sees it: another thread that works with it waits.
+ALONE = threading.RLock()
 _KEY = "_gradsketch_readings"
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers that stand in the model now, by every name that they have."""
-    return dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    with ALONE:
+        return dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
 
 
 def check_held(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -62,15 +66,16 @@ def stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     Raises:
         InputError: the model has no parameter or buffer of that name.
     """
-    others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
-    found = [_Found.of(module) for module in model.modules() if _holds(module, others)]
-    try:
-        for was in found:
-            was.replace(others)
-        yield
-    finally:
-        for was in found:
-            was.put_back()
+    with ALONE:
+        others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
+        found = [_Found.of(module) for module in model.modules() if _holds(module, others)]
+        try:
+            for was in found:
+                was.replace(others)
+            yield
+        finally:
+            for was in found:
+                was.put_back()
 
 
 def _holds(module: nn.Module, tensors: Mapping[int, Tensor]) -> bool:

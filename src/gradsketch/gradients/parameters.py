@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
+from gradsketch.stand_ins import ALONE
 
 __all__ = ["Parameters", "Selection", "bare", "selected"]
 
@@ -44,7 +45,9 @@ class Parameters:
         include, exclude = _as_tuple(include), _as_tuple(exclude)
         model = bare(model)
         aliases: dict[Tensor, list[str]] = {}
-        for name, tensor in model.named_parameters(remove_duplicate=False):
+        with ALONE:
+            named = list(model.named_parameters(remove_duplicate=False))
+        for name, tensor in named:
             aliases.setdefault(tensor, []).append(name)
         for glob in (*include, *exclude):
             _check_glob(model, glob, aliases, frozen or glob in exclude)

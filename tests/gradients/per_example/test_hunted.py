@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import threading
 import warnings
 import weakref
 
@@ -397,3 +398,35 @@ def test_coupling_that_spares_the_two_rows_that_ran_alone_is_refused(b):
     order = [hardest[0], *hardest[2:], hardest[1]]  # both ends are kept
     with pytest.raises(InputError, match=r"together and .* among half of the batch"):
         sketcher_of(model, hardest_half)({name: value[torch.tensor(order)] for name, value in batch.items()})
+
+
+def test_threads_that_sketch_and_differentiate_one_model_wait_for_each_other():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    other, batch = nn.Linear(5, 3).double(), some(6, 5)
+    expected, found = sketcher_of(model)(batch).values, []
+    vector = torch.ones(gs.Parameters(model).n, dtype=torch.float64)
+    product = gs.hessian(model, losses_of, batch)(vector)
+
+    def sketch():
+        found.append(torch.allclose(sketcher_of(model)(batch).values, expected))
+
+    def curve():
+        found.append(torch.allclose(gs.hessian(model, losses_of, batch)(vector), product))
+
+    def run_something_else():  # while hooks of the others may be on every module
+        found.append(bool(losses_of(other, batch).isfinite().all()))
+
+    def repeat(work):
+        try:
+            for _ in range(15):
+                work()
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(w,)) for w in (sketch, sketch, curve, run_something_else)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 60

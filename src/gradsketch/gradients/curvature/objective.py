@@ -21,7 +21,7 @@ from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
-from gradsketch.stand_ins import Reading, check_held, held, read_instead, stand_ins
+from gradsketch.stand_ins import ALONE, Reading, check_held, held, read_instead, stand_ins
 
 __all__ = ["LossesOf", "Objective", "check_finite"]
 
@@ -63,7 +63,8 @@ class Objective:
     @property
     def values(self) -> list[Tensor]:
         """The selected parameters as the model reads them now."""
-        own, instead = held(self.model), read_instead(self.model)
+        with ALONE:
+            own, instead = held(self.model), read_instead(self.model)
         return [instead[name].now() if name in instead else constant(own[name]) for name in self._names]
 
     def only(self, batch: Batch) -> Objective:
@@ -108,7 +109,12 @@ class Objective:
         wider = self._wider(values)
         chosen = dict(zip(self._names, values, strict=True))
         # Compiled code has no double backward; what was compiled holds what it was made from.
-        with stand_ins(self.model, self._constants(wider) | chosen), buffers_aside(self.model), uncompiled(self.model):
+        with (
+            ALONE,
+            stand_ins(self.model, self._constants(wider) | chosen),
+            buffers_aside(self.model),
+            uncompiled(self.model),
+        ):
             yield partial(self._losses, wider)
 
     def _losses(self, wider: torch.dtype | None, batch: Batch) -> Float[Tensor, " b"]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompiled
 from gradsketch.errors import InputError
 from gradsketch.gradients.per_example.refusals import coupled, reentrant
-from gradsketch.stand_ins import read_instead
+from gradsketch.stand_ins import ALONE, read_instead
 
 __all__ = ["differentiating"]
 
@@ -24,9 +24,9 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
         InputError: a BatchNorm in training mode, a chosen parameter that a Subspace stands in for, or a model that
             checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
     """
-    _refuse_coupled(model)
-    _refuse_stand_ins(model, tensors)
     with (
+        ALONE,
+        _checked(model, tensors),
         torch.inference_mode(False),
         Trainability(model, tensors.values()) as trainability,
         Gradients(model),
@@ -37,6 +37,13 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
     ):
         trainability.only(tensors.values())
         yield
+
+
+@contextmanager
+def _checked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    _refuse_coupled(model)
+    _refuse_stand_ins(model, tensors)
+    yield
 
 
 def _refuse_coupled(model: nn.Module) -> None:

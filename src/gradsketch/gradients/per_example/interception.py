@@ -267,6 +267,8 @@ class Interception(TorchFunctionMode):
                 self.__enter__()
 
         def leave(*_: Any) -> None:
+            if getattr(local, "depth", 0) == 0:
+                return  # a module that another thread had entered before
             local.depth -= 1
             if local.depth == 0:
                 self.__exit__(None, None, None)

@@ -27,6 +27,7 @@ from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
+from gradsketch.stand_ins import ALONE
 
 __all__ = ["GradientSketcher", "Method", "SketchedGradients", "sketch_gradients"]
 
@@ -248,7 +249,8 @@ def _tensors_of(
     if parameters is not None:
         tensors = dict(selected(model, parameters))
     elif isinstance(sketch, BlockSum | Directions):
-        own = dict(model.named_parameters(remove_duplicate=False))
+        with ALONE:
+            own = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: own[name] for name in sketch.shapes if name in own}
     else:
         raise InputError(
