@@ -136,7 +136,7 @@ def _asymmetry(compare: _Comparison, scheme: Scheme) -> float:
     if any(compare.vanishes(product) for product in found):
         return 0.0
     size = max(float(torch.linalg.vector_norm(product)) for product in found)
-    return max(gaps) * len(directions[0]) ** 0.5 / size
+    return max(gaps) * math.sqrt(len(directions[0])) / size
 
 
 def _best(compare: _Comparison, vector: Tensor) -> tuple[Scheme, float]:

@@ -282,7 +282,8 @@ class _ModelOutputs(_Outputs):
 
 def _answering(model: nn.Module, output: Any) -> nn.Module:
     """Return what answers every call with an output computed before, and is the model in everything else."""
-    answer: nn.Module = object.__new__(_answering_class(type(model)))
+    own: Any = type(model)
+    answer: nn.Module = object.__new__(_answering_class(own))
     vars(answer).update({name: value for name, value in vars(model).items() if name != "forward"}, **{_OUTPUT: output})
     return answer
 
