@@ -160,7 +160,7 @@ def as_sketched(sketches: Any, losses: Any, count: int, d: int) -> Sketched:
 def _float32(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach().to("cpu", torch.float32)
-    return torch.tensor(np.asarray(array), dtype=torch.float32)
+    return torch.tensor(np.asarray(array), dtype=torch.float32, device="cpu")
 
 
 _name = "query {}".format

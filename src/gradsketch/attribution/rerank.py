@@ -259,7 +259,9 @@ class Reranker:
         Raises:
             InputError: they are.
         """
-        stored = torch.tensor([record["loss"] for record in self.store.records(rows)])
+        stored = torch.tensor(
+            [record["loss"] for record in self.store.records(rows)], dtype=torch.float32, device="cpu"
+        )
         apart = (losses - stored).abs() > _SAME_LOSS * torch.maximum(losses.abs(), stored.abs()) + _SAME_LOSS
         for place in apart.nonzero()[:1, 0].tolist():
             raise InputError(

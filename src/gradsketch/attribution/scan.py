@@ -129,7 +129,7 @@ def _combined(
 ) -> Float[Tensor, "m rows"]:
     """Weighted sum over checkpoints of the scores of a shard's rows, or of some of them."""
     total: Tensor | None = None
-    usable = torch.ones((), dtype=torch.bool)
+    usable = torch.ones((), dtype=torch.bool, device="cpu")
     for probe, shard in zip(probes, shards, strict=True):
         stored = shard.sketches if places is None else shard.sketches[places]
         factors = _factors(probe, shard) if places is None else _factors(probe, shard)[places]
