@@ -108,6 +108,13 @@ class TestCausalLM:
         labels = CausalLM(Slow()).collate([(prompt, answer)])["labels"]
         assert int((labels != -100).sum()) == count  # the answer's token and the end token
 
+    def test_what_a_tokenizer_without_offsets_cuts_on_the_left_is_refused(self):
+        slow = Slow()
+        slow.truncation_side = "left"
+        assert int((CausalLM(slow, max_length=9).collate([("xyz", "uvw")])["labels"] != -100).sum()) == 4
+        with pytest.raises(InputError, match=r'cut on the left.*truncation_side = "right"'):
+            CausalLM(slow, max_length=5).collate([("xyz", "uvw")])
+
     def test_texts_in_dicts(self, tokenizer):
         a, b = CausalLM(tokenizer).collate(TEXTS), CausalLM(tokenizer).collate([{"text": t, "id": 3} for t in TEXTS])
         assert all(torch.equal(a[name], b[name]) for name in a)

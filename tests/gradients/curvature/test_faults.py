@@ -435,6 +435,18 @@ def test_a_loss_that_tells_the_model_from_its_stand_in_is_refused() -> None:
         gauss_newton(WithTable(), losses, counted(4))(torch.ones(15, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_an_autocast_around_a_product_is_for_the_forward_pass_alone(builder: Any) -> None:
+    def wide(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return class_losses(model, batch)
+
+    model, batch, v = small(), (torch.randn(6, 4), torch.arange(6) % 3), torch.randn(43)
+    wanted = builder(model, wide, batch)(v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(builder(model, wide, batch)(v), wanted)
+
+
 STOPPED: dict[str, Callable[[Tensor], Tensor]] = {
     "in part": lambda h: h.tanh() * h.detach(),
     "straight through": lambda h: h + (h.round() - h).detach(),

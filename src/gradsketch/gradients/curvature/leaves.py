@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Leaves", "split_as"]
+from gradsketch.transforms.precision import outside_autocast
+
+__all__ = ["Leaves", "derivatives", "split_as"]
 
 
 class Leaves:
@@ -50,7 +53,14 @@ class Leaves:
     ) -> None:
         """Add Σ rootᵀ·vector's gradient to the target; nothing where there is no root."""
         if roots:
-            torch.autograd.backward(roots, vectors, inputs=self.tensors, retain_graph=retain)  # type: ignore[arg-type]
+            with outside_autocast(self.tensors[0].device):
+                torch.autograd.backward(roots, vectors, inputs=self.tensors, retain_graph=retain)  # type: ignore[arg-type]
+
+
+def derivatives(outputs: Any, inputs: Sequence[Tensor], *vectors: Any, **options: Any) -> tuple[Any, ...]:
+    """Return what ``torch.autograd.grad`` returns, outside the caller's autocast, which would round it."""
+    with outside_autocast(inputs[0].device):
+        return torch.autograd.grad(outputs, inputs, *vectors, **options)
 
 
 class _Sink:

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.gradient import add_gradients
-from gradsketch.gradients.curvature.leaves import Leaves
+from gradsketch.gradients.curvature.leaves import Leaves, derivatives
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import Batch, TaskLike
@@ -83,7 +83,7 @@ class Hessian(Curvature):
         losses = losses_of(batch)
         if not losses.requires_grad:
             return Recorded(leaves, [], len(losses), False)
-        grads = torch.autograd.grad(losses.sum(), leaves.tensors, create_graph=True, allow_unused=True)
+        grads = derivatives(losses.sum(), leaves.tensors, create_graph=True, allow_unused=True)
         # Edges rather than gradients: the graph is needed from here on, the n numbers are not. A parameter the loss
         # does not use, or uses linearly, has no edge.
         edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None and g.requires_grad]
@@ -101,7 +101,7 @@ class Hessian(Curvature):
                 if not losses.requires_grad:
                     return len(losses), False
                 # Recording the backward pass makes PyTorch take formulas that carry tangents (SiLU has another one).
-                grads = torch.autograd.grad(losses.sum(), duals, create_graph=True, allow_unused=True)
+                grads = derivatives(losses.sum(), duals, create_graph=True, allow_unused=True)
             for index, grad in enumerate(grads):
                 tangent = None if grad is None else forward_ad.unpack_dual(grad).tangent
                 if tangent is not None:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.graph import operations
-from gradsketch.gradients.curvature.leaves import Leaves
+from gradsketch.gradients.curvature.leaves import Leaves, derivatives
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.data import batch_slice, is_out_of_memory
 from gradsketch.gradients.parameters import Selection
@@ -236,7 +236,7 @@ class _ModelOutputs(_Outputs):
 
     def _slopes(self, rows: slice, batch: Batch, directions: list[Tensor], scale: float) -> list[Tensor]:
         heads, losses = self._losses_of(rows, batch, [d * scale for d in directions])
-        grads = torch.autograd.grad(losses.sum(), heads, allow_unused=True, materialize_grads=True)
+        grads = derivatives(losses.sum(), heads, allow_unused=True, materialize_grads=True)
         return [grad.detach() for grad in grads]
 
     def _used(self) -> list[int]:
@@ -250,7 +250,7 @@ class _ModelOutputs(_Outputs):
         if not losses.requires_grad:  # no output does, or the loss uses none of them
             return []
         self.loss_operations = frozenset(operations([losses.grad_fn]))
-        grads = torch.autograd.grad(losses.sum(), heads, allow_unused=True)
+        grads = derivatives(losses.sum(), heads, allow_unused=True)
         return [place for place, grad in zip(self._places, grads, strict=True) if grad is not None]
 
     def _rows_at_once(self, directions: list[Tensor]) -> int:
@@ -261,12 +261,12 @@ class _ModelOutputs(_Outputs):
 
     def _curve_rows(self, rows: slice, batch: Batch, directions: list[Tensor]) -> list[Tensor]:
         heads, losses = self._losses_of(rows, batch)
-        grads = torch.autograd.grad(losses.sum(), heads, create_graph=True)
+        grads = derivatives(losses.sum(), heads, create_graph=True)
         curved = [i for i, grad in enumerate(grads) if grad.requires_grad]
         if not curved:  # a loss that is linear in the outputs
             return [torch.zeros_like(direction) for direction in directions]
         roots, vectors = [grads[i] for i in curved], [directions[i] for i in curved]
-        return list(torch.autograd.grad(roots, heads, vectors, materialize_grads=True))
+        return list(derivatives(roots, heads, vectors, materialize_grads=True))
 
     def _losses_of(
         self, rows: slice, batch: Batch, shifts: Sequence[Tensor] | None = None
@@ -337,7 +337,7 @@ class OuterProducts(Curvature):
             return Recorded(leaves, [], outputs.examples, False)
         # Jᵀw is linear in w, so its derivative with respect to w along v is J v.
         duals = [torch.zeros_like(value).requires_grad_() for value in outputs.values]
-        grads = torch.autograd.grad(outputs.values, leaves.tensors, duals, create_graph=True, allow_unused=True)
+        grads = derivatives(outputs.values, leaves.tensors, duals, create_graph=True, allow_unused=True)
         edges = [(i, get_gradient_edge(g)) for i, g in enumerate(grads) if g is not None]
         roots = tuple(value.grad_fn for value in outputs.values)
         return Recorded(leaves, edges, outputs.examples, True, (outputs, duals), roots, outputs.loss_operations)
@@ -346,7 +346,7 @@ class OuterProducts(Curvature):
         if recorded.reached:
             outputs, duals = recorded.outputs
             edges, pieces = [edge for _, edge in recorded.edges], [vector[i] for i, _ in recorded.edges]
-            directions = torch.autograd.grad(edges, duals, pieces, retain_graph=retain, materialize_grads=True)
+            directions = derivatives(edges, duals, pieces, retain_graph=retain, materialize_grads=True)
             recorded.leaves.backward(outputs.values, outputs.curve(list(directions)), retain=retain)
 
     def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:

@@ -170,6 +170,14 @@ class CausalLM(Task):
             first = next((t for t, end in enumerate(ends) if end > len(prompt)), len(ends))
             return list(encoded["input_ids"]), first
         ids = list(tokens.encode(self.tokenizer, whole, limit=self.max_length)["input_ids"])
+        side = getattr(self.tokenizer, "truncation_side", "right")
+        if self.max_length and len(ids) >= self.max_length and side == "left":
+            raise InputError(
+                f"a prompt and an answer of at least {self.max_length} tokens, cut on the left by a tokenizer without "
+                "offsets: nothing says where the answer begins",
+                "a fast tokenizer, or one that cuts on the right",
+                'Load it with use_fast=True, set tokenizer.truncation_side = "right", or drop the example',
+            )
         alone = list(tokens.encode(self.tokenizer, prompt, limit=None)["input_ids"])
         differ = (t for t, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b)
         return ids, next(differ, min(len(ids), len(alone)))
