@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import GradsketchWarning
 from gradsketch.stand_ins import stand_ins
+from gradsketch.walks import buffers_of, modules_of, parameters_of
 
 __all__ = [
     "Buffers",
@@ -56,7 +57,7 @@ class Modes(Keeper):
     """The mode, train or eval, of every submodule."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modes = {module: module.training for module in model.modules()}
+        self._modes = {module: module.training for module in modules_of(model)}
 
     def put_back(self) -> None:
         # One by one: model.train(flag) would flip the submodules that were in the other mode.
@@ -68,7 +69,7 @@ class Trainability(Keeper):
     """Which parameters require grad; also of parameters that are not, or not at present, in the model."""
 
     def __init__(self, model: nn.Module, besides: Iterable[Tensor] = ()) -> None:
-        self._flags = {tensor: tensor.requires_grad for tensor in (*model.parameters(), *besides)}
+        self._flags = {tensor: tensor.requires_grad for tensor in (*parameters_of(model), *besides)}
 
     def only(self, chosen: Iterable[Tensor]) -> None:
         """Let exactly these require grad."""
@@ -88,7 +89,7 @@ class Gradients(Keeper):
     """The ``.grad`` of every parameter, set aside meanwhile, because a loss may run a backward pass of its own."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters_of(model)]
         for parameter, _ in self._gradients:
             parameter.grad = None
 
@@ -101,7 +102,7 @@ class Weights(Keeper):
     """The values of the trainable parameters, as copies: for work that trains the model itself."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._values = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        self._values = [(p, p.detach().clone()) for p in parameters_of(model) if p.requires_grad]
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -119,7 +120,7 @@ class Buffers(Keeper):
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._copies = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._notes = [_Notes.of(module) for module in model.modules() if module._buffers]
+        self._notes = [_Notes.of(module) for module in modules_of(model) if module._buffers]
 
     def changed(self) -> list[str]:
         """Return the names of buffers that no longer hold what they held."""
@@ -191,13 +192,16 @@ def buffers_aside(model: nn.Module) -> Iterator[None]:
     Nobody knows beforehand which buffers a forward pass writes to, so they are copied from the smallest up, 64 MiB in
     all. A larger one that was written to is named in a warning.
     """
+    if not buffers_of(model):
+        yield
+        return
     own = sorted(model.named_buffers(), key=lambda item: _bytes(item[1]))
     sums = accumulate(_bytes(buffer) for _, buffer in own)
     small = sum(bytes_so_far <= _ASIDE_BYTES for bytes_so_far in sums)
     copied = {name: buffer.detach().clone() for name, buffer in own[:small]}
     watched = [(name, buffer, _version(buffer)) for name, buffer in own[small:]]
     with stand_ins(model, copied):
-        notes = [_Notes.of(module) for module in model.modules() if module._buffers] if own else []
+        notes = [_Notes.of(module) for module in modules_of(model) if module._buffers]
         try:
             yield
         finally:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
+from gradsketch.walks import modules_of
 
 __all__ = ["ALONE", "Reading", "Readings", "Source", "check_held", "held", "made_again", "read_instead", "stand_ins"]
 
@@ -68,7 +69,7 @@ def stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     """
     with ALONE:
         others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
-        found = [_Found.of(module) for module in model.modules() if _holds(module, others)]
+        found = [_Found.of(module) for module in modules_of(model) if _holds(module, others)]
         try:
             for was in found:
                 was.replace(others)
@@ -168,7 +169,7 @@ class Readings:
         check_held(model, tensors)
         names = {id(tensor): name for name, tensor in tensors.items()}
         self._owners: list[nn.Module] = []
-        for module in model.modules():
+        for module in modules_of(model):
             own = {a: Reading(names[id(p)], p, source) for a, p in module._parameters.items() if id(p) in names}
             if own:
                 vars(module)[_KEY] = own
@@ -188,6 +189,8 @@ def read_instead(model: nn.Module) -> dict[str, Reading]:
 
     A tensor that ``stand_ins`` has put there is in the model's own place and does not count.
     """
+    if not any(_KEY in vars(module) for module in modules_of(model)):
+        return {}
     readings = {
         f"{path}.{attribute}" if path else attribute: reading
         for path, module in model.named_modules(remove_duplicate=False)
@@ -200,7 +203,7 @@ def read_instead(model: nn.Module) -> dict[str, Reading]:
 
 
 def _check_at_rest(model: nn.Module) -> None:
-    if any(_KEY in vars(module) for module in model.modules()):
+    if any(_KEY in vars(module) for module in modules_of(model)):
         raise InputError(
             f"a {type(model).__name__} that is open in another Subspace",
             "a model at rest",

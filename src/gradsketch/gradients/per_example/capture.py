@@ -43,6 +43,7 @@ from gradsketch.gradients.per_example.remembered import flags_of, recall
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.transforms.precision import full_precision
+from gradsketch.walks import buffers_of, modules_of, parameters_of
 
 __all__ = ["SCHEDULE", "Capture", "Schedule"]
 
@@ -97,7 +98,7 @@ class Capture:
         # In eval mode torch's encoder layers choose a faster kernel where nothing is intercepted.
         self._may_differ = any(
             isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) and not m.training
-            for m in self.model.modules()
+            for m in modules_of(self.model)
         )
 
     @property
@@ -194,7 +195,7 @@ class Capture:
             for consumer in (consume, *auditing):
                 consumer(name, contribution, which)
 
-        constants = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        constants = {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
         tap = Interception(
             RULES, self._names, Provenance(batch_length(copy), copy, constants), self._dtype, everybody, TRANSPARENT
         )

@@ -12,6 +12,7 @@ from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompil
 from gradsketch.errors import InputError
 from gradsketch.gradients.per_example.refusals import coupled, reentrant
 from gradsketch.stand_ins import ALONE, read_instead
+from gradsketch.walks import modules_of
 
 __all__ = ["differentiating"]
 
@@ -47,7 +48,7 @@ def _checked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _refuse_coupled(model: nn.Module) -> None:
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise coupled("a BatchNorm in training mode")
         if getattr(module, "scale_grad_by_freq", False):

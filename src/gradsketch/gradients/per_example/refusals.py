@@ -11,6 +11,7 @@ from gradsketch.errors import GradsketchError, InputError
 from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.tasks import Task
 from gradsketch.stand_ins import read_instead
+from gradsketch.walks import parameters_of
 
 __all__ = [
     "INDEPENDENT",
@@ -110,7 +111,7 @@ def refuse_strangers(
     model: nn.Module, leaves: Iterable[Tensor], tensors: Mapping[str, Tensor], used: Collection[str]
 ) -> None:
     """Refuse leaves that stand in the place of parameters: their gradients would be taken for zero."""
-    own = {id(t) for t in (*model.parameters(), *tensors.values())}
+    own = {id(t) for t in (*parameters_of(model), *tensors.values())}
     foreign = [t for t in leaves if id(t) not in own]
     if foreign:  # an open Subspace makes what the model reads; its own parameters are no strangers
         makers = [reading.source.owner for reading in read_instead(model).values()]
@@ -131,7 +132,7 @@ def refuse_strangers(
 
 def refuse_replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a chosen parameter that the model no longer has: its gradient would be taken for zero."""
-    present = {id(t) for t in model.parameters()}
+    present = {id(t) for t in parameters_of(model)}
     for name, tensor in tensors.items():
         if id(tensor) not in present:
             raise InputError(

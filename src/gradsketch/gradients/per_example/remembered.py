@@ -16,6 +16,7 @@ from torch import nn
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.per_example.interception import Kind
 from gradsketch.gradients.tasks import Task
+from gradsketch.walks import modules_of
 
 __all__ = ["Known", "flags_of", "recall"]
 
@@ -94,7 +95,7 @@ def _flags_of_model(model: nn.Module) -> tuple[Any, ...]:
             *(number for hooks in _HOOKS for number in vars(module)[hooks]),
             *(value for value in vars(module).values() if type(value) in (bool, str)),
         )
-        for module in model.modules()
+        for module in modules_of(model)
     )
 
 
