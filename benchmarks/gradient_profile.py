@@ -24,6 +24,7 @@ import gradsketch as gs
 
 SIZES = (4096, 32768)
 REPEATS = 5
+VECTORS = "add_gradient", "add_vectors"
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def parts(work: Workload, d: int) -> dict[str, float]:
     """Return the seconds spent in the sketch of each kind of parameter, and in all of it."""
     phi = gs.BlockSum(gs.Parameters(work.model), d)
     spent: dict[str, float] = defaultdict(float)
-    for method in ("add_outer", "add_rows", "add_gradient"):
+    for method in ("add_outer", "add_rows", *VECTORS):
         setattr(phi, method, timed(getattr(phi, method), method, spent))
     sketcher = gs.GradientSketcher(work.model, gs.CausalLM(), phi)
     runs = []
@@ -70,9 +71,9 @@ def parts(work: Workload, d: int) -> dict[str, float]:
 
 def timed(method: Callable[..., None], kind: str, spent: dict[str, float]) -> Callable[..., None]:
     """Return the method, counting its time as that of the vocabulary, linear layers, embeddings or vectors."""
-    labels = {"add_outer": "linear layers", "add_rows": "embeddings", "add_gradient": "biases and norms"}
+    labels = {"add_outer": "linear layers", "add_rows": "embeddings", **dict.fromkeys(VECTORS, "biases and norms")}
 
-    def run(out: Any, name: str, *factors: Any) -> None:
+    def run(out: Any, name: Any, *factors: Any) -> None:
         start = time.perf_counter()
         method(out, name, *factors)
         vocabulary = kind == "add_outer" and ".wte." in name
