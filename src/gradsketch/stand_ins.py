@@ -27,7 +27,18 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.walks import modules_of
 
-__all__ = ["ALONE", "Reading", "Readings", "Source", "check_held", "held", "made_again", "read_instead", "stand_ins"]
+__all__ = [
+    "ALONE",
+    "Reading",
+    "Readings",
+    "Source",
+    "check_held",
+    "held",
+    "made_again",
+    "read_instead",
+    "stand_ins",
+    "stand_ins_within",
+]
 
 # Held while a model is not as its user sees it: another thread that works with it waits.
 ALONE = threading.RLock()
@@ -67,16 +78,25 @@ def stand_ins(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     Raises:
         InputError: the model has no parameter or buffer of that name.
     """
-    with ALONE:
-        others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
-        found = [_Found.of(module) for module in modules_of(model) if _holds(module, others)]
-        try:
-            for was in found:
-                was.replace(others)
-            yield
-        finally:
-            for was in found:
-                was.put_back()
+    with ALONE, stand_ins_within(model, tensors):
+        yield
+
+
+@contextmanager
+def stand_ins_within(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Do the same inside a block that has the model to itself already, on whichever thread its layers run.
+
+    Autograd runs them on threads of its own where a checkpointed layer is on a GPU, and those would wait for ever.
+    """
+    others = {id(_own(model, name)): tensor for name, tensor in tensors.items()}
+    found = [_Found.of(module) for module in modules_of(model) if _holds(module, others)]
+    try:
+        for was in found:
+            was.replace(others)
+        yield
+    finally:
+        for was in found:
+            was.put_back()
 
 
 def _holds(module: nn.Module, tensors: Mapping[int, Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """Token contributions add up to the gradient's product with the direction, for every kind of layer."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +121,30 @@ def test_a_linear_layer_by_hand():
     expected = (errors * (x @ v["weight"].T + v["bias"])).sum(-1)
     torch.testing.assert_close(tokens.double(), expected, rtol=1e-6, atol=1e-6)
     assert rest == 0
+
+
+def test_layers_may_run_on_other_threads():
+    """As checkpointed layers do in a backward pass on a GPU."""
+    layer = nn.Linear(6, 4)
+    v = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+
+    class OnAThread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            self.register_buffer("kept", torch.ones(()))
+
+        def forward(self, x):
+            return ThreadPoolExecutor(1).submit(self.layer, x).result(timeout=20)
+
+    class Sum(Task):
+        def losses(self, model, batch):
+            x = torch.linspace(0, 1, 48).view(8, 6)
+            return model(x[None]).tanh().square().sum((-1, -2))
+
+    there, _ = token_products(OnAThread(), Sum(), {"input_ids": IDS}, {f"layer.{name}": t for name, t in v.items()})
+    here, _ = token_products(layer, Sum(), {"input_ids": IDS}, v)
+    assert torch.equal(there, here)
 
 
 class Failing(Task):

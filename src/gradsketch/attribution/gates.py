@@ -23,7 +23,7 @@ from gradsketch.as_found import evaluating
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.linear_map import widened
-from gradsketch.stand_ins import stand_ins
+from gradsketch.stand_ins import stand_ins_within
 
 __all__ = ["token_products"]
 
@@ -137,7 +137,7 @@ def _change(module: nn.Module, own: Mapping[str, Tensor], args: Any, kwargs: Any
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
 
     def run(values: dict[str, Tensor]) -> Any:
-        with stand_ins(module, values):
+        with stand_ins_within(module, values):
             return module(*args, **kwargs)
 
     change: Tensor = torch.func.jvp(run, (parameters,), (tangents,))[1]
