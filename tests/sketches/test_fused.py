@@ -122,6 +122,19 @@ def test_a_kernel_that_is_wrong_is_noticed_and_not_used(monkeypatch):
     assert torch.equal(out, by_torch(lambda: sketches(tiling, *factors)))
 
 
+def test_the_trial_also_sums_up_several_pieces(monkeypatch):
+    right = fused.FusedTiles.add
+
+    def wrong_in_pieces(self, out, left, other, piece=512):
+        right(self, out, left, other if left.shape[1] <= piece else 1.01 * other, piece)
+
+    monkeypatch.setattr(trust, "_verdicts", {})
+    monkeypatch.setattr(fused.FusedTiles, "add", wrong_in_pieces)
+    tiling, factors = build((40, 70), 64), numbers((40, 70), 2, 5)
+    with pytest.warns(GradsketchWarning, match="The kernel tiles"):
+        tiling.add_outer(torch.zeros(2, 64), *factors[:2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_the_default_dtype_changes_nothing(dtype):
     wanted = sketches(build((40, 70), 256), *numbers((40, 70), 2, 9))

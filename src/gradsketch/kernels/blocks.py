@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsketch.kernels import definition
 from gradsketch.kernels.plan import BLOCK, COLUMNS, FoldPlan, Rounds, row_slices
 from gradsketch.kernels.start import start
-from gradsketch.kernels.trust import can_run_on, trusted
+from gradsketch.kernels.trust import can_run_on, relative_error, trusted
 from gradsketch.random import Stream
 
 __all__ = ["SignedBlocks"]
@@ -106,7 +106,7 @@ def _fold_error(like: Tensor, variant: tuple[bool, bool], kind: str) -> float:
     worst = 0.0
     for rows, width in _TRIAL_SIZES:
         exact = definition.folded(x[:rows], width, blocks.first, blocks.second)
-        worst = max(worst, _relative(blocks.fold(x[:rows], width), exact))
+        worst = max(worst, relative_error(blocks.fold(x[:rows], width), exact))
     return worst
 
 
@@ -115,15 +115,9 @@ def _repeat_error(like: Tensor, aligned: bool, kind: str) -> float:
     for rows, width in _TRIAL_SIZES:
         u = _TRIAL.normals(0, rows * width).to(like.device).view(rows, width)
         exact = definition.repeated(u, n, blocks.first, blocks.second)
-        worst = max(worst, _relative(blocks.repeat(u, n), exact))
+        worst = max(worst, relative_error(blocks.repeat(u, n), exact))
     return worst
 
 
 def _trial_blocks(kind: str) -> SignedBlocks:
     return SignedBlocks(_TRIAL.child("B"), None if kind == "signs" else _TRIAL.child("G"))
-
-
-def _relative(came: Tensor, exact: Tensor) -> float:
-    """Return the relative error; infinite where a number is not finite, which no comparison would find."""
-    error = float((came.cpu().double() - exact).norm() / exact.norm())
-    return error if error == error else float("inf")

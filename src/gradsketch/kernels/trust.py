@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from gradsketch.errors import GradsketchWarning
 
-__all__ = ["can_run_on", "is_plain", "switched_off", "trusted"]
+__all__ = ["can_run_on", "is_plain", "relative_error", "switched_off", "trusted"]
 
 # Rounding gives 3e-7; a wrong sign, a lost block or a race far more.
 _TOLERANCE = 1e-5
@@ -66,6 +66,16 @@ def trusted(name: str, like: Tensor, variant: Hashable, trial: Callable[[], floa
     if key not in _verdicts:
         _verdicts[key] = _passes(name, like, trial)
     return _verdicts[key]
+
+
+def relative_error(came: Tensor, exact: Tensor) -> float:
+    """Return a trial's error; infinite where a number is not finite, which no comparison would find.
+
+    What should be zeros, as the prefix of a sketch may, is compared with the least number above.
+    """
+    exact = exact.double()
+    error = float((came.cpu().double() - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return error if error == error else float("inf")
 
 
 def _passes(name: str, like: Tensor, trial: Callable[[], float]) -> bool:

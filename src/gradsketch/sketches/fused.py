@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradsketch.kernels.native import compiled
-from gradsketch.kernels.trust import is_plain, trusted
+from gradsketch.kernels.trust import is_plain, relative_error, trusted
 from gradsketch.random import Stream
 from gradsketch.sketches.side import Side
 from gradsketch.sketches.sums import Sums
+from gradsketch.transforms.precision import outside_autocast
 
 __all__ = ["FusedTiles", "FusedVectors", "VectorMap"]
 
@@ -61,8 +62,7 @@ class FusedTiles:
     def _tables(self) -> tuple[_Table, _Table, _SumsTable]:
         sides = (self._columns, self._rows) if self._turned else (self._rows, self._columns)
         first, second = (
-            _Table.of(side, side.plan(), g, self._number, self._in_lanes)
-            for side, g in zip(sides, self._tile, strict=True)
+            _Table(side, g, self._number, self._in_lanes) for side, g in zip(sides, self._tile, strict=True)
         )
         return first, second, _SumsTable(self._sums, self._order, self._sums.scale)
 
@@ -76,8 +76,8 @@ class FusedTiles:
         variant = *sides, self._groups, _added(self._sums), one_hot
         return trusted("tiles", out.new_empty(0), variant, lambda: self._error(one_hot))
 
-    def add(self, out: Float[Tensor, "b d"], left: Factor, right: Factor) -> None:
-        """Add the sketches of each example, of tensors that it serves."""
+    def add(self, out: Float[Tensor, "b d"], left: Factor, right: Factor, piece: int = _PIECE) -> None:
+        """Add the sketches of each example, of tensors that it serves; ``piece`` tokens are summed up at a time."""
         library = compiled("tiles")
         assert library is not None
         (b, t), (first, second, sums) = left.shape[:2], self._tables
@@ -87,7 +87,7 @@ class FusedTiles:
         work = _Work(
             *map(ctypes.addressof, (first.shape, second.shape, *factors, sums.shape)),
             t,
-            min(t, _PIECE),
+            min(t, piece),
             chunk,
             *self._tile,
             self._number,
@@ -106,14 +106,19 @@ class FusedTiles:
         index = _TRIAL.integers(0, b * t, self._rows.size)
         left = _TRIAL.child("rows").signs(0, b * t * self._rows.size).view(b * t, -1)
         left = functional.one_hot(index, self._rows.size).float() if one_hot else left
-        wanted, found = right.new_zeros(2, b, self._sums.d)
-        with torch.autocast("cpu", enabled=False):
+        wanted = right.new_zeros(b, self._sums.d)
+        with outside_autocast(right.device):
             rows, columns = self._rows.groups(left, height, number), self._columns.groups(right, width, number)
             sides = rows.unflatten(1, (b, t)), columns.unflatten(1, (b, t))
             products = torch.einsum("kbtr,kbtc->bkrc", *sides).flatten(1)
             self._sums.add(wanted, products if self._order is None else products[:, self._order.long()])
-        self.add(found, index.view(b, t) if one_hot else left.view(b, t, -1), right.view(b, t, -1))
-        return _relative(found, wanted)
+        factors = index.view(b, t) if one_hot else left.view(b, t, -1), right.view(b, t, -1)
+        return max(self._error_of(wanted, factors, piece) for piece in (_PIECE, _LANES))  # in one piece, and in two
+
+    def _error_of(self, wanted: Float[Tensor, "b d"], factors: tuple[Factor, Factor], piece: int) -> float:
+        found = torch.zeros_like(wanted)
+        self.add(found, *factors, piece)
+        return relative_error(found, wanted)
 
 
 @dataclass(frozen=True)
@@ -129,10 +134,10 @@ class VectorMap:
         b = 3
         x = _TRIAL.signs(0, b * self.side.size).view(b, -1)
         wanted, found = x.new_zeros(2, b, self.sums.d)
-        with torch.autocast("cpu", enabled=False):
+        with outside_autocast(x.device):
             self.sums.add(wanted, self.sign * self.side.transform(x))
         FusedVectors([self]).add(found, [x])
-        return _relative(found, wanted)
+        return relative_error(found, wanted)
 
 
 class FusedVectors:
@@ -140,7 +145,7 @@ class FusedVectors:
 
     def __init__(self, maps: Sequence[VectorMap]) -> None:
         self._maps = maps
-        tables = [_Table.of(m.side, m.side.plan(), m.sums.kept, 1, False) for m in maps]
+        tables = [_Table(m.side, m.sums.kept, 1, in_lanes=False) for m in maps]
         sums = [_SumsTable(m.sums, None, m.sums.scale * m.sign) for m in maps]
         self._tables = tables, sums
         self._longest = max((m.side.count for m in maps), default=0)
@@ -177,20 +182,19 @@ class FusedVectors:
 
 
 class _Table:
-    """A side as the kernel takes it; see ``side_t`` there."""
+    """A side as the kernel takes it: where it takes entries, with which signs, and where its first groups stand.
 
-    def __init__(self, side: Side, place: Tensor, sign: Tensor, pick: Tensor) -> None:
+    See ``side_t`` there.
+    """
+
+    def __init__(self, side: Side, group: int, number: int, in_lanes: bool) -> None:
+        place, sign, pick = side.plan()
+        pick = pick[: group * number]
+        pick = pick.view(number, group).T.flatten() if in_lanes else pick
         self._held = place.to(torch.int32), pick.to(torch.int32).contiguous(), sign
         self.shape = _Side(
             side.size, side.count, len(pick), side.size > side.count, *(t.data_ptr() for t in self._held)
         )
-
-    @classmethod
-    def of(cls, side: Side, plan: tuple[Tensor, Tensor, Tensor], group: int, number: int, in_lanes: bool) -> _Table:
-        """Write out where a side takes entries, with which signs, and where its first groups of coordinates stand."""
-        place, sign, pick = plan
-        pick = pick[: group * number]
-        return cls(side, place, sign, pick.view(number, group).T.flatten() if in_lanes else pick)
 
 
 class _SumsTable:
@@ -255,11 +259,6 @@ def _variant(vectors: VectorMap) -> Hashable:
 
 def _added(sums: Sums) -> tuple[int, int, int]:
     return sums.kept, sums.layout_d, sums.d
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    """Return the relative error; the prefix of a sketch may be zeros."""
-    return float((found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))
 
 
 def _takes(out: Tensor) -> bool:
