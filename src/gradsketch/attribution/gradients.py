@@ -55,10 +55,8 @@ class GradientSource:
             InputError: an example the task cannot read, or one too large for memory.
             NonFiniteError: a loss or gradient is not finite, and skipping was not asked for.
         """
-        sketches, losses = (
-            torch.empty(len(examples), self.d, dtype=torch.float32, device="cpu"),
-            torch.empty(len(examples), dtype=torch.float32, device="cpu"),
-        )
+        sketches = torch.empty(len(examples), self.d, dtype=torch.float32, device="cpu")
+        losses = sketches.new_empty(len(examples))
         skipped: dict[int, str] = {}
         with evaluating(self.model):
             for places, result in self.batcher.map(self.sketcher, examples, lengths, name):

@@ -174,11 +174,8 @@ def timed_like(sketch: BlockSum) -> Preconditioned:
     """Return a sketch that takes as long as one with factors, for estimates of time."""
 
     def root(size: int, whole: bool) -> Root:
-        return Root(
-            torch.eye(size, dtype=torch.float32, device="cpu")
-            if whole
-            else torch.ones(size, dtype=torch.float32, device="cpu")
-        )
+        make = torch.eye if whole else torch.ones
+        return Root(make(size, dtype=torch.float32, device="cpu"))
 
     sides = {name: as_matrix(shape) for name, shape in sketch.shapes.items() if name in sketch.blocks}
     return Preconditioned(

@@ -225,10 +225,8 @@ def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
 
 
 def _stored(store: Store, rows: Sequence[int]) -> Sketched:
-    sketches, losses = (
-        torch.empty(len(rows), store.d, dtype=torch.float32, device="cpu"),
-        torch.empty(len(rows), dtype=torch.float32, device="cpu"),
-    )
+    sketches = torch.empty(len(rows), store.d, dtype=torch.float32, device="cpu")
+    losses = sketches.new_empty(len(rows))
     for shard, positions, places in store.by_shard(rows):
         sketches[positions], losses[positions] = shard.decoded(places), shard.numbers("loss")[places]
     return Sketched(sketches, losses, {})

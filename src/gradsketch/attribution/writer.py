@@ -68,10 +68,8 @@ class ShardWriter:
         part = self.parts.read(start, count)
         sketched = self.source(part.encoded, part.lengths, advance, lambda i: self._where(part.places[i]))
         advance(len(part.bad))
-        sketches, losses = (
-            torch.zeros(count, self.store.d, dtype=torch.float32, device="cpu"),
-            torch.full((count,), torch.nan, dtype=torch.float32, device="cpu"),
-        )
+        sketches = torch.zeros(count, self.store.d, dtype=torch.float32, device="cpu")
+        losses = sketches.new_full((count,), torch.nan)
         positions = [place - start for place in part.places]
         sketches[positions], losses[positions] = sketched.sketches, sketched.losses
         left_out = {row.place - start: f"{row.where}: {row.reason}" for row in part.bad}

@@ -7,10 +7,11 @@ from typing import Any
 
 from gradsketch.errors import InputError
 
-__all__ = ["FORMATS", "refuse_unmapped"]
+__all__ = ["FORMATS", "WEIGHTS", "refuse_unmapped"]
 
 _SYSTEM = "system"
-_WEIGHTS = ("weight", "train", "training")  # by which a turn says whether the assistant is to learn it
+# By which a turn says whether the assistant is to learn it, as OpenAI, Hermes and Axolotl write it.
+WEIGHTS = ("weight", "train", "training")
 # Who speaks in ShareGPT, and in the turns of Vicuna, OpenOrca, Hermes and Glaive that follow it.
 _ROLES = {
     "human": "user",
@@ -88,7 +89,7 @@ def _turn(role: str, content: str) -> dict[str, Any]:
 
 def _weights(turn: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that say whether a turn counts."""
-    return {name: turn[name] for name in _WEIGHTS if turn.get(name) is not None}
+    return {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
 
 
 def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -25,26 +25,20 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
         InputError: a BatchNorm in training mode, a chosen parameter that a Subspace stands in for, or a model that
             checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
     """
-    with (
-        ALONE,
-        _checked(model, tensors),
-        torch.inference_mode(False),
-        Trainability(model, tensors.values()) as trainability,
-        Gradients(model),
-        buffers_aside(model),
-        uncompiled(model),
-        torch.enable_grad(),
-        _faults_named(),
-    ):
-        trainability.only(tensors.values())
-        yield
-
-
-@contextmanager
-def _checked(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    _refuse_coupled(model)
-    _refuse_stand_ins(model, tensors)
-    yield
+    with ALONE:
+        _refuse_coupled(model)
+        _refuse_stand_ins(model, tensors)
+        with (
+            torch.inference_mode(False),
+            Trainability(model, tensors.values()) as trainability,
+            Gradients(model),
+            buffers_aside(model),
+            uncompiled(model),
+            torch.enable_grad(),
+            _faults_named(),
+        ):
+            trainability.only(tensors.values())
+            yield
 
 
 def _refuse_coupled(model: nn.Module) -> None:

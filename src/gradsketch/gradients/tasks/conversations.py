@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gradsketch.errors import InputError
+from gradsketch.reading.formats import WEIGHTS
 
 __all__ = [
     "ASSISTANT",
     "SAID",
-    "WEIGHTS",
     "Conversation",
     "Turn",
     "Turns",
@@ -32,8 +32,6 @@ Turns = Literal["all", "last"]
 ASSISTANT = "assistant"
 # The fields of a turn whose texts are shown, in this order.
 SAID = ("reasoning_content", "content")
-# By which a turn says whether the assistant is to learn it, as OpenAI, Hermes and Axolotl write it.
-WEIGHTS = ("weight", "train", "training")
 _ANSWERS = ("answer", "completion")
 _WANTED = 'turns such as {"role": "user", "content": "Hi"}'
 
