@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradsketch.fsdp import at_rest, class_of, whole
 from gradsketch.gradients.data import Batches
 from gradsketch.gradients.tasks import Function, Task
 from gradsketch.stand_ins import read_instead
@@ -29,12 +30,13 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
     Of a model that is open in a Subspace the weights are those its modules read now, because these decide a number.
     """
+    at_rest(model)
     hashed, instead = hashlib.sha256(), read_instead(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        value = (instead[name].now() if name in instead else tensor.detach()).cpu().contiguous()
+        value = (instead[name].now() if name in instead else whole(tensor.detach())).cpu().contiguous()
         hashed.update(f"{name}{value.dtype}{list(value.shape)}".encode())
         hashed.update(value.view(-1).view(torch.uint8).numpy().data)
-    return {"class": type(model).__name__, "weights": hashed.hexdigest()[:16]}
+    return {"class": class_of(model).__name__, "weights": hashed.hexdigest()[:16]}
 
 
 def modes_digest(model: nn.Module) -> str:

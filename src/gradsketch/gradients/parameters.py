@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
+from gradsketch.fsdp import at_rest, whole
 from gradsketch.stand_ins import ALONE
 
 __all__ = ["Parameters", "Selection", "bare", "selected"]
@@ -46,6 +47,7 @@ class Parameters:
         model = bare(model)
         aliases: dict[Tensor, list[str]] = {}
         with ALONE:
+            at_rest(model)
             named = list(model.named_parameters(remove_duplicate=False))
         for name, tensor in named:
             aliases.setdefault(tensor, []).append(name)
@@ -92,7 +94,7 @@ class Parameters:
         self, tensors: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype | None = None
     ) -> Float[Tensor, " n"]:
         """Concatenate tensors given by name (default: the parameters' current values, detached) into one vector."""
-        tensors = {name: t.detach() for name, t in self} if tensors is None else tensors
+        tensors = {name: whole(t.detach()) for name, t in self} if tensors is None else tensors
         return torch.cat([tensors[name].reshape(-1).to(dtype or tensors[name].dtype) for name in self._tensors])
 
     def unflatten(self, vector: Float[Tensor, "... n"]) -> dict[str, Tensor]:
@@ -118,7 +120,7 @@ class Parameters:
         digest = hashlib.sha256(json.dumps(facts).encode())
         if content:
             for _, t in self:
-                digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                digest.update(whole(t.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
 

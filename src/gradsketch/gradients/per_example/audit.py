@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,13 @@ from torch import Tensor
 
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.linear_map import widened
+from gradsketch.sketches.affd import AFFD
 
-__all__ = ["Audit", "Audits"]
+__all__ = ["Audit", "Audits", "projected", "tolerance"]
+
+# Numbers that are kept of a gradient where no whole one is held. A wrong gradient has another projection with
+# probability one; of its length these tell a fifth.
+_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,19 @@ class Audit:
 
     With random weights a swapped row, a silent layer, an ignored hook or a missed use leaves a residual with
     probability one. A residual is compared with the sum of the terms' lengths, of which rounding errors are a fraction
-    even where the terms cancel. One n-vector is held.
+    even where the terms cancel. One n-vector is held; where a projection is given, that of each gradient only, and
+    ``gradients`` are such.
     """
 
-    def __init__(self, weights: Float[Tensor, " b"], gradients: Mapping[str, Tensor], tolerance: float) -> None:
-        self.weights, self.tolerance = weights.double(), tolerance
+    def __init__(
+        self,
+        weights: Float[Tensor, " b"],
+        gradients: Mapping[str, Tensor],
+        tolerance: float,
+        shapes: Mapping[str, torch.Size],
+        projection: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.weights, self.tolerance, self._shapes, self._projection = weights.double(), tolerance, shapes, projection
         self._residuals = {name: g.to(widened(g.dtype), copy=True) for name, g in gradients.items()}
         self._magnitudes = {name: float(g.double().norm()) for name, g in self._residuals.items()}
 
@@ -54,9 +68,11 @@ class Audit:
             return
         if len(weighty) < len(weights):
             contribution, weights = contribution.of(weighty), weights[weighty]
-        rows = residual.shape[0] if residual.ndim > 1 else 1
-        columns = residual.numel() // max(1, rows)
-        residual -= contribution.weighted(weights, rows, columns).view(residual.shape)
+        shape = self._shapes[name]
+        rows = shape[0] if len(shape) > 1 else 1
+        columns = shape.numel() // max(1, rows)
+        term = contribution.weighted(weights, rows, columns).view(shape)
+        residual -= term if self._projection is None else self._projection(name, term)
         self._magnitudes[name] += contribution.magnitude(weights)
 
     def errors(self) -> dict[str, float]:
@@ -84,6 +100,12 @@ class Audit:
 
 # Of the largest gradient, in units of eps = tolerance².
 _ROUNDINGS = 16
+
+
+def projected(name: str, gradient: Tensor) -> Tensor:
+    """Return a random projection of one parameter's gradient, the same map for every gradient of it."""
+    flat = gradient.reshape(-1).to(widened(gradient.dtype))
+    return flat if len(flat) <= _KEPT else AFFD(len(flat), _KEPT, seed=zlib.crc32(name.encode()))(flat)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
+from gradsketch.fsdp import Gathered, Ranks
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
-from gradsketch.gradients.per_example.audit import Audit, Audits, tolerance
+from gradsketch.gradients.per_example.audit import Audit, Audits, projected, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
-from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap
+from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap, projections
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
     Interception,
@@ -34,7 +35,9 @@ from gradsketch.gradients.per_example.refusals import (
     refuse_none,
     refuse_other_gradients,
     refuse_replaced,
+    refuse_sharded,
     refuse_strangers,
+    refuse_too_large,
     refuse_unsupported,
     refuse_without_graph,
     running_alone,
@@ -84,8 +87,11 @@ class Capture:
     ) -> None:
         self.model, self.task, self.method = model, task, method
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-        refuse_unsupported(self.tensors)
-        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        self.ranks = Ranks(model)
+        refuse_unsupported(self.tensors, sharded=self.ranks.several)
+        refuse_sharded(self.ranks.several and method not in ("auto", "outer"), f"method={method!r}")
+        self._gathered = Gathered(model, self.tensors)
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._drawn = self._chance = False  # whether this batch is to be audited; whether its losses are random
         self._dtype = functools.reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
@@ -94,7 +100,7 @@ class Capture:
     def _recall(self) -> None:
         """Take up what is known of the model and the task as they are now."""
         self._flags = flags_of(self.model, self.task)
-        self._known = recall(self.model, self.task, self.method, frozenset(self._names.items()))
+        self._known = recall(self.model, self.task, self.method, frozenset((id(t), name) for name, t in self.tensors.items()))
         # In eval mode torch's encoder layers choose a faster kernel where nothing is intercepted.
         self._may_differ = any(
             isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) and not m.training
@@ -122,6 +128,17 @@ class Capture:
         refuse_replaced(self.model, self.tensors)
         self.heed_hooks()
         self._begin()
+        self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
+        with self._gathered.noting(), refuse_too_large(self.ranks, batch):
+            return self._contributions(batch, begin)
+
+    def keep_up(self, batch: Batch) -> None:
+        """Run a batch, for nothing, as often as other ranks of a sharded model run theirs, until none has one left."""
+        while any(self.ranks.most(0)):
+            with self._gathered.noting(), refuse_too_large(self.ranks, batch):
+                self._contributions(batch, lambda: lambda name, contribution, which: None)
+
+    def _contributions(self, batch: Batch, begin: Callable[[], Consumer]) -> Tensor:
         if self.method in ("auto", "outer"):
             for _ in range(len(self.tensors) + 3):
                 if self._known.exact:
@@ -148,7 +165,7 @@ class Capture:
 
     def heed_hooks(self) -> None:
         """Send parameters with hooks to the exact path, the only one on which autograd calls these."""
-        refuse_unsupported(self.tensors)
+        refuse_unsupported(self.tensors, sharded=self.ranks.several)
         hooked = {name: _HOOKED for name, t in self.tensors.items() if t._backward_hooks}
         if self.method != "loop":
             self._learn({name: reason for name, reason in hooked.items() if name not in self._known.slow})
@@ -195,9 +212,10 @@ class Capture:
             for consumer in (consume, *auditing):
                 consumer(name, contribution, which)
 
-        constants = {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
+        names, constants = self._gathered.names, self._gathered.others
+        constants |= {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
         tap = Interception(
-            RULES, self._names, Provenance(batch_length(copy), copy, constants), self._dtype, everybody, TRANSPARENT
+            RULES, names, Provenance(batch_length(copy), copy, constants), self._dtype, everybody, TRANSPARENT
         )
         try:
             losses = self._forward(tap, batch, copy)
@@ -211,13 +229,16 @@ class Capture:
         known = self._known
         self._learn_slow(tap, losses)
         tap.slow = known.slow
-        due = self._is_due(tap.seen, losses)
-        if self._may_differ or (due and len(losses) == 1):
+        count, due = len(losses), self._is_due(tap.seen, losses)
+        proving = (due or not known.independent) and not self._chance
+        # All ranks of a sharded model make the same passes: what one of them must do, all do.
+        count, due, proving, measuring = self.ranks.most(count, due, proving, tap.must_measure)
+        if self._may_differ or (due and count == 1):
             self._compare_with_plain(tap, batch, losses.detach())
-        alone = self._alone(tap, batch, losses.detach(), auditing) if due or not known.independent else None
+        alone = self._alone(tap, batch, losses.detach(), auditing) if proving and count > 1 else None
         with self._exact_where_it_fails(tap):
             audit = self._audit(tap, losses, auditing) if due else None
-            if tap.must_measure:
+            if measuring:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
             tap.backward(losses, torch.ones_like(losses))
         if tap.unmeasurable:
@@ -228,10 +249,12 @@ class Capture:
         self._explicit(batch, slow, consume, losses.detach())
         if audit is not None:
             self._judge(audit, tap.seen, known.slow)
-        if alone is not None and alone.conclusive:
-            refuse_other_gradients(alone.failed(), self.model)
-            self._compare_in_other_company(tap, batch, losses.detach())
-            known.independent = True
+        if alone is not None and (alone.conclusive or self.ranks.several):
+            if alone.conclusive:
+                refuse_other_gradients(alone.failed(), self.model)
+            if count > 2:  # two have been alone
+                self._compare_in_other_company(tap, batch, losses.detach())
+            known.independent |= alone.conclusive and len(losses) > 1
         return losses.detach()
 
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
@@ -246,9 +269,7 @@ class Capture:
         # Anything may come of a model that does not expect its functions to be intercepted. What is the model's own
         # fault comes again without interception, and is raised as it is.
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            if self._fails_by_itself(batch):
+            if is_out_of_memory(error) or self.ranks.several or self._fails_by_itself(batch):
                 raise
             self._go_exact(
                 f"{type(error).__name__} under interception: {str(error).splitlines()[0] if str(error) else ''}"
@@ -286,7 +307,8 @@ class Capture:
         nodes = list(nodes_outside_rules(losses))
         self._dtype = functools.reduce(coarser, (meta.dtype for n in nodes for meta in n._input_metadata), self._dtype)
         leaves = _leaves(nodes)
-        used = {self._names[id(t)] for t in leaves if id(t) in self._names}
+        names = self._gathered.names
+        used = {names[id(t)] for t in leaves if id(t) in names}
         refuse_strangers(self.model, leaves, self.tensors, used)
         # A function of the user's own may run a backward pass that fills .grad, which no edge of the graph shows.
         if not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
@@ -311,12 +333,13 @@ class Capture:
         if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
             raise reentrant()
         leaves = [t for t in _leaves(nodes) if t is not tap.slot]
-        outside = {self._names[id(t)]: t for t in leaves if id(t) in self._names}
+        names = self._gathered.names
+        outside = {names[id(t)]: t for t in leaves if id(t) in names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
         hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
         used |= set(hidden)
-        refuse_strangers(self.model, leaves, self.tensors, used)
+        refuse_strangers(self.model, leaves, self.tensors | self._gathered.chosen, used)
         refuse_none(used, self.tensors)
         new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
         self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
@@ -327,6 +350,7 @@ class Capture:
             return
         slow = {name: f"{reason} in {self._owner(name)}" for name, reason in slow.items()}
         listed = _listed(slow)
+        refuse_sharded(self.ranks.several, listed)
         if self.method != "auto":
             raise InputError(
                 f"{listed}, used in a way that method={self.method!r} does not know",
@@ -362,6 +386,7 @@ class Capture:
         """Take the exact path for everything from now on."""
         if self.method == "outer":
             raise InputError(reason, "a loss that method='outer' can follow", "Type method='auto'")
+        refuse_sharded(self.ranks.several, reason)
         self._known.exact = reason
         self._warn_of_exact()
         raise _TryAgainError
@@ -401,7 +426,11 @@ class Capture:
     def _audit_of(self, losses: Tensor, dtype: torch.dtype, *, keep: bool = False) -> Audit:
         generator = torch.Generator().manual_seed(self._known.audits.batches)
         weights = torch.randn(len(losses), generator=generator, dtype=torch.float64, device="cpu")
-        return Audit(weights, self._gradients(losses, weights, keep=keep), tolerance(dtype))
+        return self._audit_with(weights, self._gradients(losses, weights, keep=keep), tolerance(dtype))
+
+    def _audit_with(self, weights: Tensor, gradients: Mapping[str, Tensor], allowed: float) -> Audit:
+        # Nobody holds a whole gradient of a sharded model.
+        return Audit(weights, gradients, allowed, self.shapes, projected if self.ranks.several else None)
 
     def _judge(self, audit: Audit, kinds: set[Kind], slow: Collection[str]) -> None:
         """Send what failed to the exact path; refuse what has been there already."""
@@ -426,17 +455,19 @@ class Capture:
 
         One would not do: an extreme of the whole batch, as some models divide by, may be its own.
         """
-        if self._chance or len(losses) < 2 or not bool(torch.isfinite(losses).all()):
+        if not self.ranks.several and (len(losses) < 2 or not bool(torch.isfinite(losses).all())):
             return None
         places = self._places(len(losses))
         alone = torch.cat([self._loss_alone(batch, place) for place in places])
-        if any(not _close(loss, losses[place], tap.dtype) for place, loss in zip(places, alone, strict=True)):
+        differ = any(not _close(loss, losses[place], tap.dtype) for place, loss in zip(places, alone, strict=True))
+        if differ and not self.ranks.several:
             self._compare_with_plain(tap, batch, losses)
         self._compare(places, alone, losses, tap.dtype)
         self._warn_of_padding(batch, places, alone, tap.dtype)
         weights = torch.zeros(len(losses), dtype=torch.float64, device="cpu")
-        weights[places] = torch.tensor([1.0, -0.7], dtype=torch.float64, device="cpu")
-        audit = Audit(weights, self._gradients(alone, weights[places]), torch.finfo(tap.dtype).eps ** 0.4)
+        each = torch.tensor([1.0, -0.7], dtype=torch.float64, device="cpu")
+        weights.index_add_(0, torch.tensor(places, device="cpu"), each)
+        audit = self._audit_with(weights, self._gradients(alone, each), torch.finfo(tap.dtype).eps ** 0.4)
         auditing.append(audit.add)
         return audit
 
@@ -445,28 +476,31 @@ class Capture:
 
         Two rows alone may be among those to whom nothing happens. Call it after the backward pass, when memory is free.
         """
-        count = len(losses)
-        if count <= 2:
-            return  # they have been alone
-        halves = ((0, count // 2), (count // 2, count))
-        others = torch.cat([self.losses(batch_slice(batch, *ends)).detach() for ends in halves]).cpu()
-        for place, (other, loss) in enumerate(zip(others, losses.cpu(), strict=True)):
-            if not self._chance and not _close(other, loss, tap.dtype):
-                self._compare_with_plain(tap, batch, losses)
-                refuse_coupling(place, loss, other, "among half of the batch")
+        count, half = len(losses), max(1, len(losses) // 2)
+        for start, stop in ((0, half), (min(half, count - 1), count)):
+            others = self.losses(batch_slice(batch, start, stop)).detach()
+            for place, other, loss in zip(range(start, stop), others.cpu(), losses[start:stop].cpu(), strict=True):
+                if not self._chance and not _close(other, loss, tap.dtype):
+                    self._compare_with_plain(tap, batch, losses)
+                    refuse_coupling(place, loss, other, "among half of the batch")
 
     def _warn_of_padding(self, batch: Batch, places: Sequence[int], alone: Tensor, dtype: torch.dtype) -> None:
         """Warn where a row's loss depends on its padding, as with positions scaled by the length of the batch."""
         if self.task.not_padded is None:
             return
-        for place, loss in zip(places, alone.detach(), strict=True):
-            shorter = without_padding(batch_slice(batch, place, place + 1), self.task.not_padded)
-            if shorter is None:
+        rows = [batch_slice(batch, place, place + 1) for place in places]
+        shorter = [without_padding(row, self.task.not_padded) for row in rows]
+        if not any(self.ranks.most(any(row is not None for row in shorter))):
+            return
+        for place, row, short, loss in zip(places, rows, shorter, alone.detach(), strict=True):
+            if short is None and not self.ranks.several:
                 continue
             try:
                 with torch.no_grad():
-                    other = self.losses(shorter)[0]
+                    other = self.losses(row if short is None else short)[0]
             except Exception:  # fields of other shapes, of which nobody knows what is padding: nothing is compared
+                if self.ranks.several:
+                    raise
                 continue
             if not _close(other, loss, dtype, digits=0.7):
                 self._warn_once(
@@ -475,7 +509,6 @@ class Capture:
                     "sketches; put rows of equal length together, or one row into a batch",
                     key="padding",
                 )
-                return
 
     def _loss_alone(self, batch: Batch, place: int) -> Tensor:
         with running_alone(place):
@@ -486,7 +519,9 @@ class Capture:
 
         Where batches are made here, rows are sorted longest first, so the last has the most padding.
         """
-        return sorted(self._known.draws.sample(range(count), 2)) if self._known.independent else [0, count - 1]
+        if count == 1 or not self._known.independent:
+            return [0, count - 1]
+        return sorted(self._known.draws.sample(range(count), 2))
 
     def _compare(self, places: Sequence[int], alone: Tensor, losses: Tensor, dtype: torch.dtype) -> None:
         """Refuse losses of examples alone that are others in company."""
@@ -496,6 +531,8 @@ class Capture:
 
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
+        if self.ranks.several:
+            return projections(losses, weights.to(losses), self._gathered.chosen, projected, keep=keep)
         # A hook is called with each example's own gradient only where that is formed.
         tensors = {n: t for n, t in self.tensors.items() if not self._known.slow.get(n, "").startswith(_HOOKED)}
         return accumulated(losses, weights.to(losses), tensors, keep=keep)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompiled
 from gradsketch.errors import InputError
+from gradsketch.fsdp import resting
 from gradsketch.gradients.per_example.refusals import coupled, reentrant
 from gradsketch.stand_ins import ALONE, read_instead
 from gradsketch.walks import modules_of
@@ -25,7 +26,7 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
         InputError: a BatchNorm in training mode, a chosen parameter that a Subspace stands in for, or a model that
             checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
     """
-    with ALONE:
+    with ALONE, resting(model):
         _refuse_coupled(model)
         _refuse_stand_ins(model, tensors)
         with (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.preconditioned import Preconditioned
 from gradsketch.transforms.precision import outside_autocast
 
-__all__ = ["accumulated", "gradients_by_loop", "gradients_by_vmap", "implicit_sketches"]
+__all__ = ["accumulated", "gradients_by_loop", "gradients_by_vmap", "implicit_sketches", "projections"]
 
 Gradients = dict[str, Tensor]
 _CHUNK_BYTES = 1 << 28
@@ -109,6 +110,34 @@ def accumulated(losses: Tensor, weights: Tensor, tensors: Mapping[str, Tensor], 
     for tensor in tensors.values():
         tensor.grad = None
     return parts
+
+
+def projections(
+    losses: Tensor,
+    weights: Tensor,
+    tensors: Mapping[str, Tensor],
+    project: Callable[[str, Tensor], Tensor],
+    *,
+    keep: bool = False,
+) -> Gradients:
+    """Return projections of the gradients of Σ weight · loss, holding one gradient at a time.
+
+    Nothing reaches ``.grad``, so FSDP2 finds nothing to add up over ranks.
+    """
+    found = {name: project(name, torch.zeros_like(tensor)) for name, tensor in tensors.items()}
+
+    def taking(name: str) -> Callable[[Tensor], Tensor]:
+        def take(gradient: Tensor) -> Tensor:
+            found[name] = project(name, _strided(gradient))
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        return take
+
+    with ExitStack() as stack, outside_autocast(losses.device):
+        for name, tensor in tensors.items():
+            stack.enter_context(tensor.register_hook(taking(name)))
+        torch.autograd.grad(losses, list(tensors.values()), weights, allow_unused=True, retain_graph=keep)
+    return found
 
 
 def _strided(gradient: Tensor) -> Tensor:

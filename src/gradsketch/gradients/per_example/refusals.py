@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from gradsketch.errors import GradsketchError, InputError
-from gradsketch.gradients.data import is_out_of_memory
-from gradsketch.gradients.tasks import Task
+from gradsketch.fsdp import Ranks
+from gradsketch.gradients.data import batch_length, is_out_of_memory
+from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.stand_ins import read_instead
 from gradsketch.walks import parameters_of
 
@@ -21,7 +22,9 @@ __all__ = [
     "refuse_none",
     "refuse_other_gradients",
     "refuse_replaced",
+    "refuse_sharded",
     "refuse_strangers",
+    "refuse_too_large",
     "refuse_unsupported",
     "refuse_without_graph",
     "running_alone",
@@ -142,15 +145,40 @@ def refuse_replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of a kind that has no gradients here."""
+def refuse_sharded(refused: bool, came: str) -> None:
+    """Refuse what takes other passes than those that all ranks of a sharded model make together."""
+    if refused:
+        raise InputError(
+            f"{came}, of a model that FSDP2 shares out among ranks",
+            "gradients that one backward pass of the batch brings",
+            "Leave such parameters out with Parameters(model, exclude=...), or load the model in one piece",
+        )
+
+
+@contextmanager
+def refuse_too_large(ranks: Ranks, batch: Batch) -> Iterator[None]:
+    """Refuse a batch that does not fit into memory, where ranks would have to take a smaller one together."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ranks.several or not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"a batch of {batch_length(batch)} examples that does not fit into memory",
+            "batches that do, because all ranks of a sharded model go in step",
+            "Pass a smaller batch_tokens, or more ranks",
+        ) from error
+
+
+def refuse_unsupported(tensors: Mapping[str, Tensor], *, sharded: bool = False) -> None:
+    """Refuse parameters of a kind that has no gradients here; shards of a model that FSDP2 gathers have."""
     for name, tensor in tensors.items():
-        for found, kind, wanted, fix in _unsupported(tensor):
+        for found, kind, wanted, fix in _unsupported(tensor, sharded):
             if found:
                 raise InputError(f"parameter {name!r} {kind}", wanted, fix)
 
 
-def _unsupported(tensor: Tensor) -> tuple[tuple[bool, str, str, str], ...]:
+def _unsupported(tensor: Tensor, sharded: bool) -> tuple[tuple[bool, str, str, str], ...]:
     hooked = bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
     return (
         (tensor.is_meta, "on the meta device", "parameters in memory", "Load the weights, or switch off offloading"),
@@ -167,10 +195,10 @@ def _unsupported(tensor: Tensor) -> tuple[tuple[bool, str, str, str], ...]:
             "Build or load the model outside torch.inference_mode()",
         ),
         (
-            type(tensor.detach()) is not Tensor,
+            type(tensor.detach()) is not Tensor and not (sharded and hasattr(tensor, "device_mesh")),
             f"of type {type(tensor).__name__}",
             "plain tensors",
-            "Gather sharded and dequantise quantised parameters",
+            "Share the model out with fully_shard instead, or dequantise its parameters",
         ),
         (
             hooked,

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.fsdp import at_rest
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, bare, selected
@@ -250,6 +251,7 @@ def _tensors_of(
         tensors = dict(selected(model, parameters))
     elif isinstance(sketch, BlockSum | Directions):
         with ALONE:
+            at_rest(model)
             own = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: own[name] for name in sketch.shapes if name in own}
     else:
