@@ -9,16 +9,17 @@ Each gathering is a collective, so all ranks must run the same passes in the sam
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradsketch.errors import InputError
 from gradsketch.walks import modules_of, parameters_of
 
-__all__ = ["Gathered", "Ranks", "at_rest", "class_of", "is_sharded", "resting", "whole"]
+__all__ = ["Gathered", "Ranks", "at_rest", "class_of", "is_sharded", "require_whole", "resting", "whole"]
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
@@ -60,17 +61,36 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return type(model).__mro__[2] if any(module is model for module in _sharded_modules(model)) else type(model)
 
 
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [value for value in torch.utils._pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
+
+
+def require_whole(model: nn.Module, what: str, fix: str = "Load the model in one piece") -> None:
+    """Refuse a model that ranks share out, for work that does not go in step.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_sharded(model):
+        raise InputError(f"{what} of a model that FSDP2 shares out among ranks", "a model in one piece", fix)
+
+
 class Ranks:
     """The ranks that share out a model; of a model in one piece, this process alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        meshes = [p.device_mesh for p in parameters_of(model) if hasattr(p, "device_mesh")]  # type: ignore[attr-defined]
+        meshes = [p.device_mesh for p in parameters_of(model) if hasattr(p, "device_mesh")]
         self._meshes = list(dict.fromkeys(meshes)) if is_sharded(model) else []
 
     @property
     def several(self) -> bool:
         """Whether there are others that have to keep in step."""
         return bool(self._meshes)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Return (i, n): this is rank i of n."""
+        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if self._meshes else (0, 1)
 
     def most(self, *numbers: int) -> tuple[int, ...]:
         """Return the largest of each number over all ranks, which all must call."""
@@ -86,15 +106,15 @@ class Ranks:
 class Gathered:
     """What stands in autograd's graph for parameters: these themselves, or what FSDP2 gathers in their place.
 
-    ``chosen`` maps names to such tensors, ``names`` their ids to names; ``others`` holds those that were not chosen.
-    Call it where the model is at rest. Under FSDP2 all three fill up inside ``noting()``, as layers run.
+    ``chosen`` maps names to such tensors, and ``names`` their ids to names. ``every`` has all that was gathered, by id.
+    Make it where the model is at rest. Under FSDP2 all three fill up inside ``noting()``, as layers run.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._modules = _sharded_modules(model)
         self.chosen: dict[str, Tensor] = {} if self._modules else dict(tensors)
         self.names = {id(tensor): name for name, tensor in self.chosen.items()}
-        self.others: dict[int, Tensor] = {}
+        self.every: dict[int, Tensor] = {}
         by_id = {id(tensor): name for name, tensor in tensors.items()}
         self._places = {
             (id(module), attribute): by_id.get(id(parameter))
@@ -104,21 +124,32 @@ class Gathered:
         }
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note meanwhile what is gathered."""
+    def noting(self, replaced: Callable[[Tensor, Tensor], None] = lambda before, after: None) -> Iterator[None]:
+        """Note meanwhile what is gathered; ``replaced`` hears of a layer's inputs that FSDP2 replaces by copies."""
+        given: dict[int, list[Tensor]] = {}
+
+        def before(unit: nn.Module, *inputs: Any) -> None:
+            given[id(unit)] = _tensors(inputs)
+
+        def after(unit: nn.Module, *inputs: Any) -> None:
+            for one, other in zip(given.pop(id(unit), []), _tensors(inputs), strict=False):
+                if one is not other:
+                    replaced(one, other)
+            self._note(unit)
+
         with ExitStack() as stack:
-            for module in self._modules:
-                # After FSDP2's own hook, which was registered before.
-                stack.enter_context(module.register_forward_pre_hook(self._note))
+            for module in self._modules:  # before and after FSDP2's own hook
+                for hook in (before, after):
+                    handle = module.register_forward_pre_hook(hook, prepend=hook is before, with_kwargs=True)
+                    stack.enter_context(handle)
             yield
 
-    def _note(self, unit: nn.Module, _: Any) -> None:
+    def _note(self, unit: nn.Module) -> None:
         for module in modules_of(unit):
             for attribute, parameter in module._parameters.items():
                 if parameter is None or hasattr(parameter, "device_mesh"):
                     continue
                 name = self._places.get((id(module), attribute))
-                if name is None:
-                    self.others[id(parameter)] = parameter
-                else:
+                self.every[id(parameter)] = parameter
+                if name is not None:
                     self.chosen[name], self.names[id(parameter)] = parameter, name

@@ -31,6 +31,7 @@ from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
 from gradsketch.durable import record_text
 from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
+from gradsketch.fsdp import Ranks, is_sharded, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
@@ -78,16 +79,19 @@ class Build:
         shard_rows: int | None = None,
         batch_tokens: int = 4096,
         skip_bad: bool = False,
-        worker: tuple[int, int] = (0, 1),
+        worker: tuple[int, int] | None = None,
         engine: Engine | None = None,
         progress: bool | None = None,
     ) -> None:
         # What a worker elsewhere makes the same build of.
         self.arguments = {n: v for n, v in locals().items() if n not in ("self", "worker", "engine", "progress")}
         self.engine = Local() if engine is None else engine
+        ranks = self._ranks(model, checkpoints, precondition)
+        worker = ranks.place if worker is None else worker
         if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
-        self.worker, self.progress = worker, sys.stderr.isatty() if progress is None else progress
+        self.worker, speaks = worker, sys.stderr.isatty() and ranks.place[0] == 0
+        self.progress = speaks if progress is None else progress
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
         self.checkpoints = as_checkpoints(checkpoints, weights)
         self.metric = as_metric(precondition, len(self.checkpoints))
@@ -110,13 +114,22 @@ class Build:
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
         self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name)
 
+    def _ranks(self, model: nn.Module, checkpoints: Any, metric: MetricLike) -> Ranks:
+        """Return the ranks that share out the model and go in step, through one checkpoint without a metric."""
+        for given, what in ((checkpoints, "checkpoints"), (metric, f"precondition={metric!r}")):
+            if given is not None:
+                require_whole(model, what, "Leave it out, or load the model in one piece")
+        if not isinstance(self.engine, Local):
+            require_whole(model, f"engine={self.engine}", "Start it with torchrun, without an engine")
+        return Ranks(model)
+
     def plan(self, *, timed: bool = True) -> Plan:
         """Return what the run will do, estimated from rows spread over the data; ``timed`` says how long, too."""
         return self._plan(self._rows_missing(), timed)
 
     def _plan(self, missing: int, timed: bool) -> Plan:
         found = sample(self.examples, self.task, self.model)
-        timed = timed and missing > 0 and bool(found.encoded)
+        timed = timed and missing > 0 and bool(found.encoded) and not is_sharded(self.model)
         sketch = self.sketch if self.description.precondition is None else timed_like(self.sketch)
         source = GradientSource(self.model, self.task, sketch, batch_tokens=self.batch_tokens, skip_bad=True)
         row_bytes = self._row_bytes() + _TEXT_BYTES_A_TOKEN * found.tokens_a_row
@@ -159,6 +172,7 @@ class Build:
                         accepted()
                     ranges = writer.unfinished(self._own(self.shape.shard_ranges()))
                     self.engine.write(self, number, writer, ranges, bar.update)
+                    writer.keep_up()
         return Index(self.folder, self.description, self.task, self.checkpoints)
 
     def _tell(self, row: BadRow) -> None:
@@ -339,7 +353,8 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         shard_rows: rows a shard; by default 16 MB, or a twentieth of the run.
         batch_tokens: tokens a batch, padding included; halved where memory runs out.
         skip_bad: leave out rows that cannot be used, instead of stopping.
-        worker: (i, n): of n processes that run this at once, this is the i-th and takes every n-th shard.
+        worker: (i, n): of n processes that run this at once, this is the i-th and takes every n-th shard. Ranks that
+            share out a model by FSDP2 are such processes by default, and go in step.
         engine: who writes the shards: by default this process; ``gs.Ray(...)`` for the workers of a Ray cluster.
         progress: whether to say what is planned and show a bar; by default in a terminal.
 

@@ -69,6 +69,11 @@ class GradientSource:
         losses[list(skipped)] = torch.nan
         return Sketched(sketches, losses, skipped)
 
+    def keep_up(self, example: Any) -> None:
+        """Sketch an encoded example, for nothing, until no rank of a sharded model has one of its own left."""
+        with evaluating(self.model):
+            self.sketcher.keep_up(self.batcher.batch([example]))
+
 
 def _not_finite(name: Callable[[int], str], skipped: dict[int, str]) -> NonFiniteError:
     place, reason = next(iter(skipped.items()))

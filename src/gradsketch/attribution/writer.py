@@ -64,6 +64,11 @@ class ShardWriter:
                 "Pass a smaller shard_rows, or a smaller d",
             ) from error
 
+    def keep_up(self) -> None:
+        """Go in step with the other ranks of a sharded model until all have written their shards."""
+        if self.source.sketcher.ranks.several:
+            self.source.keep_up(self.parts.read(0, min(self.store.rows, self.store.manifest.shard_rows)).encoded[0])
+
     def _rows(self, start: int, count: int, advance: Callable[[int], Any]) -> Rows:
         part = self.parts.read(start, count)
         sketched = self.source(part.encoded, part.lengths, advance, lambda i: self._where(part.places[i]))

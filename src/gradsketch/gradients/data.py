@@ -177,12 +177,16 @@ class Batcher:
                     "Lower the task's max_length, or switch on gradient checkpointing",
                 )
 
+    def batch(self, examples: list[Any]) -> Batch:
+        """Return encoded examples as one batch on the device."""
+        return to_device(self.task.collate(examples), self.device)
+
     def _attempt(
         self, work: Callable[[Batch, list[int]], Result], places: list[int], examples: list[Any]
     ) -> tuple[bool, Any]:
         """Return (True, result), or (False, None) where memory ran out; nothing of the attempt is kept then."""
         try:
-            return True, work(to_device(self.task.collate(examples), self.device), places)
+            return True, work(self.batch(examples), places)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

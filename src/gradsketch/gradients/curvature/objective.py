@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside, uncompiled
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.fsdp import require_whole
 from gradsketch.gradients.curvature.failures import reentrant
 from gradsketch.gradients.curvature.graph import REENTRANT, operations
 from gradsketch.gradients.curvature.state import state_of
@@ -48,6 +49,7 @@ class Objective:
         parameters: Selection = None,
         batch_size: int = 8,
     ) -> None:
+        require_whole(model, "curvature")
         self.model, self.task = model, as_task(task)
         self.parameters = selected(model, parameters)
         self.data = Batches(self.task, data, batch_size)

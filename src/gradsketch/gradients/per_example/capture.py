@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -100,7 +101,9 @@ class Capture:
     def _recall(self) -> None:
         """Take up what is known of the model and the task as they are now."""
         self._flags = flags_of(self.model, self.task)
-        self._known = recall(self.model, self.task, self.method, frozenset((id(t), name) for name, t in self.tensors.items()))
+        self._known = recall(
+            self.model, self.task, self.method, frozenset((id(t), name) for name, t in self.tensors.items())
+        )
         # In eval mode torch's encoder layers choose a faster kernel where nothing is intercepted.
         self._may_differ = any(
             isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) and not m.training
@@ -129,13 +132,13 @@ class Capture:
         self.heed_hooks()
         self._begin()
         self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
-        with self._gathered.noting(), refuse_too_large(self.ranks, batch):
+        with refuse_too_large(self.ranks, batch):
             return self._contributions(batch, begin)
 
     def keep_up(self, batch: Batch) -> None:
         """Run a batch, for nothing, as often as other ranks of a sharded model run theirs, until none has one left."""
         while any(self.ranks.most(0)):
-            with self._gathered.noting(), refuse_too_large(self.ranks, batch):
+            with refuse_too_large(self.ranks, batch):
                 self._contributions(batch, lambda: lambda name, contribution, which: None)
 
     def _contributions(self, batch: Batch, begin: Callable[[], Consumer]) -> Tensor:
@@ -176,7 +179,7 @@ class Capture:
         Every pass finds the same buffers, or the frequencies that a long batch left behind would make its rows agree
         when they run alone.
         """
-        with buffers_aside(self.model):
+        with buffers_aside(self.model), self._gathered.noting():
             return self._losses_of(differentiable(batch))
 
     def _losses_of(self, batch: Batch) -> Tensor:
@@ -212,11 +215,10 @@ class Capture:
             for consumer in (consume, *auditing):
                 consumer(name, contribution, which)
 
-        names, constants = self._gathered.names, self._gathered.others
-        constants |= {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
-        tap = Interception(
-            RULES, names, Provenance(batch_length(copy), copy, constants), self._dtype, everybody, TRANSPARENT
-        )
+        own = {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
+        constants = ChainMap(own, self._gathered.every) if self.ranks.several else own
+        provenance = Provenance(batch_length(copy), copy, constants)
+        tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT)
         try:
             losses = self._forward(tap, batch, copy)
             return self._attempt(tap, batch, losses, everybody, auditing)
@@ -229,10 +231,10 @@ class Capture:
         known = self._known
         self._learn_slow(tap, losses)
         tap.slow = known.slow
-        count, due = len(losses), self._is_due(tap.seen, losses)
-        proving = (due or not known.independent) and not self._chance
+        own = self._is_due(tap.seen, losses)
+        proof = (own or not known.independent) and not self._chance
         # All ranks of a sharded model make the same passes: what one of them must do, all do.
-        count, due, proving, measuring = self.ranks.most(count, due, proving, tap.must_measure)
+        count, due, proving, measuring = self.ranks.most(len(losses), own, proof, tap.must_measure)
         if self._may_differ or (due and count == 1):
             self._compare_with_plain(tap, batch, losses.detach())
         alone = self._alone(tap, batch, losses.detach(), auditing) if proving and count > 1 else None
@@ -260,7 +262,7 @@ class Capture:
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
         """Run the loss on a copy of the batch with its functions intercepted."""
         try:
-            with buffers_aside(self.model), tap:
+            with buffers_aside(self.model), self._gathered.noting(tap.provenance.same), tap:
                 losses = self._losses_of(copy)
         except (DifferentiatedError, InputError):
             if not tap.differentiated:

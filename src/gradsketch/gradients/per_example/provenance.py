@@ -107,6 +107,10 @@ class Provenance:
         """Note which dim of a tensor counts the examples."""
         self._tag(tensor, axis)
 
+    def same(self, before: Tensor, after: Tensor) -> None:
+        """Note that a tensor is another in the same place."""
+        self._tag(after, self.axis(before))
+
     def _tag(self, tensor: Tensor, axis: Axis) -> None:
         setattr(tensor, _TAG, (self._pass, axis))
 

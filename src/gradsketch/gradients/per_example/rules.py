@@ -76,7 +76,7 @@ def _product(
     alpha: Any = 1,
     beta: Any = 1,
 ) -> Tensor:
-    """Watch [r, o], alpha times the product of the flattened input with a matrix plus beta times a bias, no view."""
+    """Watch [r, o], alpha times the product of the flattened input with a matrix plus beta times a bias."""
     leading, width = input.shape[:-1], flat.shape[-1]
 
     def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
@@ -90,7 +90,8 @@ def _product(
 
     keep = (input,) if tap.chosen(weight) else ()
     watched = tap.watch(flat, tap.axis(input), len(leading), keep, contributions, leading)
-    return watched.view(*leading, width)
+    # No view, as what the function itself returns is none: FSDP2 loses its hook on a view that is written to.
+    return torch.ops.aten._unsafe_view.default(watched, [*leading, width])  # type: ignore[no-any-return]
 
 
 def _with_vector(tap: Interception, func: Any, input: Tensor, vector: Tensor) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.fsdp import at_rest
+from gradsketch.fsdp import Ranks, at_rest, require_whole
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, bare, selected
@@ -98,6 +98,8 @@ class GradientSketcher:
     ) -> None:
         self.model = bare(model)
         self.task, self.sketch = as_task(task), sketch if precondition is None else precondition.before(sketch)
+        if not isinstance(self.sketch, ByParameter):
+            require_whole(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
         self.method, self.on_non_finite = method, on_non_finite
         self._tensors = _tensors_of(self.model, self.sketch, parameters)
         self._capture = Capture(self.model, self.task, self._tensors, method)
@@ -109,6 +111,16 @@ class GradientSketcher:
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share out the model and go in step: each call is one call on every rank."""
+        return self._capture.ranks
+
+    def keep_up(self, batch: Batch) -> None:
+        """Sketch a batch, for nothing, as often as other ranks call, until each of them keeps up too."""
+        with differentiating(self.model, self._tensors):
+            self._capture.keep_up(batch)
 
     @property
     def slow(self) -> Mapping[str, str]:
@@ -166,6 +178,8 @@ class GradientSketcher:
 
     def _culprit(self, batch: Batch, position: int) -> str:
         """Return the first parameter, in the order of the model, whose gradient is not finite for one example."""
+        if self.ranks.several:
+            return "a parameter"  # to look for it takes passes that the other ranks do not make
         alone = batch_slice(batch, position, position + 1)
         _, _, gradients = next(gradients_by_loop(self.model, self.task, alone, self._tensors))
         return next((name for name, g in gradients.items() if not torch.isfinite(g).all()), "no single parameter")

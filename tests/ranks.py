@@ -1,0 +1,206 @@
+"""What each of two ranks does with a model that FSDP2 shares out; run as a module with the variables torchrun sets."""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+import gradsketch as gs
+from gradsketch.errors import GradsketchWarning
+
+IDS = torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16, bias=False)
+        self.scale = nn.Parameter(torch.rand(16))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.scale * self.down(torch.tanh(self.up(self.norm(h))))
+
+
+class Net(nn.Module):
+    """A language model whose head is its table of words."""
+
+    def __init__(self, *, checkpoints: bool = False) -> None:
+        super().__init__()
+        self.words, self.blocks = nn.Embedding(50, 16), nn.ModuleList([Block(), Block()])
+        self.head, self.checkpoints = nn.Linear(16, 50, bias=False), checkpoints
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.words(ids)
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=False) if self.checkpoints else block(h)
+        return self.head(h)
+
+
+class Own(torch.autograd.Function):
+    """A product with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h, weight)
+        return h @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        h, weight = ctx.saved_tensors
+        return gradient @ weight, torch.einsum("bto,bti->oi", gradient, h)
+
+
+class Odd(Net):
+    """Uses a parameter in a way that no rule knows."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return Own.apply(self.words(ids), self.words.weight)
+
+
+def losses(model: nn.Module, batch: Any) -> torch.Tensor:
+    logits = model(batch["ids"])
+    return cross_entropy(logits[:, :-1].transpose(1, 2), batch["ids"][:, 1:], reduction="none").sum(1)
+
+
+def coupled(model: nn.Module, batch: Any) -> torch.Tensor:
+    each = losses(model, batch)
+    return each / each.detach().sum()
+
+
+def net(make: Callable[[], nn.Module] = Net) -> Any:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def sharded(make: Callable[[], nn.Module] = Net, **options: Any) -> Any:
+    model, mesh = net(make), init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def refused(words: str, make: Callable[[], object]) -> None:
+    with pytest.raises(gs.InputError, match=re.escape(words)):
+        make()
+
+
+def as_found(model: nn.Module) -> list[Any]:
+    return [
+        (type(p).__name__, p.requires_grad, p.grad is None, p.to_local().clone().tolist()) for p in model.parameters()
+    ] + [len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def sketches_are_those_of_one_process() -> None:
+    """Each rank sketches rows of its own, of which there are not as many."""
+    batch = {"ids": IDS[:5] if dist.get_rank() == 0 else IDS[5:]}
+    for make in (Net, partial(Net, checkpoints=True)):
+        for include in ("*", "blocks.1.*"):
+            whole = net(make)
+            wanted = gs.sketch_gradients(whole, losses, batch, gs.BlockSum(gs.Parameters(whole, include), 64))
+            for options in ({"reshard_after_forward": True}, {"reshard_after_forward": False}):
+                model = sharded(make, **options)
+                parameters = gs.Parameters(model, include)
+                assert parameters.fingerprint(content=True) == gs.Parameters(whole, include).fingerprint(content=True)
+                assert torch.equal(parameters.flatten(), gs.Parameters(whole, include).flatten())
+                sketcher, before = gs.GradientSketcher(model, losses, gs.BlockSum(parameters, 64)), as_found(model)
+                assert torch.equal(sketcher(batch).values, wanted)
+                assert as_found(model) == before
+                model(IDS)  # leaves the last layers gathered
+                assert torch.equal(sketcher(batch).values, wanted)
+                assert sketcher.audits.audited == 1
+                assert 0 < sketcher.audits.largest_error < 1e-5
+                assert not sketcher.slow
+
+
+def a_wrong_contribution_is_noticed() -> None:
+    """Audits see projections only, and still refuse what is not the gradient."""
+    from gradsketch.gradients.per_example.contributions import Outer
+
+    plain = Outer.sketch, Outer.weighted
+    try:
+        Outer.weighted = lambda self, *given: plain[1](self, *given).roll(1, 0)
+        refused("the audit found an error", lambda: gs.sketch_gradients(
+            model := sharded(), losses, {"ids": IDS}, gs.BlockSum(gs.Parameters(model), 64)
+        ))  # fmt: skip
+    finally:
+        Outer.sketch, Outer.weighted = plain
+
+
+def what_does_not_go_in_step_is_refused() -> None:
+    batch, model = {"ids": IDS}, sharded()
+    phi = gs.BlockSum(gs.Parameters(model), 64)
+    for method in ("loop", "vmap", "implicit"):
+        refused("FSDP2 shares out", lambda method=method: gs.sketch_gradients(model, losses, batch, phi, method=method))
+    dense = gs.AFFD(gs.Parameters(model).n, 64)
+    refused(
+        "whole gradients", lambda: gs.sketch_gradients(model, losses, batch, dense, parameters=gs.Parameters(model))
+    )
+    refused("curvature of a model that FSDP2", lambda: gs.hessian(model, losses, [batch]))
+    refused("together", lambda: gs.sketch_gradients(model, coupled, batch, phi))
+    odd = sharded(Odd)
+    refused("words.weight", lambda: gs.sketch_gradients(odd, losses, batch, gs.BlockSum(gs.Parameters(odd), 64)))
+    split = net()
+    parallelize_module(split.blocks[0].up, init_device_mesh("cpu", (2,)), ColwiseParallel())
+    refused("of type DTensor", lambda: gs.sketch_gradients(split, losses, batch, gs.BlockSum(gs.Parameters(split), 64)))
+
+
+def shards(index: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in index.glob("checkpoint-0/*.arrow")}
+
+
+def an_index_is_that_of_one_process(folder: Path) -> None:
+    """Three shards for two ranks, then one that is missing: those that have none keep up."""
+    data, options = {"ids": IDS}, {"d": 64, "shard_rows": 3, "batch_tokens": 24, "progress": False}
+    alone, together = folder / f"alone-{dist.get_rank()}", folder / "together"
+    built = gs.build_index(alone, net(), losses, data, **options)
+    model = sharded()
+    index = gs.build_index(together, model, losses, data, **options)
+    assert index.rows == index.rows_there == 8
+    assert shards(together) == shards(alone)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        sorted((together / "checkpoint-0").glob("*.arrow"))[1].unlink()
+    dist.barrier()
+    gs.build_index(together, model, losses, data, **options)
+    assert shards(together) == shards(alone)
+    wanted = built.query(net(), {"ids": IDS[:2]}, k=3)
+    for asked in (model, net()):
+        hits = gs.Index.open(together, task=gs.Function(losses)).query(asked, {"ids": IDS[:2]}, k=3)
+        assert [[hit.row for hit in found.proponents] for found in hits.queries] == [
+            [hit.row for hit in found.proponents] for found in wanted.queries
+        ]
+    refused("checkpoints of a model", lambda: gs.build_index(
+        folder / "no", model, losses, data, checkpoints=[net().state_dict()], progress=False
+    ))  # fmt: skip
+    refused("precondition='kfac' of a model", lambda: gs.build_index(
+        folder / "no", model, losses, data, precondition="kfac", progress=False
+    ))  # fmt: skip
+
+
+def main() -> None:
+    warnings.simplefilter("error", GradsketchWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    sketches_are_those_of_one_process()
+    a_wrong_contribution_is_noticed()
+    what_does_not_go_in_step_is_refused()
+    an_index_is_that_of_one_process(Path(sys.argv[1]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
