@@ -87,18 +87,18 @@ def built_with(index: str) -> IndexOptions | None:
     return run_file.read(IndexOptions, "index", file, untouched=True)
 
 
-def model_of(index: str, model: str | None, device: str) -> ModelOptions:
-    """Return the options of an index's model as its run file has them, or of another model, on a device.
+def model_of(index: str, model: str | None, device: str, *, fsdp: bool = False) -> ModelOptions:
+    """Return the options of an index's model as its run file has them, or of another model, on a device or shared out.
 
     Raises:
         InputError: there is no run file, and no model was named.
     """
     stored = built_with(index)
     if stored is not None:
-        return replace(stored.model, model=model or stored.model.model, device=device)
+        return replace(stored.model, model=model or stored.model.model, device=device, fsdp=fsdp)
     if model is None:
         raise InputError(f"{index} without a {RUN_FILE}", "the name of its model", "Type --model NAME_OR_FOLDER")
-    return ModelOptions(model, device=device)
+    return ModelOptions(model, device=device, fsdp=fsdp)
 
 
 def run(options: IndexOptions) -> int:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from gradsketch.cli.finding import TOKENIZER_FILES
 from gradsketch.cli.model import ModelOptions
 from gradsketch.cli.padding import pad_alike
-from gradsketch.cli.weights import load_weights, pretrained
+from gradsketch.cli.pretrained import pretrained
+from gradsketch.cli.weights import load_weights
 from gradsketch.errors import InputError
 
 if TYPE_CHECKING:

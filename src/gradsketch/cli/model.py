@@ -35,6 +35,8 @@ class ModelOptions:
     """Folder or hub name of a PEFT adapter, such as LoRA; by default its weights are then those that take part."""
     device_map: Literal["auto", "balanced", "sequential"] | None = None
     """Spread a model over the devices, memory and disk of this machine, by accelerate."""
+    fsdp: bool = False
+    """Under torchrun: share the weights out among its ranks by FSDP2, each of which reads its own part of the files."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the weights while loading, by bitsandbytes or torchao; with --adapter, as QLoRA does."""
 

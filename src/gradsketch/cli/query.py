@@ -14,6 +14,7 @@ from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.index import built_with, model_of
 from gradsketch.cli.loading import load
+from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions", "damping_of"]
@@ -49,6 +50,8 @@ class QueryOptions:
     """Name or folder of the model; by default the one the index was made with."""
     device: str = "auto"
     """cpu, cuda, …"""
+    fsdp: bool = False
+    """Under torchrun: share the model out among its ranks, as gradsketch index does."""
     k: int = 10
     """Hits a query."""
     opponents: int = 0
@@ -83,7 +86,7 @@ def run(options: QueryOptions) -> int:
 
     Description.read(open_folder(options.index))  # a wrong path is found out before the model is loaded
     examples = _examples(options)
-    model, task = load(model_of(options.index, options.model, options.device))
+    model, task = load(model_of(options.index, options.model, options.device, fsdp=options.fsdp))
     index = Index.open(options.index, task=task)
     hits = index.query(
         model,
@@ -101,6 +104,8 @@ def run(options: QueryOptions) -> int:
     )
     if options.explain:
         hits = index.explain(model, hits, top=options.explain)
+    if WorkOptions().share()[0] > 0:
+        return 0  # under torchrun rank 0 speaks for all
     if options.html is not None:
         hits.to_html(options.html)
     print(hits.to_json() if options.json else hits)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import pickle
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsketch.cli.finding import ADAPTER_FILE, found
+from gradsketch.cli.pretrained import explained, pretrained
+from gradsketch.cli.sharing import shared_out
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.table import one_line
 
 if TYPE_CHECKING:
     from torch import nn
 
     from gradsketch.cli.model import ModelOptions
 
-__all__ = ["load_weights", "pretrained"]
+__all__ = ["load_weights"]
 
 
 def load_weights(options: ModelOptions, kind: Any, device: str) -> nn.Module:
@@ -31,7 +31,8 @@ def load_weights(options: ModelOptions, kind: Any, device: str) -> nn.Module:
 
     dtype = getattr(torch, options.dtype)
     how = {"dtype": dtype, **_placed(options, device), **_quantised(options, device)}
-    model, report = pretrained(options.model, kind, options.revision, output_loading_info=True, **how)
+    load = shared_out if options.fsdp else pretrained
+    model, report = load(options.model, kind, options.revision, output_loading_info=True, **how)
     missing = set(report["missing_keys"]) & {name for name, _ in model.named_parameters()}
     if options.adapter is not None:
         model = _with_adapter(model, options.adapter)
@@ -39,46 +40,16 @@ def load_weights(options: ModelOptions, kind: Any, device: str) -> nn.Module:
     _refuse_random(options.model, type(model).__name__, sorted(missing))
     if options.load_in is not None and options.adapter is None:
         _tell_what_takes_part(model, options.load_in)
-    if "device_map" not in how:
+    if "device_map" not in how and not options.fsdp:
         model = model.to(device)
     result: nn.Module = model.eval()
     return result
 
 
-def pretrained(
-    name: str, kind: Any, revision: str | None = None, files: tuple[str, ...] = ("config.json",), **options: Any
-) -> Any:
-    """Load something of transformers by name or folder, without running code that lies beside it.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    where = dict(found(name, revision, files))
-    return _explained(
-        name, kind.__name__, lambda: kind.from_pretrained(name, trust_remote_code=False, **where, **options)
-    )
-
-
-def _explained(name: str, kind: str, load: Any) -> Any:
-    try:
-        return load()
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"the weights of {name!r}, a pickle that holds more than tensors: loading it could run any program",
-            "weights as .safetensors, or a torch file of tensors only",
-            "If you trust who made them, load and save them with model.save_pretrained(folder) yourself",
-        ) from error
-    except Exception as error:  # damaged files, absent packages, a hub out of reach: each library has errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{kind} cannot load {name!r}: {one_line(reason).rstrip('.:')}",
-            "a name on the Hugging Face hub, or a folder with config.json, weights and tokenizer",
-            "Check the name, or save with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)",
-        ) from error
-
-
 def _placed(options: ModelOptions, device: str) -> dict[str, Any]:
     """Return where the weights go, for accelerate; nothing where the whole model simply goes to one device."""
+    if options.fsdp:
+        _refuse_beside_fsdp(options)
     if options.device_map is None and options.load_in is None:
         return {}
     _require("accelerate", "--device-map and --load-in")
@@ -87,6 +58,18 @@ def _placed(options: ModelOptions, device: str) -> dict[str, Any]:
             f"--device-map {options.device_map} with --device {options.device}", "one of them", "Leave --device out"
         )
     return {"device_map": options.device_map or {"": device}}
+
+
+def _refuse_beside_fsdp(options: ModelOptions) -> None:
+    others = {
+        "--device-map": options.device_map is not None,
+        "--load-in": options.load_in is not None,
+        "--adapter": options.adapter is not None,
+        f"--device {options.device}": options.device != "auto",
+    }
+    for other, given in others.items():
+        if given:
+            raise InputError(f"--fsdp with {other}", "one of them", "Leave one out")
 
 
 def _quantised(options: ModelOptions, device: str) -> dict[str, Any]:
@@ -132,7 +115,7 @@ def _with_adapter(model: nn.Module, name: str) -> nn.Module:
         raise InputError(f"the folder {name!r} without {ADAPTER_FILE}", "what PEFT's save_pretrained wrote", "Check it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it says of the adapter's weights is looked at below
-        result: nn.Module = _explained(
+        result: nn.Module = explained(
             name, "PeftModel", lambda: peft.PeftModel.from_pretrained(model, name, is_trainable=True, **where)
         )
     _refuse_other_adapter(name, result, set(peft.load_peft_weights(name, device="cpu", **where)))

@@ -1,0 +1,73 @@
+"""A model too large for one device: its weights are shared out among torchrun's ranks by FSDP2 while it is loaded."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from typing import Any
+
+from gradsketch.cli.pretrained import pretrained
+from gradsketch.errors import InputError
+
+__all__ = ["shared_out"]
+
+_NO_PLAN = "has no `fsdp_plan`"  # what transformers says of models that it does not know how to share out
+
+
+def shared_out(name: str, kind: Any, revision: str | None = None, **options: Any) -> Any:
+    """Load a model of transformers as ``pretrained`` does, each rank its own part of the weights.
+
+    Where transformers does not know how to share it out, each rank loads the whole first, and keeps its part.
+
+    Raises:
+        InputError: no torchrun, a transformers that cannot do this, or a model that cannot be loaded.
+    """
+    ranks = _joined()
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise InputError(
+            "--fsdp with a transformers that cannot load weights in parts",
+            "a newer one",
+            "Type: pip install -U transformers",
+        ) from error
+    try:
+        return pretrained(name, kind, revision, distributed_config=DistributedConfig(fsdp_size=ranks), **options)
+    except InputError as error:
+        if _NO_PLAN not in str(error):
+            raise
+    model, *report = pretrained(name, kind, revision, **options)
+    return _sharded(model), *report
+
+
+def _joined() -> int:
+    """Join the other ranks; return how many there are."""
+    import torch
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise InputError(
+            "--fsdp without torchrun",
+            "ranks to share the model out among",
+            "Type: torchrun --nproc-per-node 2 -m -- gradsketch …",
+        )
+    if not torch.distributed.is_initialized():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+    return torch.distributed.get_world_size()
+
+
+def _sharded(model: Any) -> Any:
+    """Share out a model that is loaded, layer by layer."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    for stack in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
+        for layer in stack:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
