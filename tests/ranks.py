@@ -107,23 +107,44 @@ def as_found(model: nn.Module) -> list[Any]:
 def sketches_are_those_of_one_process() -> None:
     """Each rank sketches rows of its own, of which there are not as many."""
     batch = {"ids": IDS[:5] if dist.get_rank() == 0 else IDS[5:]}
-    for make in (Net, partial(Net, checkpoints=True)):
-        for include in ("*", "blocks.1.*"):
-            whole = net(make)
-            wanted = gs.sketch_gradients(whole, losses, batch, gs.BlockSum(gs.Parameters(whole, include), 64))
-            for options in ({"reshard_after_forward": True}, {"reshard_after_forward": False}):
-                model = sharded(make, **options)
-                parameters = gs.Parameters(model, include)
-                assert parameters.fingerprint(content=True) == gs.Parameters(whole, include).fingerprint(content=True)
-                assert torch.equal(parameters.flatten(), gs.Parameters(whole, include).flatten())
-                sketcher, before = gs.GradientSketcher(model, losses, gs.BlockSum(parameters, 64)), as_found(model)
-                assert torch.equal(sketcher(batch).values, wanted)
-                assert as_found(model) == before
-                model(IDS)  # leaves the last layers gathered
-                assert torch.equal(sketcher(batch).values, wanted)
-                assert sketcher.audits.audited == 1
-                assert 0 < sketcher.audits.largest_error < 1e-5
-                assert not sketcher.slow
+    for make, include, reshard in (
+        (Net, "*", True),
+        (Net, "*", False),
+        (Net, "blocks.1.*", True),
+        (partial(Net, checkpoints=True), "*", True),
+    ):
+        whole, model = net(make), sharded(make, reshard_after_forward=reshard)
+        wanted = gs.sketch_gradients(whole, losses, batch, gs.BlockSum(gs.Parameters(whole, include), 64))
+        parameters = gs.Parameters(model, include)
+        assert parameters.fingerprint(content=True) == gs.Parameters(whole, include).fingerprint(content=True)
+        assert torch.equal(parameters.flatten(), gs.Parameters(whole, include).flatten())
+        sketcher, before = gs.GradientSketcher(model, losses, gs.BlockSum(parameters, 64)), as_found(model)
+        assert torch.equal(sketcher(batch).values, wanted)
+        assert as_found(model) == before
+        model(IDS)  # leaves the last layers gathered
+        assert torch.equal(sketcher(batch).values, wanted)
+        assert sketcher.audits.audited == 1
+        assert 0 < sketcher.audits.largest_error < 1e-5
+        assert not sketcher.slow
+
+
+def tied_weights_may_be_gathered_apart() -> None:
+    """As of a model of transformers that is shared out before it is tied; once it has run, FSDP2 unties it again."""
+    wanted = gs.sketch_gradients(whole := net(), losses, {"ids": IDS}, gs.BlockSum(gs.Parameters(whole), 64))
+    for has_run in (False, True):
+        untied = net()
+        untied.head.weight = nn.Parameter(2 * untied.words.weight.detach())
+        model = fully_shard(untied, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        if has_run:
+            model(IDS).sum().backward()
+        model.head.weight = model.words.weight
+        phi = gs.BlockSum(gs.Parameters(model), 64)
+        if has_run:
+            refused(
+                "tied to a parameter of other values", partial(gs.sketch_gradients, model, losses, {"ids": IDS}, phi)
+            )
+        else:
+            assert torch.equal(gs.sketch_gradients(model, losses, {"ids": IDS}, phi), wanted)
 
 
 def a_wrong_contribution_is_noticed() -> None:
@@ -196,6 +217,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sketches_are_those_of_one_process()
+    tied_weights_may_be_gathered_apart()
     a_wrong_contribution_is_noticed()
     what_does_not_go_in_step_is_refused()
     an_index_is_that_of_one_process(Path(sys.argv[1]))

@@ -106,16 +106,18 @@ class Ranks:
 class Gathered:
     """What stands in autograd's graph for parameters: these themselves, or what FSDP2 gathers in their place.
 
-    ``chosen`` maps names to such tensors, and ``names`` their ids to names. ``every`` has all that was gathered, by id.
-    Make it where the model is at rest. Under FSDP2 all three fill up inside ``noting()``, as layers run.
+    ``names`` has the name of each that was chosen, and ``every`` all that was gathered, by id. Make it where the model
+    is at rest. Under FSDP2 both fill up inside ``noting()``, as layers run.
+
+    Raises:
+        InputError: FSDP2 gathers other values for one name of a tied parameter than for another.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._modules = _sharded_modules(model)
-        self.chosen: dict[str, Tensor] = {} if self._modules else dict(tensors)
-        self.names = {id(tensor): name for name, tensor in self.chosen.items()}
-        self.every: dict[int, Tensor] = {}
         by_id = {id(tensor): name for name, tensor in tensors.items()}
+        self.names: dict[int, str] = {} if self._modules else by_id
+        self.every: dict[int, Tensor] = {}
         self._places = {
             (id(module), attribute): by_id.get(id(parameter))
             for module in (modules_of(model) if self._modules else ())
@@ -144,12 +146,27 @@ class Gathered:
                     stack.enter_context(handle)
             yield
 
+    @property
+    def leaves(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors of what was gathered for the chosen; a tied parameter may be gathered once a name."""
+        return [(name, self.every[key]) for key, name in self.names.items()]
+
     def _note(self, unit: nn.Module) -> None:
         for module in modules_of(unit):
             for attribute, parameter in module._parameters.items():
-                if parameter is None or hasattr(parameter, "device_mesh"):
+                if parameter is None or hasattr(parameter, "device_mesh") or id(parameter) in self.every:
                     continue
-                name = self._places.get((id(module), attribute))
                 self.every[id(parameter)] = parameter
+                name = self._places.get((id(module), attribute))
                 if name is not None:
-                    self.chosen[name], self.names[id(parameter)] = parameter, name
+                    self.names[id(parameter)] = name
+                    self._require_tied(name)
+
+    def _require_tied(self, name: str) -> None:
+        first, *others = [tensor for key, tensor in self.leaves if key == name]
+        if first.untyped_storage().size() and not all(torch.equal(first, other) for other in others):
+            raise InputError(
+                f"{name!r}, tied to a parameter of other values once FSDP2 has gathered both",
+                "one parameter, or equal ones",
+                "Put the modules that share it into one call: fully_shard([embedding, head])",
+            )

@@ -7,8 +7,8 @@ import pytest
 TEXTS = [f"the capital of {'abcdefghij'[i]} is {i}" for i in range(10)]
 
 
-def save_model(path):
-    """Write a GPT-2 of one layer, and its tokenizer of words."""
+def save_model(path, kind="gpt2"):
+    """Write a GPT-2 of one layer or a Llama of two, and its tokenizer of words."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -16,9 +16,15 @@ def save_model(path):
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i for i, w in enumerate(words, 1)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(words) + 1}
-    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    sizes = {"vocab_size": len(words) + 1, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, **sizes)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        sizes |= {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
+        config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)
+        model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(path)
 
 
 def write_rows(path, rows):

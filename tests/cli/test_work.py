@@ -13,7 +13,7 @@ from gradsketch.cli.main import main
 from gradsketch.cli.work import WorkOptions
 from gradsketch.errors import InputError
 
-SRC = Path(__file__).parents[2] / "src"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,7 @@ def shards(index):
 
 def assert_builds(command, index, expected):
     """Run a command, which must make the very shards, and speak once."""
-    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert shards(index) == expected
     assert done.stdout.count("Now ask:") == 1
@@ -71,6 +70,36 @@ def test_torchrun_shares_the_shards_and_one_rank_speaks(folder, alone):
     # Behind the dashes, or torchrun takes --d for the beginning of an option of its own.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
     assert_builds([*command, *arguments(folder, folder / "torchrun")], folder / "torchrun", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_ranks_that_share_out_the_model_make_the_very_shards(tmp_path, kind):
+    """transformers shares out a Llama layer by layer as it loads; a GPT-2 is loaded whole and then shared out."""
+    save_model(tmp_path / "model", kind)
+    write_rows(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+    assert main(arguments(tmp_path, tmp_path / "alone")) == 0
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
+    assert_builds(
+        [*ranks, *arguments(tmp_path, tmp_path / "shared", "--fsdp")], tmp_path / "shared", shards(tmp_path / "alone")
+    )
+    ask = ["query", "--text", TEXTS[3], "--k", "2", "--json"]
+    answers = [
+        subprocess.run([*command, str(tmp_path / "shared")], capture_output=True, text=True, env=ENVIRONMENT).stdout
+        for command in ([sys.executable, "-m", "gradsketch", *ask], [*ranks, *ask, "--fsdp"])
+    ]
+    alone, together = (json.loads(answer)["queries"] for answer in answers)
+    assert together == alone
+
+
+def test_what_goes_not_with_fsdp(folder, capsys):
+    for more, words in (
+        ((), "--fsdp without torchrun"),
+        (("--device", "cpu"), "--fsdp with --device cpu"),
+        (("--device-map", "auto"), "--fsdp with --device-map"),
+    ):
+        assert main(arguments(folder, folder / "none", "--fsdp", *more)) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_a_share_says_what_is_still_to_come(folder, alone, capsys):

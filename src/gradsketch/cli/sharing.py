@@ -17,7 +17,7 @@ _NO_PLAN = "has no `fsdp_plan`"  # what transformers says of models that it does
 def shared_out(name: str, kind: Any, revision: str | None = None, **options: Any) -> Any:
     """Load a model of transformers as ``pretrained`` does, each rank its own part of the weights.
 
-    Where transformers does not know how to share it out, each rank loads the whole first, and keeps its part.
+    Where transformers does not know the model's layers, each rank loads the whole first, and keeps its part.
 
     Raises:
         InputError: no torchrun, a transformers that cannot do this, or a model that cannot be loaded.
@@ -32,12 +32,23 @@ def shared_out(name: str, kind: Any, revision: str | None = None, **options: Any
             "Type: pip install -U transformers",
         ) from error
     try:
-        return pretrained(name, kind, revision, distributed_config=DistributedConfig(fsdp_size=ranks), **options)
+        model, *more = pretrained(
+            name, kind, revision, distributed_config=DistributedConfig(fsdp_size=ranks), **options
+        )
+        if _units(model) != 1 or ranks == 1:
+            return model, *more
     except InputError as error:
         if _NO_PLAN not in str(error):
             raise
-    model, *report = pretrained(name, kind, revision, **options)
-    return _sharded(model), *report
+    model, *more = pretrained(name, kind, revision, **options)
+    return _sharded(model), *more
+
+
+def _units(model: Any) -> int:
+    """Return how many modules are gathered apart."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return sum(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _joined() -> int:

@@ -311,7 +311,7 @@ class Capture:
         leaves = _leaves(nodes)
         names = self._gathered.names
         used = {names[id(t)] for t in leaves if id(t) in names}
-        refuse_strangers(self.model, leaves, self.tensors, used)
+        refuse_strangers(self.model, leaves, self.tensors, used, self._gathered.every)
         # A function of the user's own may run a backward pass that fills .grad, which no edge of the graph shows.
         if not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
             refuse_none(used, self.tensors)
@@ -341,7 +341,7 @@ class Capture:
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
         hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
         used |= set(hidden)
-        refuse_strangers(self.model, leaves, self.tensors | self._gathered.chosen, used)
+        refuse_strangers(self.model, leaves, self.tensors, used, self._gathered.every)
         refuse_none(used, self.tensors)
         new = hidden | {name: tap.uses.get(name, "a use outside the rules") for name in outside}
         self._learn({name: reason for name, reason in new.items() if name not in self._known.slow})
@@ -534,7 +534,7 @@ class Capture:
     def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
         """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
         if self.ranks.several:
-            return projections(losses, weights.to(losses), self._gathered.chosen, projected, keep=keep)
+            return projections(losses, weights.to(losses), self._gathered.leaves, projected, keep=keep)
         # A hook is called with each example's own gradient only where that is formed.
         tensors = {n: t for n, t in self.tensors.items() if not self._known.slow.get(n, "").startswith(_HOOKED)}
         return accumulated(losses, weights.to(losses), tensors, keep=keep)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -115,28 +115,28 @@ def accumulated(losses: Tensor, weights: Tensor, tensors: Mapping[str, Tensor], 
 def projections(
     losses: Tensor,
     weights: Tensor,
-    tensors: Mapping[str, Tensor],
+    leaves: Sequence[tuple[str, Tensor]],
     project: Callable[[str, Tensor], Tensor],
     *,
     keep: bool = False,
 ) -> Gradients:
     """Return projections of the gradients of Σ weight · loss, holding one gradient at a time.
 
-    Nothing reaches ``.grad``, so FSDP2 finds nothing to add up over ranks.
+    Gradients of several leaves of one name are added up. Nothing reaches ``.grad``, so FSDP2 finds nothing to reduce.
     """
-    found = {name: project(name, torch.zeros_like(tensor)) for name, tensor in tensors.items()}
+    found = {name: project(name, torch.zeros_like(leaf)) for name, leaf in leaves}
 
     def taking(name: str) -> Callable[[Tensor], Tensor]:
         def take(gradient: Tensor) -> Tensor:
-            found[name] = project(name, _strided(gradient))
+            found[name] = found[name] + project(name, _strided(gradient))
             return gradient.new_zeros(()).expand_as(gradient)
 
         return take
 
     with ExitStack() as stack, outside_autocast(losses.device):
-        for name, tensor in tensors.items():
-            stack.enter_context(tensor.register_hook(taking(name)))
-        torch.autograd.grad(losses, list(tensors.values()), weights, allow_unused=True, retain_graph=keep)
+        for name, leaf in leaves:
+            stack.enter_context(leaf.register_hook(taking(name)))
+        torch.autograd.grad(losses, [leaf for _, leaf in leaves], weights, allow_unused=True, retain_graph=keep)
     return found
 
 

@@ -111,10 +111,14 @@ def refuse_none(used: Collection[str], tensors: Mapping[str, Tensor]) -> None:
 
 
 def refuse_strangers(
-    model: nn.Module, leaves: Iterable[Tensor], tensors: Mapping[str, Tensor], used: Collection[str]
+    model: nn.Module,
+    leaves: Iterable[Tensor],
+    tensors: Mapping[str, Tensor],
+    used: Collection[str],
+    gathered: Mapping[int, Tensor],
 ) -> None:
     """Refuse leaves that stand in the place of parameters: their gradients would be taken for zero."""
-    own = {id(t) for t in (*parameters_of(model), *tensors.values())}
+    own = {id(t) for t in (*parameters_of(model), *tensors.values(), *gathered.values())}
     foreign = [t for t in leaves if id(t) not in own]
     if foreign:  # an open Subspace makes what the model reads; its own parameters are no strangers
         makers = [reading.source.owner for reading in read_instead(model).values()]
