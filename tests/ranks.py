@@ -128,6 +128,21 @@ def sketches_are_those_of_one_process() -> None:
         assert not sketcher.slow
 
 
+def a_row_that_is_not_finite_holds_nobody_up() -> None:
+    def infinite(model: nn.Module, batch: Any) -> torch.Tensor:
+        each = losses(model, batch)
+        return torch.where(torch.arange(len(each)) == 4 * dist.get_rank(), torch.inf, 1.0) * each
+
+    wanted = gs.sketch_gradients(whole := net(), losses, {"ids": IDS}, gs.BlockSum(gs.Parameters(whole), 64))
+    model = sharded()
+    sketcher = gs.GradientSketcher(model, infinite, gs.BlockSum(gs.Parameters(model), 64), on_non_finite="skip")
+    for _ in range(2):
+        found = sketcher({"ids": IDS})
+        assert list(found.skipped) == [4 * dist.get_rank()]
+        kept = [row for row in range(8) if row not in found.skipped]
+        assert torch.equal(found.values[kept], wanted[kept])
+
+
 def tied_weights_may_be_gathered_apart() -> None:
     """As of a model of transformers that is shared out before it is tied; once it has run, FSDP2 unties it again."""
     wanted = gs.sketch_gradients(whole := net(), losses, {"ids": IDS}, gs.BlockSum(gs.Parameters(whole), 64))
@@ -162,7 +177,10 @@ def a_wrong_contribution_is_noticed() -> None:
 
 
 def what_does_not_go_in_step_is_refused() -> None:
-    batch, model = {"ids": IDS}, sharded()
+    batch, model, one = {"ids": IDS}, sharded(), net()
+    fully_shard(one.blocks[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    wanted = gs.sketch_gradients(whole := net(), losses, batch, gs.BlockSum(gs.Parameters(whole), 64))
+    assert torch.equal(gs.sketch_gradients(one, losses, batch, gs.BlockSum(gs.Parameters(one), 64)), wanted)
     phi = gs.BlockSum(gs.Parameters(model), 64)
     for method in ("loop", "vmap", "implicit"):
         refused("FSDP2 shares out", lambda method=method: gs.sketch_gradients(model, losses, batch, phi, method=method))
@@ -170,7 +188,7 @@ def what_does_not_go_in_step_is_refused() -> None:
     refused(
         "whole gradients", lambda: gs.sketch_gradients(model, losses, batch, dense, parameters=gs.Parameters(model))
     )
-    refused("curvature of a model that FSDP2", lambda: gs.hessian(model, losses, [batch]))
+    refused("over all the data of a model that FSDP2", lambda: gs.hessian(model, losses, [batch]))
     refused("together", lambda: gs.sketch_gradients(model, coupled, batch, phi))
     odd = sharded(Odd)
     refused("words.weight", lambda: gs.sketch_gradients(odd, losses, batch, gs.BlockSum(gs.Parameters(odd), 64)))
@@ -207,9 +225,11 @@ def an_index_is_that_of_one_process(folder: Path) -> None:
     refused("checkpoints of a model", lambda: gs.build_index(
         folder / "no", model, losses, data, checkpoints=[net().state_dict()], progress=False
     ))  # fmt: skip
-    refused("precondition='kfac' of a model", lambda: gs.build_index(
-        folder / "no", model, losses, data, precondition="kfac", progress=False
-    ))  # fmt: skip
+    refused("token contributions of a model", lambda: built.explain(model, wanted))
+    for name, asked in (("kfac-alone", net()), ("kfac-together", model)):
+        alone = "" if name == "kfac-together" else f"-{dist.get_rank()}"
+        gs.build_index(folder / f"{name}{alone}", asked, losses, data, precondition="empirical-kfac", **options)
+    assert shards(folder / "kfac-together") == shards(folder / f"kfac-alone-{dist.get_rank()}")
 
 
 def main() -> None:
@@ -217,6 +237,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     sketches_are_those_of_one_process()
+    a_row_that_is_not_finite_holds_nobody_up()
     tied_weights_may_be_gathered_apart()
     a_wrong_contribution_is_noticed()
     what_does_not_go_in_step_is_refused()

@@ -22,6 +22,10 @@ from gradsketch.walks import modules_of, parameters_of
 __all__ = ["Gathered", "Ranks", "at_rest", "class_of", "is_sharded", "require_whole", "resting", "whole"]
 
 
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
 def _sharded_modules(model: nn.Module) -> list[Any]:
     # Whoever has called fully_shard has imported it; importing it takes a second.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
@@ -79,7 +83,8 @@ class Ranks:
     """The ranks that share out a model; of a model in one piece, this process alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        meshes = [p.device_mesh for p in parameters_of(model) if hasattr(p, "device_mesh")]
+        parameters: list[Any] = [p for p in parameters_of(model) if _is_shard(p)]
+        meshes = [parameter.device_mesh for parameter in parameters]
         self._meshes = list(dict.fromkeys(meshes)) if is_sharded(model) else []
 
     @property
@@ -116,8 +121,9 @@ class Gathered:
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._modules = _sharded_modules(model)
         by_id = {id(tensor): name for name, tensor in tensors.items()}
-        self.names: dict[int, str] = {} if self._modules else by_id
-        self.every: dict[int, Tensor] = {}
+        # What no call of fully_shard has taken stands in the graph itself.
+        self.every = {id(tensor): tensor for tensor in tensors.values() if not _is_shard(tensor)}
+        self.names = {key: by_id[key] for key in self.every}
         self._places = {
             (id(module), attribute): by_id.get(id(parameter))
             for module in (modules_of(model) if self._modules else ())
@@ -154,7 +160,7 @@ class Gathered:
     def _note(self, unit: nn.Module) -> None:
         for module in modules_of(unit):
             for attribute, parameter in module._parameters.items():
-                if parameter is None or hasattr(parameter, "device_mesh") or id(parameter) in self.every:
+                if parameter is None or _is_shard(parameter) or id(parameter) in self.every:
                     continue
                 self.every[id(parameter)] = parameter
                 name = self._places.get((id(module), attribute))

@@ -86,7 +86,7 @@ class Build:
         # What a worker elsewhere makes the same build of.
         self.arguments = {n: v for n, v in locals().items() if n not in ("self", "worker", "engine", "progress")}
         self.engine = Local() if engine is None else engine
-        ranks = self._ranks(model, checkpoints, precondition)
+        ranks = self._ranks(model, checkpoints)
         worker = ranks.place if worker is None else worker
         if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
@@ -114,11 +114,10 @@ class Build:
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
         self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name)
 
-    def _ranks(self, model: nn.Module, checkpoints: Any, metric: MetricLike) -> Ranks:
-        """Return the ranks that share out the model and go in step, through one checkpoint without a metric."""
-        for given, what in ((checkpoints, "checkpoints"), (metric, f"precondition={metric!r}")):
-            if given is not None:
-                require_whole(model, what, "Leave it out, or load the model in one piece")
+    def _ranks(self, model: nn.Module, checkpoints: Any) -> Ranks:
+        """Return the ranks that share out the model and go in step, through one checkpoint."""
+        if checkpoints is not None:
+            require_whole(model, "checkpoints", "Build an index at each, or load the model in one piece")
         if not isinstance(self.engine, Local):
             require_whole(model, f"engine={self.engine}", "Start it with torchrun, without an engine")
         return Ranks(model)

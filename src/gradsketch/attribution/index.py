@@ -50,6 +50,7 @@ from gradsketch.attribution.select import (
 )
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
+from gradsketch.fsdp import require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
@@ -391,6 +392,7 @@ class Index:
             InputError: examples that are not texts, without ``data``.
         """
         damping = DAMPING if hits.score.damping is None else hits.score.damping
+        require_whole(model, "token contributions")
         examples = training_examples(self.stores[0], first_rows(hits, top), data)
         queries = self._sketched(model, *asked_again(hits), 4096) if sketched is None else sketched
         if is_exact(hits.score.name):

@@ -49,7 +49,7 @@ class Objective:
         parameters: Selection = None,
         batch_size: int = 8,
     ) -> None:
-        require_whole(model, "curvature")
+        require_whole(model, "sums of derivatives over all the data")
         self.model, self.task = model, as_task(task)
         self.parameters = selected(model, parameters)
         self.data = Batches(self.task, data, batch_size)

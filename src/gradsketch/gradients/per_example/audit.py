@@ -105,7 +105,9 @@ _ROUNDINGS = 16
 def projected(name: str, gradient: Tensor) -> Tensor:
     """Return a random projection of one parameter's gradient, the same map for every gradient of it."""
     flat = gradient.reshape(-1).to(widened(gradient.dtype))
-    return flat if len(flat) <= _KEPT else AFFD(len(flat), _KEPT, seed=zlib.crc32(name.encode()))(flat)
+    sketch = AFFD(max(len(flat), _KEPT), _KEPT, seed=zlib.crc32(name.encode()))
+    # Not by a call, which would refuse numbers that are not finite: whoever sums up says where they came from.
+    return flat if len(flat) <= _KEPT else sketch._apply(flat[None])[0]
 
 
 def tolerance(dtype: torch.dtype) -> float:
