@@ -218,3 +218,61 @@ def test_loss_is_the_mean_over_examples_that_curvature_takes(size: int) -> None:
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(own, list(model.parameters()))])
     taken = gs.loss_gradient(model, task, data, batch_size=size, dtype=torch.float64)
     torch.testing.assert_close(taken, gradient)
+
+
+def test_the_accuracy_of_a_language_model_is_of_the_tokens_that_its_loss_is_of() -> None:
+    """What predicts a token stands one place before it in a causal model, in its own place elsewhere."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [PAD, PAD, 5, 9, 8]])
+    mask, labels = (ids != PAD).long(), ids.masked_fill(ids == PAD, -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=LIMIT, vocab_size=V, **IDS)
+    causal = transformers.GPT2LMHeadModel(config).eval()
+    ones = [causal(input_ids=row[m > 0][None]).logits[0, :-1].argmax(-1) for row, m in zip(ids, mask, strict=True)]
+    wanted = torch.cat([one == row[m > 0][1:] for one, row, m in zip(ones, ids, mask, strict=True)]).double().mean()
+    assert gs.Accuracy(gs.CausalLM(), batch)(causal) == pytest.approx(float(wanted))
+    causal.lm_head.weight = nn.Parameter(torch.zeros(V, 16))
+    causal.lm_head.bias = nn.Parameter(torch.eye(V)[8])  # says 8, whatever it is asked
+    assert gs.Accuracy(gs.CausalLM(), batch)(causal) == pytest.approx(1 / 6)
+
+    torch.manual_seed(0)
+    pairs = {"input_ids": ids[:, :3], "labels": torch.tensor([[5, 6, 7], [8, 9, -100]])}
+    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(**LEARNED)).eval()
+    said = bart(**pairs).logits.argmax(-1)
+    assert gs.Accuracy(gs.Seq2SeqLM(), pairs)(bart) == pytest.approx(float((said == pairs["labels"]).sum() / 5))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "words"),
+    [
+        (torch.tensor([0, 1]), 1, "logits of 1 class"),
+        (torch.tensor([0.5, 1.0]), 2, "labels of dtype torch.float32"),
+        (torch.tensor([0, 7]), 2, "holds the label 7"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: Tensor, classes: int, words: str) -> None:
+    with pytest.raises(gs.InputError, match=words):
+        gs.Accuracy(gs.Classification(), (torch.zeros(2, 1), labels))(nn.Linear(1, classes))
+
+
+def test_each_seed_and_dimension_counts_once() -> None:
+    data = (torch.zeros(4, 1), torch.tensor([0, 1, 0, 1]))
+    model, task = nn.Linear(1, 2), gs.Classification()
+    for seeds in ((0, 0), (), 3):
+        with pytest.raises(gs.InputError, match="seeds="):
+            gs.intrinsic_dimension(model, task, data, lambda _: 0.0, target=1, d_min=1, seeds=seeds)  # type: ignore[arg-type]
+        with pytest.raises(gs.InputError, match="seeds="):
+            gs.dimension_curve(model, task, data, lambda _: 0.0, [1], steps=1, seeds=seeds)  # type: ignore[arg-type]
+    for dims in ([], [1, 1]):
+        with pytest.raises(gs.InputError, match="different dimensions"):
+            gs.dimension_curve(model, task, data, lambda _: 0.0, dims, steps=1)
+
+
+def test_which_end_of_a_metric_is_better_is_true_or_false() -> None:
+    def metric(model: nn.Module) -> float:
+        return 1.0
+
+    metric.lower_is_better = "no"  # type: ignore[attr-defined]
+    model, data = nn.Linear(1, 2), (torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(gs.InputError, match="lower_is_better='no'"):
+        gs.intrinsic_dimension(model, gs.Classification(), data, metric, target=2, d_min=1)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, check_seeds
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import CurvePoint, DimensionCurve, Settings
@@ -71,6 +71,7 @@ def dimension_curve(
     lr = Journal.kept(resume, "lr") if lr is None else lr  # what was measured before, also where dims were added
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     check_positive(steps=steps)
+    check_seeds(seeds)
     check_dims(dims, experiment.n)
     experiment = experiment.with_lr(max(dims), seeds[0])
     settings: Settings = experiment.settings(max(dims)) | {"steps": steps}
@@ -126,7 +127,9 @@ def fine_tune(
 
 
 def check_dims(dims: Sequence[int], n: int) -> None:
-    """Refuse dimensions that are not between 1 and n."""
+    """Refuse dimensions that are not between 1 and n, and one that is named twice."""
+    if not dims or len(set(dims)) < len(dims):
+        raise InputError(f"dims={list(dims)}", "different dimensions", "Type dims=[64, 256, 1024]")
     for d in dims:
         if isinstance(d, bool) or not 1 <= d <= n:
             raise InputError(f"d={d!r} for n={n} parameters", f"a dimension from 1 to {n}", f"Type {min(n, 1024)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -165,6 +165,14 @@ class Experiment:
             "data": data_facts(Batches(self.task, self.train, self.batch_size)),
             "measured by": metric_facts(self.evaluate),
         }
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that are not several different ones, because each counts as a draw of its own."""
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not seeds:
+        raise InputError(f"seeds={seeds!r}", "a list of seeds", "Type seeds=(0,)")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds={tuple(seeds)}, one of them twice", "different seeds", "Type seeds=(0, 1, 2)")
 
 
 def check_positive(**values: int | float) -> None:

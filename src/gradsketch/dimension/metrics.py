@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradsketch.as_found import evaluating
 from gradsketch.dimension.generation import greedy
@@ -18,7 +18,7 @@ from gradsketch.gradients.data import Batches, to_device
 from gradsketch.gradients.fingerprints import code_digest, data_facts, digest, task_facts
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.gradients.tasks.encoded import IGNORED
-from gradsketch.gradients.tasks.logits import logits_of
+from gradsketch.gradients.tasks.logits import check_ids
 from gradsketch.gradients.tasks.tokens import vocabulary
 
 __all__ = ["Accuracy", "ExactMatch", "Loss", "Metric", "Rouge", "evaluated", "is_lower_better", "metric_facts"]
@@ -28,15 +28,16 @@ Metric = Callable[[nn.Module], Any]
 
 
 class Accuracy:
-    """The share of labels that are the most likely class; a label of −100 does not count.
+    """The share of labels that are the most likely class, or token; a label of −100 does not count.
 
     Args:
-        task: how examples become batches, such as ``Classification``.
+        task: how examples become batches, and which logits predict which label: ``Classification``, a task of language
+            models, or one with ``predictions`` of its own.
         data: raw examples, a DataLoader, or one batch; batches are dicts with ``labels`` ([b], or [b, t] where every
             token has one) or tuples (x, labels).
 
     Raises:
-        InputError: batches without labels; when called, that no label counts.
+        InputError: when called, batches without labels, labels that are no classes of the model, or none that counts.
 
     Example:
         >>> data = [(torch.ones(2), 1), (-torch.ones(2), 0)]
@@ -52,15 +53,15 @@ class Accuracy:
         return {"task": task_facts(self.task), "data": data_facts(self.batches)}
 
     def __call__(self, model: nn.Module) -> float:
-        right, total = torch.zeros((), dtype=torch.float32, device="cpu"), 0
+        right = total = 0
         for batch in _on_device_of(model, self.batches):
-            inputs, labels = _inputs_and_labels(batch)
-            right = right.to(labels.device)
-            right += (logits_of(model, inputs, labels.shape).argmax(-1) == labels).sum()
+            logits, labels = self.task.predictions(model, batch)
+            check_ids(labels, logits.shape[-1], "label")
+            right += int((logits.argmax(-1) == labels).sum())
             total += int((labels != IGNORED).sum())
         if not total:
             raise InputError("labels that are all −100", "at least one that counts", "Check how the labels were made")
-        return float(right / total)
+        return right / total
 
 
 class Loss:
@@ -207,7 +208,10 @@ def metric_facts(metric: Metric) -> dict[str, Any]:
 
 def is_lower_better(metric: Metric) -> bool:
     """Whether smaller values of a metric are better: its attribute ``lower_is_better``, by default not."""
-    return bool(getattr(metric, "lower_is_better", False))
+    lower = getattr(metric, "lower_is_better", False)
+    if not isinstance(lower, bool):
+        raise InputError(f"lower_is_better={lower!r}", "True or False", "Set the metric's attribute to one of them")
+    return lower
 
 
 def evaluated(metric: Metric, model: nn.Module, where: str) -> float:
@@ -233,18 +237,6 @@ def evaluated(metric: Metric, model: nn.Module, where: str) -> float:
 def _on_device_of(model: nn.Module, batches: Batches) -> Iterator[Any]:
     device = next(model.parameters()).device
     return (to_device(batch, device) for batch in batches)
-
-
-def _inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise InputError(
-        f"a batch of type {type(batch).__name__} without labels",
-        "a dict of tensors with labels, or a tuple (x, labels)",
-        "Use the task Classification, or write evaluate as a function of the model",
-    )
 
 
 def _prompt_and_answer(example: Any) -> tuple[str, str]:

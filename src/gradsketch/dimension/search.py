@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gradsketch.dimension.curve import check_dims
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, check_seeds
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings, settled
@@ -114,8 +114,7 @@ def intrinsic_dimension(
     """
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     plan = _Plan.of(experiment.n, target, d_min, d_max, check_every, min_gain)
-    if not seeds:
-        raise InputError("no seeds", "at least one", "Type seeds=(0,)")
+    check_seeds(seeds)
     experiment = experiment.with_lr(plan.d_max, seeds[0])
     settings: Settings = experiment.settings(plan.d_max) | asdict(plan)
     facts = {} if resume is None else settings | experiment.facts()

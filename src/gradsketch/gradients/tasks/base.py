@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import Encoded, encode_one
+from gradsketch.gradients.tasks.logits import class_predictions
 from gradsketch.gradients.tasks.pieces import Piece
 
 __all__ = ["Batch", "Function", "LossFunction", "Task", "TaskLike", "as_task"]
@@ -53,6 +54,16 @@ class Task(ABC):
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
         """Return one loss per example, in float32 or wider; an example's loss depends on no other example."""
+
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "*r c"], Int[Tensor, " *r"]]:
+        """Return logits and, in the places where they are predicted, the labels; one of −100 does not count.
+
+        By default those of a classifier, of one label a row or one a token.
+
+        Raises:
+            InputError: a batch without labels, or labels that the model has no logits for.
+        """
+        return class_predictions(model, batch)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b t"] | None:
         """Return what predicting each token of ``input_ids`` adds to its example's loss (0: it does not count).

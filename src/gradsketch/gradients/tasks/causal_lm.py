@@ -84,19 +84,19 @@ class CausalLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        return tokens.sequence_losses(*self._predictions(model, batch), self.reduction)
+        return tokens.sequence_losses(*self.predictions(model, batch), self.reduction)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b t"]:
-        following = tokens.each_loss(*self._predictions(model, batch), self.reduction)
+        following = tokens.each_loss(*self.predictions(model, batch), self.reduction)
         return torch.cat([torch.zeros_like(following[:, :1]), following[:, :-1]], dim=1)
 
     def sampled(self, model: nn.Module, batch: Batch, draw: Callable[[Tensor], Tensor]) -> Batch:
-        logits, following = self._predictions(model, batch)
+        logits, following = self.predictions(model, batch)
         drawn = draw(logits).masked_fill(following == IGNORED, IGNORED)
         labels = torch.cat([torch.full_like(drawn[:, :1], IGNORED), drawn[:, :-1]], dim=1)
         return {**right_padded(batch), "labels": labels}
 
-    def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
         """Return logits and, at the place of each token, the label that follows it."""
         batch = right_padded(batch)
         labels, mask, positions = _labels(batch), batch.get("attention_mask"), batch.get("position_ids")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,8 +16,8 @@ from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import Encoded, encode_all, integers, stack
-from gradsketch.gradients.tasks.logits import check_ids, logits_of
-from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.logits import inputs_and_labels
+from gradsketch.gradients.tasks.model_inputs import check_row
 from gradsketch.gradients.tasks.rows import Row, refuse_weights, tensor_inputs, tokenised
 from gradsketch.linear_map import widened
 
@@ -59,32 +59,13 @@ class Classification(Task):
         self.max_length = tokens.limit_of(processor, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        logits, labels = self._predictions(model, batch)
+        logits, labels = self.predictions(model, batch)
         return functional.cross_entropy(logits.to(widened(logits.dtype)), labels.long(), reduction="none")
 
     def sampled(self, model: nn.Module, batch: Batch, draw: Callable[[Tensor], Tensor]) -> Batch:
-        inputs, _ = _inputs_and_labels(batch)
-        labels = draw(self._predictions(model, batch)[0])
+        inputs, _ = inputs_and_labels(batch)
+        labels = draw(self.predictions(model, batch)[0])
         return {**inputs, "labels": labels} if isinstance(inputs, Mapping) else (inputs, labels)
-
-    def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b c"], Int[Tensor, " b"]]:
-        """Return logits and labels, once they fit each other."""
-        inputs, labels = _inputs_and_labels(batch)
-        if labels.is_floating_point() or labels.is_complex():
-            raise InputError(
-                f"labels of dtype {labels.dtype}",
-                "classes, whole numbers from 0",
-                "For a regression or soft labels write the loss as a function (model, batch) → losses [b]",
-            )
-        logits = logits_of(model, inputs, labels.shape)
-        if logits.shape[-1] < 2:
-            raise InputError(
-                f"{type(model).__name__} returned logits of {logits.shape[-1]} class",
-                "at least two classes",
-                "Load the model with num_labels=2 or more, or write the loss as a function (model, batch) → losses [b]",
-            )
-        check_ids(labels, logits.shape[-1], "label")
-        return logits, labels
 
     def encode(self, example: Any) -> Encoded:
         refuse_weights(example, text=True)
@@ -173,11 +154,3 @@ def _parts(example: Any) -> tuple[Any, dict[str, Any], Any]:
     if not tensor_inputs(rest):
         raise tokens.unknown_example(example, "a dict with text, image, input_ids or tensors beside its label")
     return rest, {}, label
-
-
-def _inputs_and_labels(batch: Batch) -> tuple[Mapping[str, Tensor] | Tensor, Tensor]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {name: value for name, value in right_padded(batch).items() if name != "labels"}, batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
-        return batch[0], batch[1]
-    raise tokens.unknown_example(batch, "a batch that is a dict of tensors with labels, or a tuple (x, labels)")

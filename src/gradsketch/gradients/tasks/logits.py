@@ -11,15 +11,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks.encoded import IGNORED
-from gradsketch.gradients.tasks.model_inputs import arguments, check_mask, check_positions
+from gradsketch.gradients.tasks.model_inputs import arguments, check_mask, check_positions, right_padded
 
-__all__ = ["IGNORED", "check_ids", "check_token_ids", "known_tokens", "logits_of"]
+__all__ = [
+    "IGNORED",
+    "check_ids",
+    "check_token_ids",
+    "class_predictions",
+    "inputs_and_labels",
+    "known_tokens",
+    "logits_of",
+]
 
 
 def logits_of(
@@ -51,6 +59,48 @@ def logits_of(
             "Use a model with the task's head, or the task that fits the model",
         )
     return logits
+
+
+def inputs_and_labels(batch: Any) -> tuple[Mapping[str, Tensor] | Tensor, Tensor]:
+    """Return what a model is given of a batch, padding on the right, and the labels.
+
+    Raises:
+        InputError: it is neither a dict of tensors with ``labels`` nor a tuple (x, labels).
+    """
+    if isinstance(batch, Mapping) and "labels" in batch:
+        padded = right_padded(batch)
+        return {name: value for name, value in padded.items() if name != "labels"}, padded["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    raise InputError(
+        f"a batch of type {type(batch).__name__} without labels",
+        "a dict of tensors with labels, or a tuple (x, labels)",
+        "Use the task Classification, or write a function of your own",
+    )
+
+
+def class_predictions(model: nn.Module, batch: Any) -> tuple[Float[Tensor, "*r c"], Int[Tensor, " *r"]]:
+    """Return logits and the labels in the same places, once they fit each other.
+
+    Raises:
+        InputError: labels that are no classes of the model, or what ``logits_of`` refuses.
+    """
+    inputs, labels = inputs_and_labels(batch)
+    if labels.is_floating_point() or labels.is_complex():
+        raise InputError(
+            f"labels of dtype {labels.dtype}",
+            "classes, whole numbers from 0",
+            "For a regression or soft labels write a function of your own",
+        )
+    logits = logits_of(model, inputs, labels.shape)
+    if logits.shape[-1] < 2:
+        raise InputError(
+            f"{type(model).__name__} returned logits of {logits.shape[-1]} class",
+            "at least two classes",
+            "Load the model with num_labels=2 or more, or write a function of your own",
+        )
+    check_ids(labels, logits.shape[-1], "label")
+    return logits, labels
 
 
 def _call(model: nn.Module, inputs: Mapping[str, Any] | Tensor, causal: bool) -> Any:

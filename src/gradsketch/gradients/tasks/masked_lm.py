@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 from gradsketch.gradients.tasks import pieces, tokens
 from gradsketch.gradients.tasks.base import Batch, Task
 from gradsketch.gradients.tasks.encoded import IGNORED, Encoded, encode_all, integers, stack
-from gradsketch.gradients.tasks.logits import logits_of
-from gradsketch.gradients.tasks.model_inputs import check_row, right_padded
+from gradsketch.gradients.tasks.logits import inputs_and_labels, logits_of
+from gradsketch.gradients.tasks.model_inputs import check_row
 from gradsketch.gradients.tasks.rows import Row, refuse_weights, tokenised
 from gradsketch.gradients.tasks.tokens import Reduction
 from gradsketch.random import Stream
@@ -69,9 +69,11 @@ class MaskedLM(Task):
         self.max_length = tokens.limit_of(tokenizer, max_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
-        batch = right_padded(batch)
-        logits = logits_of(model, {n: v for n, v in batch.items() if n != "labels"}, batch["labels"].shape)
-        return tokens.sequence_losses(logits, batch["labels"], self.reduction)
+        return tokens.sequence_losses(*self.predictions(model, batch), self.reduction)
+
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
+        inputs, labels = inputs_and_labels(batch)
+        return logits_of(model, inputs, labels.shape), labels
 
     def pieces(self, example: Any) -> list[pieces.Piece]:
         if isinstance(example, Mapping) and "input_ids" in example:

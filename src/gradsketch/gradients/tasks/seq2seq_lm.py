@@ -68,6 +68,9 @@ class Seq2SeqLM(Task):
         self.max_target_length = tokens.limit_of(tokenizer, max_target_length)
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " b"]:
+        return tokens.sequence_losses(*self.predictions(model, batch), self.reduction)
+
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
         batch = right_padded(batch, fixed=("labels", *_DECODER))
         labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -75,7 +78,7 @@ class Seq2SeqLM(Task):
             inputs["decoder_input_ids"] = _shifted_right(model, labels)
         check_token_ids(model, inputs["decoder_input_ids"])
         check_positions(model, labels.shape[1])
-        return tokens.sequence_losses(logits_of(model, inputs, labels.shape), labels, self.reduction)
+        return logits_of(model, inputs, labels.shape), labels
 
     def encode(self, example: Any) -> Encoded:
         if isinstance(example, Mapping) and example.get("labels") is not None:
