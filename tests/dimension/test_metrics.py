@@ -258,11 +258,11 @@ def test_labels_that_are_no_classes_are_refused(labels: Tensor, classes: int, wo
 def test_each_seed_and_dimension_counts_once() -> None:
     data = (torch.zeros(4, 1), torch.tensor([0, 1, 0, 1]))
     model, task = nn.Linear(1, 2), gs.Classification()
-    for seeds in ((0, 0), (), 3):
+    for seeds in ((0, 0), ()):
         with pytest.raises(gs.InputError, match="seeds="):
-            gs.intrinsic_dimension(model, task, data, lambda _: 0.0, target=1, d_min=1, seeds=seeds)  # type: ignore[arg-type]
+            gs.intrinsic_dimension(model, task, data, lambda _: 0.0, target=1, d_min=1, seeds=seeds)
         with pytest.raises(gs.InputError, match="seeds="):
-            gs.dimension_curve(model, task, data, lambda _: 0.0, [1], steps=1, seeds=seeds)  # type: ignore[arg-type]
+            gs.dimension_curve(model, task, data, lambda _: 0.0, [1], steps=1, seeds=seeds)
     for dims in ([], [1, 1]):
         with pytest.raises(gs.InputError, match="different dimensions"):
             gs.dimension_curve(model, task, data, lambda _: 0.0, dims, steps=1)
