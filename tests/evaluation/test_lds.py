@@ -84,6 +84,10 @@ def test_interrupted_it_goes_on_where_it_stopped(tmp_path, world):
     assert len(json.loads(path.read_text())["losses"]) == 6
     with pytest.raises(FingerprintError, match="another path"):
         retrain_on_subsets(train, regression.measure, 40, subsets=6, seed=1, path=path)
+    for other in ({"train": lambda rows: regression.train(rows[1:])}, {"measure": lambda m: regression.measure(m) + 1}):
+        work = {"train": train, "measure": regression.measure} | other
+        with pytest.raises(FingerprintError, match=next(iter(other))):
+            retrain_on_subsets(n=40, subsets=8, path=path, **work)
 
 
 def test_bad_input_says_what_to_do(world):
@@ -97,3 +101,11 @@ def test_bad_input_says_what_to_do(world):
         linear_datamodeling_score(torch.zeros(6, 40), retrainings)
     with pytest.raises(NonFiniteError, match=r"query 0 under the model of subset 0"):
         retrain_on_subsets(regression.train, lambda model: regression.measure(model) / 0 * 0, 40, subsets=2)
+
+
+def test_rows_without_a_score_are_named(world):
+    regression, retrainings = world
+    scores = regression.influences().clone()
+    scores[1, 7] = torch.nan
+    with pytest.raises(InputError, match="row 7 for query 1 is nan"):
+        linear_datamodeling_score(scores, retrainings)

@@ -9,6 +9,7 @@ from scipy.stats import mannwhitneyu
 from gradsketch.errors import InputError
 from gradsketch.evaluation import mislabelled_auc
 from gradsketch.random import Stream
+from unchecked import errors_of
 
 
 def draw(seed: int, n: int = 120, shift: float = 1.0, loss_shift: float = 0.7):
@@ -62,3 +63,14 @@ def test_bad_input_says_what_to_do():
         mislabelled_auc(values, values, torch.tensor([True, False, False, False]))
     with pytest.raises(InputError, match="loss 2 is not a number"):
         mislabelled_auc(values, torch.tensor([0.0, 1, float("nan"), 3]), torch.tensor([True, True, False, False]))
+
+
+def test_wrong_labels_are_named_by_true_and_not_by_place():
+    places, short = errors_of(
+        [
+            "gs.mislabelled_auc(torch.rand(4), torch.rand(4), torch.tensor([1, 1, 0, 0]))",
+            "gs.mislabelled_auc(torch.rand(3), torch.rand(4), torch.tensor([True, True, False, False]))",
+        ]
+    )
+    assert "wrong of torch.int64" in places
+    assert "of shapes [3], [4] and [4]" in short

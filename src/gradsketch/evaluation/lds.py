@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from torch import Tensor
@@ -79,12 +80,19 @@ def linear_datamodeling_score(
         1.0
 
     Raises:
-        InputError: shapes differ, or a query's predictions or losses are all equal, so that nothing correlates.
+        InputError: shapes differ, a score is not finite, or a query's predictions or losses are all equal, so that nothing correlates.
     """
     (m, n), q = retrainings.kept.shape, retrainings.losses.shape[1]
     if scores.shape != (q, n):
         raise InputError(
             f"scores of shape {list(scores.shape)}", f"[{q}, {n}]: {q} queries, {n} training rows", "Score every row"
+        )
+    if not bool(torch.isfinite(scores).all()):
+        query, row = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise InputError(
+            f"the score of row {row} for query {query} is {float(scores[query, row])}",
+            "a finite score of every row",
+            "Rows that an index left out have none: retrain without them too, or score them 0",
         )
     predicted = _predicted(retrainings.kept, scores)
     actual = -retrainings.losses.numpy()

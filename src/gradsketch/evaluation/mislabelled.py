@@ -84,8 +84,15 @@ def mislabelled_auc(
         (1.0, 0.5)
 
     Raises:
-        InputError: fewer than two wrong or two right labels, or a value that is not a number.
+        InputError: fewer than two wrong or two right labels, a value that is not a number, or tensors of other shapes.
     """
+    if wrong.dtype != torch.bool or not suspicion.shape == loss.shape == wrong.shape == (len(wrong),):
+        raise InputError(
+            f"suspicion, loss and wrong of shapes {list(suspicion.shape)}, {list(loss.shape)} and {list(wrong.shape)}, "
+            f"wrong of {wrong.dtype}",
+            "three of shape [n], the last of torch.bool",
+            "Type wrong.bool(), which is not a list of places",
+        )
     for name, values in (("suspicion", suspicion), ("loss", loss)):
         if torch.isnan(values).any():
             place = int(torch.isnan(values).nonzero()[0])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gradsketch.durable import read_record, require_same, write_record
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.gradients.fingerprints import code_digest
 from gradsketch.random import Stream
 from gradsketch.report.numbers import groups_figure
 from gradsketch.results import Result
@@ -78,7 +79,8 @@ def retrain_on_subsets(
         subsets: how many models; the error of a score shrinks like 1/√subsets.
         fraction: share of the rows in each subset.
         seed: of the subsets.
-        path: where finished subsets are kept.
+        path: where finished subsets are kept, for the same code of ``train`` and ``measure``; lists and models that
+            these read are not looked into, so take another file where such a thing changes.
 
     Example:
         >>> y = torch.randn(20)
@@ -94,7 +96,7 @@ def retrain_on_subsets(
     Raises:
         InputError: fewer than two subsets, or subsets that are empty or everything.
         NonFiniteError: a loss is not a finite number.
-        FingerprintError: the file holds subsets of other data, drawn otherwise.
+        FingerprintError: the file holds subsets that were drawn otherwise, or what other code made of them.
     """
     size = round(fraction * n)
     if not 0 < size < n or subsets < 2:
@@ -105,7 +107,8 @@ def retrain_on_subsets(
         )
     start = time.perf_counter()
     drawn = [Stream(seed, "subset", str(j)).permutation(n)[:size].sort().values for j in range(subsets)]
-    log = _Log(path, {"n": n, "fraction": fraction, "seed": seed})
+    decides = {"train": code_digest(train), "measure": code_digest(measure)}
+    log = _Log(path, {"n": n, "fraction": fraction, "seed": seed, **decides})
     for j in tqdm(range(len(log.losses), subsets), desc="retraining", unit="model", disable=None):
         log.append(retrained_losses(train, measure, drawn[j].tolist(), f"subset {j}").tolist())
     kept = torch.zeros(subsets, n, dtype=torch.bool, device="cpu")
@@ -136,7 +139,7 @@ def retrained_losses(train: Train, measure: Measure, rows: Sequence[int], name: 
 class _Log:
     """Losses of finished subsets, in memory and in a file that is replaced whole after each."""
 
-    def __init__(self, path: str | Path | None, facts: dict[str, int | float]) -> None:
+    def __init__(self, path: str | Path | None, facts: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.facts, self.losses = facts, list[list[float]]()
         if self.path is not None and self.path.exists():
