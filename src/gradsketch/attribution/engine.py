@@ -8,9 +8,10 @@ whoever reads them.
 from __future__ import annotations
 
 import os
+import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -20,6 +21,8 @@ from gradsketch.attribution.passes import Each, Part, here
 from gradsketch.attribution.writer import ShardWriter
 from gradsketch.errors import GradsketchError, InputError, StoreError
 from gradsketch.gradients.per_example.audit import Audits
+from gradsketch.store.folder import Folder
+from gradsketch.store.manifest import MANIFEST_NAME
 
 __all__ = ["Engine", "Local", "Ray"]
 
@@ -33,6 +36,8 @@ Shard = tuple[int, int]  # first row, rows
 @runtime_checkable
 class Build(Protocol):
     """What an engine needs of a build: the arguments that make it elsewhere, and what writes a checkpoint's shards."""
+
+    folder: Folder
 
     @property
     def arguments(self) -> dict[str, Any]: ...
@@ -106,14 +111,26 @@ class Ray:
             raise InputError("no module named ray", "Ray", "Run pip install 'gradsketch[ray]'") from error
         own = not ray.is_initialized()
         if own:
-            ray.init(log_to_driver=False, logging_level="ERROR", **self._options())
+            self._begin(ray)
         try:
             yield ray
         finally:
             if own:
                 ray.shutdown()
 
-    def _options(self) -> dict[str, Any]:
+    def _begin(self, ray: Any) -> None:
+        options = self.options()
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if "address" not in options:
+                raise
+            raise InputError(
+                f"no Ray cluster at {options['address']} ({error})", "a cluster that runs", "Look at it with ray status"
+            ) from error
+
+    def options(self) -> dict[str, Any]:
+        """Return what a cluster is found, or started, with."""
         address = self.address or os.environ.get("RAY_ADDRESS")
         if address:
             return {"address": address}
@@ -142,10 +159,14 @@ Engine = Local | Ray
 class _Worker:
     """What an actor holds: a build, and the checkpoint whose weights its model has."""
 
-    def prepare(self, kind: Any, arguments: dict[str, Any], number: int, name: int, on_gpu: bool) -> int:
+    def prepare(
+        self, kind: Any, arguments: dict[str, Any], number: int, name: int, on_gpu: bool, directory: str
+    ) -> int:
+        _stand_in(directory)
         if on_gpu:
             arguments["model"].to("cuda")
         self.build, self.number = kind(**arguments, worker=(name, name + 1), progress=False), number
+        _require_seen(self.build.folder)
         self.writer = ExitStack().enter_context(self.build.writer(number))
         return 0
 
@@ -155,6 +176,22 @@ class _Worker:
         return count
 
 
+def _stand_in(directory: str) -> None:
+    """Go where the driver stands, so that its relative paths hold; a machine without that directory stays where it is."""
+    with suppress(OSError):
+        os.chdir(directory)
+
+
+def _require_seen(folder: Folder) -> None:
+    """Refuse a machine on which an index would be begun that the driver never sees."""
+    if MANIFEST_NAME not in folder.names():
+        raise StoreError(
+            f"{folder.uri}, where a worker on {platform.node()} finds no index",
+            "a folder that all machines share",
+            "Put the index on a shared disk or in an object store, as s3://bucket/index",
+        )
+
+
 class _Pool:
     """Actors, each with one shard at a time."""
 
@@ -162,7 +199,7 @@ class _Pool:
         self.ray, self.engine, self.kind, self.number = ray, engine, type(build), number
         self.actor = ray.remote(num_cpus=1, num_gpus=engine.gpus_per_worker, max_restarts=0)(_Worker)
         self.arguments = ray.put(build.arguments)  # the model is sent once to each machine
-        self.begun = 0
+        self.begun, self.directory = 0, os.getcwd()
 
     def write(self, pending: deque[Shard], on: Advance) -> None:
         """Write the shards; an actor that dies is replaced, and what it was at is made again."""
@@ -191,14 +228,15 @@ class _Pool:
     def _begun(self) -> dict[Any, tuple[Any, Shard | None]]:
         self.begun += 1
         actor, on_gpu = self.actor.remote(), bool(self.engine.gpus_per_worker)
-        return {actor.prepare.remote(self.kind, self.arguments, self.number, self.begun, on_gpu): (actor, None)}
+        ready = actor.prepare.remote(self.kind, self.arguments, self.number, self.begun, on_gpu, self.directory)
+        return {ready: (actor, None)}
 
 
 class _Tasks:
     """Tasks that do the parts of a pass, so many at once; one whose worker dies is begun again."""
 
     def __init__(self, ray: Any, count: int) -> None:
-        self.ray, self.count, self.threads = ray, count, torch.get_num_threads()
+        self.ray, self.count, self.threads, self.directory = ray, count, torch.get_num_threads(), os.getcwd()
         self.task = ray.remote(num_cpus=1, max_retries=_TRIES - 1)(_done)
 
     def __call__(self, work: Callable[[Part], T], parts: Sequence[Part], /) -> Iterator[T]:
@@ -209,7 +247,7 @@ class _Tasks:
         for part in parts:
             while len(running) >= self.count:
                 _, running = self.ray.wait(running, num_returns=1)
-            running.append(self.task.remote(sent, part, self.threads))
+            running.append(self.task.remote(sent, part, self.threads, self.directory))
             ordered.append(running[-1])
             while ordered[0] not in running or len(ordered) > _AHEAD * self.count:
                 yield self._got(ordered.popleft())
@@ -229,7 +267,8 @@ class _Tasks:
             ) from error
 
 
-def _done(work: Callable[[Part], T], part: Part, threads: int) -> T:
+def _done(work: Callable[[Part], T], part: Part, threads: int, directory: str) -> T:
+    _stand_in(directory)
     torch.set_num_threads(threads)
     return work(part)
 
