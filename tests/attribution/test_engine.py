@@ -11,7 +11,7 @@ import toys
 
 import gradsketch as gs
 from gradsketch.attribution.build import Build
-from gradsketch.attribution.engine import _Worker
+from gradsketch.attribution.engine import _Deaths, _Worker
 from gradsketch.attribution.passes import SHARDS_A_SUM
 from gradsketch.errors import DamageError, InputError, StoreError
 from gradsketch.store import verify
@@ -86,6 +86,19 @@ def test_a_shard_that_ends_every_worker_is_named(tmp_path):
         build(tmp_path / "index", task=task, engine=gs.Ray(workers=2))
 
 
+def test_machines_lost_in_a_long_run_do_not_add_up():
+    deaths = _Deaths()
+    for _ in range(5):
+        deaths.add(None, RuntimeError("lost"))
+        deaths.add(None, RuntimeError("lost"))
+        deaths.begun()
+    deaths.add((0, 8), RuntimeError("lost"))
+    deaths.begun()
+    deaths.add((0, 8), RuntimeError("lost"))
+    with pytest.raises(StoreError, match="rows 0 to 7 ended 3 workers: lost"):
+        deaths.add((0, 8), RuntimeError("lost"))
+
+
 @pytest.mark.slow  # as all that starts workers of its own; that workers do start is seen above
 def test_errors_of_workers_are_our_own(tmp_path):
     data = toys.texts(ROWS)
@@ -150,6 +163,7 @@ def test_parts_come_in_order_however_long_they_take():
         assert list(each(slow_at_first, [])) == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_dies_is_replaced(tmp_path):
     def deadly(part):
         with contextlib.suppress(FileExistsError):
@@ -186,6 +200,7 @@ def test_a_cluster_that_is_not_there(monkeypatch):
             pass
 
 
+@pytest.mark.slow
 def test_workers_stand_in_the_folder_of_this_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     index = build("index", engine=gs.Ray(workers=2))

@@ -13,6 +13,7 @@ from gradsketch.cli.main import main
 from gradsketch.attribution.engine import Local, Ray
 from gradsketch.cli.work import ReadingOptions, WorkOptions
 from gradsketch.errors import InputError
+from processes import left_behind
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 
@@ -36,7 +37,8 @@ def shards(index):
 
 def assert_builds(command, index, expected):
     """Run a command, which must make the very shards, and speak once."""
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    env = {**ENVIRONMENT, "GRADSKETCH_TEST": str(index)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert shards(index) == expected
     assert done.stdout.count("Now ask:") == 1
@@ -166,5 +168,4 @@ def test_ray_starts_and_ends_with_the_command(folder, alone):
     more = ("--engine", "ray", "--workers", "2")
     command = [sys.executable, "-m", "gradsketch", *arguments(folder, folder / "ray", *more)]
     assert_builds(command, folder / "ray", alone)
-    left = subprocess.run(["pgrep", "-f", "raylet.*session"], capture_output=True, text=True).stdout.split()
-    assert not left
+    assert not left_behind(f"GRADSKETCH_TEST={folder / 'ray'}")

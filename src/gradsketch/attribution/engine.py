@@ -203,7 +203,7 @@ class _Pool:
 
     def write(self, pending: deque[Shard], on: Advance) -> None:
         """Write the shards; an actor that dies is replaced, and what it was at is made again."""
-        died: Counter[Shard] = Counter()
+        deaths = _Deaths()
         running: dict[Any, tuple[Any, Shard | None]] = {}  # None while an actor prepares
         for _ in range(min(self.engine.count(self.ray), len(pending))):
             running |= self._begun()
@@ -217,10 +217,11 @@ class _Pool:
             except self.ray.exceptions.RayActorError as error:
                 if shard is not None:
                     pending.appendleft(shard)
-                died[shard or (0, 0)] += 1
-                _refuse_deadly(shard, died[shard or (0, 0)], error)
+                deaths.add(shard, error)
                 running |= self._begun()
                 continue
+            if shard is None:
+                deaths.begun()
             if pending:
                 shard = pending.popleft()
                 running[actor.write.remote(*shard)] = (actor, shard)
@@ -285,11 +286,27 @@ def _own_error(error: Any) -> Exception:
     )
 
 
-def _refuse_deadly(shard: Shard | None, deaths: int, error: Exception) -> None:
-    if deaths >= _TRIES:
-        at = "starting" if shard is None else f"the shard of rows {shard[0]} to {shard[0] + shard[1] - 1}"
-        raise StoreError(
-            f"{at} ended {deaths} workers: {str(error).splitlines()[0]}",
-            "workers that live through every shard",
-            "Look at Ray's logs; where memory ran out, pass a smaller shard_rows or batch_tokens, or fewer workers",
-        ) from error
+class _Deaths:
+    """How many workers each shard has ended, and how many ended in a row while they started."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Shard | None] = Counter()
+
+    def begun(self) -> None:
+        """Note that workers do start here: in a long run, machines that were lost meanwhile add up."""
+        self.counts[None] = 0
+
+    def add(self, shard: Shard | None, error: Exception) -> None:
+        """Note a death at a shard, or at the start.
+
+        Raises:
+            StoreError: it was one too many, so that what the worker was at is at fault itself.
+        """
+        self.counts[shard] += 1
+        if self.counts[shard] >= _TRIES:
+            at = "starting" if shard is None else f"the shard of rows {shard[0]} to {shard[0] + shard[1] - 1}"
+            raise StoreError(
+                f"{at} ended {self.counts[shard]} workers: {str(error).splitlines()[0]}",
+                "workers that live through every shard",
+                "Look at Ray's logs; where memory ran out, pass a smaller shard_rows or batch_tokens, or fewer workers",
+            ) from error

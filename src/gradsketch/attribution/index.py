@@ -357,9 +357,7 @@ class Index:
         store = scorer.stores[0]
         with (engine or Local()).reading() as each:
             values = target_scores(scorer.probes(queries, kind, damping, each=each), aggregate, sign, each)
-            found, copies = chosen_rows(
-                store, sign * values, budget, alike=None if harmful else alike, each=each
-            )
+            found, copies = chosen_rows(store, sign * values, budget, alike=None if harmful else alike, each=each)
             data = data_digest(store, each)
         ids, lengths = described_rows(store, found)
         return Selection(

@@ -150,9 +150,7 @@ def _digests_of(store: Store, part: Part) -> list[str]:
     return [store.shard(start, count).digest for start, count in part]
 
 
-def target_scores(
-    probes: Sequence[Probe], aggregate: str, sign: int = 1, each: Each = here
-) -> Float[Tensor, " rows"]:
+def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1, each: Each = here) -> Float[Tensor, " rows"]:
     """Return every row's score for the targets together; NaN for rows that were left out when the index was built.
 
     "mean" and "max" over the targets ("max" is the least with ``sign=-1``); "rank": the mean place among all rows, from
