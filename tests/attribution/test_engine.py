@@ -210,5 +210,5 @@ def test_workers_stand_in_the_folder_of_this_process(tmp_path, monkeypatch):
 
 def test_a_machine_without_the_folder_is_told(tmp_path):
     arguments = {"path": tmp_path / "elsewhere", "model": toys.TinyLM(), "task": toys.language_task(), "data": ["x"]}
-    with pytest.raises(StoreError, match="elsewhere, where a worker on .* finds no index"):
+    with pytest.raises(StoreError, match=r"elsewhere, where a worker on .* finds no index"):
         _Worker().prepare(Build, arguments, 0, 1, False, str(tmp_path))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from small_model import TEXTS, save_model, write_rows
 
-from gradsketch.cli.main import main
 from gradsketch.attribution.engine import Local, Ray
+from gradsketch.cli.main import main
 from gradsketch.cli.work import ReadingOptions, WorkOptions
 from gradsketch.errors import InputError
 from processes import left_behind

@@ -66,8 +66,8 @@ class Ray:
     """Workers of a Ray cluster: actors that hold the model write one shard after another, and tasks read them.
 
     Without an address a cluster is started on this machine, and ended with the run. ``workers``: by default one per
-    CPU, or per share of a GPU. Each writer gets the model once, and moves it to its GPU where it has one. A reader has as
-    many threads as this process, because the last bits of a product depend on them; by default there are then so many
+    CPU, or per share of a GPU. Each writer gets the model once, and moves it to its GPU where it has one. A reader has
+    as many threads as this process, because the last bits of a product depend on them, and by default there are so many
     times fewer readers.
 
     Example:
@@ -134,8 +134,8 @@ class Ray:
         address = self.address or os.environ.get("RAY_ADDRESS")
         if address:
             return {"address": address}
-        # Ray lets its workers run when nobody else wants the processor, and ends those that take a minute to start: where
-        # others are at work too, they never get to it.
+        # By default Ray's workers run when nobody else wants the processor, and end where they take a minute to start.
+        # Beside other work they then start again and again, and never come to their own.
         patient = {"worker_niceness": 0, "worker_register_timeout_seconds": 600}
         return {"num_cpus": self.workers, "include_dashboard": False, "_system_config": patient}
 
@@ -177,7 +177,7 @@ class _Worker:
 
 
 def _stand_in(directory: str) -> None:
-    """Go where the driver stands, so that its relative paths hold; a machine without that directory stays where it is."""
+    """Go where the driver stands, so that its relative paths hold; a machine may lack that directory."""
     with suppress(OSError):
         os.chdir(directory)
 

@@ -152,7 +152,7 @@ def _block_of(shard: Shard, unit_length: bool) -> Float[Tensor, "rows d"]:
 
 
 def _facts_of(store: Store, unit_length: bool, part: Part) -> list[tuple[int, str, int, float]]:
-    """Return of each shard its first row, the hash of its data, its rows with a sketch, and the square of their norm."""
+    """Return of each shard its first row, the hash of its data, its usable rows, and the square of their norm."""
     found = []
     for start, count in part:
         shard = store.shard(start, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
-__all__ = ["Each", "Part", "SHARDS_A_SCAN", "SHARDS_A_SUM", "here", "parts_of"]
+__all__ = ["SHARDS_A_SCAN", "SHARDS_A_SUM", "Each", "Part", "here", "parts_of"]
 
 # A scan gives back a few numbers, so that its parts may be small: 128 MB of sketches, a tenth of a second.
 SHARDS_A_SCAN = 8
