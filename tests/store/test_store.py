@@ -25,6 +25,7 @@ from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows, to_faiss, to_parquet, verify
 from gradsketch.store.encoding import decode, encode
 from gradsketch.store.folder import LocalFolder, RemoteFolder, open_folder
+from gradsketch.store.manifest import MANIFEST_NAME
 from gradsketch.store.layout import require_plain
 from gradsketch.store.shard import _sealed
 
@@ -99,6 +100,14 @@ class TestContract:
         store.write(64, make_rows(64, 64))
         assert folder.names() == names
         assert sum(shard.count for shard in store) == ROWS
+
+    def test_what_is_there_is_known_without_a_listing(self, folder, monkeypatch):
+        assert not folder.has(MANIFEST_NAME)
+        fill(Store.create(folder, manifest()))
+        monkeypatch.setattr(type(folder), "names", None)  # of sixty thousand parts, for each worker that starts
+        assert folder.has(MANIFEST_NAME)
+        assert not folder.has("none")
+        assert Store.create(folder, manifest()).manifest == Store.open(folder).manifest
 
     def test_missing_ranges_are_listed_and_filled(self, folder):
         store = Store.create(folder, manifest())

@@ -184,7 +184,7 @@ def _stand_in(directory: str) -> None:
 
 def _require_seen(folder: Folder) -> None:
     """Refuse a machine on which an index would be begun that the driver never sees."""
-    if MANIFEST_NAME not in folder.names():
+    if not folder.has(MANIFEST_NAME):
         raise StoreError(
             f"{folder.uri}, where a worker on {platform.node()} finds no index",
             "a folder that all machines share",

@@ -244,7 +244,7 @@ def _read(store: Store, facts: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
     """Return matrices that were kept, or None where there are none of these very facts, or not every byte is sound."""
     folder = store.folder.child(_FOLDER)
     try:
-        if _name(facts) not in folder.names():
+        if not folder.has(_name(facts)):
             return None
         header, matrices = _opened(folder, _name(facts))
     except StoreError:
