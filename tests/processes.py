@@ -19,8 +19,8 @@ def marked(mark):
     return {pid: command for pid, command in found.items() if command != "(ended)"}
 
 
-def left_behind(mark, seconds=60):
-    """Return the marked processes that are still there after so long."""
+def left_behind(mark, seconds=180):
+    """Return the marked processes that are still there after so long; some of Ray's take a minute to give up."""
     deadline = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -127,7 +127,7 @@ def test_kills_at_random_lose_and_double_nothing(runs):
         driver.wait()
         runs.check(path, runs.finished(driver))
     holder.communicate("\n")
-    left = left_behind(cluster_mark)
+    left, slowest = left_behind(cluster_mark), 0
     for number in range(ALONE):
         path = runs.folder / f"alone-{number}"
         driver = runs.driver(path, "")
@@ -137,13 +137,16 @@ def test_kills_at_random_lose_and_double_nothing(runs):
         time.sleep(chance.uniform(0, 8))
         found["kills of drivers"] += killed(driver.pid)
         driver.wait()
+        began = time.monotonic()
         left |= left_behind(runs.mark)
+        slowest = max(slowest, round(time.monotonic() - began))
         runs.check(path, False)
         assert runs.driver(path, "").wait() == 0
         left |= left_behind(runs.mark)
         runs.check(path, True)
     report = {**dict.fromkeys(("rows lost", "rows doubled", "shards that differ in a bit"), 0), **found}
     report |= {"kills": found["kills of workers"] + found["kills of drivers"], "processes left behind": len(left)}
+    report |= {"seconds until all processes of a killed driver had ended": slowest}
     (ROOT / "benchmarks/results/ray_kills.json").write_text(json.dumps(report, indent=1) + "\n")
     assert not left
     assert report["kills"] >= KILLS
