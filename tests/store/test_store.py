@@ -25,8 +25,8 @@ from gradsketch.random import Stream
 from gradsketch.store import Manifest, Rows, Store, default_shard_rows, to_faiss, to_parquet, verify
 from gradsketch.store.encoding import decode, encode
 from gradsketch.store.folder import LocalFolder, RemoteFolder, open_folder
-from gradsketch.store.manifest import MANIFEST_NAME
 from gradsketch.store.layout import require_plain
+from gradsketch.store.manifest import MANIFEST_NAME
 from gradsketch.store.shard import _sealed
 
 SRC = Path(__file__).parents[2] / "src"
