@@ -406,6 +406,20 @@ class TestFaults:
         assert remote.read("a").to_pybytes() == b"three"
 
 
+def test_a_remote_folder_is_made_once(tmp_path):
+    made = []
+
+    class Counting(pyarrow.fs.SubTreeFileSystem):
+        def create_dir(self, path, *, recursive):
+            made.append(path)
+            super().create_dir(path, recursive=recursive)
+
+    remote = RemoteFolder(Counting(str(tmp_path), pyarrow.fs.LocalFileSystem()), "store", "test://store")
+    for name in ("a", "b", "c"):
+        remote.write(name, name.encode())
+    assert (remote.names(), made) == (["a", "b", "c"], ["store"])
+
+
 class TestHostile:
     """Files whose author computed the right checksums for them."""
 

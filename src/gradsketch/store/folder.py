@@ -148,7 +148,7 @@ class RemoteFolder(Folder):
     """
 
     def __init__(self, filesystem: pyarrow.fs.FileSystem, path: str, uri: str) -> None:
-        self.filesystem, self.path, self.uri = filesystem, path.rstrip("/"), uri
+        self.filesystem, self.path, self.uri, self._is_made = filesystem, path.rstrip("/"), uri, False
 
     def names(self) -> list[str]:
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
@@ -185,7 +185,9 @@ class RemoteFolder(Folder):
         try:
             if not replace and self.has(name):
                 return False
-            self.filesystem.create_dir(self.path, recursive=True)
+            if not self._is_made:  # of an object store that is one request and more, at every write
+                self.filesystem.create_dir(self.path, recursive=True)
+                self._is_made = True
             with self.filesystem.open_output_stream(path) as file:
                 file.write(data)
         except (OSError, pa.ArrowException) as error:
