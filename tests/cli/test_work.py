@@ -125,12 +125,16 @@ def test_options_that_need_another(folder, monkeypatch):
     assert (chosen.workers, chosen.gpus_per_worker, chosen.address) == (2, 0.5, "auto")
 
 
-def test_who_reads_the_shards():
+def test_who_reads_the_shards(monkeypatch):
     assert ReadingOptions().chosen() == Local()
     assert ReadingOptions("ray", 2, "auto").chosen() == Ray(workers=2, address="auto")
     for lonely in (ReadingOptions(workers=2), ReadingOptions(address="auto")):
         with pytest.raises(InputError, match="--engine ray"):
             lonely.chosen()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="--engine ray under torchrun"):
+        ReadingOptions("ray").chosen()
 
 
 def questions(folder, index, *more):

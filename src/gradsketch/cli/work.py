@@ -80,6 +80,8 @@ class ReadingOptions:
         from gradsketch.attribution.engine import Local, Ray
 
         if self.engine == "ray":
+            if WorkOptions().share()[1] > 1:
+                raise InputError("--engine ray under torchrun", "one of the two", "Ask in one process")
             return Ray(self.workers, address=self.address)
         if (self.workers, self.address) != (None, None):
             raise InputError(
