@@ -184,7 +184,7 @@ def test_errors_of_readers_are_our_own(tmp_path):
 
 
 def test_readers_need_no_gpu():
-    with pytest.raises(InputError, match="reading shards, which CPUs do"), gs.Ray(gpus_per_worker=1).reading():
+    with pytest.raises(InputError, match="reading shards, which CPUs do"), gs.Ray(gpus_per_worker=1.0).reading():
         pass
 
 
@@ -209,6 +209,12 @@ def test_workers_stand_in_the_folder_of_this_process(tmp_path, monkeypatch):
 
 
 def test_a_machine_without_the_folder_is_told(tmp_path):
-    arguments = {"path": tmp_path / "elsewhere", "model": toys.TinyLM(), "task": toys.language_task(), "data": ["x"]}
+    arguments = {
+        "path": tmp_path / "elsewhere",
+        "model": toys.TinyLM(),
+        "task": toys.language_task(),
+        "data": ["x"],
+        "d": 64,
+    }
     with pytest.raises(StoreError, match=r"elsewhere, where a worker on .* finds no index"):
         _Worker().prepare(Build, arguments, 0, 1, False, str(tmp_path))
