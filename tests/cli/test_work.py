@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from small_model import TEXTS, save_model, write_rows
 
+from gradsketch.attribution.engine import Local, Ray
 from gradsketch.cli.main import main
-from gradsketch.cli.work import WorkOptions
+from gradsketch.cli.work import ReadingOptions, WorkOptions
 from gradsketch.errors import InputError
+from processes import left_behind
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 
@@ -35,7 +37,8 @@ def shards(index):
 
 def assert_builds(command, index, expected):
     """Run a command, which must make the very shards, and speak once."""
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    env = {**ENVIRONMENT, "GRADSKETCH_TEST": str(index)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert shards(index) == expected
     assert done.stdout.count("Now ask:") == 1
@@ -122,10 +125,45 @@ def test_options_that_need_another(folder, monkeypatch):
     assert (chosen.workers, chosen.gpus_per_worker, chosen.address) == (2, 0.5, "auto")
 
 
-def test_without_ray(folder, monkeypatch, capsys):
+def test_who_reads_the_shards(monkeypatch):
+    assert ReadingOptions().chosen() == Local()
+    assert ReadingOptions("ray", 2, "auto").chosen() == Ray(workers=2, address="auto")
+    for lonely in (ReadingOptions(workers=2), ReadingOptions(address="auto")):
+        with pytest.raises(InputError, match="--engine ray"):
+            lonely.chosen()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="--engine ray under torchrun"):
+        ReadingOptions("ray").chosen()
+
+
+def questions(folder, index, *more):
+    """Return the arguments of a query and of a selection."""
+    query = ["query", str(index), "--text", TEXTS[0], "--k", "3", "--device", "cpu", "--json"]
+    select = ["select", str(index), "--for", str(folder / "data.jsonl"), "--keep", "3", "--device", "cpu", "--json"]
+    return [*query, *more], [*select, *more]
+
+
+def test_without_ray(folder, alone, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert main(arguments(folder, folder / "none", "--engine", "ray")) == 1
-    assert "no module named ray" in capsys.readouterr().err
+    commands = [arguments(folder, folder / "none"), *questions(folder, folder / "alone")]
+    for command in commands:
+        assert main([*command, "--engine", "ray"]) == 1
+        assert capsys.readouterr().err.count("no module named ray") == 1
+
+
+def test_the_options_reach_the_readers(folder, alone, monkeypatch, capsys):
+    """Parts are done in this process: that tasks of a cluster do them is seen in tests/attribution/test_engine.py."""
+    for command in questions(folder, folder / "alone"):
+        assert main(command) == 0
+        expected, engines = json.loads(capsys.readouterr().out), []
+        monkeypatch.setattr(Ray, "reading", lambda engine, seen=engines: (seen.append(engine), Local().reading())[1])
+        assert main([*command, "--engine", "ray", "--workers", "2"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {k: v for k, v in found.items() if k not in ("cost", "crc32")} == {
+            k: v for k, v in expected.items() if k not in ("cost", "crc32")
+        }
+        assert set(engines) == {Ray(workers=2)}
 
 
 @pytest.mark.slow
@@ -134,5 +172,4 @@ def test_ray_starts_and_ends_with_the_command(folder, alone):
     more = ("--engine", "ray", "--workers", "2")
     command = [sys.executable, "-m", "gradsketch", *arguments(folder, folder / "ray", *more)]
     assert_builds(command, folder / "ray", alone)
-    left = subprocess.run(["pgrep", "-f", "raylet.*session"], capture_output=True, text=True).stdout.split()
-    assert not left
+    assert not left_behind(f"GRADSKETCH_TEST={folder / 'ray'}")

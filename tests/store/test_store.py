@@ -26,6 +26,7 @@ from gradsketch.store import Manifest, Rows, Store, default_shard_rows, to_faiss
 from gradsketch.store.encoding import decode, encode
 from gradsketch.store.folder import LocalFolder, RemoteFolder, open_folder
 from gradsketch.store.layout import require_plain
+from gradsketch.store.manifest import MANIFEST_NAME
 from gradsketch.store.shard import _sealed
 
 SRC = Path(__file__).parents[2] / "src"
@@ -99,6 +100,14 @@ class TestContract:
         store.write(64, make_rows(64, 64))
         assert folder.names() == names
         assert sum(shard.count for shard in store) == ROWS
+
+    def test_what_is_there_is_known_without_a_listing(self, folder, monkeypatch):
+        assert not folder.has(MANIFEST_NAME)
+        fill(Store.create(folder, manifest()))
+        monkeypatch.setattr(type(folder), "names", None)  # of sixty thousand parts, for each worker that starts
+        assert folder.has(MANIFEST_NAME)
+        assert not folder.has("none")
+        assert Store.create(folder, manifest()).manifest == Store.open(folder).manifest
 
     def test_missing_ranges_are_listed_and_filled(self, folder):
         store = Store.create(folder, manifest())
@@ -395,6 +404,20 @@ class TestFaults:
         assert remote.read("a").to_pybytes() == b"one"
         remote.write("a", b"three")
         assert remote.read("a").to_pybytes() == b"three"
+
+
+def test_a_remote_folder_is_made_once(tmp_path):
+    made = []
+
+    class Counting(pyarrow.fs.SubTreeFileSystem):
+        def create_dir(self, path, *, recursive):
+            made.append(path)
+            super().create_dir(path, recursive=recursive)
+
+    remote = RemoteFolder(Counting(str(tmp_path), pyarrow.fs.LocalFileSystem()), "store", "test://store")
+    for name in ("a", "b", "c"):
+        remote.write(name, name.encode())
+    assert (remote.names(), made) == (["a", "b", "c"], ["store"])
 
 
 class TestHostile:

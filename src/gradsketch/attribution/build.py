@@ -201,7 +201,7 @@ class Build:
     def _create(self) -> None:
         text = self.description.to_json().encode()
         # What is there is read first, because a finished index may lie where nothing can be written.
-        if MANIFEST_NAME in self.folder.names() or not self.folder.write(MANIFEST_NAME, text, replace=False):
+        if self.folder.has(MANIFEST_NAME) or not self.folder.write(MANIFEST_NAME, text, replace=False):
             try:
                 self.description.require_same(Description.read(self.folder), self.folder.uri)
             except DamageError:
@@ -211,7 +211,7 @@ class Build:
 
     def _has_rows(self, folder: str) -> bool:
         child = self.folder.child(folder)
-        return MANIFEST_NAME in child.names() and bool(self._opened(child).ranges())
+        return child.has(MANIFEST_NAME) and bool(self._opened(child).ranges())
 
     @contextmanager
     def writer(self, number: int) -> Iterator[ShardWriter]:
@@ -280,7 +280,7 @@ class Build:
     def _missing(self, folder: str) -> list[tuple[int, int]]:
         """Return the ranges still to be written, of a store whose shape is that of this run."""
         child = self.folder.child(folder)
-        if MANIFEST_NAME not in child.names():
+        if not child.has(MANIFEST_NAME):
             return list(self._own(self.shape.shard_ranges()))
         try:
             return list(self._own(self._opened(child).unfinished()))

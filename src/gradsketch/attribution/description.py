@@ -74,7 +74,7 @@ class Description:
         Raises:
             StoreError: there is none, or it is damaged or of a newer version.
         """
-        if MANIFEST_NAME not in folder.names():
+        if not folder.has(MANIFEST_NAME):
             raise StoreError(
                 f"{folder.uri} holds no {MANIFEST_NAME}",
                 "the folder of an index",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from gradsketch.attribution.passes import Each, Part, here, parts_of
 from gradsketch.attribution.scan import RowFilter
 from gradsketch.errors import InputError
 from gradsketch.store import Shard, Store
 from gradsketch.store.columns import among
 
-__all__ = ["Where", "row_filter"]
+__all__ = ["Where", "columns_of", "row_filter"]
 
 # {column: value or list of values}, all of which must hold; or a function of a row's record (id, loss, gradient_norm
 # and metadata).
@@ -38,7 +40,20 @@ _CAN_EQUAL: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-def row_filter(where: Where | None, store: Store) -> RowFilter | None:
+def columns_of(store: Store, each: Each = here) -> dict[str, set[str]]:
+    """Return the metadata columns, each with the kinds of values that shards hold in it."""
+    found: dict[str, set[str]] = {}
+    for part in each(partial(_columns_of, store), parts_of(store.ranges())):
+        for name, kinds in part.items():
+            found.setdefault(name, set()).update(kinds)
+    return found
+
+
+def _columns_of(store: Store, part: Part) -> dict[str, set[str]]:
+    return store.snapshot(part).columns()
+
+
+def row_filter(where: Where | None, store: Store, each: Each = here) -> RowFilter | None:
     """Return the condition as a function of a shard of this store, or of one with the same rows.
 
     Raises:
@@ -47,11 +62,11 @@ def row_filter(where: Where | None, store: Store) -> RowFilter | None:
     if where is None:
         return None
     if not isinstance(where, Mapping):
-        none = dict.fromkeys(store.columns())  # a shard has the columns of its own rows only
+        none = dict.fromkeys(columns_of(store, each))  # a shard has the columns of its own rows only
         return lambda shard: torch.tensor(
             [bool(where(none | shard.record(i))) for i in range(shard.count)], device="cpu"
         )
-    columns = {"id": {"string"}, **store.columns()}
+    columns = {"id": {"string"}, **columns_of(store, each)}
     unknown = [name for name in where if name not in columns]
     if unknown:
         raise InputError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradsketch.attribution.answers import answers
 from gradsketch.attribution.checkpoints import Checkpoint, as_checkpoints, checked_weights
 from gradsketch.attribution.description import Description
+from gradsketch.attribution.engine import Engine, Local
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.explain import (
     asked_again,
@@ -187,6 +188,7 @@ class Index:
         exact: str = "ekfac",
         data: Any = None,
         batch_tokens: int = 4096,
+        engine: Engine | None = None,
         progress: bool | None = False,
     ) -> Hits:
         """Find the training examples that explain why the model says this.
@@ -210,6 +212,8 @@ class Index:
             data: the training data, where a re-ranked index holds no texts.
             weights: one a checkpoint, in place of those the index was built with; [0, 1] asks the second one alone.
             batch_tokens: tokens a batch of queries, or of candidates.
+            engine: who reads the shards: by default this process; ``gs.Ray(...)`` for tasks of a Ray cluster. Gradients
+                are formed here in any case.
             progress: whether to say what re-ranking costs and show a bar; None: in a terminal.
 
         Raises:
@@ -220,14 +224,15 @@ class Index:
         kind = kind_of(score)
         self._check(k, opponents, coarse, rerank)
         scorer = self._scorer_of_now()
-        keep = row_filter(where, scorer.stores[0])
-        queries = self._asked(model, examples, groups, batch_tokens)
-        began = time.perf_counter()
-        probes = scorer.probes(queries, kind, damping, weights)
-        prepared = time.perf_counter()
-        counts = (k, opponents) if rerank is None else (max(k, rerank), max(opponents, rerank) if opponents else 0)
-        proponents, others = both_ends(probes, *counts, keep=keep, coarse=coarse)
-        scanned = time.perf_counter()
+        with (engine or Local()).reading() as each:
+            keep = row_filter(where, scorer.stores[0], each)
+            queries = self._asked(model, examples, groups, batch_tokens)
+            began = time.perf_counter()
+            probes = scorer.probes(queries, kind, damping, weights, each)
+            prepared = time.perf_counter()
+            counts = (k, opponents) if rerank is None else (max(k, rerank), max(opponents, rerank) if opponents else 0)
+            proponents, others = both_ends(probes, *counts, keep=keep, coarse=coarse, each=each)
+            scanned = time.perf_counter()
         if rerank is None:
             described, reranking = kind.described(scorer.damping(kind, damping)), 0.0
         else:
@@ -274,6 +279,7 @@ class Index:
         groups: Sequence[Sequence[int]] | None = None,
         weights: Sequence[float] | None = None,
         batch_tokens: int = 4096,
+        engine: Engine | None = None,
     ) -> Float[Tensor, "groups rows"]:
         """Return the score of every row for every question; NaN for rows that have no sketch.
 
@@ -285,7 +291,8 @@ class Index:
         """
         kind, scorer = kind_of(score), self._scorer_of_now()
         queries = self._asked(model, examples, groups, batch_tokens)
-        return every_score(scorer.probes(queries, kind, damping, weights))
+        with (engine or Local()).reading() as each:
+            return every_score(scorer.probes(queries, kind, damping, weights, each), each)
 
     def self_influence(self, score: str = "ridge", *, damping: float | str = DAMPING) -> SelfInfluence:
         """Return every training example's score for itself: large for outliers, mislabelled and unique examples.
@@ -313,6 +320,7 @@ class Index:
         score: str = "ridge",
         damping: float | str = DAMPING,
         batch_tokens: int = 4096,
+        engine: Engine | None = None,
     ) -> Selection:
         """Return the training rows that help a target set most, within a budget.
 
@@ -329,6 +337,7 @@ class Index:
             score: "ridge" (default), "influence", "cosine" or "dot".
             damping: see ``query``.
             batch_tokens: tokens a batch of targets.
+            engine: who reads the shards; see ``query``.
 
         Example:
             >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -345,9 +354,11 @@ class Index:
         examples = as_queries(targets)
         queries = self._sketched(model, examples, [[i] for i in range(len(examples))], batch_tokens)
         sign = -1 if harmful else 1
-        values = target_scores(scorer.probes(queries, kind, damping), aggregate, sign)
         store = scorer.stores[0]
-        found, copies = chosen_rows(store, sign * values, budget, alike=None if harmful else alike)
+        with (engine or Local()).reading() as each:
+            values = target_scores(scorer.probes(queries, kind, damping, each=each), aggregate, sign, each)
+            found, copies = chosen_rows(store, sign * values, budget, alike=None if harmful else alike, each=each)
+            data = data_digest(store, each)
         ids, lengths = described_rows(store, found)
         return Selection(
             rows=tuple(found),
@@ -360,7 +371,7 @@ class Index:
             aggregate=aggregate,
             score=kind.described(scorer.damping(kind, damping)),
             harmful=harmful,
-            data=data_digest(store),
+            data=data,
             shard_rows=store.manifest.shard_rows,
         )
 

@@ -113,7 +113,7 @@ def read_factors(folder: Folder, checkpoint: str) -> Factors:
         StoreError: there are none, or they are damaged.
     """
     name = factors_name(checkpoint)
-    if name not in folder.names():
+    if not folder.has(name):
         raise StoreError(
             f"{folder.uri} without {name}",
             "the factors that its rows were sketched with",
@@ -161,7 +161,7 @@ def made_factors(
 def _kept(folder: Folder, checkpoint: str, make: Callable[[], Factors]) -> Factors:
     """Return the factors that lie in the folder; make them where there are none, or damaged ones."""
     name, damaged = factors_name(checkpoint), False
-    if name in folder.names():
+    if folder.has(name):
         try:
             return read_factors(folder, checkpoint)
         except DamageError:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from gradsketch.attribution.passes import SHARDS_A_SUM, Each, Part, here, parts_of
 from gradsketch.durable import checksum, damaged
 from gradsketch.errors import StoreError
 from gradsketch.gradients.fingerprints import digest
@@ -34,7 +36,7 @@ from gradsketch.store.shard import UNREADABLE
 
 __all__ = ["Moments", "RowMatrix", "damaged_moments", "moments_of"]
 
-_FOLDER, _FORMAT, _HEADER = "moments", 2, b"gradsketch"
+_FOLDER, _FORMAT, _HEADER = "moments", 3, b"gradsketch"
 # Multiplications from which the pass over the rows takes longer than writing its outcome down.
 _WORTH_KEEPING = 1 << 34
 
@@ -56,36 +58,39 @@ class Moments:
 class RowMatrix:
     """The usable rows of a store as a matrix X [N, d] that is streamed, never held."""
 
-    def __init__(self, store: Store, unit_length: bool) -> None:
+    def __init__(self, store: Store, unit_length: bool, each: Each = here) -> None:
         self.store, self.unit_length, self.count, self.squared_norm = store, unit_length, 0, 0.0
+        self.firsts: dict[int, int] = {}  # which row of X is a shard's first
         digests = []
-        for start, count in store.ranges():
-            shard = store.shard(start, count)
-            digests.append(shard.digest)
-            norms = shard.numbers("gradient_norm").double()
-            norms = norms[torch.isfinite(norms)]
-            self.count += len(norms)
-            self.squared_norm += float((norms > 0).sum() if unit_length else norms.square().sum())
+        for facts in each(partial(_facts_of, store, unit_length), parts_of(store.ranges())):
+            for start, digest_of_data, count, squared_norm in facts:
+                self.firsts[start] = self.count
+                self.count += count
+                self.squared_norm += squared_norm
+                digests.append(digest_of_data)
         self.digest = digest(digests)  # of the data behind the rows
 
     def blocks(self) -> Iterator[Float[Tensor, "rows d"]]:
         """Yield X piece by piece, in float32."""
-        for shard in self.store:
-            yield self.block(shard)
+        return _blocks_of(self.store, self.unit_length)
 
-    def block(self, shard: Shard) -> Float[Tensor, "rows d"]:
-        """Return a shard's part of X."""
-        norm = shard.numbers("gradient_norm")
-        usable = torch.isfinite(norm)
-        x = shard.decoded(usable)
-        return x / norm[usable].clamp_min(torch.finfo(torch.float32).tiny)[:, None] if self.unit_length else x
-
-    def second_moment(self) -> Float64[Tensor, "d d"]:
+    def second_moment(self, each: Each = here) -> Float64[Tensor, "d d"]:
         """Return XᵀX / N."""
-        total = torch.zeros(self.store.d, self.store.d, dtype=torch.float64, device="cpu")
-        for x in self.blocks():
-            total += x.T @ x
-        return total / self.count
+        return self._sum(each, _second_moment_of, (self.store.d, self.store.d)) / self.count
+
+    def sample(self, most: int, each: Each = here) -> Float[Tensor, "rows d"]:
+        """Return at most so many rows of X, spread evenly."""
+        step = max(1, -(-self.count // most))
+        parts = parts_of(self.store.ranges())
+        kept = list(each(partial(_sample_of, self.store, self.unit_length, self.firsts, step), parts))
+        return torch.cat(kept) if kept else torch.empty(0, self.store.d, dtype=torch.float32, device="cpu")
+
+    def _sum(self, each: Each, of: Callable[..., Tensor], shape: tuple[int, int], *more: Any) -> Tensor:
+        total = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        parts = parts_of(self.store.ranges(), SHARDS_A_SUM)
+        for part in each(partial(of, self.store, self.unit_length, *more), parts):
+            total += part
+        return total
 
     def gram(self) -> Float64[Tensor, "n n"]:
         """Return XXᵀ, block by block: two shards are held at a time."""
@@ -103,7 +108,7 @@ class RowMatrix:
             row += len(x)
         return out
 
-    def eigenpairs(self, rank: int) -> tuple[Float64[Tensor, "d r"], Float64[Tensor, " r"]]:
+    def eigenpairs(self, rank: int, each: Each = here) -> tuple[Float64[Tensor, "d r"], Float64[Tensor, " r"]]:
         """Return F's leading eigenvectors and eigenvalues, approximately, from one pass over the rows.
 
         Randomised Nyström approximation: Frangella, Tropp and Udell 2023, algorithm 2.1.
@@ -111,9 +116,7 @@ class RowMatrix:
         d = self.store.d
         normals = Stream(0, "nystrom").normals(0, d * rank, dtype=torch.float64).view(d, rank)
         test = torch.linalg.qr(normals).Q
-        image = torch.zeros(d, rank, dtype=torch.float64, device="cpu")
-        for x in self.blocks():
-            image += (x.T @ (x @ test.float())).double() / self.count
+        image = self._sum(each, _image_of, (d, rank), test.float(), self.count)
         # A shift of rounding size keeps the small Cholesky positive definite; it is taken off again.
         tiny = 1e-7 * float(image.norm())
         image += tiny * test
@@ -136,7 +139,56 @@ class RowMatrix:
         return out
 
 
-def moments_of(rows: RowMatrix, *, exact_size: int, rank: int) -> Moments:
+def _blocks_of(store: Store, unit_length: bool, part: Part | None = None) -> Iterator[Float[Tensor, "rows d"]]:
+    return (_block_of(shard, unit_length) for shard in store.snapshot(part))
+
+
+def _block_of(shard: Shard, unit_length: bool) -> Float[Tensor, "rows d"]:
+    """Return a shard's part of X."""
+    norm = shard.numbers("gradient_norm")
+    usable = torch.isfinite(norm)
+    x = shard.decoded(usable)
+    return x / norm[usable].clamp_min(torch.finfo(torch.float32).tiny)[:, None] if unit_length else x
+
+
+def _facts_of(store: Store, unit_length: bool, part: Part) -> list[tuple[int, str, int, float]]:
+    """Return of each shard its first row, the hash of its data, its usable rows, and the square of their norm."""
+    found = []
+    for start, count in part:
+        shard = store.shard(start, count)
+        norms = shard.numbers("gradient_norm").double()
+        norms = norms[torch.isfinite(norms)]
+        squared = float((norms > 0).sum() if unit_length else norms.square().sum())
+        found.append((start, shard.digest, len(norms), squared))
+    return found
+
+
+def _second_moment_of(store: Store, unit_length: bool, part: Part) -> Float64[Tensor, "d d"]:
+    total = torch.zeros(store.d, store.d, dtype=torch.float64, device="cpu")
+    for x in _blocks_of(store, unit_length, part):
+        total += x.T @ x
+    return total
+
+
+def _image_of(
+    store: Store, unit_length: bool, test: Float[Tensor, "d r"], count: int, part: Part
+) -> Float64[Tensor, "d r"]:
+    """Return a part's share of F times some vectors, of ``count`` rows in all."""
+    total = torch.zeros(test.shape, dtype=torch.float64, device="cpu")
+    for x in _blocks_of(store, unit_length, part):
+        total += (x.T @ (x @ test)).double() / count
+    return total
+
+
+def _sample_of(
+    store: Store, unit_length: bool, firsts: Mapping[int, int], step: int, part: Part
+) -> Float[Tensor, "rows d"]:
+    """Return every so many rows of X that a part holds."""
+    blocks = ((firsts[shard.start], _block_of(shard, unit_length)) for shard in store.snapshot(part))
+    return torch.cat([x[(-first) % step :: step] for first, x in blocks])
+
+
+def moments_of(rows: RowMatrix, *, exact_size: int, rank: int, each: Each = here) -> Moments:
     """Return the second moments of the rows: what is kept beside the store, or one pass over it.
 
     Exact, in the smaller of the two spaces, where that is at most ``exact_size``; else ``rank`` eigenpairs.
@@ -157,16 +209,17 @@ def moments_of(rows: RowMatrix, *, exact_size: int, rank: int) -> Moments:
     }
     kept = _read(store, facts) if worth else None
     if kept is None:
-        kept = tuple(matrix.float() for matrix in _computed(rows, method, rank))
+        kept = tuple(matrix.float() for matrix in _computed(rows, method, rank, each))
         if worth:
             _write(store, facts, kept)
     return Moments(method, rows.count, rows.squared_norm, kept)
 
 
-def _computed(rows: RowMatrix, method: str, rank: int) -> tuple[Tensor, ...]:
+def _computed(rows: RowMatrix, method: str, rank: int, each: Each) -> tuple[Tensor, ...]:
     if method == "low rank":
-        return rows.eigenpairs(rank)
-    return (rows.gram() if method == "dual" else rows.second_moment(),)
+        return rows.eigenpairs(rank, each)
+    # A Gram matrix is of fewer rows than numbers a row, which are soon read.
+    return (rows.gram() if method == "dual" else rows.second_moment(each),)
 
 
 def _name(facts: Mapping[str, Any]) -> str:
@@ -191,7 +244,7 @@ def _read(store: Store, facts: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
     """Return matrices that were kept, or None where there are none of these very facts, or not every byte is sound."""
     folder = store.folder.child(_FOLDER)
     try:
-        if _name(facts) not in folder.names():
+        if not folder.has(_name(facts)):
             return None
         header, matrices = _opened(folder, _name(facts))
     except StoreError:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from gradsketch.attribution.moments import Moments, RowMatrix, moments_of
+from gradsketch.attribution.passes import Each, here
 from gradsketch.errors import InputError
 from gradsketch.store import Store
 
@@ -65,6 +66,7 @@ def fit_preconditioner(
     damping: float,
     exact_size: int = EXACT_SIZE,
     rank: int = LOW_RANK,
+    each: Each = here,
 ) -> Preconditioner:
     """Build (F + λI)⁻¹ from the rows of a store; with ``unit_length`` each row is scaled to length one first.
 
@@ -77,7 +79,7 @@ def fit_preconditioner(
     """
     if not (isinstance(damping, int | float) and damping > 0 and math.isfinite(damping)):
         raise InputError(f"damping={damping}", "a positive number", 'Pass damping=0.1, or damping="auto"')
-    rows = RowMatrix(store, unit_length)
+    rows = RowMatrix(store, unit_length, each)
     size = min(rows.count, store.d)
     mean = rows.squared_norm / rows.count / size if rows.count else 0.0
     if mean == 0:
@@ -89,7 +91,7 @@ def fit_preconditioner(
             f"{_SMALLEST:g} to {_LARGEST:g}: float32 does not hold the squares of others",
             'Pass score="ridge", which compares directions, or leave out rows of an extreme gradient_norm',
         )
-    moments = moments_of(rows, exact_size=exact_size, rank=rank)
+    moments = moments_of(rows, exact_size=exact_size, rank=rank, each=each)
     return Preconditioner(_solver(rows, moments, damping * mean), rows.count, damping, mean, moments.method)
 
 
@@ -156,7 +158,7 @@ class _LowRank(_Solver):
         return (inside * (self.inverse - self.tail)) @ self.vectors.T + self.tail * q
 
 
-def held_out_damping(store: Store, *, unit_length: bool) -> float:
+def held_out_damping(store: Store, *, unit_length: bool, each: Each = here) -> float:
     """Choose the damping under which held-out gradients are most likely as draws from N(0, F + λI).
 
     F is fitted to a sample of up to 2048 rows without every fifth, which is held out; the likelihood is evaluated
@@ -165,7 +167,7 @@ def held_out_damping(store: Store, *, unit_length: bool) -> float:
     Raises:
         InputError: fewer than ten rows.
     """
-    sample = _sample(RowMatrix(store, unit_length), _SAMPLE_ROWS)
+    sample = RowMatrix(store, unit_length, each).sample(_SAMPLE_ROWS, each)
     if len(sample) < 10:
         raise InputError(f"{len(sample)} rows", "at least ten to hold some out", "Pass damping=0.1")
     held = torch.arange(len(sample), device="cpu") % 5 == 0
@@ -187,13 +189,3 @@ def held_out_damping(store: Store, *, unit_length: bool) -> float:
         return -float(quadratic.mean() + determinant)
 
     return max(_DAMPINGS, key=log_likelihood)
-
-
-def _sample(rows: RowMatrix, most: int) -> Float[Tensor, "rows d"]:
-    """Return at most ``most`` rows spread evenly over the store."""
-    step = max(1, -(-rows.count // most))
-    kept, seen = [], 0
-    for x in rows.blocks():
-        kept.append(x[(-seen) % step :: step].clone())
-        seen += len(x)
-    return torch.cat(kept) if kept else torch.empty(0, rows.store.d, dtype=torch.float32, device="cpu")

@@ -205,8 +205,10 @@ class Reranker:
     @cached_property
     def _sample(self) -> list[int]:
         """Their rows: spread over the training data, without those that have no gradient."""
-        left_out, step = self.store.left_out(), max(1, -(-self.store.rows // self.kind.rows))
-        return [row for row in range(0, self.store.rows, step) if row not in left_out]
+        rows = range(0, self.store.rows, max(1, -(-self.store.rows // self.kind.rows)))
+        shards = {self.store.manifest.shard_at(row) for row in rows} & set(self.store.ranges())
+        left_out = self.store.snapshot(sorted(shards)).left_out()  # of a large index, few shards of many
+        return [row for row in rows if row not in left_out]
 
     @property
     def _silent(self) -> bool | None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from gradsketch.attribution.passes import Each, Part, here, parts_of
 from gradsketch.errors import NonFiniteError
 from gradsketch.store import Shard, Store
 from gradsketch.store.encoding import stored_count, turned, unpacked
@@ -54,32 +56,45 @@ class Top:
     rows: Int64[Tensor, "m k"]
 
 
-def scan(probes: Sequence[Probe], width: int | None = None) -> Iterator[tuple[list[Shard], Float[Tensor, "m rows"]]]:
+def scan(
+    probes: Sequence[Probe], part: Part, width: int | None = None
+) -> Iterator[tuple[list[Shard], Float[Tensor, "m rows"]]]:
     """Yield, shard by shard, the shards of every checkpoint and the scores of their rows (−inf for rows left out).
 
     With ``width`` only the first so many numbers of each sketch are used, scaled so that products stay unbiased.
     """
-    for start, count in probes[0].store.ranges():
+    for start, count in part:
         shards = [probe.store.shard(start, count, whole=width is None) for probe in probes]
         yield shards, _combined(probes, shards, width)
 
 
-def every_score(probes: Sequence[Probe]) -> Float[Tensor, "m rows"]:
+def every_score(probes: Sequence[Probe], each: Each = here) -> Float[Tensor, "m rows"]:
     """Return all scores of all rows; NaN for rows that were left out, or are not there yet."""
     every = torch.full((len(probes[0].directions), probes[0].store.rows), torch.nan, dtype=torch.float32, device="cpu")
-    for shards, scores in scan(probes):
-        every[:, shards[0].start : shards[0].start + scores.shape[1]] = scores
+    for found in each(partial(_scores_of, probes), parts_of(probes[0].store.ranges())):
+        for start, scores in found:
+            every[:, start : start + scores.shape[1]] = scores
     return every.where(torch.isfinite(every), torch.nan)
 
 
+def _scores_of(probes: Sequence[Probe], part: Part) -> list[tuple[int, Float[Tensor, "m rows"]]]:
+    return [(shards[0].start, scores) for shards, scores in scan(probes, part)]
+
+
 def top(
-    probes: Sequence[Probe], k: int, *, sign: int = 1, keep: RowFilter | None = None, width: int | None = None
+    probes: Sequence[Probe],
+    k: int,
+    *,
+    sign: int = 1,
+    keep: RowFilter | None = None,
+    width: int | None = None,
+    each: Each = here,
 ) -> Top:
     """Return the k rows of largest ``sign * score`` for each query (``sign=-1``: the opponents).
 
     Scores come back with their own sign; fewer than k rows are padded with −inf and row −1.
     """
-    return tops(probes, [(k, sign)], keep=keep, width=width)[0]
+    return tops(probes, [(k, sign)], keep=keep, width=width, each=each)[0]
 
 
 def tops(
@@ -88,23 +103,34 @@ def tops(
     *,
     keep: RowFilter | None = None,
     width: int | None = None,
+    each: Each = here,
 ) -> list[Top]:
     """Return what ``top`` does for each (k, sign), in one pass over the stores."""
-    m = len(probes[0].directions)
-    found = [
-        (
-            torch.full((m, k), -torch.inf, dtype=torch.float32, device="cpu"),
-            torch.full((m, k), -1, dtype=torch.int64, device="cpu"),
-        )
-        for k, _ in wanted
-    ]
-    for shards, scores in scan(probes, width):
+    found = [_nothing(len(probes[0].directions), k) for k, _ in wanted]
+    for part in each(partial(_best_of, probes, wanted, keep, width), parts_of(probes[0].store.ranges())):
+        found = [_merged(*best, *more) for best, more in zip(found, part, strict=True)]
+    return [_top(best, rows, sign) for (best, rows), (_, sign) in zip(found, wanted, strict=True)]
+
+
+def _best_of(
+    probes: Sequence[Probe], wanted: Sequence[tuple[int, int]], keep: RowFilter | None, width: int | None, part: Part
+) -> list[tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"]]]:
+    """Return the best signed scores of a part's rows, and the rows, for each (k, sign)."""
+    found = [_nothing(len(probes[0].directions), k) for k, _ in wanted]
+    for shards, scores in scan(probes, part, width):
         shard = shards[0]
         usable = torch.isfinite(scores) if keep is None else torch.isfinite(scores) & keep(shard)
         for place, (_, sign) in enumerate(wanted):
             signed = torch.where(usable, sign * scores, -torch.inf)
             found[place] = _merge(*found[place], signed, shard.start)
-    return [_top(best, rows, sign) for (best, rows), (_, sign) in zip(found, wanted, strict=True)]
+    return found
+
+
+def _nothing(m: int, k: int) -> tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"]]:
+    return (
+        torch.full((m, k), -torch.inf, dtype=torch.float32, device="cpu"),
+        torch.full((m, k), -1, dtype=torch.int64, device="cpu"),
+    )
 
 
 def _top(best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], sign: int) -> Top:
@@ -112,11 +138,19 @@ def _top(best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], sign: int) -> T
     return Top(torch.where(there, sign * best, -torch.inf), torch.where(there, rows, -1))
 
 
-def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"]) -> Float[Tensor, "m c"]:
+def rescore(probes: Sequence[Probe], found: Int64[Tensor, "m c"], each: Each = here) -> Float[Tensor, "m c"]:
     """Return the exact scores of given rows, each row of ``found`` belonging to one query (−1: no row, −inf)."""
-    out = torch.full(found.shape, -torch.inf, dtype=torch.float32, device="cpu")
     manifest = probes[0].store.manifest
-    for start, count in sorted({manifest.shard_at(row) for row in found[found >= 0].tolist()}):
+    shards = sorted({manifest.shard_at(row) for row in found[found >= 0].tolist()})
+    out = torch.full(found.shape, -torch.inf, dtype=torch.float32, device="cpu")
+    for scores in each(partial(_rescored, probes, found), parts_of(shards)):
+        out = torch.maximum(out, scores)  # each entry is finite in one part
+    return out
+
+
+def _rescored(probes: Sequence[Probe], found: Int64[Tensor, "m c"], part: Part) -> Float[Tensor, "m c"]:
+    out = torch.full(found.shape, -torch.inf, dtype=torch.float32, device="cpu")
+    for start, count in part:
         inside = (found >= start) & (found < start + count)
         places, inverse = torch.unique(found[inside] - start, return_inverse=True)
         scores = _combined(probes, [p.store.shard(start, count) for p in probes], None, places)
@@ -182,7 +216,13 @@ def _merge(
     least = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
     # Every entry that can be among the k, ties included; for few queries these are a few columns of the block.
     columns = ((scores >= least) & (scores > best[:, -1:])).any(dim=0).nonzero()[:, 0]
-    both = torch.cat([best, scores[:, columns]], dim=1)
-    numbers = torch.cat([rows, (columns + start).expand(len(rows), -1)], dim=1)
-    values, places = both.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].contiguous(), numbers.gather(1, places[:, :k])
+    return _merged(best, rows, scores[:, columns], (columns + start).expand(len(rows), -1))
+
+
+def _merged(
+    best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], more: Float[Tensor, "m c"], numbers: Int64[Tensor, "m c"]
+) -> tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"]]:
+    """Keep the k best of what was found and what came later; of equal scores the earlier row wins."""
+    values, places = torch.cat([best, more], dim=1).sort(dim=1, descending=True, stable=True)
+    k = best.shape[1]
+    return values[:, :k].contiguous(), torch.cat([rows, numbers], dim=1).gather(1, places[:, :k])

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.attribution.checkpoints import checked_weights
+from gradsketch.attribution.passes import Each, here
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
@@ -37,7 +38,12 @@ class Scorer:
         self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
 
     def probes(
-        self, queries: Queries, kind: Kind, damping: float | str, weights: Sequence[float] | None = None
+        self,
+        queries: Queries,
+        kind: Kind,
+        damping: float | str,
+        weights: Sequence[float] | None = None,
+        each: Each = here,
     ) -> list[Probe]:
         """Return what each checkpoint's store is multiplied with, one direction per group of questions.
 
@@ -51,7 +57,7 @@ class Scorer:
         for number, (store, weight) in enumerate(zip(self.stores, weights, strict=True)):
             q = queries.sketched[number].sketches
             q = queries.means(queries.unit_length(number) if kind.unit_length else q)
-            probes.append(Probe(store, self._solved(number, q, kind, damping), weight, kind.unit_length))
+            probes.append(Probe(store, self._solved(number, q, kind, damping, each), weight, kind.unit_length))
         return probes
 
     def damping(self, kind: Kind, damping: float | str) -> float | None:
@@ -86,45 +92,55 @@ class Scorer:
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
 
-    def _solved(self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str) -> Float[Tensor, "m d"]:
+    def _solved(
+        self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str, each: Each = here
+    ) -> Float[Tensor, "m d"]:
         """Return (F + λI)⁻¹ q / N, or q itself for kinds without it."""
         if not (kind.preconditioned and self.rows):
             return q
-        preconditioner = self._preconditioner(number, kind, damping)
+        preconditioner = self._preconditioner(number, kind, damping, each)
         return preconditioner.solve(q) / preconditioner.rows
 
-    def _preconditioner(self, number: int, kind: Kind, damping: float | str) -> Preconditioner:
+    def _preconditioner(self, number: int, kind: Kind, damping: float | str, each: Each = here) -> Preconditioner:
         if isinstance(damping, str) and damping != "auto":
             raise InputError(f"damping={damping!r}", 'a positive number or "auto"', "Pass damping=0.1")
         key = (number, kind.unit_length, damping)
         if key not in self._fitted:
-            store = self.stores[number]
-            value = held_out_damping(store, unit_length=kind.unit_length) if isinstance(damping, str) else damping
-            self._fitted[key] = fit_preconditioner(store, unit_length=kind.unit_length, damping=value)
+            store, unit = self.stores[number], kind.unit_length
+            value = held_out_damping(store, unit_length=unit, each=each) if isinstance(damping, str) else damping
+            self._fitted[key] = fit_preconditioner(store, unit_length=unit, damping=value, each=each)
         return self._fitted[key]
 
 
 def both_ends(
-    probes: Sequence[Probe], k: int, opponents: int, *, keep: RowFilter | None, coarse: int | None
+    probes: Sequence[Probe],
+    k: int,
+    opponents: int,
+    *,
+    keep: RowFilter | None,
+    coarse: int | None,
+    each: Each = here,
 ) -> tuple[Top, Top | None]:
     """Return the k best rows, and so many of the worst (None for 0), in one pass unless candidates are found first."""
     if coarse is None and opponents:
         rows = max(1, probes[0].store.rows)
-        first, last = tops(probes, [(min(k, rows), 1), (min(opponents, rows), -1)], keep=keep)
+        first, last = tops(probes, [(min(k, rows), 1), (min(opponents, rows), -1)], keep=keep, each=each)
         return first, last
-    last_ones = best(probes, opponents, sign=-1, keep=keep, coarse=coarse) if opponents else None
-    return best(probes, k, sign=1, keep=keep, coarse=coarse), last_ones
+    last_ones = best(probes, opponents, sign=-1, keep=keep, coarse=coarse, each=each) if opponents else None
+    return best(probes, k, sign=1, keep=keep, coarse=coarse, each=each), last_ones
 
 
-def best(probes: Sequence[Probe], k: int, *, sign: int, keep: RowFilter | None, coarse: int | None) -> Top:
+def best(
+    probes: Sequence[Probe], k: int, *, sign: int, keep: RowFilter | None, coarse: int | None, each: Each = here
+) -> Top:
     """Return the k rows of largest ``sign * score``; with ``coarse``, candidates are found with so many numbers."""
     rows = probes[0].store.rows
     k = min(k, max(1, rows))
     if coarse is None:
-        return top(probes, k, sign=sign, keep=keep)
+        return top(probes, k, sign=sign, keep=keep, each=each)
     candidates = min(rows, max(_CANDIDATES_AT_LEAST, _CANDIDATES_A_HIT * k))
-    found = top(probes, candidates, sign=sign, keep=keep, width=coarse)
-    exact = sign * rescore(probes, found.rows)
+    found = top(probes, candidates, sign=sign, keep=keep, width=coarse, each=each)
+    exact = sign * rescore(probes, found.rows, each)
     values, places = exact.where(found.rows >= 0, -torch.inf).sort(dim=1, descending=True, stable=True)
     return Top(sign * values[:, :k], found.rows.gather(1, places[:, :k]))
 

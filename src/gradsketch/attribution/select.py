@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.attribution.parts import digest_of
+from gradsketch.attribution.passes import Each, Part, here, parts_of
 from gradsketch.attribution.results import Score
 from gradsketch.attribution.scan import Probe, every_score, scan
 from gradsketch.durable import written_whole
@@ -137,13 +139,18 @@ class Selection(Result):
             )
 
 
-def data_digest(store: Store) -> str:
+def data_digest(store: Store, each: Each = here) -> str:
     """Return a hash of the data behind a store, or nothing where rows or their hashes are missing."""
-    digests = [store.shard(start, count).digest for start, count in store.ranges()]
+    parts = each(partial(_digests_of, store), parts_of(store.ranges()))
+    digests = [of_shard for part in parts for of_shard in part]
     return digest(digests) if all(digests) and not store.rows_missing else ""
 
 
-def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Float[Tensor, " rows"]:
+def _digests_of(store: Store, part: Part) -> list[str]:
+    return [store.shard(start, count).digest for start, count in part]
+
+
+def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1, each: Each = here) -> Float[Tensor, " rows"]:
     """Return every row's score for the targets together; NaN for rows that were left out when the index was built.
 
     "mean" and "max" over the targets ("max" is the least with ``sign=-1``); "rank": the mean place among all rows, from
@@ -157,13 +164,11 @@ def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Flo
     total = probes[0].store.rows
     if aggregate != "rank":
         out = torch.full((total,), torch.nan, dtype=torch.float32, device="cpu")
-        for shards, scores in scan(probes):
-            start = shards[0].start
-            out[start : start + scores.shape[1]] = (
-                scores.mean(0) if aggregate == "mean" else sign * (sign * scores).amax(0)
-            )
+        for found in each(partial(_aggregates_of, probes, aggregate, sign), parts_of(probes[0].store.ranges())):
+            for start, scores in found:
+                out[start : start + len(scores)] = scores
         return out.where(torch.isfinite(out), torch.nan)
-    ranks, every = torch.zeros(total, dtype=torch.float32, device="cpu"), every_score(probes)
+    ranks, every = torch.zeros(total, dtype=torch.float32, device="cpu"), every_score(probes, each)
     usable = torch.isfinite(every).all(0)
     for scores in every:
         places = scores[usable].argsort(stable=True).argsort()
@@ -171,8 +176,18 @@ def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1) -> Flo
     return ranks.where(usable, torch.nan)
 
 
+def _aggregates_of(
+    probes: Sequence[Probe], aggregate: str, sign: int, part: Part
+) -> list[tuple[int, Float[Tensor, " rows"]]]:
+    """Return of each shard its first row, and its rows' scores for the targets together."""
+    return [
+        (shards[0].start, scores.mean(0) if aggregate == "mean" else sign * (sign * scores).amax(0))
+        for shards, scores in scan(probes, part)
+    ]
+
+
 def chosen_rows(
-    store: Store, values: Float[Tensor, " rows"], budget: Budget, *, alike: float | None
+    store: Store, values: Float[Tensor, " rows"], budget: Budget, *, alike: float | None, each: Each = here
 ) -> tuple[list[int], int]:
     """Return the rows of largest value within the budget, best first, and how many were passed over as copies.
 
@@ -187,7 +202,7 @@ def chosen_rows(
     usable = torch.isfinite(values)
     order = values.where(usable, -torch.inf).sort(descending=True, stable=True).indices[: int(usable.sum())]
     tokens = (
-        _tokens(store, values)
+        _tokens(store, values, each)
         if budget.tokens is not None
         else torch.ones(len(values), dtype=torch.float32, device="cpu")
     )
@@ -257,13 +272,18 @@ def _sketches(store: Store, rows: list[int]) -> Float[Tensor, "rows d"]:
     return out
 
 
-def _tokens(store: Store, values: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def _tokens(store: Store, values: Float[Tensor, " rows"], each: Each) -> Float[Tensor, " rows"]:
     tokens = torch.full_like(values, torch.nan)
-    for shard in store:
-        tokens[shard.start : shard.start + shard.count] = shard.numbers("tokens")
+    for found in each(partial(_tokens_of, store), parts_of(store.ranges())):
+        for start, lengths in found:
+            tokens[start : start + len(lengths)] = lengths
     if bool(tokens[torch.isfinite(values)].isnan().any()):
         raise InputError("rows whose tokens were not counted", "a budget of rows", "Pass rows= or share=")
     return tokens
+
+
+def _tokens_of(store: Store, part: Part) -> list[tuple[int, Float[Tensor, " rows"]]]:
+    return [(shard.start, shard.numbers("tokens")) for shard in store.snapshot(part)]
 
 
 def _line(example: Any, place: int) -> str:

@@ -14,7 +14,7 @@ from gradsketch.cli.command import Command
 from gradsketch.cli.data import DataOptions, DataPlace
 from gradsketch.cli.index import built_with, model_of
 from gradsketch.cli.loading import load
-from gradsketch.cli.work import WorkOptions
+from gradsketch.cli.work import ReadingOptions, WorkOptions
 from gradsketch.errors import InputError
 
 __all__ = ["COMMAND", "QueryOptions", "damping_of"]
@@ -74,6 +74,7 @@ class QueryOptions:
     """Show which tokens matter in the first so many hits."""
     html: Path | None = None
     """Write a page to this file."""
+    work: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
     json: bool = False
     """Print everything as JSON."""
 
@@ -81,27 +82,31 @@ class QueryOptions:
 def run(options: QueryOptions) -> int:
     """Print the hits."""
     from gradsketch.attribution.description import Description
+    from gradsketch.attribution.filters import columns_of
     from gradsketch.attribution.index import Index
     from gradsketch.store.folder import open_folder
 
     Description.read(open_folder(options.index))  # a wrong path is found out before the model is loaded
-    examples = _examples(options)
+    engine, examples = options.work.chosen(), _examples(options)
     model, task = load(model_of(options.index, options.model, options.device, fsdp=options.fsdp))
     index = Index.open(options.index, task=task)
-    hits = index.query(
-        model,
-        examples,
-        k=options.k,
-        opponents=options.opponents,
-        score=options.score,
-        damping=damping_of(options.damping),
-        where=_where(options.where, index),
-        groups=[list(range(len(examples)))] if options.group else None,
-        coarse=options.coarse,
-        rerank=options.rerank,
-        exact=options.exact,
-        progress=None,
-    )
+    with engine.reading() as each:  # one cluster for the columns and the query
+        columns = columns_of(index.stores[0].snapshot(), each) if options.where else {}
+        hits = index.query(
+            model,
+            examples,
+            k=options.k,
+            opponents=options.opponents,
+            score=options.score,
+            damping=damping_of(options.damping),
+            where=_where(options.where, columns),
+            groups=[list(range(len(examples)))] if options.group else None,
+            coarse=options.coarse,
+            rerank=options.rerank,
+            exact=options.exact,
+            engine=engine,
+            progress=None,
+        )
     if options.explain:
         hits = index.explain(model, hits, top=options.explain)
     if WorkOptions().share()[0] > 0:
@@ -172,9 +177,8 @@ def damping_of(text: str) -> float | str:
         raise InputError(f"--damping {text}", "a positive number, or auto", "Type --damping 0.1") from error
 
 
-def _where(conditions: tuple[str, ...], index: Any) -> dict[str, list[Any]] | None:
+def _where(conditions: tuple[str, ...], columns: dict[str, set[str]]) -> dict[str, list[Any]] | None:
     """Return {column: values}, each value of every type that its column has."""
-    columns: dict[str, set[str]] = index.stores[0].columns() if conditions else {}
     where: dict[str, list[Any]] = {}
     for condition in conditions:
         name, equals, value = condition.partition("=")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from gradsketch.cli.data import DataPlace
 from gradsketch.cli.index import RUN_FILE, IndexOptions, built_with
 from gradsketch.cli.loading import load
 from gradsketch.cli.query import damping_of
+from gradsketch.cli.work import ReadingOptions
 from gradsketch.errors import InputError
 from gradsketch.table import printable
 
@@ -53,6 +54,7 @@ class SelectOptions:
     """λ as a fraction of the mean eigenvalue, or auto."""
     device: str = "auto"
     """cpu, cuda, …"""
+    work: Annotated[ReadingOptions, tyro.conf.arg(name="")] = field(default_factory=ReadingOptions)
     json: bool = False
     """Print everything as JSON."""
 
@@ -62,7 +64,7 @@ def run(options: SelectOptions) -> int:
     budget = _budget(options)
     from gradsketch.attribution.index import Index
 
-    stored = _stored(options)
+    engine, stored = options.work.chosen(), _stored(options)
     targets = stored.part.of_questions().rows(options.targets)
     data = stored.part.rows(options.data or stored.data) if options.out is not None else None
     model, task = load(replace(stored.model, device=options.device))
@@ -75,6 +77,7 @@ def run(options: SelectOptions) -> int:
         alike=None if options.alike >= 1 else options.alike,
         score=options.score,
         damping=damping_of(options.damping),
+        engine=engine,
     )
     if options.out is not None and data is not None:
         found.write(options.out, data, drop=options.drop is not None)

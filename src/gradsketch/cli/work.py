@@ -1,4 +1,4 @@
-"""The options that say who does the work: this process, several that share it, or the workers of a Ray cluster."""
+"""The options that say who writes or reads shards: this process, several that share it, or workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradsketch.errors import InputError
 if TYPE_CHECKING:
     from gradsketch.attribution.engine import Engine
 
-__all__ = ["WorkOptions"]
+__all__ = ["ReadingOptions", "WorkOptions"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,33 @@ class WorkOptions:
                 "Type --engine ray, or share the work by --worker I N",
             )
         return None
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Who reads the shards."""
+
+    engine: Literal["local", "ray"] = "local"
+    """ray: tasks of a Ray cluster read the shards of a large index; gradients are formed here."""
+    workers: int | None = None
+    """Tasks of --engine ray at once; by default one per CPU."""
+    address: str | None = None
+    """Address of a Ray cluster; by default one is started on this machine, and ended with the command."""
+
+    def chosen(self) -> Engine:
+        """Return the engine.
+
+        Raises:
+            InputError: options of Ray without it.
+        """
+        from gradsketch.attribution.engine import Local, Ray
+
+        if self.engine == "ray":
+            if WorkOptions().share()[1] > 1:
+                raise InputError("--engine ray under torchrun", "one of the two", "Ask in one process")
+            return Ray(self.workers, address=self.address)
+        if (self.workers, self.address) != (None, None):
+            raise InputError(
+                "--workers or --address without --engine ray", "an engine that has workers", "Type --engine ray"
+            )
+        return Local()

@@ -39,6 +39,10 @@ class Folder(ABC):
         """Return the names of all finished files, sorted; empty where the folder does not exist."""
 
     @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether a finished file is there: one look-up, where listing a folder of many files takes long."""
+
+    @abstractmethod
     def read(self, name: str, *, whole: bool = False, check: Check | None = None) -> pa.Buffer:
         """Return a file's bytes, memory-mapped; ``whole`` says that all of them are about to be used.
 
@@ -60,9 +64,8 @@ class Folder(ABC):
     def child(self, name: str) -> Folder:
         """Return a folder inside this one."""
 
-    @abstractmethod
-    def clean(self) -> None:
-        """Remove what dead writers on this machine left unfinished."""
+    def clean(self) -> None:  # noqa: B027 - an upload becomes visible whole or never
+        """Remove what dead writers on this machine left unfinished, where anything can be."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
@@ -103,6 +106,9 @@ class LocalFolder(Folder):
         except OSError as error:
             raise failed("list", self.uri, error) from error
 
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
     def read(self, name: str, *, whole: bool = False, check: Check | None = None) -> pa.Buffer:
         path = self.path / name
         try:
@@ -142,7 +148,7 @@ class RemoteFolder(Folder):
     """
 
     def __init__(self, filesystem: pyarrow.fs.FileSystem, path: str, uri: str) -> None:
-        self.filesystem, self.path, self.uri = filesystem, path.rstrip("/"), uri
+        self.filesystem, self.path, self.uri, self._is_made = filesystem, path.rstrip("/"), uri, False
 
     def names(self) -> list[str]:
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True)
@@ -151,6 +157,12 @@ class RemoteFolder(Folder):
         except (OSError, pa.ArrowException) as error:
             raise failed("list", self.uri, error) from error
         return sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.File)
+
+    def has(self, name: str) -> bool:
+        try:
+            return bool(self.filesystem.get_file_info(f"{self.path}/{name}").type == pyarrow.fs.FileType.File)
+        except (OSError, pa.ArrowException) as error:
+            raise failed("read", f"{self.uri}/{name}", error) from error
 
     def read(self, name: str, *, whole: bool = False, check: Check | None = None) -> pa.Buffer:
         try:
@@ -171,9 +183,11 @@ class RemoteFolder(Folder):
     def write(self, name: str, data: pa.Buffer | bytes, *, replace: bool = True) -> bool:
         path = f"{self.path}/{name}"
         try:
-            if not replace and self.filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+            if not replace and self.has(name):
                 return False
-            self.filesystem.create_dir(self.path, recursive=True)
+            if not self._is_made:  # of an object store that is one request and more, at every write
+                self.filesystem.create_dir(self.path, recursive=True)
+                self._is_made = True
             with self.filesystem.open_output_stream(path) as file:
                 file.write(data)
         except (OSError, pa.ArrowException) as error:
@@ -182,9 +196,6 @@ class RemoteFolder(Folder):
 
     def child(self, name: str) -> RemoteFolder:
         return RemoteFolder(self.filesystem, f"{self.path}/{name}", f"{self.uri.rstrip('/')}/{name}")
-
-    def clean(self) -> None:
-        """Do nothing: an unfinished upload never becomes visible."""
 
 
 def _cache_root() -> Path:

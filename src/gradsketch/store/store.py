@@ -63,7 +63,7 @@ class Store:
         folder = path if isinstance(path, Folder) else open_folder(path)
         text, store = manifest.to_json().encode(), cls(folder, manifest)
         # What is there is read first, because a finished store may lie where nothing can be written.
-        if MANIFEST_NAME in folder.names() or not folder.write(MANIFEST_NAME, text, replace=False):
+        if folder.has(MANIFEST_NAME) or not folder.write(MANIFEST_NAME, text, replace=False):
             try:
                 manifest.require_same(cls.open(folder).manifest, folder.uri)
             except DamageError:
@@ -81,7 +81,7 @@ class Store:
             StoreError: there is none, or its ``index.json`` is damaged.
         """
         folder = path if isinstance(path, Folder) else open_folder(path)
-        if MANIFEST_NAME not in folder.names():
+        if not folder.has(MANIFEST_NAME):
             raise StoreError(
                 f"{folder.uri} holds no {MANIFEST_NAME}", "the folder of an index", "Check the path, or build the index"
             )
