@@ -80,7 +80,8 @@ def linear_datamodeling_score(
         1.0
 
     Raises:
-        InputError: shapes differ, a score is not finite, or a query's predictions or losses are all equal, so that nothing correlates.
+        InputError: shapes differ, a score is not finite, or a query's predictions or losses are all equal, so that
+            nothing correlates.
     """
     (m, n), q = retrainings.kept.shape, retrainings.losses.shape[1]
     if scores.shape != (q, n):
