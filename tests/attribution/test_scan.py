@@ -30,7 +30,9 @@ def test_scores_are_products_with_the_stored_rows(tmp_path, queries, dtype, unit
     expected = queries.double() @ stored.T
     if unit_length:
         expected /= x.double().norm(dim=-1)
-    found = torch.cat([scores for _, scores in scan([Probe(store, queries, unit_length=unit_length)])], dim=1)
+    found = torch.cat(
+        [scores for _, scores in scan([Probe(store, queries, unit_length=unit_length)], store.ranges())], dim=1
+    )
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
@@ -90,7 +92,9 @@ def test_checkpoints_add_up_with_their_weights(tmp_path, queries):
     stores = make_store(tmp_path / "a", a), make_store(tmp_path / "b", b)
     probes = [Probe(stores[0], queries, weight=0.25), Probe(stores[1], 2 * queries, weight=-3.0)]
     expected = 0.25 * queries @ a.T - 6 * queries @ b.T
-    torch.testing.assert_close(torch.cat([s for _, s in scan(probes)], dim=1), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        torch.cat([s for _, s in scan(probes, probes[0].store.ranges())], dim=1), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_exact_scores_of_chosen_rows(tmp_path, queries):
@@ -106,5 +110,5 @@ def test_a_prefix_of_the_sketch_scores_without_bias(tmp_path):
     """Products of the first quarter, four times as large, lie around the whole product."""
     x = torch.ones(1, 4096)
     probe = Probe(make_store(tmp_path, x), torch.ones(1, 4096))
-    ((_, scores),) = scan([probe], width=1024)
+    ((_, scores),) = scan([probe], probe.store.ranges(), width=1024)
     assert float(scores) == 4096
