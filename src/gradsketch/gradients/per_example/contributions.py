@@ -72,6 +72,12 @@ class Contribution(ABC):
     def weighted(self, c: Float[Tensor, " b"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
         """Return Σ c_i X_i over the examples, without forming the X_i where that is possible."""
 
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        """Return Σ c_i X_i times a matrix, for all its rows or, where those are longer, for pieces of them."""
+        return self.weighted(c, rows, columns).reshape(-1, len(along)) @ along
+
     @abstractmethod
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         """Return Σ |c_i| ‖terms of X_i‖, of which rounding errors are a fraction however much the terms cancel."""
@@ -121,7 +127,14 @@ class Outer(Contribution):
 
     def weighted(self, c: Float[Tensor, " b"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
         left, right = wide(self.left), wide(self.right)
-        return (left * c[:, None, None].to(left)).flatten(0, 1).mT @ right.flatten(0, 1)
+        return left.flatten(0, 1).mT @ (right * c[:, None, None].to(right)).flatten(0, 1)
+
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        if len(along) != columns:
+            return super().weighted_along(c, rows, columns, along)
+        return Outer(self.left, wide(self.right) @ along).weighted(c, rows, along.shape[1])
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         left, right = wide(self.left), wide(self.right)
@@ -157,6 +170,13 @@ class IndexedRows(Contribution):
         right = wide(self.right)
         right = right * c[:, None, None].to(right)
         return right.new_zeros(rows, columns).index_add_(0, self.index.long().flatten(), right.flatten(0, 1))
+
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        if len(along) != columns:
+            return super().weighted_along(c, rows, columns, along)
+        return IndexedRows(self.index, wide(self.right) @ along).weighted(c, rows, along.shape[1])
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return float((wide(self.right).norm(dim=2).sum(1).double() * c.abs()).sum())
@@ -289,6 +309,16 @@ class Inside(Contribution):
         out = inner.new_zeros(rows, columns)
         out[self.index] = inner.flatten()
         return out
+
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        if len(along) > columns // self.height:
+            return super().weighted_along(c, rows, columns, along)
+        inner = self.inner.weighted_along(c, self.height, columns // self.height, along)
+        out = inner.new_zeros(rows, *inner.shape)
+        out[self.index] = inner
+        return out.flatten(0, 1)
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return self.inner.magnitude(c)
