@@ -10,7 +10,17 @@ from torch.nn import functional
 import gradsketch as gs
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.per_example import capture, provenance, rules
+from gradsketch.gradients.per_example.audit import Audit, failed
 from gradsketch.gradients.per_example.capture import Capture, Schedule
+from gradsketch.gradients.per_example.contributions import (
+    Contribution,
+    Direct,
+    IndexedRows,
+    Inside,
+    Outer,
+    Placed,
+    Sum,
+)
 from gradsketch.gradients.per_example.interception import Interception
 from gradsketch.gradients.per_example.owners import InOrder, Measured
 
@@ -298,3 +308,68 @@ def test_a_batch_that_is_not_finite_proves_nothing(model, never_by_chance):
     assert sketcher.audits.audited == 0
     sketcher({**batch(), "w": torch.ones(5, dtype=torch.float64)})
     assert sketcher.audits.audited == 1
+
+
+def hardest_half_is_learnt(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    each = losses(model, given)
+    return torch.where(each >= each.median(), each, each.detach())
+
+
+def test_a_gradient_that_depends_on_company_is_refused_though_no_loss_does(model, never_by_chance):
+    """And though the two rows that run alone have the gradients that they have in company."""
+    given = batch()
+    hardest = losses(model, given).argsort(descending=True)
+    order = torch.cat([hardest[:1], hardest[2:], hardest[1:2]])
+    sketcher = gs.GradientSketcher(model, hardest_half_is_learnt, gs.BlockSum(gs.Parameters(model), 32))
+    with pytest.raises(InputError, match="together and in parts of it"):
+        sketcher({name: value[order] for name, value in given.items()})
+
+
+def test_other_kernels_in_other_company_have_more_room(model, never_by_chance, monkeypatch):
+    """Rounding that the batch's own graph does not show is no fault of the capture, nor of the loss."""
+    task = gs.GradientSketcher(model, rounded_by_company, gs.BlockSum(gs.Parameters(model), 32))
+    task(batch())
+    assert task.audits.audited == 1
+    assert not task.slow
+    assert task.audits.largest_error < 1e-12  # against the batch's own graph
+
+
+def rounded_by_company(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    each = losses(model, given)
+    return each + (each - each.detach()) * 1e-7 * len(each)
+
+
+CONTRIBUTIONS: dict[str, Contribution] = {
+    "outer": Outer(torch.randn(5, 3, 40).double(), torch.randn(5, 3, 36).double()),
+    "rows": IndexedRows(torch.randint(0, 40, (5, 3)), torch.randn(5, 3, 36).double()),
+    "direct": Direct(torch.randn(5, 40, 36).double()),
+    "sum": Sum(torch.randn(5, 3, 40, 36).double()),
+    "placed": Placed(torch.randn(5, 8, 36).double()),
+    "inside": Inside(Outer(torch.randn(5, 3, 4).double(), torch.randn(5, 3, 9).double()), 7, 4),
+    "transposed": IndexedRows(torch.randint(0, 36, (5, 3)), torch.randn(5, 3, 40).double()).transposed(),
+}
+
+
+@pytest.mark.parametrize("contribution", CONTRIBUTIONS.values(), ids=CONTRIBUTIONS)
+def test_a_weighted_sum_along_directions_is_that_of_the_matrices(contribution):
+    weights, along = torch.randn(5).double(), torch.randn(36, 3).double()
+    expected = torch.einsum("b,brc->rc", weights, contribution.dense(40, 36))
+    torch.testing.assert_close(contribution.weighted(weights, 40, 36), expected)
+    torch.testing.assert_close(contribution.weighted_along(weights, 40, 36, along), expected @ along)
+
+
+@pytest.mark.statistical
+def test_a_residual_seen_along_directions_is_found_at_what_is_allowed():
+    """Of rank one, as a single row's is: the hardest to see."""
+    left, right = torch.randn(2, 1, 40).double(), torch.randn(2, 1, 200).double()
+    weights = torch.tensor([1.0, -2.0]).double()
+    given = Outer(left, right)
+    exact = given.weighted(weights, 40, 200)
+    fault = 1.05e-3 * (exact.norm() + given.magnitude(weights)) / (left[0].norm() * right[0].norm())
+    shown = []
+    for seed in range(1000):
+        audit = Audit(weights, {"w": torch.zeros(40, 200).double()}, seed)
+        audit.add("w", given, slice(None))
+        shown.append(audit.errors(audit.seen({"w": exact + fault * left[0].mT @ right[0]}), 1e-3))
+    assert sum(not failed(errors, 1e-3) for errors in shown) <= 3
+    assert abs(sum(errors["w"] for errors in shown) / len(shown) - 1.05e-3) < 5e-5
