@@ -426,9 +426,39 @@ class Packs(nn.Module):
         return self.o(self.g(p)[1][-1])
 
 
-@slow("g.*", variants={"sorted": [6, 5, 3, 2, 4], "equal lengths first": [4, 4, 3, 6, 3]})
+_LENGTHS = {"sorted": [6, 5, 3, 2, 4], "equal lengths first": [4, 4, 3, 6, 3]}
+
+
+@fast(variants=_LENGTHS)
 def packs_padded_sequences(lengths: list[int]) -> Setting:
     return Setting(Packs(), _with_lengths, {"x": ids(5, 6), "n": torch.tensor(lengths), "y": torch.arange(5) % 3})
+
+
+class PacksAndPads(nn.Module):
+    """Any recurrent layer over packed sequences, whose outputs and last states all count."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.e, self.r = nn.Embedding(7, 6), layer
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.e(x), n, batch_first=True, enforce_sorted=False)
+        packed, last = self.r(packed)
+        out, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
+        return out.sin().sum(1)[:, :3] + sum(h.sum(0)[:, :3] for h in (last if isinstance(last, tuple) else [last]))
+
+
+@fast(
+    variants={
+        "LSTM": lambda: nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True),
+        "GRU": lambda: nn.GRU(6, 5, batch_first=True, bidirectional=True),
+        "RNN without bias": lambda: nn.RNN(6, 5, 2, bias=False),
+        "LSTM with projections": lambda: nn.LSTM(6, 5, 2, bidirectional=True, proj_size=3),
+    }
+)
+def packs_and_pads(layer: Callable[[], nn.Module]) -> Setting:
+    batch = {"x": ids(5, 6), "n": torch.tensor([3, 6, 1, 6, 4]), "y": torch.arange(5) % 3}
+    return Setting(PacksAndPads(layer()), _with_lengths, batch)
 
 
 class Experts(nn.Module):
@@ -1166,11 +1196,6 @@ def _last(m: Any, x: Tensor) -> Tensor:
     return m.o((out[0] if isinstance(out, tuple) else out)[:, -1])
 
 
-@slow("r.*")
-def recurrent_with_projections() -> Setting:
-    return setting(_last, torch.randn(5, 6, 4), r=nn.LSTM(4, 12, batch_first=True, proj_size=10), o=nn.Linear(10, 3))
-
-
 @fast(
     variants={
         "RNN": lambda: nn.RNN(4, 5, 2, batch_first=True, bidirectional=True),
@@ -1178,6 +1203,8 @@ def recurrent_with_projections() -> Setting:
         "GRU": lambda: nn.GRU(4, 5, 2, batch_first=True, bidirectional=True),
         "RNN with relu": lambda: nn.RNN(4, 10, nonlinearity="relu", bias=False, batch_first=True),
         "LSTM of one layer": lambda: nn.LSTM(4, 10, batch_first=True),
+        "LSTM with projections": lambda: nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True, proj_size=5),
+        "LSTM with a projection and no bias": lambda: nn.LSTM(4, 12, bias=False, batch_first=True, proj_size=10),
         "GRU of three layers": lambda: nn.GRU(4, 10, 3, batch_first=True, bias=False),
     },
 )
