@@ -516,8 +516,8 @@ _SHAPE_ONLY = ("to", "type_as", "view_as", "reshape_as", "expand_as")
 def _reshaped(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
     """The same entries in the same order."""
     rows = result.shape[0] if result.ndim > 1 else 1
-    columns = result.numel() // max(1, rows)
-    return lambda contribution: Direct(contribution.dense(rows, columns))
+    columns, shape = result.numel() // max(1, rows), used[0].shape
+    return lambda contribution: Direct(contribution.dense(rows, columns).reshape(-1, *shape))
 
 
 def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
@@ -534,6 +534,10 @@ def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Pa
         if isinstance(contribution, Placed) and index.ndim > 1:
             terms = contribution.terms
             return IndexedRows(index.reshape(len(terms), -1), terms.reshape(len(terms), -1, result.shape[-1]))
+        if isinstance(contribution, IndexedRows) and index.ndim > 1:
+            right = contribution.right
+            own = index.flatten(1)[contribution.index].flatten(1)
+            return IndexedRows(own, right.reshape(len(right), -1, result.shape[-1]))
         right = contribution.dense(result.shape[0], result.numel() // result.shape[0])
         right = right.reshape(len(right), index.numel(), -1)
         return IndexedRows(index.flatten().expand(len(right), -1), right)

@@ -153,7 +153,7 @@ class Provenance:
         if name == "scaled_dot_product_attention":
             examples = [t for t in given[:3] if self.axis(t) != SHARED]
         relevant = self._relevant(examples)
-        if name in _ELEMENTWISE:
+        if name in _ELEMENTWISE or (name in ("min", "max") and len(given) > 1):
             return _elementwise(self, relevant, result)
         if not relevant or any(self.axis(t) == UNKNOWN for t in relevant):
             return UNKNOWN
@@ -405,6 +405,14 @@ def _product(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list
     return result.ndim + place if result.shape[place] == relevant[0].shape[place] else UNKNOWN
 
 
+def _distances(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Rows of one operand against those of the other: examples in leading dims, or rows of one operand alone."""
+    if len(relevant) == 1 and len(args) > 1 and self.axis(relevant[0]) == relevant[0].ndim - 2:
+        return result.ndim - (2 if relevant[0] is args[0] else 1)
+    places = {self.axis(t) - t.ndim for t in relevant}
+    return result.ndim + places.pop() if len(places) == 1 and max(places) <= -3 else UNKNOWN
+
+
 def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str]:
     """Return a letter for each dim of the operands and of the result, also of dims that dots or nothing stand for."""
     left, arrow, right = args[0].replace(" ", "").partition("->")
@@ -526,6 +534,7 @@ _HANDLERS: dict[str, Callable[..., Axis]] = {
     "repeat_interleave": _repeat_interleaved,
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), _product),
     "einsum": _einsum,
+    "cdist": _distances,
     **dict.fromkeys(("gather", "take_along_dim"), _gathered),
     "embedding": _selected,
     "index_select": _along_another,
