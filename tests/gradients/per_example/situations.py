@@ -1912,14 +1912,21 @@ def a_part_that_records_no_gradient() -> Setting:
     return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
-@slow("a.*")
-def a_part_that_never_records_a_gradient() -> Setting:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = m.a(x)
-        return m.b(torch.tanh(h))
+def _unrecorded(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = m.a(x)
+    return m.b(torch.tanh(h))
 
-    return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+
+@fast()
+def a_part_that_never_records_a_gradient() -> Setting:
+    return setting(_unrecorded, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+
+
+@slow("a.*")
+def a_part_that_never_records_a_gradient_beside_a_function_that_might() -> Setting:
+    function = lambda m, x: Reversed.apply(_unrecorded(m, x))  # noqa: E731
+    return setting(function, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
 @fast()

@@ -27,6 +27,7 @@ from gradsketch.gradients.per_example.interception import (
     Interception,
     Kind,
     coarser,
+    is_foreign,
     nodes_outside_rules,
 )
 from gradsketch.gradients.per_example.owners import spread_weights
@@ -345,7 +346,7 @@ class Capture:
         outside = {names[id(t)]: t for t in leaves if id(t) in names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
-        hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
+        hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED) if any(map(is_foreign, nodes)) else {}
         used |= set(hidden)
         refuse_strangers(self.model, leaves, self.tensors, used, self._gathered.every)
         refuse_none(used, self.tensors)

@@ -28,7 +28,7 @@ from gradsketch.gradients.per_example.owners import (
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision, outside_autocast
 
-__all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "nodes_outside_rules"]
+__all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "is_foreign", "nodes_outside_rules"]
 
 # A parameter, or a tensor made of parameters alone; what it gets; and which examples that is for (None: all).
 Report = tuple[Tensor, Contribution] | tuple[Tensor, Contribution, slice]
@@ -456,6 +456,8 @@ class _Root(torch.autograd.Function):
         return gradients[0], None
 
 
+_OWN = tuple(function._backward_cls for function in (_Gate, _Watch, _Root))
+
 # What a tensor is asked for that is no tensor: a fifth of what a language model calls.
 _ASKED = frozenset(
     {
@@ -469,6 +471,11 @@ def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     """Return the real dtype that rounds more."""
     both = [dtype for dtype in (one, other) if dtype.is_floating_point]
     return max(both, key=lambda dtype: torch.finfo(dtype).eps, default=one)
+
+
+def is_foreign(node: Any) -> bool:
+    """Whether a node belongs to a ``torch.autograd.Function`` of somebody else."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and not isinstance(node, _OWN)
 
 
 def nodes_outside_rules(losses: Tensor) -> Iterator[Any]:
