@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -81,11 +80,6 @@ class Contribution(ABC):
     @abstractmethod
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         """Return Σ |c_i| ‖terms of X_i‖, of which rounding errors are a fraction however much the terms cancel."""
-
-    def of(self, places: Int[Tensor, " p"]) -> Contribution:
-        """Return the contribution to the gradients of these examples alone."""
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{name: _of(part, places) for name, part in parts.items()})  # type: ignore[type-var]
 
     def transposed(self) -> Contribution:
         """Return the contribution to the transposed matrix."""
@@ -256,9 +250,6 @@ class Placed(Contribution):
     def examples(self) -> int:
         return len(self.terms)
 
-    def of(self, places: Int[Tensor, " p"]) -> Contribution:
-        return Direct(self.dense(1, self.terms.numel())[places])
-
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.dense(1, self.terms.numel()))
 
@@ -349,12 +340,6 @@ class _Transposed(Contribution):
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return self.inner.magnitude(c)
-
-
-def _of(part: Any, places: Tensor) -> Any:
-    if isinstance(part, Contribution):
-        return part.of(places)
-    return part[places] if isinstance(part, Tensor) else part
 
 
 def wide(x: Tensor) -> Tensor:

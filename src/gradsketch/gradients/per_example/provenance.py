@@ -220,8 +220,8 @@ def _by_all(self: Provenance, args: tuple[Any, ...], result: Tensor) -> Axis:
         return UNKNOWN
     own, size = index[axis], source.shape[axis]
     counts = [dim for dim, length in enumerate(own.shape) if length != 1]
-    others = [i for i in index if i is not own]
-    if len(counts) != 1 or own.numel() != size or own.dtype == torch.bool or any(self.axis(i) != SHARED for i in others):
+    others_shared = all(self.axis(i) == SHARED for i in index if i is not own)
+    if len(counts) != 1 or own.numel() != size or own.dtype == torch.bool or not others_shared:
         return UNKNOWN
     if not torch.equal(own.flatten(), torch.arange(size, device=own.device, dtype=own.dtype)):
         return UNKNOWN

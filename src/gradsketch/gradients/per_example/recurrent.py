@@ -130,7 +130,7 @@ def _packed(
     train: bool,
     bidirectional: bool,
 ) -> Any:
-    """Sequences of any lengths, the longest first, with the first steps of all before the second. Owners are measured."""
+    """Sequences of any lengths, the longest first: the first steps of all, then the second. Owners are measured."""
     states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
     directions = 1 + bidirectional
     weights = _owned(params, has_biases, num_layers * directions)
@@ -152,9 +152,7 @@ def _packed(
         return [found, *last], products
 
     turned = (False, *(True for _ in states))
-    watched = _watched(
-        tap, (padded(out), *ends), turned, 0 if tap.examples == 1 else UNKNOWN, (data, *states), run
-    )
+    watched = _watched(tap, (padded(out), *ends), turned, 0 if tap.examples == 1 else UNKNOWN, (data, *states), run)
     result = watched[0].transpose(0, 1)[running], *watched[1:]
     tap.place(result, *(UNKNOWN for _ in result))
     return result

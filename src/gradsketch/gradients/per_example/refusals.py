@@ -76,9 +76,7 @@ def running_alone(start: int, stop: int | None = None) -> Iterator[None]:
         ) from error
 
 
-def refuse_other_gradients(
-    failed: Mapping[str, float], model: nn.Module, where: str = "one example at a time"
-) -> None:
+def refuse_other_gradients(failed: Mapping[str, float], model: nn.Module, where: str = "one example at a time") -> None:
     """Refuse gradients that are others alone, or in other company, than in this, given their errors."""
     if not failed:
         return

@@ -539,7 +539,14 @@ def _where(tap: Interception, func: Any, condition: Tensor, input: Any, other: A
 
 
 def _attention(
-    tap: Interception, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **named: Any
+    tap: Interception,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    *args: Any,
+    **named: Any,
 ) -> Any:
     """A mask made of parameters, as relative positions are, repeated for each example."""
     mine = tap.axis(query)
