@@ -227,6 +227,25 @@ def written_in_place_by_everybody() -> Setting:
     return setting(forward, torch.randn(5, 1, 6, 6), conv=nn.Conv2d(1, 4, 3), qkv=nn.Linear(4, 9), shift=numbers(1, 4))
 
 
+def _beside_constants(m: Any, h: Tensor) -> Tensor:
+    turned = h.transpose(0, 1).contiguous()
+    turned += m.a[:, None] * torch.ones(1, len(h), 1, dtype=h.dtype)
+    return turned.transpose(0, 1)
+
+
+@slow(
+    "a",
+    variants={
+        "addcmul_": lambda m, h: h.addcmul_(h.detach().cos(), m.a),
+        "lerp_": lambda m, h: h.lerp_(h.detach().cos(), m.a),
+        "+= of a tensor as large as the batch": _beside_constants,
+    },
+)
+def written_in_place_with_a_parameter_once(write: Callable[[Any, Tensor], Tensor]) -> Setting:
+    forward = lambda m, x: m.o(write(m, m.l(x)))  # noqa: E731
+    return setting(forward, torch.randn(5, 4, 6), a=numbers(4, 3), l=nn.Linear(6, 3), o=nn.Linear(3, 2))
+
+
 def _row_by_row(m: Any, x: Tensor) -> Tensor:
     out = x.new_zeros(len(x), 4)
     for place in range(len(x)):

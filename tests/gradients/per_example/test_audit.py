@@ -351,11 +351,13 @@ CONTRIBUTIONS: dict[str, Contribution] = {
 
 
 @pytest.mark.parametrize("contribution", CONTRIBUTIONS.values(), ids=CONTRIBUTIONS)
-def test_a_weighted_sum_along_directions_is_that_of_the_matrices(contribution):
-    weights, along = torch.randn(5).double(), torch.randn(36, 3).double()
+@pytest.mark.parametrize("piece", [36, 9], ids=["rows", "pieces of rows"])
+def test_a_weighted_sum_along_directions_is_that_of_the_matrices(contribution, piece):
+    weights, along = torch.randn(5).double(), torch.randn(piece, 3).double()
     expected = torch.einsum("b,brc->rc", weights, contribution.dense(40, 36))
     torch.testing.assert_close(contribution.weighted(weights, 40, 36), expected)
-    torch.testing.assert_close(contribution.weighted_along(weights, 40, 36, along), expected @ along)
+    found = contribution.weighted_along(weights, 40, 36, along)
+    torch.testing.assert_close(found, expected.reshape(-1, piece) @ along)
 
 
 @pytest.mark.statistical
@@ -373,3 +375,13 @@ def test_a_residual_seen_along_directions_is_found_at_what_is_allowed():
         shown.append(audit.errors(audit.seen({"w": exact + fault * left[0].mT @ right[0]}), 1e-3))
     assert sum(not failed(errors, 1e-3) for errors in shown) <= 3
     assert abs(sum(errors["w"] for errors in shown) / len(shown) - 1.05e-3) < 5e-5
+
+
+def test_contributions_of_another_precision_are_added_up():
+    """As where a model computes a part of its pass in float32, whatever its weights are."""
+    weights, given = torch.randn(5).double(), Outer(torch.randn(5, 3, 40), torch.randn(5, 3, 36))
+    audit = Audit(weights, {"w": torch.zeros(40, 36).double()}, 0)
+    audit.add("w", given, slice(None))
+    audit.add("w", Outer(given.left.double(), given.right.double()), slice(None))
+    exact = 2 * torch.einsum("b,brc->rc", weights, given.dense(40, 36).double())
+    assert audit.errors({"w": audit.seen("w", exact)}, 1e-6)["w"] < 1e-6

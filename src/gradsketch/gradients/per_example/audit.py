@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradsketch.gradients.per_example.contributions import Contribution, wide
+from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.linear_map import widened
 
 __all__ = ["Audit", "Audits", "failed", "tolerance"]
@@ -69,13 +69,15 @@ class Audit:
             part = contribution.weighted(weights, rows, columns).reshape(-1)
         else:
             part = contribution.weighted_along(weights, rows, columns, along)
+        part = part.to(widened(self._like[name].dtype))
         self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
         self._magnitudes[name] += contribution.magnitude(weights)
 
     def seen(self, name: str, gradient: Tensor) -> Tensor:
         """Return what is kept of a parameter's gradient of the weighted losses until ``errors`` compares it."""
         along = self._along(name)
-        return wide(gradient).reshape(-1) if along is None else wide(gradient).reshape(-1, len(along)) @ along
+        flat = gradient.to(widened(self._like[name].dtype)).reshape(-1)
+        return flat if along is None else flat.view(-1, len(along)) @ along
 
     def errors(self, seen: Mapping[str, Tensor], allowed: float) -> dict[str, float]:
         """Return each parameter's residual, relative to the terms it is made of; what is ``allowed`` is rounding."""

@@ -430,8 +430,7 @@ class Capture:
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
         # A hook is called with each example's own gradient only where that is formed.
-        hooked = {name for name, reason in self._known.slow.items() if reason.startswith(_HOOKED)}
-        return Audit(weights, {n: t for n, t in self.tensors.items() if n not in hooked}, seed)
+        return Audit(weights, {name: t for name, t in self.tensors.items() if not t._backward_hooks}, seed)
 
     def _judge(
         self,

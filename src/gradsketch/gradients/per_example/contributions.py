@@ -75,7 +75,8 @@ class Contribution(ABC):
         self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
     ) -> Float[Tensor, "r k"]:
         """Return Σ c_i X_i times a matrix, for all its rows or, where those are longer, for pieces of them."""
-        return self.weighted(c, rows, columns).reshape(-1, len(along)) @ along
+        whole = self.weighted(c, rows, columns)
+        return whole.reshape(-1, len(along)) @ along.to(whole)
 
     @abstractmethod
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
@@ -128,7 +129,7 @@ class Outer(Contribution):
     ) -> Float[Tensor, "r k"]:
         if len(along) != columns:
             return super().weighted_along(c, rows, columns, along)
-        return Outer(self.left, wide(self.right) @ along).weighted(c, rows, along.shape[1])
+        return Outer(self.left, _times(self.right, along)).weighted(c, rows, along.shape[1])
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         left, right = wide(self.left), wide(self.right)
@@ -170,7 +171,7 @@ class IndexedRows(Contribution):
     ) -> Float[Tensor, "r k"]:
         if len(along) != columns:
             return super().weighted_along(c, rows, columns, along)
-        return IndexedRows(self.index, wide(self.right) @ along).weighted(c, rows, along.shape[1])
+        return IndexedRows(self.index, _times(self.right, along)).weighted(c, rows, along.shape[1])
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return float((wide(self.right).norm(dim=2).sum(1).double() * c.abs()).sum())
@@ -340,6 +341,10 @@ class _Transposed(Contribution):
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return self.inner.magnitude(c)
+
+
+def _times(x: Tensor, along: Tensor) -> Tensor:
+    return wide(x) @ along.to(wide(x))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -477,13 +477,15 @@ def _elementwise(first: Entries, second: Entries, keeps: bool) -> Rule:
         factor = options.get("alpha", 1) if parameter is other else 1
         if keeps and _in_place(func):  # x is gone before it could be kept
             return NotImplemented
-        result = func(tap.gate(input), tap.gate(other), **options)
-        axis = _axis_of(tap, func, (input, other), options, result)
+        late = _in_place(func) and parameter is other  # what is written to must not be written to twice
+        result = x if late else func(tap.gate(input), tap.gate(other), **options)
+        axis = tap.axis(x) if late else _axis_of(tap, func, (input, other), options, result)
         shape, leading = _aligned(parameter.shape, result.ndim, axis)
         each = result.ndim > 0 and shape[:1] == [result.shape[0]] and len(result) > 1
         own = axis in (0, UNKNOWN) and each and tap.examples > 1  # one entry per example, or more
         if leading < 1 and not own and tap.examples > 1:
             return NotImplemented
+        result = func(tap.gate(input), tap.gate(other), **options) if late else result
         whole = result.shape
 
         def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
@@ -615,7 +617,7 @@ def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other function whose dim of examples is known: run again on each example alone."""
     given = tensors_in((*args, *kwargs.values()))
     others = [t for t in given if not tap.chosen(t)]
-    if not tap.provenance.follows(func) or all(tap.axis(t) == SHARED for t in others):
+    if not tap.provenance.follows(func) or _in_place(func) or all(tap.axis(t) == SHARED for t in others):
         return NotImplemented
     result = func(*_map(args, tap.gate), **_map(kwargs, tap.gate))
     if not isinstance(result, Tensor) or not result.requires_grad or any(result is a for a in args):
