@@ -227,6 +227,25 @@ def written_in_place_by_everybody() -> Setting:
     return setting(forward, torch.randn(5, 1, 6, 6), conv=nn.Conv2d(1, 4, 3), qkv=nn.Linear(4, 9), shift=numbers(1, 4))
 
 
+def _beside_constants(m: Any, h: Tensor) -> Tensor:
+    turned = h.transpose(0, 1).contiguous()
+    turned += m.a[:, None] * torch.ones(1, len(h), 1, dtype=h.dtype)
+    return turned.transpose(0, 1)
+
+
+@slow(
+    "a",
+    variants={
+        "addcmul_": lambda m, h: h.addcmul_(h.detach().cos(), m.a),
+        "lerp_": lambda m, h: h.lerp_(h.detach().cos(), m.a),
+        "+= of a tensor as large as the batch": _beside_constants,
+    },
+)
+def written_in_place_with_a_parameter_once(write: Callable[[Any, Tensor], Tensor]) -> Setting:
+    forward = lambda m, x: m.o(write(m, m.l(x)))  # noqa: E731
+    return setting(forward, torch.randn(5, 4, 6), a=numbers(4, 3), l=nn.Linear(6, 3), o=nn.Linear(3, 2))
+
+
 def _row_by_row(m: Any, x: Tensor) -> Tensor:
     out = x.new_zeros(len(x), 4)
     for place in range(len(x)):
@@ -426,9 +445,39 @@ class Packs(nn.Module):
         return self.o(self.g(p)[1][-1])
 
 
-@slow("g.*", variants={"sorted": [6, 5, 3, 2, 4], "equal lengths first": [4, 4, 3, 6, 3]})
+_LENGTHS = {"sorted": [6, 5, 3, 2, 4], "equal lengths first": [4, 4, 3, 6, 3]}
+
+
+@fast(variants=_LENGTHS)
 def packs_padded_sequences(lengths: list[int]) -> Setting:
     return Setting(Packs(), _with_lengths, {"x": ids(5, 6), "n": torch.tensor(lengths), "y": torch.arange(5) % 3})
+
+
+class PacksAndPads(nn.Module):
+    """Any recurrent layer over packed sequences, whose outputs and last states all count."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.e, self.r = nn.Embedding(7, 6), layer
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.e(x), n, batch_first=True, enforce_sorted=False)
+        packed, last = self.r(packed)
+        out, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
+        return out.sin().sum(1)[:, :3] + sum(h.sum(0)[:, :3] for h in (last if isinstance(last, tuple) else [last]))
+
+
+@fast(
+    variants={
+        "LSTM": lambda: nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True),
+        "GRU": lambda: nn.GRU(6, 5, batch_first=True, bidirectional=True),
+        "RNN without bias": lambda: nn.RNN(6, 5, 2, bias=False),
+        "LSTM with projections": lambda: nn.LSTM(6, 5, 2, bidirectional=True, proj_size=3),
+    }
+)
+def packs_and_pads(layer: Callable[[], nn.Module]) -> Setting:
+    batch = {"x": ids(5, 6), "n": torch.tensor([3, 6, 1, 6, 4]), "y": torch.arange(5) % 3}
+    return Setting(PacksAndPads(layer()), _with_lengths, batch)
 
 
 class Experts(nn.Module):
@@ -708,6 +757,37 @@ def relative_positions_in_scaled_dot_product_attention() -> Setting:
 
 
 @fast()
+def relative_positions_under_a_mask() -> Setting:
+    """T5's with torch's own attention: joined with a mask of the examples, or with one for all."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        places = torch.arange(t)
+        bias = m.p((places[:, None] - places[None]).abs()).permute(2, 0, 1).unsqueeze(0)
+        q, k, v = (p.view(b, t, 2, 3).transpose(1, 2) for p in m.qkv(x).chunk(3, -1))
+        there = (x[:, :, 0] > -1)[torch.arange(b)][:, None, None, :] | torch.eye(t, dtype=torch.bool)
+        for mask in (there, torch.tril(torch.ones(t, t, dtype=torch.bool))[None, None]):
+            mask = torch.where(mask, bias, torch.finfo(x.dtype).min).contiguous()
+            v = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return m.o(v.transpose(1, 2).flatten(2))
+
+    return setting(forward, torch.randn(5, 4, 6), qkv=nn.Linear(6, 18), p=nn.Embedding(5, 2), o=nn.Linear(6, 6))
+
+
+@fast(variants={"chosen": torch.arange(5).flip(0), "in order": torch.arange(5)})
+def positions_beside_rows_in_an_order_that_nobody_knows(order: Tensor) -> Setting:
+    """Idefics': a table's rows for each image, and images chosen by an index."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1]).expand(len(x), -1)
+        index = order[order < len(x)] if len(x) < 5 else torch.arange(len(x)).flip(0)
+        h = m.i(x)[index] + m.p(places)
+        return m.o(h.tanh())[index.argsort()]
+
+    return setting(forward, torch.randn(5, 4, 3), i=nn.Linear(3, 6), p=nn.Embedding(9, 6), o=nn.Linear(6, 2))
+
+
+@fast()
 def slopes_of_distances() -> Setting:
     def forward(m: Any, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[1])
@@ -916,9 +996,21 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
         lambda m, x: torch.baddbmm(m.b, x[:, None], m.a.expand(len(x), -1, -1), beta=0.5, alpha=2)[:, 0],
         {"a": (4, 3), "b": (1, 1, 3)},
     ),
+    "vdot": (lambda m, x: torch.stack([row.vdot(m.a) for row in x])[:, None], {"a": (4,)}),
     "tensordot": (lambda m, x: torch.tensordot(x, m.a, dims=1), {"a": (4, 3)}),
+    "tensordot of dims": (
+        lambda m, x: torch.tensordot(x.view(-1, 2, 2), m.a, dims=([2, 1], [0, 2])).flatten(1),
+        {"a": (2, 3, 2, 2)},
+    ),
+    "tensordot of a parameter": (lambda m, x: torch.tensordot(m.a, x, dims=([0], [-1])).T, {"a": (4, 3)}),
+    "tensordot in a loop": (lambda m, x: torch.stack([torch.tensordot(row, m.a, 1) for row in x]), {"a": (4, 3)}),
     "outer": (lambda m, x: torch.stack([torch.outer(row, m.a) for row in x]), {"a": (3,)}),
+    "outer of a parameter": (lambda m, x: torch.stack([m.a.outer(row.tanh()) for row in x]), {"a": (3,)}),
+    "outer with the examples": (lambda m, x: torch.outer(x.sum(1), m.a), {"a": (3,)}),
+    "ger": (lambda m, x: torch.stack([torch.ger(row, m.a) for row in x]), {"a": (3,)}),
     "kron": (lambda m, x: torch.stack([torch.kron(row, m.a) for row in x]), {"a": (3,)}),
+    "kron of matrices": (lambda m, x: torch.stack([row.view(2, 2).kron(m.a) for row in x]), {"a": (3, 2)}),
+    "kron of a parameter": (lambda m, x: torch.stack([torch.kron(m.a, row) for row in x]), {"a": (2, 3)}),
     "addmm by name": (lambda m, x: torch.addmm(input=m.b, mat1=x, mat2=m.a), {"a": (4, 3), "b": (3,)}),
     "addmm with factors": (lambda m, x: torch.addmm(m.b, x, m.a, beta=0.5, alpha=2), {"a": (4, 3), "b": (3,)}),
     "bmm of an expanded": (lambda m, x: torch.bmm(x[:, None], m.a.expand(len(x), -1, -1))[:, 0], {"a": (1, 4, 3)}),
@@ -935,6 +1027,12 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "maximum with an entry": (lambda m, x: torch.maximum(x.view(-1, 2, 2), m.a[1]).flatten(1), {"a": (3, 2, 2)}),
     "clamp between": (lambda m, x: x.clamp(min=m.a, max=m.a + 0.3), {"a": (4,)}),
     "where": (lambda m, x: torch.where(x > 0, m.a, m.b * x), {"a": (4,), "b": (1,)}),
+    "where, two of them": (lambda m, x: torch.where(x > 0, m.a, m.b), {"a": (4,), "b": (1,)}),
+    "where nobody knows the examples": (
+        lambda m, x: torch.where(x[torch.arange(len(x))] > 0, m.a, x.exp()),
+        {"a": (1, 4)},
+    ),
+    "minimum by another name": (lambda m, x: torch.min(x, m.a).exp() * torch.max(m.b, x), {"a": (4,), "b": (4,)}),
     "lerp": (lambda m, x: torch.lerp(x, x.square(), m.a), {"a": (4,)}),
     "addcmul": (lambda m, x: torch.addcmul(m.a, x, m.b, value=0.5), {"a": (4,), "b": (4,)}),
     "linear by name": (lambda m, x: functional.linear(input=x, weight=m.a, bias=m.b), {"a": (3, 4), "b": (3,)}),
@@ -980,6 +1078,8 @@ _USES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...
     "of size zero and unused": (lambda m, x: x * m.b, {"a": (0,), "b": (4,)}),
     "unused": (lambda m, x: x * m.b, {"a": (3,), "b": (4,)}),
     "cdist": (lambda m, x: torch.cdist(x, m.a), {"a": (3, 4)}),
+    "cdist of tokens": (lambda m, x: torch.cdist(x.view(-1, 2, 2), m.a), {"a": (3, 2)}),
+    "cdist to a parameter": (lambda m, x: torch.cdist(m.a, x).T, {"a": (3, 4)}),
     "kernel": (lambda m, x: (x[:, None] - m.a[None]).square().sum(-1).neg().exp(), {"a": (3, 4)}),
     "cosine similarity": (lambda m, x: functional.cosine_similarity(x[:, None], m.a[None], dim=-1), {"a": (3, 4)}),
     "layer norm by hand": (
@@ -1007,8 +1107,7 @@ def _set_into(m: Any, x: Tensor) -> Tensor:
 
 
 _SLOW_USES = (
-    "dot", "tensordot", "outer", "kron", "solved", "repeated twice as often", "cdist", "cosine similarity",
-    "view_as_complex", "set into zeros",
+    "solved", "view_as_complex", "set into zeros",
 )  # fmt: skip
 
 
@@ -1166,11 +1265,6 @@ def _last(m: Any, x: Tensor) -> Tensor:
     return m.o((out[0] if isinstance(out, tuple) else out)[:, -1])
 
 
-@slow("r.*")
-def recurrent_with_projections() -> Setting:
-    return setting(_last, torch.randn(5, 6, 4), r=nn.LSTM(4, 12, batch_first=True, proj_size=10), o=nn.Linear(10, 3))
-
-
 @fast(
     variants={
         "RNN": lambda: nn.RNN(4, 5, 2, batch_first=True, bidirectional=True),
@@ -1178,6 +1272,8 @@ def recurrent_with_projections() -> Setting:
         "GRU": lambda: nn.GRU(4, 5, 2, batch_first=True, bidirectional=True),
         "RNN with relu": lambda: nn.RNN(4, 10, nonlinearity="relu", bias=False, batch_first=True),
         "LSTM of one layer": lambda: nn.LSTM(4, 10, batch_first=True),
+        "LSTM with projections": lambda: nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True, proj_size=5),
+        "LSTM with a projection and no bias": lambda: nn.LSTM(4, 12, bias=False, batch_first=True, proj_size=10),
         "GRU of three layers": lambda: nn.GRU(4, 10, 3, batch_first=True, bias=False),
     },
 )
@@ -1835,14 +1931,21 @@ def a_part_that_records_no_gradient() -> Setting:
     return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
-@slow("a.*")
-def a_part_that_never_records_a_gradient() -> Setting:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = m.a(x)
-        return m.b(torch.tanh(h))
+def _unrecorded(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = m.a(x)
+    return m.b(torch.tanh(h))
 
-    return setting(forward, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+
+@fast()
+def a_part_that_never_records_a_gradient() -> Setting:
+    return setting(_unrecorded, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+
+
+@slow("a.*")
+def a_part_that_never_records_a_gradient_beside_a_function_that_might() -> Setting:
+    function = lambda m, x: Reversed.apply(_unrecorded(m, x))  # noqa: E731
+    return setting(function, torch.randn(5, 3), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
 @fast()

@@ -396,7 +396,7 @@ def test_coupling_that_spares_the_two_rows_that_ran_alone_is_refused(b):
     batch = some(b, 5)
     hardest = losses_of(model, batch).argsort(descending=True)
     order = [hardest[0], *hardest[2:], hardest[1]]  # both ends are kept
-    with pytest.raises(InputError, match=r"together and .* among half of the batch"):
+    with pytest.raises(InputError, match="together and"):
         sketcher_of(model, hardest_half)({name: value[torch.tensor(order)] for name, value in batch.items()})
 
 

@@ -39,7 +39,7 @@ def test_each_row_has_the_owner_it_has(case):
     assert measured(gradient, parts, examples, dtype).tolist() == owners.tolist()
 
 
-@given(owned(), st.sampled_from([1.0, 0.5, 0.1, -0.1, -3.0]), st.data())
+@given(owned(), st.sampled_from([1.0, 0.5, 0.1, -0.1, -3.0, 0.002]), st.data())
 def test_a_row_of_two_is_mixed(case, share, data):
     gradient, owners, examples, dtype = case
     row = data.draw(st.integers(0, len(owners) - 1))
@@ -54,6 +54,30 @@ def test_a_row_of_two_is_mixed(case, share, data):
     weighted[row] += weights[other] * second
     with pytest.raises(MixedError):
         owners_of(projected(weighted, 1), projected(plain, 1), weights, dtype)
+
+
+@pytest.mark.parametrize("examples", [2, 20, 64])
+def test_what_has_cancelled_has_an_owner(examples):
+    """As behind a router's softmax, where little more than rounding is left; by a power of two nothing rounds anew."""
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.randint(0, examples, (200,), generator=generator)
+    gradient = 1 + 1e-6 * torch.randn(200, 50, generator=generator)
+    outputs = torch.randn(200, 50, generator=generator).softmax(-1)
+    weights = spread_weights(torch.zeros(examples), torch.float32)
+
+    def backward(gradient: Tensor) -> Tensor:
+        return projected(outputs * (gradient - (gradient * outputs).sum(-1, keepdim=True)), 1)
+
+    found = owners_of(backward(weights[owners][:, None] * gradient), backward(gradient), weights, torch.float32)
+    assert found.tolist() == owners.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("examples", [2, 9, 64, 200])
+def test_weights_stay_apart_and_in_range(examples, dtype):
+    weights = spread_weights(torch.zeros(examples, dtype=dtype), dtype)
+    assert len(weights.unique()) == examples
+    assert bool(((100 * weights).isfinite() & (0.01 * weights > 0)).all())
 
 
 @given(st.integers(1, 6), st.data())

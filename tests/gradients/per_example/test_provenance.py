@@ -85,12 +85,26 @@ def index(draw: Draw, x: Tensor, along: int) -> Tensor:
     return torch.tensor(draw(st.lists(places, min_size=1, max_size=4)))
 
 
+def _both(draw: Draw, x: Tensor) -> list[Tensor]:
+    """Places along two dims, all of the first in order or turned round."""
+    rows = torch.arange(len(x))
+    rows = draw(st.sampled_from([rows, rows.flip(0), rows[:, None], rows[:, None, None], rows.view(1, -1, 1)]))
+    return [rows, index(draw, x, 1)]
+
+
 def _permuted(draw: Draw, x: Tensor) -> Tensor:
     return x.permute(draw(st.permutations(range(x.ndim))))
 
 
 def _set(draw: Draw, y: Tensor) -> None:
     y[index(draw, y, 0)] = y[draw(st.integers(0, len(y) - 1))].clone()
+
+
+def _set_into(draw: Draw, x: Tensor, zeros: Tensor) -> Tensor:
+    value = draw(st.sampled_from([x[:, :1], x[:, :1].flip(0), x[:1, :1], x[0], x[:, 0], x.mT[:, :1]]))
+    place = draw(st.sampled_from([(slice(None), slice(0, 1)), (slice(None), 0), (0,), (..., slice(0, 1))]))
+    zeros[place] = value
+    return zeros
 
 
 def _narrowed(draw: Draw, x: Tensor) -> Tensor:
@@ -171,6 +185,8 @@ OPERATIONS: dict[str, Callable[[Draw, Tensor], Tensor]] = {
     "dots": lambda draw, x: x[..., draw(st.integers(0, x.shape[-1] - 1))],
     "index": lambda draw, x: x[index(draw, x, 0)],
     "index of two": lambda draw, x: x[:, index(draw, x, 1)],
+    "index of both": lambda draw, x: x[tuple(draw(st.permutations(_both(draw, x))))],
+    "index by all": lambda draw, x: x[tuple(_both(draw, x))],
     "mask": lambda draw, x: x[x.detach() > 0],
     "mask of rows": lambda draw, x: x[x.detach().flatten(1).sum(1) > 0],
     "index_select": lambda draw, x: x.index_select(d := dim(draw, x), index(draw, x, d)),
@@ -191,6 +207,7 @@ OPERATIONS: dict[str, Callable[[Draw, Tensor], Tensor]] = {
     "mean of two": lambda draw, x: x.mean((0, -1), keepdim=draw(st.booleans())),
     "amax": lambda draw, x: x.amax(dim=dim(draw, x)),
     "max": lambda draw, x: x.max(dim(draw, x)).values,
+    "maximum": lambda draw, x: torch.max(x, draw(st.sampled_from([x.flip(0), x * 2, x.mean(0)]))),
     "std": lambda draw, x: x.std(dim(draw, x), keepdim=draw(st.booleans())),
     "norm": lambda draw, x: x.norm(dim=dim(draw, x)),
     "logsumexp": lambda draw, x: torch.logsumexp(x, dim(draw, x)),
@@ -223,6 +240,8 @@ OPERATIONS: dict[str, Callable[[Draw, Tensor], Tensor]] = {
     "cdist": lambda draw, x: torch.cdist(x, x),
     "set": written(_set),
     "set a part": written(lambda draw, y: y.__setitem__((slice(None), 0), y[:, -1].flip(0).clone())),
+    "set into zeros": lambda draw, x: _set_into(draw, x, torch.zeros_like(x)),
+    "set into turned zeros": lambda draw, x: _set_into(draw, x, torch.zeros_like(x).mT),
     "written by copy_": written(lambda draw, y: y.copy_(draw(st.sampled_from([y.detach() + y.flip(0), 2 * y])))),
     "written by add_": written(lambda draw, y: y.add_(draw(st.sampled_from([y.flip(0).clone(), y.mean(0)])))),
     "written through a view": written(_written_through_a_view),
@@ -282,6 +301,13 @@ def test_no_operation_alone_does(name, data):
         assert not false_claim(provenance, result, x)
 
 
+def _shifted(x: Tensor) -> Tensor:
+    out = x.detach().new_zeros(x.shape)
+    out[:, 1:] = x[:, :-1]
+    out[..., 1:, 0] = x[..., :-1, 0]
+    return out
+
+
 FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "merged": lambda x: x.flatten(0, 1),
     "transposed": lambda x: x.transpose(0, 1).tanh(),
@@ -290,6 +316,10 @@ FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "joined along another dim": lambda x: torch.cat([x, x], -1),
     "multiplied": lambda x: x @ torch.ones(2, 4, dtype=x.dtype),
     "made longer": lambda x: x.repeat_interleave(2, 0),
+    "shifted into new memory": lambda x: _shifted(x),
+    "places by tensors": lambda x: x[torch.arange(len(x))[:, None], torch.arange(1)],
+    "the larger of two": lambda x: torch.max(x, x.square()),
+    "distances": lambda x: torch.cdist(x, torch.ones(2, x.shape[-1], dtype=x.dtype)),
 }
 
 

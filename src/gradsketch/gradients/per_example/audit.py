@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +12,8 @@ from torch import Tensor
 
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.linear_map import widened
-from gradsketch.sketches.affd import AFFD
 
-__all__ = ["Audit", "Audits", "projected", "tolerance"]
-
-# Numbers that are kept of a gradient where no whole one is held. A wrong gradient has another projection with
-# probability one; of its length these tell a fifth.
-_KEPT = 64
+__all__ = ["Audit", "Audits", "failed", "tolerance"]
 
 
 @dataclass(frozen=True)
@@ -38,76 +32,98 @@ class Audits:
 
 
 class Audit:
-    """Subtracts every contribution, weighted, from the exact gradients of the weighted losses.
+    """Adds every contribution up, weighted, to be held against autograd's gradients of the weighted losses.
 
     With random weights a swapped row, a silent layer, an ignored hook or a missed use leaves a residual with
     probability one. A residual is compared with the sum of the terms' lengths, of which rounding errors are a fraction
-    even where the terms cancel. One n-vector is held; where a projection is given, that of each gradient only, and
-    ``gradients`` are such.
+    even where the terms cancel. Of a matrix's residual only the products with some random directions are formed, which
+    are as long as the residual itself, up to chance, and cost a fraction of a weight gradient.
+
+    Args:
+        weights: one for each loss.
+        tensors: the parameters, by name.
+        seed: of the directions.
     """
 
-    def __init__(
-        self,
-        weights: Float[Tensor, " b"],
-        gradients: Mapping[str, Tensor],
-        tolerance: float,
-        shapes: Mapping[str, torch.Size],
-        projection: Callable[[str, Tensor], Tensor] | None = None,
-    ) -> None:
-        self.weights, self.tolerance, self._shapes, self._projection = weights.double(), tolerance, shapes, projection
-        self._residuals = {name: g.to(widened(g.dtype), copy=True) for name, g in gradients.items()}
-        self._magnitudes = {name: float(g.double().norm()) for name, g in self._residuals.items()}
+    def __init__(self, weights: Float[Tensor, " b"], tensors: Mapping[str, Tensor], seed: int) -> None:
+        self.weights, self._seed = weights.double(), seed
+        self._like = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._sums: dict[str, Tensor] = {}
+        self._magnitudes = dict.fromkeys(tensors, 0.0)
+        self._directions: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The parameters that are audited."""
+        return self._like.keys()
 
     def add(self, name: str, contribution: Contribution, examples: slice) -> None:
         """Take one contribution into account."""
-        if name not in self._residuals:
+        if name not in self._like:
             return
-        residual, weights = self._residuals[name], self.weights[examples].to(self._residuals[name].device)
-        weighty = weights.nonzero()[:, 0]
-        if not len(weighty):
-            return
-        if len(weighty) < len(weights):
-            contribution, weights = contribution.of(weighty), weights[weighty]
-        shape = self._shapes[name]
+        weights = self.weights[examples].to(self._like[name].device)
+        shape, along = self._like[name].shape, self._along(name)
         rows = shape[0] if len(shape) > 1 else 1
-        columns = shape.numel() // max(1, rows)
-        term = contribution.weighted(weights, rows, columns).view(shape)
-        residual -= term if self._projection is None else self._projection(name, term)
+        columns = shape.numel() // rows
+        if along is None:
+            part = contribution.weighted(weights, rows, columns).reshape(-1)
+        else:
+            part = contribution.weighted_along(weights, rows, columns, along)
+        part = part.to(widened(self._like[name].dtype))
+        self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
         self._magnitudes[name] += contribution.magnitude(weights)
 
-    def errors(self) -> dict[str, float]:
-        """Return each parameter's residual, relative to the terms it is made of."""
+    def seen(self, name: str, gradient: Tensor) -> Tensor:
+        """Return what is kept of a parameter's gradient of the weighted losses until ``errors`` compares it."""
+        along = self._along(name)
+        flat = gradient.to(widened(self._like[name].dtype)).reshape(-1)
+        return flat if along is None else flat.view(-1, len(along)) @ along
+
+    def errors(self, seen: Mapping[str, Tensor], allowed: float) -> dict[str, float]:
+        """Return each parameter's residual, relative to the terms it is made of; what is ``allowed`` is rounding."""
+        exact = {name: float(part.double().norm()) for name, part in seen.items()}
+        magnitudes = {name: self._magnitudes[name] + exact[name] for name in seen}
         # What is zero by symmetry, as the gradients of keys' biases are, is rounding of the largest gradient.
-        floor = max(self._magnitudes.values(), default=0.0) * _ROUNDINGS * self.tolerance
+        floor = max(magnitudes.values(), default=0.0) * _ROUNDINGS * allowed
+        residuals = {name: part - self._sums[name] if name in self._sums else part for name, part in seen.items()}
         return {
-            name: _ratio(float(residual.double().norm()), self._magnitudes[name] + floor)
-            for name, residual in self._residuals.items()
+            name: _ratio(float(residual.double().norm()), magnitudes[name] + floor)
+            for name, residual in residuals.items()
         }
 
-    def failed(self, loosely: Collection[str] = ()) -> dict[str, float]:
-        """Return the parameters whose captured gradients are wrong, with their errors.
-
-        Those in ``loosely`` were formed one example at a time, by other kernels than in company.
-        """
-        allowed = dict.fromkeys(loosely, 10 * self.tolerance)
-        return {n: error for n, error in self.errors().items() if error > allowed.get(n, self.tolerance)}
-
-    @property
-    def conclusive(self) -> bool:
+    def conclusive(self, seen: Mapping[str, Tensor]) -> bool:
         """Whether all gradients are finite; what is not finite proves nothing and is reported by whoever sums up."""
-        return all(bool(torch.isfinite(residual).all()) for residual in self._residuals.values())
+        return all(bool(torch.isfinite(part).all()) for part in (*seen.values(), *self._sums.values()))
+
+    def _along(self, name: str) -> Float[Tensor, "columns k"] | None:
+        """Return directions for the rows of a matrix or of a stack of such, or None where they are no shorter."""
+        tensor = self._like[name]
+        sizes = [math.prod(tensor.shape[dim:]) for dim in (tensor.ndim - 1, 1)] if tensor.ndim > 1 else []
+        columns = next((c for c in sizes if min(c, tensor.numel() // c) > _DIRECTIONS), 0)
+        if not columns:
+            return None
+        key = columns, widened(tensor.dtype), tensor.device
+        if key not in self._directions:
+            generator = torch.Generator().manual_seed(self._seed)
+            drawn = torch.randn(columns, _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
+            self._directions[key] = (drawn / _DIRECTIONS**0.5).to(key[2], key[1])
+        return self._directions[key]
 
 
-# Of the largest gradient, in units of eps = tolerance².
+def failed(errors: Mapping[str, float], allowed: float, loosely: Collection[str] = ()) -> dict[str, float]:
+    """Return the errors that are larger than allowed.
+
+    Those in ``loosely`` were formed one example at a time, by other kernels than in company. A residual that is seen
+    along directions may look smaller than it is: by more than this factor once in some thousands of times.
+    """
+    return {n: error for n, error in errors.items() if error > allowed * _SHRUNK * (10 if n in loosely else 1)}
+
+
+# Along so many the length of a residual of rank one, the worst, has a standard deviation of an eighth.
+_DIRECTIONS = 32
+_SHRUNK = 0.6
+# Of the largest gradient, in units of eps, which is the square of what is allowed.
 _ROUNDINGS = 16
-
-
-def projected(name: str, gradient: Tensor) -> Tensor:
-    """Return a random projection of one parameter's gradient, the same map for every gradient of it."""
-    flat = gradient.reshape(-1).to(widened(gradient.dtype))
-    sketch = AFFD(max(len(flat), _KEPT), _KEPT, seed=zlib.crc32(name.encode()))
-    # Not by a call, which would refuse numbers that are not finite: whoever sums up says where they came from.
-    return flat if len(flat) <= _KEPT else sketch._apply(flat[None])[0]
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -8,6 +8,7 @@ from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from gradsketch.as_found import buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.fsdp import Gathered, Ranks
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
-from gradsketch.gradients.per_example.audit import Audit, Audits, projected, tolerance
+from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
 from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap, projections
 from gradsketch.gradients.per_example.interception import (
@@ -26,6 +27,7 @@ from gradsketch.gradients.per_example.interception import (
     Interception,
     Kind,
     coarser,
+    is_foreign,
     nodes_outside_rules,
 )
 from gradsketch.gradients.per_example.owners import spread_weights
@@ -88,7 +90,6 @@ class Capture:
     ) -> None:
         self.model, self.task, self.method = model, task, method
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.ranks = Ranks(model)
         refuse_unsupported(self.tensors, sharded=self.ranks.several)
         refuse_sharded(self.ranks.several and method not in ("auto", "outer"), f"method={method!r}")
@@ -143,7 +144,7 @@ class Capture:
 
     def _contributions(self, batch: Batch, begin: Callable[[], Consumer]) -> Tensor:
         if self.method in ("auto", "outer"):
-            for _ in range(len(self.tensors) + 3):
+            for _ in range(len(self.tensors) + 4):
                 if self._known.exact:
                     break
                 try:
@@ -208,12 +209,13 @@ class Capture:
     # One attempt to capture a batch.
 
     def _captured(self, batch: Batch, consume: Consumer) -> Tensor:
-        auditing: list[Consumer] = []
+        audits: list[Audit] = []
         copy = differentiable(batch)
 
         def everybody(name: str, contribution: Any, which: slice) -> None:
-            for consumer in (consume, *auditing):
-                consumer(name, contribution, which)
+            consume(name, contribution, which)
+            for audit in audits:
+                audit.add(name, contribution, which)
 
         own = {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
         constants = ChainMap(own, self._gathered.every) if self.ranks.several else own
@@ -221,42 +223,45 @@ class Capture:
         tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT)
         try:
             losses = self._forward(tap, batch, copy)
-            return self._attempt(tap, batch, losses, everybody, auditing)
+            return self._attempt(tap, batch, losses, everybody, audits)
         finally:
             tap.close()
 
     def _attempt(
-        self, tap: Interception, batch: Batch, losses: Tensor, consume: Consumer, auditing: list[Consumer]
+        self, tap: Interception, batch: Batch, losses: Tensor, consume: Consumer, audits: list[Audit]
     ) -> Tensor:
         known = self._known
         self._learn_slow(tap, losses)
         tap.slow = known.slow
-        own = self._is_due(tap.seen, losses)
-        proof = (own or not known.independent) and not self._chance
         # All ranks of a sharded model make the same passes: what one of them must do, all do.
-        count, due, proving, measuring = self.ranks.most(len(losses), own, proof, tap.must_measure)
-        if self._may_differ or (due and count == 1):
+        due, apart, comparing, measuring = self.ranks.most(
+            self._is_due(tap.seen, losses, proved=known.independent or self._chance or len(losses) == 1),
+            self._chance or known.apart,
+            not self._chance,
+            tap.must_measure,
+        )
+        if self._may_differ:
             self._compare_with_plain(tap, batch, losses.detach())
-        alone = self._alone(tap, batch, losses.detach(), auditing) if proving and count > 1 else None
+        if due:
+            audits.append(self._audit(len(losses)))
+        own = other = None
         with self._exact_where_it_fails(tap):
-            audit = self._audit(tap, losses, auditing) if due else None
+            for audit in audits if apart else ():
+                with tap.inside_modules():
+                    own = self._gradients(audit, [(losses, audit.weights)], keep=True)
             if measuring:
                 tap.measure(losses, spread_weights(losses.detach(), tap.dtype))
             tap.backward(losses, torch.ones_like(losses))
+        for audit in audits if comparing else ():  # after the backward pass, when memory is free
+            other = self._in_other_company(tap, batch, losses.detach(), audit)
         if tap.unmeasurable:
             raise _ThisBatchError
         if tap.mixed:
             self._go_slow(tap.mixed)
         slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}
         self._explicit(batch, slow, consume, losses.detach())
-        if audit is not None:
-            self._judge(audit, tap.seen, known.slow)
-        if alone is not None and (alone.conclusive or self.ranks.several):
-            if alone.conclusive:
-                refuse_other_gradients(alone.failed(), self.model)
-            if count > 2:  # two have been alone
-                self._compare_in_other_company(tap, batch, losses.detach())
-            known.independent |= alone.conclusive and len(losses) > 1
+        for audit in audits:
+            self._judge(audit, own, other, tap.seen, known.slow, tap.dtype)
         return losses.detach()
 
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
@@ -315,18 +320,20 @@ class Capture:
         # A function of the user's own may run a backward pass that fills .grad, which no edge of the graph shows.
         if not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
             refuse_none(used, self.tensors)
-        audit = self._audit_of(losses, self._dtype) if self._is_due(set(), losses) and not self._chance else None
+        if self._chance or not self._is_due(set(), losses, proved=True):
+            self._explicit(batch, self.tensors, consume, losses.detach())
+            return losses.detach()
+        audit = self._audit(len(losses))
+        own = self._gradients(audit, [(losses, audit.weights)])
 
         def everybody(name: str, contribution: Any, which: slice) -> None:
             consume(name, contribution, which)
-            if audit is not None:
-                audit.add(name, contribution, which)
+            audit.add(name, contribution, which)
 
         self._explicit(batch, self.tensors, everybody, losses.detach())
-        if audit is not None:
-            ends = sorted({0, len(losses) - 1})
-            self._warn_of_padding(batch, ends, losses[ends], self._dtype)
-            self._judge(audit, set(), self.tensors)
+        ends = sorted({0, len(losses) - 1})
+        self._warn_of_padding(batch, ends, losses[ends], self._dtype)
+        self._judge(audit, own, None, set(), self.tensors, self._dtype)
         return losses.detach()
 
     def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
@@ -339,7 +346,7 @@ class Capture:
         outside = {names[id(t)]: t for t in leaves if id(t) in names}
         used = set(outside) | {name for call in tap.calls for name in call.parameters}
         # A function with a backward pass of its own may hide a use; only a whole backward pass tells.
-        hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED)
+        hidden = dict.fromkeys(tap.unrecorded - used, _UNRECORDED) if any(map(is_foreign, nodes)) else {}
         used |= set(hidden)
         refuse_strangers(self.model, leaves, self.tensors, used, self._gathered.every)
         refuse_none(used, self.tensors)
@@ -405,9 +412,9 @@ class Capture:
 
     # Proofs.
 
-    def _is_due(self, kinds: set[Kind], losses: Tensor) -> bool:
+    def _is_due(self, kinds: set[Kind], losses: Tensor, *, proved: bool) -> bool:
         """Whether this batch is audited: the first, one with new kinds of calls, or by chance."""
-        new = not self._known.audits.audited or not kinds <= self._known.seen
+        new = not proved or not self._known.audits.audited or not kinds <= self._known.seen
         return (new or self._drawn) and bool(torch.isfinite(losses).all())
 
     def _compare_with_plain(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
@@ -415,76 +422,85 @@ class Capture:
         if self._chance:
             return
         plain = self.losses(batch).detach()
-        if not all(_close(one, other, tap.dtype) for one, other in zip(losses, plain, strict=True)):
+        if not _alike(losses, plain, tap.dtype).all():
             self._go_exact("the model computes something else while its functions are intercepted")
 
-    def _audit(self, tap: Interception, losses: Tensor, auditing: list[Consumer]) -> Audit:
-        """Return the audit of this batch; its exact gradients come from the same graph."""
-        with tap.inside_modules():
-            audit = self._audit_of(losses, tap.dtype, keep=True)
-        auditing.append(audit.add)
-        return audit
+    def _audit(self, count: int) -> Audit:
+        seed = self._known.audits.batches
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
+        # A hook is called with each example's own gradient only where that is formed.
+        return Audit(weights, {name: t for name, t in self.tensors.items() if not t._backward_hooks}, seed)
 
-    def _audit_of(self, losses: Tensor, dtype: torch.dtype, *, keep: bool = False) -> Audit:
-        generator = torch.Generator().manual_seed(self._known.audits.batches)
-        weights = torch.randn(len(losses), generator=generator, dtype=torch.float64, device="cpu")
-        return self._audit_with(weights, self._gradients(losses, weights, keep=keep), tolerance(dtype))
+    def _judge(
+        self,
+        audit: Audit,
+        own: Mapping[str, Tensor] | None,
+        other: Mapping[str, Tensor] | None,
+        kinds: set[Kind],
+        slow: Collection[str],
+        dtype: torch.dtype,
+    ) -> None:
+        """Hold an audit against gradients by autograd, of the batch's own graph and of rows in other company.
 
-    def _audit_with(self, weights: Tensor, gradients: Mapping[str, Tensor], allowed: float) -> Audit:
-        # Nobody holds a whole gradient of a sharded model.
-        return Audit(weights, gradients, allowed, self.shapes, projected if self.ranks.several else None)
-
-    def _judge(self, audit: Audit, kinds: set[Kind], slow: Collection[str]) -> None:
-        """Send what failed to the exact path; refuse what has been there already."""
-        if not audit.conclusive:
-            return
-        errors, failed = audit.errors(), audit.failed(loosely=slow)
+        Those in other company are enough where they agree, since they prove the capture and the rows' independence at
+        once. Where they do not, the batch's own graph tells whose fault that is: what was captured wrong goes to the
+        exact path, what depends on its company is refused, and what is rounding of other kernels has more room.
+        """
+        known, allowed = self._known, tolerance(dtype)
+        conclusive = all(audit.conclusive(seen) for seen in (own, other) if seen is not None)
+        errors = audit.errors((own or other) or {}, allowed) if conclusive else {}
         if self._chance:  # each example that ran alone drew random numbers of its own
-            errors, failed = ({n: e for n, e in found.items() if n not in slow} for found in (errors, failed))
-        if any(name not in slow for name in failed):
-            self._go_slow({name: f"the audit found an error of {error:.1e}" for name, error in failed.items()})
-        refuse_other_gradients(failed, self.model)
-        known = self._known
+            errors = {name: error for name, error in errors.items() if name not in slow}
+        wrong = failed(errors, allowed, loosely=slow)
+        if own is None and any(self.ranks.most(bool(wrong))):
+            known.apart = True
+            raise _TryAgainError
+        if not conclusive:
+            return
+        if any(name not in slow for name in wrong):
+            self._go_slow({name: f"the audit found an error of {error:.1e}" for name, error in wrong.items()})
+        refuse_other_gradients(wrong, self.model)
+        if own is not None and other is not None and not self._chance:
+            room = float(torch.finfo(dtype).eps ** 0.4)
+            refuse_other_gradients(failed(audit.errors(other, room), room), self.model, "in parts of it")
         known.seen |= kinds
+        known.independent |= other is not None and len(audit.weights) > 1
         known.audits = replace(
             known.audits,
             audited=known.audits.audited + 1,
             largest_error=max((known.audits.largest_error, *errors.values())),
         )
 
-    def _alone(self, tap: Interception, batch: Batch, losses: Tensor, auditing: list[Consumer]) -> Audit | None:
-        """Run two rows alone and without interception; return the audit of their gradients in company.
+    def _in_other_company(self, tap: Interception, batch: Batch, losses: Tensor, audit: Audit) -> Mapping[str, Tensor]:
+        """Run every row once more without interception, two alone and the others among at most half of the batch.
 
-        One would not do: an extreme of the whole batch, as some models divide by, may be its own.
+        Returns what the audit sees of the gradients of its weighted losses. One row alone would not do: an extreme of
+        the whole batch, as some models divide by, may be its own. Nor would two: who is kept by a rank or a capacity is
+        others in other company.
         """
-        if not self.ranks.several and (len(losses) < 2 or not bool(torch.isfinite(losses).all())):
-            return None
         places = self._places(len(losses))
-        alone = torch.cat([self._loss_alone(batch, place) for place in places])
-        differ = any(not _close(loss, losses[place], tap.dtype) for place, loss in zip(places, alone, strict=True))
-        if differ and not self.ranks.several:
-            self._compare_with_plain(tap, batch, losses)
-        self._compare(places, alone, losses, tap.dtype)
-        self._warn_of_padding(batch, places, alone, tap.dtype)
-        weights = torch.zeros(len(losses), dtype=torch.float64, device="cpu")
-        each = torch.tensor([1.0, -0.7], dtype=torch.float64, device="cpu")
-        weights.index_add_(0, torch.tensor(places, device="cpu"), each)
-        audit = self._audit_with(weights, self._gradients(alone, each), torch.finfo(tap.dtype).eps ** 0.4)
-        auditing.append(audit.add)
-        return audit
+        alone = losses.cpu().clone()
 
-    def _compare_in_other_company(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
-        """Run both halves of the batch without interception: who is kept by a rank or a capacity is others there.
-
-        Two rows alone may be among those to whom nothing happens. Call it after the backward pass, when memory is free.
-        """
-        count, half = len(losses), max(1, len(losses) // 2)
-        for start, stop in ((0, half), (min(half, count - 1), count)):
-            others = self.losses(batch_slice(batch, start, stop)).detach()
-            for place, other, loss in zip(range(start, stop), others.cpu(), losses[start:stop].cpu(), strict=True):
-                if not self._chance and not _close(other, loss, tap.dtype):
+        def parts() -> Iterator[tuple[Tensor, Tensor]]:
+            ranges = list(_companies(places, len(losses)))
+            (passes,) = self.ranks.most(len(ranges))
+            for start, stop in ranges:
+                with running_alone(start, stop):
+                    found = self.losses(batch_slice(batch, start, stop))
+                alone[start:stop] = found.detach()
+                if not _alike(found, losses[start:stop], tap.dtype).all() and not self.ranks.several:
                     self._compare_with_plain(tap, batch, losses)
-                    refuse_coupling(place, loss, other, "among half of the batch")
+                where = "one example at a time" if stop - start == 1 else f"among {stop - start} of the batch"
+                self._compare(start, alone[start:stop], losses, tap.dtype, where)
+                yield found, audit.weights[start:stop]
+            for _ in range(passes - len(ranges)):  # in step with ranks that have more rows
+                found = self.losses(batch_slice(batch, 0, 1))
+                yield found, torch.zeros(1, dtype=torch.float64, device="cpu")
+
+        gradients = self._gradients(audit, parts())
+        self._warn_of_padding(batch, places, alone[places], tap.dtype)
+        return gradients
 
     def _warn_of_padding(self, batch: Batch, places: Sequence[int], alone: Tensor, dtype: torch.dtype) -> None:
         """Warn where a row's loss depends on its padding, as with positions scaled by the length of the batch."""
@@ -504,17 +520,13 @@ class Capture:
                 if self.ranks.several:
                     raise
                 continue
-            if not _close(other, loss, dtype, digits=0.7):
+            if not _alike(other, loss, dtype, digits=0.7):
                 self._warn_once(
                     f"the loss of example {place} of the batch is {loss.item():.6g} with its padding and "
                     f"{other.item():.6g} without: this model's outputs depend on how long the batch is, and so do "
                     "sketches; put rows of equal length together, or one row into a batch",
                     key="padding",
                 )
-
-    def _loss_alone(self, batch: Batch, place: int) -> Tensor:
-        with running_alone(place):
-            return self.losses(batch_slice(batch, place, place + 1))
 
     def _places(self, count: int) -> list[int]:
         """Return two places of a batch: at first those at its ends, then any.
@@ -525,19 +537,25 @@ class Capture:
             return [0, count - 1]
         return sorted(self._known.draws.sample(range(count), 2))
 
-    def _compare(self, places: Sequence[int], alone: Tensor, losses: Tensor, dtype: torch.dtype) -> None:
-        """Refuse losses of examples alone that are others in company."""
-        for place, loss in zip(places, alone.detach(), strict=True):
-            if not self._chance and not _close(loss, losses[place], dtype):
-                refuse_coupling(place, losses[place], loss)
+    def _compare(
+        self, start: int, others: Tensor, losses: Tensor, dtype: torch.dtype, where: str = "one example at a time"
+    ) -> None:
+        """Refuse losses of examples, from one place on, that are others alone or in other company than in this."""
+        together = losses[start : start + len(others)]
+        alike = _alike(others, together, dtype)
+        if not self._chance and not alike.all():
+            place = int(alike.int().argmin())
+            refuse_coupling(start + place, together[place], others[place], where)
 
-    def _gradients(self, losses: Tensor, weights: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
-        """Return autograd's gradients of the weighted losses, and keep the graph if it is still wanted."""
-        if self.ranks.several:
-            return projections(losses, weights.to(losses), self._gathered.leaves, projected, keep=keep)
-        # A hook is called with each example's own gradient only where that is formed.
-        tensors = {n: t for n, t in self.tensors.items() if not self._known.slow.get(n, "").startswith(_HOOKED)}
-        return accumulated(losses, weights.to(losses), tensors, keep=keep)
+    def _gradients(
+        self, audit: Audit, parts: Iterable[tuple[Tensor, Tensor]], *, keep: bool = False
+    ) -> dict[str, Tensor]:
+        """Return what an audit sees of autograd's gradients of weighted losses; ``keep`` the graph if it is wanted."""
+        weighted = ((losses, weights.to(losses)) for losses, weights in parts)
+        if self.ranks.several:  # nobody holds a whole gradient
+            return projections(weighted, self._gathered, audit.seen, keep=keep)
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
+        return {n: audit.seen(n, g) for n, g in accumulated(weighted, tensors, keep=keep).items()}
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer, losses: Tensor) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
@@ -546,7 +564,7 @@ class Capture:
         form = gradients_by_vmap if self.method == "vmap" else gradients_by_loop
         try:
             for position, alone, gradients in form(self.model, self.task, batch, tensors):
-                self._compare(range(position, position + len(alone)), alone, losses, self._dtype)
+                self._compare(position, alone, losses, self._dtype)
                 with full_precision(losses.device):
                     for name, gradient in gradients.items():
                         consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
@@ -565,11 +583,19 @@ def _listed(slow: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({reason})" for name, reason in sorted(slow.items())[:5]) + more
 
 
-def _close(one: Tensor, other: Tensor, dtype: torch.dtype, digits: float = 0.5) -> bool:
-    """Whether two losses agree to a share of the digits of the dtype; losses that are not finite do."""
-    if not bool(torch.isfinite(one)) or not bool(torch.isfinite(other)):
-        return True  # whoever sums up says so
-    return bool((one - other).abs() <= torch.finfo(dtype).eps ** digits * (1 + other.abs()))
+def _alike(one: Tensor, other: Tensor, dtype: torch.dtype, digits: float = 0.5) -> Tensor:
+    """Return which losses agree to a share of the digits of the dtype; those that are not finite do."""
+    one, other = one.detach(), other.detach().to(one.device)
+    far: Tensor = (one - other).abs() > torch.finfo(dtype).eps ** digits * (1 + other.abs())
+    return ~(far & torch.isfinite(one) & torch.isfinite(other))  # whoever sums up says so
+
+
+def _companies(places: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges that cover a batch: these places alone, the others in ranges of at most half of it."""
+    cuts = sorted({0, count, *places, *(place + 1 for place in places)})
+    for start, stop in pairwise(cuts):
+        middle = (start + stop) // 2
+        yield from [(start, middle), (middle, stop)] if stop - start > max(1, count // 2) else [(start, stop)]
 
 
 def _leaves(nodes: Iterable[Any]) -> list[Tensor]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -72,14 +71,16 @@ class Contribution(ABC):
     def weighted(self, c: Float[Tensor, " b"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
         """Return Σ c_i X_i over the examples, without forming the X_i where that is possible."""
 
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        """Return Σ c_i X_i times a matrix, for all its rows or, where those are longer, for pieces of them."""
+        whole = self.weighted(c, rows, columns)
+        return whole.reshape(-1, len(along)) @ along.to(whole)
+
     @abstractmethod
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         """Return Σ |c_i| ‖terms of X_i‖, of which rounding errors are a fraction however much the terms cancel."""
-
-    def of(self, places: Int[Tensor, " p"]) -> Contribution:
-        """Return the contribution to the gradients of these examples alone."""
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **{name: _of(part, places) for name, part in parts.items()})  # type: ignore[type-var]
 
     def transposed(self) -> Contribution:
         """Return the contribution to the transposed matrix."""
@@ -121,7 +122,14 @@ class Outer(Contribution):
 
     def weighted(self, c: Float[Tensor, " b"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
         left, right = wide(self.left), wide(self.right)
-        return (left * c[:, None, None].to(left)).flatten(0, 1).mT @ right.flatten(0, 1)
+        return left.flatten(0, 1).mT @ (right * c[:, None, None].to(right)).flatten(0, 1)
+
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        if len(along) != columns:
+            return super().weighted_along(c, rows, columns, along)
+        return Outer(self.left, _times(self.right, along)).weighted(c, rows, along.shape[1])
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         left, right = wide(self.left), wide(self.right)
@@ -157,6 +165,13 @@ class IndexedRows(Contribution):
         right = wide(self.right)
         right = right * c[:, None, None].to(right)
         return right.new_zeros(rows, columns).index_add_(0, self.index.long().flatten(), right.flatten(0, 1))
+
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        if len(along) != columns:
+            return super().weighted_along(c, rows, columns, along)
+        return IndexedRows(self.index, _times(self.right, along)).weighted(c, rows, along.shape[1])
 
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return float((wide(self.right).norm(dim=2).sum(1).double() * c.abs()).sum())
@@ -236,9 +251,6 @@ class Placed(Contribution):
     def examples(self) -> int:
         return len(self.terms)
 
-    def of(self, places: Int[Tensor, " p"]) -> Contribution:
-        return Direct(self.dense(1, self.terms.numel())[places])
-
     def sketch(self, phi: ByParameter, name: str, out: Float[Tensor, "b d"]) -> None:
         phi.add_gradient(out, name, self.dense(1, self.terms.numel()))
 
@@ -290,6 +302,16 @@ class Inside(Contribution):
         out[self.index] = inner.flatten()
         return out
 
+    def weighted_along(
+        self, c: Float[Tensor, " b"], rows: int, columns: int, along: Float[Tensor, "i k"]
+    ) -> Float[Tensor, "r k"]:
+        if len(along) > columns // self.height:
+            return super().weighted_along(c, rows, columns, along)
+        inner = self.inner.weighted_along(c, self.height, columns // self.height, along)
+        out = inner.new_zeros(rows, *inner.shape)
+        out[self.index] = inner
+        return out.flatten(0, 1)
+
     def magnitude(self, c: Float[Tensor, " b"]) -> float:
         return self.inner.magnitude(c)
 
@@ -321,10 +343,8 @@ class _Transposed(Contribution):
         return self.inner.magnitude(c)
 
 
-def _of(part: Any, places: Tensor) -> Any:
-    if isinstance(part, Contribution):
-        return part.of(places)
-    return part[places] if isinstance(part, Tensor) else part
+def _times(x: Tensor, along: Tensor) -> Tensor:
+    return wide(x) @ along.to(wide(x))
 
 
 def wide(x: Tensor) -> Tensor:

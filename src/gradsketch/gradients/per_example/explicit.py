@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
+from gradsketch.fsdp import Gathered
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
 from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.gradients.per_example.refusals import running_alone
@@ -36,7 +37,7 @@ def gradients_by_loop(
     for position in range(batch_length(batch)):
         with running_alone(position), buffers_aside(model):
             losses = task.losses(model, differentiable(batch_slice(batch, position, position + 1)))
-        parts = accumulated(losses, torch.ones_like(losses), tensors)
+        parts = accumulated([(losses, torch.ones_like(losses))], tensors)
         yield position, losses.detach(), {name: part[None] for name, part in parts.items()}
 
 
@@ -81,7 +82,7 @@ def implicit_sketches(
         }
         example = differentiable(batch_slice(batch, position, position + 1))
         losses = torch.func.functional_call(runner, moved, (example,))
-        yield position, accumulated(losses, torch.ones_like(losses), {"w": w})["w"][None]
+        yield position, accumulated([(losses, torch.ones_like(losses))], {"w": w})["w"][None]
 
 
 class _Runner(nn.Module):
@@ -95,36 +96,42 @@ class _Runner(nn.Module):
         return self.task.losses(self.model, batch)
 
 
-def accumulated(losses: Tensor, weights: Tensor, tensors: Mapping[str, Tensor], *, keep: bool = False) -> Gradients:
-    """Return the gradients of Σ weight · loss that a backward pass leaves in ``.grad``, and leave nothing there.
+def accumulated(
+    parts: Iterable[tuple[Tensor, Tensor]], tensors: Mapping[str, Tensor], *, keep: bool = False
+) -> Gradients:
+    """Return the gradients of Σ weight · loss that backward passes leave in ``.grad``, and leave nothing there.
 
     Reversible layers fill ``.grad`` by backward passes of their own, of which ``torch.autograd.grad`` returns nothing.
-    Call it where ``.grad`` is set aside; ``keep`` the graph if it is still wanted.
+    Each of the ``parts``, losses and their weights, is made when the one before is done, and may leave something in
+    ``.grad`` as well. Call it where ``.grad`` is set aside; ``keep`` the graph if it is still wanted.
     """
-    for tensor in tensors.values():
-        tensor.grad = None
-    if losses.requires_grad:
-        with outside_autocast(losses.device):
-            losses.backward(weights, retain_graph=keep)
-    parts = {name: torch.zeros_like(t) if t.grad is None else _strided(t.grad) for name, t in tensors.items()}
-    for tensor in tensors.values():
-        tensor.grad = None
-    return parts
+    found: Gradients = {}
+    for losses, weights in parts:
+        for tensor in tensors.values():
+            tensor.grad = None
+        if losses.requires_grad:
+            with outside_autocast(losses.device):
+                losses.backward(weights, retain_graph=keep)
+        for name, tensor in tensors.items():
+            if tensor.grad is not None:
+                # Not by torch in place: gradients of tensors that were stacked can be one piece of memory.
+                found[name] = found[name] + _strided(tensor.grad) if name in found else _strided(tensor.grad)
+            tensor.grad = None
+    return {name: found[name] if name in found else torch.zeros_like(t) for name, t in tensors.items()}
 
 
 def projections(
-    losses: Tensor,
-    weights: Tensor,
-    leaves: Sequence[tuple[str, Tensor]],
+    parts: Iterable[tuple[Tensor, Tensor]],
+    gathered: Gathered,
     project: Callable[[str, Tensor], Tensor],
     *,
     keep: bool = False,
 ) -> Gradients:
-    """Return projections of the gradients of Σ weight · loss, holding one gradient at a time.
+    """Return linear projections of the gradients of Σ weight · loss, holding one gradient at a time.
 
     Gradients of several leaves of one name are added up. Nothing reaches ``.grad``, so FSDP2 finds nothing to reduce.
     """
-    found = {name: project(name, torch.zeros_like(leaf)) for name, leaf in leaves}
+    found = {name: project(name, torch.zeros_like(leaf)) for name, leaf in gathered.leaves}
 
     def taking(name: str) -> Callable[[Tensor], Tensor]:
         def take(gradient: Tensor) -> Tensor:
@@ -133,10 +140,12 @@ def projections(
 
         return take
 
-    with ExitStack() as stack, outside_autocast(losses.device):
-        for name, leaf in leaves:
-            stack.enter_context(leaf.register_hook(taking(name)))
-        torch.autograd.grad(losses, [leaf for _, leaf in leaves], weights, allow_unused=True, retain_graph=keep)
+    for losses, weights in parts:
+        with ExitStack() as stack, outside_autocast(losses.device):
+            for name, leaf in gathered.leaves:
+                stack.enter_context(leaf.register_hook(taking(name)))
+            leaves = [leaf for _, leaf in gathered.leaves]
+            torch.autograd.grad(losses, leaves, weights, allow_unused=True, retain_graph=keep)
     return found
 
 

@@ -28,7 +28,7 @@ from gradsketch.gradients.per_example.owners import (
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, Provenance, function_name, tensors_in
 from gradsketch.transforms.precision import full_precision, outside_autocast
 
-__all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "nodes_outside_rules"]
+__all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "is_foreign", "nodes_outside_rules"]
 
 # A parameter, or a tensor made of parameters alone; what it gets; and which examples that is for (None: all).
 Report = tuple[Tensor, Contribution] | tuple[Tensor, Contribution, slice]
@@ -456,6 +456,8 @@ class _Root(torch.autograd.Function):
         return gradients[0], None
 
 
+_OWN = tuple(function._backward_cls for function in (_Gate, _Watch, _Root))
+
 # What a tensor is asked for that is no tensor: a fifth of what a language model calls.
 _ASKED = frozenset(
     {
@@ -469,6 +471,11 @@ def coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     """Return the real dtype that rounds more."""
     both = [dtype for dtype in (one, other) if dtype.is_floating_point]
     return max(both, key=lambda dtype: torch.finfo(dtype).eps, default=one)
+
+
+def is_foreign(node: Any) -> bool:
+    """Whether a node belongs to a ``torch.autograd.Function`` of somebody else."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and not isinstance(node, _OWN)
 
 
 def nodes_outside_rules(losses: Tensor) -> Iterator[Any]:
@@ -516,8 +523,8 @@ _SHAPE_ONLY = ("to", "type_as", "view_as", "reshape_as", "expand_as")
 def _reshaped(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
     """The same entries in the same order."""
     rows = result.shape[0] if result.ndim > 1 else 1
-    columns = result.numel() // max(1, rows)
-    return lambda contribution: Direct(contribution.dense(rows, columns))
+    columns, shape = result.numel() // max(1, rows), used[0].shape
+    return lambda contribution: Direct(contribution.dense(rows, columns).reshape(-1, *shape))
 
 
 def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
@@ -534,6 +541,10 @@ def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Pa
         if isinstance(contribution, Placed) and index.ndim > 1:
             terms = contribution.terms
             return IndexedRows(index.reshape(len(terms), -1), terms.reshape(len(terms), -1, result.shape[-1]))
+        if isinstance(contribution, IndexedRows) and index.ndim > 1:
+            right = contribution.right
+            own = index.flatten(1)[contribution.index].flatten(1)
+            return IndexedRows(own, right.reshape(len(right), -1, result.shape[-1]))
         right = contribution.dense(result.shape[0], result.numel() // result.shape[0])
         right = right.reshape(len(right), index.numel(), -1)
         return IndexedRows(index.flatten().expand(len(right), -1), right)

@@ -6,6 +6,7 @@ So the ratio of two backward passes names the owner of every row, and a row whos
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -93,13 +94,18 @@ class Measured(Grouping):
 
 def spread_weights(losses: Float[Tensor, " b"], dtype: torch.dtype) -> Float[Tensor, " b"]:
     """Return weights for the losses whose ratios stay apart under the rounding of ``dtype``, within its range."""
-    # In float16 many examples must stand closer together, because gradients are to survive the weights at both ends.
-    step = min(1 + 4 * _tolerance(dtype), torch.finfo(dtype).max ** (0.5 / len(losses)))
     generator = torch.Generator().manual_seed(0)
-    # Unevenly, so that the mean of two or of all is nobody's.
-    uneven = torch.rand(len(losses), generator=generator, dtype=torch.float64, device="cpu") / 2
-    powers = torch.arange(len(losses), dtype=torch.float64, device="cpu") + uneven
-    weights = torch.tensor(step, dtype=torch.float64, device="cpu") ** powers
+    reach = math.log2(torch.finfo(dtype).max) / 2  # gradients are to survive the weights at both ends
+    powers = torch.arange(len(losses), dtype=torch.float64, device="cpu")
+    if len(losses) - 1 <= reach:
+        # A power of two scales every number of a row's backward pass and rounds none, so what a row's own example
+        # brings is a multiple to the last bit, however much has cancelled. The mean of several is no power of two.
+        weights = 2.0 ** (powers - len(losses) // 2)
+    else:
+        step = min(1 + 4 * _tolerance(dtype), 2 ** (reach / len(losses)))
+        # Unevenly, so that the mean of two or of all is nobody's.
+        uneven = torch.rand(len(losses), generator=generator, dtype=torch.float64, device="cpu") / 2
+        weights = torch.tensor(step, dtype=torch.float64, device="cpu") ** (powers + uneven)
     order = torch.randperm(len(losses), generator=generator, device="cpu")
     return weights[order].to(losses)
 

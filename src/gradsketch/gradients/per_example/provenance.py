@@ -129,6 +129,11 @@ class Provenance:
         others = [t for t in tensors_in((*args[1:], *kwargs.values())) if self.axis(t) != SHARED]
         if not others or (name == "setitem" and before >= 0 and self._keeps(target, args[1], args[2], before)):
             return
+        if name == "setitem" and before == SHARED and not target._is_view():
+            self._tag(target, 0)  # as decoders shift their labels into new memory
+            if target.ndim and self.multiple(len(target)) and self._keeps(target, args[1], args[2], 0):
+                return
+            self._tag(target, before)
         after = UNKNOWN
         if name in _ELEMENTWISE:
             after = _elementwise(self, self._relevant([t for t in (target, *others) if self.axis(t) != SHARED]), target)
@@ -153,12 +158,13 @@ class Provenance:
         if name == "scaled_dot_product_attention":
             examples = [t for t in given[:3] if self.axis(t) != SHARED]
         relevant = self._relevant(examples)
-        if name in _ELEMENTWISE:
+        if name in _ELEMENTWISE or (name in ("min", "max") and len(given) > 1):
             return _elementwise(self, relevant, result)
         if not relevant or any(self.axis(t) == UNKNOWN for t in relevant):
             return UNKNOWN
         if name in _VIEWS:
-            return self._view(func, args, kwargs, position, count)
+            by_all = _by_all(self, args, result) if name == "getitem" else UNKNOWN
+            return by_all if by_all >= 0 else self._view(func, args, kwargs, position, count)
         handler = _HANDLERS.get(name)
         return UNKNOWN if handler is None else handler(self, name, args, kwargs, relevant, result)
 
@@ -194,7 +200,7 @@ class Provenance:
 
     def _keeps(self, target: Tensor, index: Any, value: Any, axis: Axis) -> bool:
         """Whether writing a value to these places leaves every entry of the dim of examples with its example."""
-        if not _is_whole(index, axis):
+        if not _is_whole(index, axis, target.ndim):
             return False
         place = self._view(Tensor.__getitem__, (target, index), {}, 0, 1) - target[index].ndim
         own = self.axis(value) if isinstance(value, Tensor) else SHARED
@@ -205,9 +211,30 @@ class Provenance:
         return size > 0 and size % self.examples == 0
 
 
-def _is_whole(index: Any, axis: Axis) -> bool:
+def _by_all(self: Provenance, args: tuple[Any, ...], result: Tensor) -> Axis:
+    """Places of the first dims by tensors, of which one counts all examples in order, as masks of transformers do."""
+    source, index = args
+    axis = self.axis(source)
+    whole = isinstance(index, tuple) and 0 <= axis < len(index)
+    if not whole or not all(isinstance(i, Tensor) and not i.is_floating_point() for i in index):
+        return UNKNOWN
+    own, size = index[axis], source.shape[axis]
+    counts = [dim for dim, length in enumerate(own.shape) if length != 1]
+    others_shared = all(self.axis(i) == SHARED for i in index if i is not own)
+    if len(counts) != 1 or own.numel() != size or own.dtype == torch.bool or not others_shared:
+        return UNKNOWN
+    if not torch.equal(own.flatten(), torch.arange(size, device=own.device, dtype=own.dtype)):
+        return UNKNOWN
+    return int(counts[0] + result.ndim - (source.ndim - len(index)) - own.ndim)
+
+
+def _is_whole(index: Any, axis: Axis, ndim: int) -> bool:
     """Whether places are chosen by numbers along other dims than that of the examples."""
     places = index if isinstance(index, tuple) else (index,)
+    dots = [place for place, i in enumerate(places) if i is Ellipsis]
+    if dots and not any(i is None or isinstance(i, Tensor | list) for i in places):
+        rest = ndim - len(places) + 1
+        places = (*places[: dots[0]], *(slice(None) for _ in range(rest)), *places[dots[0] + 1 :])
     plain = not any(isinstance(i, Tensor | list) or i is None or i is Ellipsis for i in places[: axis + 1])
     return plain and len(places) > axis and is_full(places[axis]) and not any(isinstance(i, Tensor) for i in places)
 
@@ -405,6 +432,14 @@ def _product(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list
     return result.ndim + place if result.shape[place] == relevant[0].shape[place] else UNKNOWN
 
 
+def _distances(self: Provenance, name: str, args: Any, kwargs: Any, relevant: list[Tensor], result: Tensor) -> Axis:
+    """Rows of one operand against those of the other: examples in leading dims, or rows of one operand alone."""
+    if len(relevant) == 1 and len(args) > 1 and self.axis(relevant[0]) == relevant[0].ndim - 2:
+        return result.ndim - (2 if relevant[0] is args[0] else 1)
+    places = {self.axis(t) - t.ndim for t in relevant}
+    return result.ndim + places.pop() if len(places) == 1 and max(places) <= -3 else UNKNOWN
+
+
 def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str]:
     """Return a letter for each dim of the operands and of the result, also of dims that dots or nothing stand for."""
     left, arrow, right = args[0].replace(" ", "").partition("->")
@@ -526,6 +561,7 @@ _HANDLERS: dict[str, Callable[..., Axis]] = {
     "repeat_interleave": _repeat_interleaved,
     **dict.fromkeys(("matmul", "bmm", "mm", "baddbmm", "addmm"), _product),
     "einsum": _einsum,
+    "cdist": _distances,
     **dict.fromkeys(("gather", "take_along_dim"), _gathered),
     "embedding": _selected,
     "index_select": _along_another,

@@ -41,16 +41,27 @@ def _relu(given: Tensor, hidden: Tensor, states: States) -> States:
     return ((given + hidden).relu(),)
 
 
-class _Products(NamedTuple):
-    """What the weights of one layer and direction were multiplied with, and the results."""
+class _Own(NamedTuple):
+    """The parameters of one layer and direction."""
 
-    weights: Sequence[Tensor]
-    inputs: tuple[Tensor, Tensor]
-    results: tuple[Tensor, list[Tensor]]
+    by_input: Tensor
+    by_hidden: Tensor
+    of_input: Tensor | None = None
+    of_hidden: Tensor | None = None
+    projection: Tensor | None = None
+
+
+class _Product(NamedTuple):
+    """What a weight was multiplied with, [b, t, i], and the results: one [b, t, o], or [b, o] of each step."""
+
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    results: Sequence[Tensor]
 
 
 def _layers(step: Step) -> Rule:
-    """Whole layers over [b, t, i], or [t, b, i]; packed sequences come with other arguments and have no rule."""
+    """Whole layers over [b, t, i], or [t, b, i], or a packed sequence, which comes with other arguments."""
 
     def rule(
         tap: Interception,
@@ -65,28 +76,86 @@ def _layers(step: Step) -> Rule:
         bidirectional: Any,
         batch_first: Any,
     ) -> Any:
-        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if not isinstance(has_biases, bool):
-            return NotImplemented
-        each = 4 if has_biases else 2
-        plain = len(params) == each * num_layers * (1 + bidirectional)
+            return _packed(
+                step, tap, func, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+            )
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        directions = 1 + bidirectional
+        weights = _owned(params, has_biases, num_layers * directions)
         axis = _axis(tap, input, states, 0 if batch_first else 1)
-        if not plain or (train and dropout) or axis is None:
+        if weights is None or (train and dropout) or axis is None:
             return NotImplemented
-        weights = [params[place : place + each] for place in range(0, len(params), each)]
         results = func(
             input, hx, [tap.gate(p) for p in params], has_biases, num_layers, dropout, train, bidirectional, batch_first
         )
 
-        def run(x: Tensor, *states: Tensor) -> tuple[list[Tensor], list[_Products]]:
+        def run(x: Tensor, *states: Tensor) -> tuple[list[Tensor], list[_Product]]:
             x = x if batch_first else x.transpose(0, 1)
-            out, ends, products = _run(step, x, states, weights, 1 + bidirectional)
+            out, ends, products = _run(step, x, states, weights, directions)
             return [out if batch_first else out.transpose(0, 1), *ends], products
 
         turned = (not batch_first, *(True for _ in states))
         return _watched(tap, results, turned, axis, (input, *states), run)
 
     return rule
+
+
+def _owned(params: Sequence[Tensor], has_biases: bool, count: int) -> list[_Own] | None:
+    """Return the parameters by layer and direction; an LSTM may have a projection in each."""
+    each, rest = divmod(len(params), count)
+    plain = 4 if has_biases else 2
+    if rest or each not in (plain, plain + 1):
+        return None
+    found = []
+    for place in range(0, len(params), each):
+        by_input, by_hidden, *biases = params[place : place + plain]
+        of_input, of_hidden = biases or (None, None)
+        projection = params[place + plain] if each > plain else None
+        found.append(_Own(by_input, by_hidden, of_input, of_hidden, projection))
+    return found
+
+
+def _packed(
+    step: Step,
+    tap: Interception,
+    func: Any,
+    data: Tensor,
+    sizes: Tensor,
+    hx: Any,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> Any:
+    """Sequences of any lengths, the longest first: the first steps of all, then the second. Owners are measured."""
+    states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    directions = 1 + bidirectional
+    weights = _owned(params, has_biases, num_layers * directions)
+    axis = _axis(tap, data, states, 0)
+    if weights is None or (train and dropout) or axis is None:
+        return NotImplemented
+    gated = [tap.gate(p) for p in params]
+    out, *ends = func(data, sizes, hx, gated, has_biases, num_layers, dropout, train, bidirectional)
+    running = (torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]).to(data.device)  # [t, b]
+    places = torch.zeros(running.shape, dtype=torch.int64, device=data.device)
+    places[running] = torch.arange(len(data), device=data.device)
+    inside = running.mT[..., None]
+
+    def padded(rows: Tensor) -> Tensor:
+        return rows[places.mT] * inside
+
+    def run(x: Tensor, *states: Tensor) -> tuple[list[Tensor], list[_Product]]:
+        found, last, products = _run(step, padded(x), states, weights, directions, inside)
+        return [found, *last], products
+
+    turned = (False, *(True for _ in states))
+    watched = _watched(tap, (padded(out), *ends), turned, 0 if tap.examples == 1 else UNKNOWN, (data, *states), run)
+    result = watched[0].transpose(0, 1)[running], *watched[1:]
+    tap.place(result, *(UNKNOWN for _ in result))
+    return result
 
 
 def _cell(step: Step) -> Rule:
@@ -98,10 +167,10 @@ def _cell(step: Step) -> Rule:
         if input.ndim != 2 or axis is None:
             return NotImplemented
         result = func(input, hx, *(tap.gate(p) for p in params))
-        weights = [p for p in params if p is not None]
+        own = _Own(*params)
 
-        def run(x: Tensor, *states: Tensor) -> tuple[list[Tensor], list[_Products]]:
-            _, ends, products = _run(step, x[:, None], [s[None] for s in states], [weights], 1)
+        def run(x: Tensor, *states: Tensor) -> tuple[list[Tensor], list[_Product]]:
+            _, ends, products = _run(step, x[:, None], [s[None] for s in states], [own], 1)
             return [end[0] for end in ends], products
 
         several = isinstance(result, tuple)
@@ -132,7 +201,7 @@ def _watched(
     turned: Sequence[bool],
     axis: int,
     keep: tuple[Tensor, ...],
-    run: Callable[..., tuple[list[Tensor], list[_Products]]],
+    run: Callable[..., tuple[list[Tensor], list[_Product]]],
 ) -> tuple[Tensor, ...]:
     """Watch several results as one tensor [b, …]; those that are ``turned`` have the examples in dim 1."""
     rows = [r.transpose(0, 1) if turn else r for r, turn in zip(results, turned, strict=True)]
@@ -147,16 +216,17 @@ def _watched(
     def contributions(by_example: Grouping, gradient: Tensor, *kept: Tensor) -> Iterator[Report]:
         with torch.enable_grad():
             outs, products = run(*(wide(t.detach()) for t in kept))
-        sought = [t for p in products for t in (p.results[0], *p.results[1])]
+        sought = [result for product in products for result in product.results]
         found = iter(
             torch.autograd.grad(outs, sought, parts(wide(gradient)), allow_unused=True, materialize_grads=True)
         )
-        for weights, inputs, (_, steps) in products:
-            of_input, of_hidden = next(found), torch.stack([next(found) for _ in steps], 1)
-            for place, weight in enumerate(weights):
-                error = by_example((of_input, of_hidden)[place % 2]).flatten(1, 2)
-                if tap.chosen(weight):
-                    yield weight, Outer(error, by_example(inputs[place]).flatten(1, 2)) if place < 2 else Sum(error)
+        for product in products:
+            errors = [next(found) for _ in product.results]
+            error = by_example(errors[0] if errors[0].ndim == 3 else torch.stack(errors, 1)).flatten(1, 2)
+            if tap.chosen(product.weight):
+                yield product.weight, Outer(error, by_example(product.inputs).flatten(1, 2))
+            if product.bias is not None and tap.chosen(product.bias):
+                yield product.bias, Sum(error)
 
     watched = tap.watch(flat, axis if axis == UNKNOWN else 0, 1, keep, contributions)
     out = tuple(_laid_out(part, like) for part, like in zip(parts(watched), results, strict=True))
@@ -170,40 +240,64 @@ def _laid_out(part: Tensor, like: Tensor) -> Tensor:
 
 
 def _run(
-    step: Step, x: Tensor, states: Sequence[Tensor], weights: Sequence[Sequence[Tensor]], directions: int
-) -> tuple[Tensor, list[Tensor], list[_Products]]:
-    """Run layers over [b, t, i]; return the last one's output, the last states [l, b, h], and all products."""
+    step: Step,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[_Own],
+    directions: int,
+    inside: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[_Product]]:
+    """Run layers over [b, t, i]; return the last one's output, the last states [l, b, h], and all products.
+
+    Where a place [b, t, 1] is not ``inside`` its sequence, states stay as they are.
+    """
     products, ends = [], []
     for place, own in enumerate(weights):
         if place % directions == 0:
             given, outs = x, []
-        backwards = place % 2 == 1 and directions == 2
         start = tuple(s[place] for s in states)
-        out, end, made = _one(step, given.flip(1) if backwards else given, start, own)
+        backwards = place % 2 == 1 and directions == 2
+        if backwards:
+            out, end, made = _one(step, given.flip(1), start, own, None if inside is None else inside.flip(1))
+        else:
+            out, end, made = _one(step, given, start, own, inside)
         outs.append(out.flip(1) if backwards else out)
         ends.append(end)
-        products.append(made)
+        products += made
         x = torch.cat(outs, -1)
     return x, [torch.stack(last) for last in zip(*ends, strict=True)], products
 
 
-def _one(step: Step, x: Tensor, states: States, weights: Sequence[Tensor]) -> tuple[Tensor, States, _Products]:
+def _one(
+    step: Step, x: Tensor, states: States, own: _Own, inside: Tensor | None
+) -> tuple[Tensor, States, list[_Product]]:
     """Run one layer in one direction."""
-    by_input, by_hidden, *biases = (wide(w.detach()) for w in weights)
-    of_input, of_hidden = biases or (None, None)
-    given = _sought(functional.linear(x, by_input, of_input))
-    before, steps, outs = [], [], []
+    given = _times(x, own.by_input, own.of_input)
+    before, hidden, raw, projected, outs = [], [], [], [], []
     for t in range(x.shape[1]):
         before.append(states[0])
-        steps.append(_sought(functional.linear(states[0], by_hidden, of_hidden)))
-        states = step(given[:, t], steps[-1], states)
+        hidden.append(_times(states[0], own.by_hidden, own.of_hidden))
+        after = step(given[:, t], hidden[-1], states)
+        if own.projection is not None:
+            raw.append(after[0])
+            projected.append(_times(after[0], own.projection))
+            after = (projected[-1], *after[1:])
+        if inside is not None:
+            after = tuple(torch.where(inside[:, t], new, old) for new, old in zip(after, states, strict=True))
+        states = after
         outs.append(states[0])
-    products = _Products(weights, (x.detach(), torch.stack(before, 1).detach()), (given, steps))
+    products = [
+        _Product(own.by_input, own.of_input, x.detach(), [given]),
+        _Product(own.by_hidden, own.of_hidden, torch.stack(before, 1).detach(), hidden),
+    ]
+    if own.projection is not None:
+        products.append(_Product(own.projection, None, torch.stack(raw, 1).detach(), projected))
     return torch.stack(outs, 1), states, products
 
 
-def _sought(product: Tensor) -> Tensor:
-    """Return a tensor whose error can be asked for."""
+def _times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a product whose error can be asked for."""
+    product = functional.linear(x, wide(weight.detach()), None if bias is None else wide(bias.detach()))
     return product if product.requires_grad else product.requires_grad_()
 
 

@@ -60,8 +60,8 @@ def refuse_coupling(example: int, together: Tensor, other: Tensor, where: str = 
 
 
 @contextmanager
-def running_alone(example: int) -> Iterator[None]:
-    """Refuse a loss that fails for one example alone, though it ran in company."""
+def running_alone(start: int, stop: int | None = None) -> Iterator[None]:
+    """Refuse a loss that fails for one example alone, or for a few, though it ran in company."""
     try:
         yield
     except GradsketchError:
@@ -69,14 +69,15 @@ def running_alone(example: int) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        which = f"example {start}" if stop in (None, start + 1) else f"examples {start} to {stop - 1}"
         raise InputError(
-            f"a loss that cannot be run alone for example {example} of the batch ({type(error).__name__}: {error})",
+            f"a loss that cannot be run alone for {which} of the batch ({type(error).__name__}: {error})",
             *INDEPENDENT,
         ) from error
 
 
-def refuse_other_gradients(failed: Mapping[str, float], model: nn.Module) -> None:
-    """Refuse gradients that are others alone than in company, given their errors."""
+def refuse_other_gradients(failed: Mapping[str, float], model: nn.Module, where: str = "one example at a time") -> None:
+    """Refuse gradients that are others alone, or in other company, than in this, given their errors."""
     if not failed:
         return
     hooked = [name or type(model).__name__ for name, m in model.named_modules() if m._backward_hooks]
@@ -84,7 +85,7 @@ def refuse_other_gradients(failed: Mapping[str, float], model: nn.Module) -> Non
     wanted, fix = INDEPENDENT
     raise InputError(
         f"gradients of {', '.join(sorted(failed)[:3])} that differ by {max(failed.values()):.1e} between examples "
-        f"together and one example at a time{under}",
+        f"together and {where}{under}",
         "backward hooks that are linear in the gradient" if hooked else wanted,
         "Remove the hook, or let it treat each example alone" if hooked else fix,
     )

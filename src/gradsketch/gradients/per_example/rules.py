@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gradsketch.gradients.per_example.composed import COMPOSED
 from gradsketch.gradients.per_example.contributions import (
     Contribution,
     Direct,
@@ -476,12 +477,15 @@ def _elementwise(first: Entries, second: Entries, keeps: bool) -> Rule:
         factor = options.get("alpha", 1) if parameter is other else 1
         if keeps and _in_place(func):  # x is gone before it could be kept
             return NotImplemented
-        result = func(tap.gate(input), tap.gate(other), **options)
-        axis = _axis_of(tap, func, (input, other), options, result)
+        late = _in_place(func) and parameter is other  # what is written to must not be written to twice
+        result = x if late else func(tap.gate(input), tap.gate(other), **options)
+        axis = tap.axis(x) if late else _axis_of(tap, func, (input, other), options, result)
         shape, leading = _aligned(parameter.shape, result.ndim, axis)
-        own = axis == 0 and shape[:1] == [result.shape[0]] and tap.examples > 1  # one entry per example, or more
+        each = result.ndim > 0 and shape[:1] == [result.shape[0]] and len(result) > 1
+        own = axis in (0, UNKNOWN) and each and tap.examples > 1  # one entry per example, or more
         if leading < 1 and not own and tap.examples > 1:
             return NotImplemented
+        result = func(tap.gate(input), tap.gate(other), **options) if late else result
         whole = result.shape
 
         def contributions(rows: Grouping, gradient: Tensor, *kept: Tensor) -> Reports:
@@ -492,14 +496,73 @@ def _elementwise(first: Entries, second: Entries, keeps: bool) -> Rule:
             if own:
                 alike = [dim for dim, size in enumerate(shape) if size == 1]
                 given = given.expand(whole).sum(alike, keepdim=True) if alike else given.expand(whole)
-                yield parameter, Placed(given.reshape(tap.examples, -1, *shape[1:]))
+                yield parameter, _of_each(rows, given.reshape(-1, *shape[1:]), axis)
                 return
             terms = _terms(rows, given.expand(whole), axis, leading, shape)
             yield parameter, Sum(terms.reshape(*terms.shape[:2], *parameter.shape))
 
-        return tap.watch(result, axis, leading if axis < 0 else axis + 1, (x,) if keeps else (), contributions)
+        leading = 1 if own else leading if axis < 0 else axis + 1
+        return tap.watch(result, axis, leading, (x,) if keeps else (), contributions)
 
     return rule
+
+
+def _of_each(rows: Grouping, entries: Tensor, axis: Axis) -> Contribution:
+    """Return the contribution to a tensor with entries of each example's own in its first dim."""
+    if axis == 0:
+        return Placed(entries.reshape(rows.examples, -1, *entries.shape[1:]))
+    return IndexedRows(rows(torch.arange(len(entries), device=entries.device)), rows(entries).flatten(2))
+
+
+def _where(tap: Interception, func: Any, condition: Tensor, input: Any, other: Any) -> Any:
+    """Parameters where a condition holds, or where it does not, repeated along leading dims."""
+    if tap.chosen(condition):
+        return NotImplemented
+    args = condition, input, other
+    result = func(condition, tap.gate(input), tap.gate(other))
+    axis = _axis_of(tap, func, args, {}, result)
+    parts = []
+    for place, parameter in enumerate((input, other)):
+        if tap.chosen(parameter):
+            shape, leading = _aligned(parameter.shape, result.ndim, axis)
+            parts.append((parameter, place, shape, leading))
+    least = min(leading for *_, leading in parts)
+    if least < 1 or all(tap.axis(t) == SHARED for t in tensors_in(args)):
+        return _replay(tap, func, *args)
+    whole = result.shape
+
+    def contributions(rows: Grouping, gradient: Tensor, condition: Tensor) -> Reports:
+        for parameter, place, shape, _ in parts:
+            given = gradient.masked_fill(~condition if place == 0 else condition, 0)
+            terms = _terms(rows, given.expand(whole), axis, least, shape)
+            yield parameter, Sum(terms.reshape(*terms.shape[:2], *parameter.shape))
+
+    return tap.watch(result, axis, least, (condition,), contributions)
+
+
+def _attention(
+    tap: Interception,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    *args: Any,
+    **named: Any,
+) -> Any:
+    """A mask made of parameters, as relative positions are, repeated for each example."""
+    mine = tap.axis(query)
+    fits = tap.chosen(attn_mask) and not any(map(tap.chosen, (query, key, value))) and mine in (0, UNKNOWN)
+    shape, leading = _aligned(attn_mask.shape, query.ndim, 0) if fits and query.ndim > 2 else ([], 0)
+    if leading != 1:
+        return _replay(tap, func, query, key, value, attn_mask, *args, **named)
+
+    def contributions(rows: Grouping, gradient: Tensor) -> Reports:
+        terms = rows(gradient)
+        yield attn_mask, Sum(terms.reshape(*terms.shape[:2], *attn_mask.shape))
+
+    each = tap.gate(attn_mask).expand(len(query), *shape[1:]).clone()
+    return func(query, key, value, tap.watch(each, mine, 1, (), contributions), *args, **named)
 
 
 def _in_place(func: Any) -> bool:
@@ -554,7 +617,7 @@ def _replay(tap: Interception, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Any other function whose dim of examples is known: run again on each example alone."""
     given = tensors_in((*args, *kwargs.values()))
     others = [t for t in given if not tap.chosen(t)]
-    if not tap.provenance.follows(func) or all(tap.axis(t) == SHARED for t in others):
+    if not tap.provenance.follows(func) or _in_place(func) or all(tap.axis(t) == SHARED for t in others):
         return NotImplemented
     result = func(*_map(args, tap.gate), **_map(kwargs, tap.gate))
     if not isinstance(result, Tensor) or not result.requires_grad or any(result is a for a in args):
@@ -700,7 +763,10 @@ RULES: dict[Any, Rule] = {
     **_named(_MULTIPLIED, "mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"),
     **_named(_DIVIDED, "div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"),
     functional.multi_head_attention_forward: _opened,
+    functional.scaled_dot_product_attention: _attention,
+    torch.where: _where,
+    **COMPOSED,
     **RECURRENT,
     None: _replay,
 }
-TRANSPARENT = frozenset({functional.multi_head_attention_forward})
+TRANSPARENT = frozenset({functional.multi_head_attention_forward, *COMPOSED})
