@@ -5,7 +5,7 @@
 
 Writes benchmarks/results/selection.json. Two parts:
 
-* **keep**: the last two layers of MiniLM learn to tell spam from ham, from a tenth of 1,000 mails of SpamAssassin. 60 mails
+* **keep**: the last two layers of MiniLM learn to tell spam from ham, from a tenth of 800 mails of SpamAssassin. 60 mails
   are the target: newsletters that pass for spam (the group hard-ham) and spam. 200 more of the same kind are held out. The
   pool holds some such newsletters, or none, or a third of its labels are wrong. ``Index.select`` chooses by ridge, its
   default, from an index of a model that has seen a twentieth of the pool. Beside it a random tenth, BM25 of the words,
@@ -49,9 +49,9 @@ class Size:
     """How much is measured: seeds of each part, mails and numbers of a sketch, digits and their epochs."""
 
     seeds: int = 5
-    drop_seeds: int = 10
+    drop_seeds: int = 5
     mails: int = 3000
-    pool: int = 1000
+    pool: int = 800
     targets: int = 60
     held_out: int = 200
     epochs: int = 4
