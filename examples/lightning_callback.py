@@ -3,7 +3,8 @@
     pip install gradsketch lightning
     python examples/lightning_callback.py [FOLDER]
 
-``SketchRun`` is all that a project of your own needs. The rest is a toy: points of three classes, one with a wrong label.
+``SketchRun`` is all that a project of your own needs. The rest is a toy: points of three classes, one with a wrong
+label.
 """
 
 from __future__ import annotations

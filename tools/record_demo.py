@@ -34,7 +34,8 @@ g { animation: appear 1ms backwards }
 @keyframes appear { from { opacity: 0 } }
 @media (prefers-reduced-motion: reduce) { g { animation: none } }
 @media (prefers-color-scheme: dark) {
-  svg { background: #0d1117 } text { fill: #e6edf3 } .dim { fill: #9198a1 } .good { fill: #56d364 } .bad { fill: #ff8a80 }
+  svg { background: #0d1117 } text { fill: #e6edf3 }
+  .dim { fill: #9198a1 } .good { fill: #56d364 } .bad { fill: #ff8a80 }
 }
 """
 
@@ -120,9 +121,10 @@ def drawn(screen: Screen, typed: str, folder: Path) -> str:
     width = 2 * MARGIN + WIDTH * max(len(_text(line).rstrip()) for line in lines)
     height = 2 * MARGIN + HEIGHT * len(lines)
     body = "\n".join(_drawn_line(line, number) for number, line in enumerate(lines) if _text(line).strip())
+    size = f'viewBox="0 0 {width:g} {height}" width="{width:g}"'
+    title = f"<title>{escape(typed)} in a terminal, {FASTER} times as fast</title>"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" width="{width:g}" role="img">\n'
-        f"<title>{escape(typed)} in a terminal, {FASTER} times as fast</title>\n<style>{_STYLE}</style>\n{body}\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n{title}\n<style>{_STYLE}</style>\n{body}\n</svg>\n'
     )
 
 
@@ -156,6 +158,7 @@ def _without(line: Line, text: str) -> Line:
 
 
 def main() -> None:
+    """Record, and write the picture."""
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images/demo.svg").resolve()
     with tempfile.TemporaryDirectory() as folder:
         screen = recorded([sys.executable, "-m", "gradsketch", "demo"], Path(folder))
