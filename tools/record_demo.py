@@ -121,11 +121,9 @@ def drawn(screen: Screen, typed: str, folder: Path) -> str:
     width = 2 * MARGIN + WIDTH * max(len(_text(line).rstrip()) for line in lines)
     height = 2 * MARGIN + HEIGHT * len(lines)
     body = "\n".join(_drawn_line(line, number) for number, line in enumerate(lines) if _text(line).strip())
-    size = f'viewBox="0 0 {width:g} {height}" width="{width:g}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" width="{width:g}" role="img">'
     title = f"<title>{escape(typed)} in a terminal, {FASTER} times as fast</title>"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n{title}\n<style>{_STYLE}</style>\n{body}\n</svg>\n'
-    )
+    return f"{head}\n{title}\n<style>{_STYLE}</style>\n{body}\n</svg>\n"
 
 
 def _drawn_line(line: Line, number: int) -> str:

@@ -1,6 +1,6 @@
 """Every Python block of the documentation runs, in order, and prints what the page says it prints.
 
-A page is one program: its blocks share names, and nothing hidden goes before the first. The README's blocks stand alone:
+A page is one program: its blocks share names, and nothing hidden goes before the first. The README's stand alone:
 each runs when it is pasted into a fresh interpreter. A ``text`` block right after a ``python`` block is what that block
 prints, with ``...`` for what may differ. A block, or a comment ``<!-- setup``, may carry a line ``# needs: package``,
 without which the page is skipped.
