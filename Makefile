@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-slow test-demo test-page demo weights check docs release clean peers gpu
+.PHONY: install test test-slow test-demo test-page test-examples demo recording weights check docs release clean peers gpu
 
 install: .venv/installed
 
@@ -27,8 +27,18 @@ test-page: install
 test-demo: install weights
 	$(BIN)/python -m pytest -m slow -rs tests/cli/test_demo.py
 
+# The examples for Lightning and TRL, with these packages; without them their tests are skipped.
+test-examples: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 trl==1.16.0
+	$(BIN)/python -m pytest -rs tests/docs/test_training_examples.py
+
 demo: install weights
 	$(BIN)/gradsketch demo
+
+# The README's picture of the demonstration, from a run of it.
+recording: install weights
+	$(BIN)/python tools/record_demo.py docs/images/demo.svg
 
 # Files with real weights, read by the demo. Where they cannot be had the demo says so and shows something smaller.
 weights: .venv/weights
@@ -57,8 +67,8 @@ peers: .venv-peers/installed
 	touch $@
 
 check: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks examples tools
+	$(BIN)/ruff check src tests benchmarks examples tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build

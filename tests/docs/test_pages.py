@@ -1,8 +1,9 @@
 """Every Python block of the documentation runs, in order, and prints what the page says it prints.
 
-A page is one program: its blocks share names. A ``text`` block right after a ``python`` block is what that block
-prints, with ``...`` for what may differ. A comment ``<!-- setup`` holds code that a reader has behind them. A block may
-carry a line ``# needs: package``, without which the page is skipped.
+A page is one program: its blocks share names, and nothing hidden goes before the first. The README's stand alone:
+each runs when it is pasted into a fresh interpreter. A ``text`` block right after a ``python`` block is what that block
+prints, with ``...`` for what may differ. A block, or a comment ``<!-- setup``, may carry a line ``# needs: package``,
+without which the page is skipped.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ALONE = "README.md"
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 _BLOCK = re.compile(r"^(?:```|<!-- )(\w+)\n(.*?)^(?:```|-->)$", re.MULTILINE | re.DOTALL)
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -46,6 +48,8 @@ def blocks_of(page: Path) -> list[Block]:
 def run(page: Path) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks_of(page):
+        if page.name == ALONE:
+            names = {"__name__": "__main__"}
         for package in re.findall(r"^# needs: (\w+)$", block.code, re.MULTILINE):
             if importlib.util.find_spec(package) is None:
                 pytest.skip(f"{package} is not installed")
@@ -63,6 +67,19 @@ def run(page: Path) -> None:
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_nothing_hidden_goes_before_a_page(page):
+    hidden = re.findall(r"^<!-- setup\n(.*?)^-->$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert [line for code in hidden for line in code.splitlines() if not line.startswith("# needs: ")] == []
+
+
+def test_blocks_of_the_readme_stand_alone(tmp_path):
+    page = tmp_path / ALONE
+    page.write_text("```python\nx = 2\n```\n```python\nprint(x)\n```\n")
+    with pytest.raises(NameError):
+        run(page)
 
 
 def test_a_wrong_page_is_found_out(tmp_path):
