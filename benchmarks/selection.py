@@ -49,7 +49,7 @@ class Size:
     """How much is measured: seeds of each part, mails and numbers of a sketch, digits and their epochs."""
 
     seeds: int = 5
-    drop_seeds: int = 5
+    drop_seeds: int = 10
     mails: int = 3000
     pool: int = 800
     targets: int = 60
@@ -100,6 +100,7 @@ MAILS = gs.Function(_losses, collate=_collate)
 def read_mails(count: int) -> list[Row]:
     """Return mails with the hidden states of the lower layers: all of hard-ham where there is room, and others."""
     found = [{**mail, "text": mail["text"][:CHARACTERS]} for mail in spam_assassin() if mail["text"]]
+    found = list({mail["text"]: mail for mail in found}.values())  # no held-out mail is in the pool under another name
     order = [found[i] for i in Stream(0, "mails").permutation(len(found)).tolist()]
     hard = [mail for mail in order if mail["group"] == "hard-ham-1"][: count // 3]
     rows = hard + [mail for mail in order if mail["group"] != "hard-ham-1"][: count - len(hard)]

@@ -2,8 +2,8 @@
 
     python tools/record_demo.py docs/images/demo.svg
 
-Lines appear when they appeared, ten times as fast; who sees no animation, or wants none, sees them all. Colours follow
-the reader's light or dark scheme.
+Lines appear in the order and the rhythm in which they appeared, within twelve seconds; who sees no animation, or wants
+none, sees them all. Colours follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-COLUMNS, ROWS, FASTER = 132, 50, 10
+COLUMNS, ROWS, SECONDS = 132, 50, 12
 WIDTH, HEIGHT, MARGIN = 8.0, 19, 18  # of a character, of a line, around them
 _STYLES = {"1": "bold", "2": "dim", "31": "bad", "32": "good"}
 _ESCAPE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
@@ -120,13 +120,14 @@ def drawn(screen: Screen, typed: str, folder: Path) -> str:
         lines.pop()
     width = 2 * MARGIN + WIDTH * max(len(_text(line).rstrip()) for line in lines)
     height = 2 * MARGIN + HEIGHT * len(lines)
-    body = "\n".join(_drawn_line(line, number) for number, line in enumerate(lines) if _text(line).strip())
+    faster = max(1.0, max(line.changed for line in lines) / SECONDS)
+    body = "\n".join(_drawn_line(line, number, faster) for number, line in enumerate(lines) if _text(line).strip())
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" width="{width:g}" role="img">'
-    title = f"<title>{escape(typed)} in a terminal, {FASTER} times as fast</title>"
+    title = f"<title>{escape(typed)} in a terminal, {faster:.0f} times as fast</title>"
     return f"{head}\n{title}\n<style>{_STYLE}</style>\n{body}\n</svg>\n"
 
 
-def _drawn_line(line: Line, number: int) -> str:
+def _drawn_line(line: Line, number: int, faster: float) -> str:
     """Return a line's runs of one style. Each stands at its column, as wide as its characters, whatever the font is."""
     text, runs, start = _text(line).rstrip(), [], 0
     while start < len(text):
@@ -142,7 +143,7 @@ def _drawn_line(line: Line, number: int) -> str:
             runs.append(f'<text x="{x:g}" y="{MARGIN + HEIGHT * number + 13}" textLength="{WIDTH * len(said):g}"{kind}>'
                         f"{escape(said)}</text>")  # fmt: skip
         start = stop
-    return f'<g style="animation-delay:{line.changed / FASTER:.2f}s">{"".join(runs)}</g>'
+    return f'<g style="animation-delay:{line.changed / faster:.2f}s">{"".join(runs)}</g>'
 
 
 def _text(line: Line) -> str:

@@ -35,7 +35,7 @@ def test_erasing_to_the_end_of_a_line():
 
 def test_the_picture_has_columns_where_the_terminal_had_them(tmp_path):
     screen = RECORDER["Screen"]()
-    screen.write(f"  a <b>   c & d\r\n{tmp_path.resolve()}/page.html\r\nNext, with your own\r\nleft out", 20.0)
+    screen.write(f"  a <b>   c & d\r\n{tmp_path.resolve()}/page.html\r\nNext, with your own\r\nleft out", 24.0)
     root = ElementTree.fromstring(RECORDER["drawn"](screen, "make demo", tmp_path))
     texts = {element.text: element.attrib for element in root.iter(f"{SVG}text")}
     assert list(texts) == ["$ make demo", "a <b>", "c & d", "page.html"]
@@ -43,7 +43,7 @@ def test_the_picture_has_columns_where_the_terminal_had_them(tmp_path):
     assert float(texts["c & d"]["x"]) == margin + 10 * width
     assert float(texts["c & d"]["textLength"]) == 5 * width
     delays = [element.attrib["style"] for element in root.iter(f"{SVG}g")]
-    assert delays == ["animation-delay:0.00s", *["animation-delay:2.00s"] * 2]
+    assert delays == ["animation-delay:0.00s", *["animation-delay:12.00s"] * 2]
 
 
 def test_a_command_that_fails_is_no_recording(tmp_path):
