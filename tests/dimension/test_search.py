@@ -368,7 +368,7 @@ def test_bad_arguments() -> None:
         ({"check_every": 0}, "check_every=0"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"seeds": ()}, "no seeds"),
+        ({"seeds": ()}, "seeds=()"),
         ({"target": float("nan")}, "target=nan"),
         ({"min_gain": 0.0}, "min_gain=0.0"),
     ):

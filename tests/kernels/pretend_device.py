@@ -130,5 +130,5 @@ def pretend_device() -> Iterator[PretendDevice]:
     autocast = torch.is_autocast_enabled
     with pytest.MonkeyPatch.context() as patch, PretendDevice() as device:
         patch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != (DEVICE.type,) and autocast(*kind))
-        patch.setattr("gradsketch.gradients.per_example.refusals._unsupported", lambda tensor: [])
+        patch.setattr("gradsketch.gradients.per_example.refusals._unsupported", lambda *_: [])
         yield device

@@ -72,6 +72,8 @@ def dimension_curve(
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
     check_positive(steps=steps)
     check_seeds(seeds)
+    if not dims or len(set(dims)) < len(dims):
+        raise InputError(f"dims={list(dims)}", "different dimensions", "Type dims=[64, 256, 1024]")
     check_dims(dims, experiment.n)
     experiment = experiment.with_lr(max(dims), seeds[0])
     settings: Settings = experiment.settings(max(dims)) | {"steps": steps}
@@ -127,9 +129,7 @@ def fine_tune(
 
 
 def check_dims(dims: Sequence[int], n: int) -> None:
-    """Refuse dimensions that are not between 1 and n, and one that is named twice."""
-    if not dims or len(set(dims)) < len(dims):
-        raise InputError(f"dims={list(dims)}", "different dimensions", "Type dims=[64, 256, 1024]")
+    """Refuse dimensions that are not between 1 and n."""
     for d in dims:
         if isinstance(d, bool) or not 1 <= d <= n:
             raise InputError(f"d={d!r} for n={n} parameters", f"a dimension from 1 to {n}", f"Type {min(n, 1024)}")

@@ -1163,7 +1163,7 @@ def a_weight_with_a_row_set() -> Setting:
     return _assembling("a row is set")
 
 
-@slow("*")
+@slow("base", "other")
 def a_weight_with_a_part_copied_in() -> Setting:
     return _assembling("copy_ into a part")
 

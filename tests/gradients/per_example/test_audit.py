@@ -372,7 +372,7 @@ def test_a_residual_seen_along_directions_is_found_at_what_is_allowed():
     for seed in range(1000):
         audit = Audit(weights, {"w": torch.zeros(40, 200).double()}, seed)
         audit.add("w", given, slice(None))
-        shown.append(audit.errors(audit.seen({"w": exact + fault * left[0].mT @ right[0]}), 1e-3))
+        shown.append(audit.errors({"w": audit.seen("w", exact + fault * left[0].mT @ right[0])}, 1e-3))
     assert sum(not failed(errors, 1e-3) for errors in shown) <= 3
     assert abs(sum(errors["w"] for errors in shown) / len(shown) - 1.05e-3) < 5e-5
 

@@ -429,8 +429,12 @@ class Capture:
         seed = self._known.audits.batches
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
-        # A hook is called with each example's own gradient only where that is formed.
-        return Audit(weights, {name: t for name, t in self.tensors.items() if not t._backward_hooks}, seed)
+        # A hook is called with each example's own gradient only where that is formed. What was not found to have one
+        # is audited: an ignored hook shows.
+        slow = self._known.slow
+        heeded = {name for name, reason in slow.items() if reason.startswith(_HOOKED)}
+        heeded |= {name for name, tensor in self.tensors.items() if tensor._backward_hooks and self.method == "loop"}
+        return Audit(weights, {name: t for name, t in self.tensors.items() if name not in heeded}, seed)
 
     def _judge(
         self,
