@@ -19,14 +19,27 @@ from torch import Tensor, nn
 from gradsketch.errors import InputError
 from gradsketch.walks import modules_of, parameters_of
 
-__all__ = ["Gathered", "Ranks", "at_rest", "class_of", "is_sharded", "require_whole", "resting", "whole"]
+__all__ = [
+    "Gathered",
+    "Ranks",
+    "at_rest",
+    "class_of",
+    "is_shard",
+    "is_sharded",
+    "require_whole",
+    "resting",
+    "units_of",
+    "whole",
+]
 
 
-def _is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
+    """Whether ranks share out a tensor."""
     return hasattr(tensor, "device_mesh")
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
+def units_of(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 gathers, each at its own time."""
     # Whoever has called fully_shard has imported it; importing it takes a second.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [m for m in modules_of(model) if isinstance(m, fsdp.FSDPModule)]
@@ -34,12 +47,12 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks share out parameters of the model by FSDP2."""
-    return bool(_sharded_modules(model))
+    return bool(units_of(model))
 
 
 def at_rest(model: nn.Module) -> None:
     """Put every shard in its place: after a forward pass alone the last layers are still gathered."""
-    for module in _sharded_modules(model):
+    for module in units_of(model):
         module.reshard()
 
 
@@ -62,7 +75,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def class_of(model: nn.Module) -> type[nn.Module]:
     """Return the class that a model was written as; ``fully_shard`` makes a subclass of it."""
-    return type(model).__mro__[2] if any(module is model for module in _sharded_modules(model)) else type(model)
+    return type(model).__mro__[2] if any(module is model for module in units_of(model)) else type(model)
 
 
 def _tensors(inputs: Any) -> list[Tensor]:
@@ -83,7 +96,7 @@ class Ranks:
     """The ranks that share out a model; of a model in one piece, this process alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        parameters: list[Any] = [p for p in parameters_of(model) if _is_shard(p)]
+        parameters: list[Any] = [p for p in parameters_of(model) if is_shard(p)]
         meshes = [parameter.device_mesh for parameter in parameters]
         self._meshes = list(dict.fromkeys(meshes)) if is_sharded(model) else []
 
@@ -119,10 +132,10 @@ class Gathered:
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self._modules = _sharded_modules(model)
+        self._modules = units_of(model)
         by_id = {id(tensor): name for name, tensor in tensors.items()}
         # What no call of fully_shard has taken stands in the graph itself.
-        self.every = {id(tensor): tensor for tensor in tensors.values() if not _is_shard(tensor)}
+        self.every = {id(tensor): tensor for tensor in tensors.values() if not is_shard(tensor)}
         self.names = {key: by_id[key] for key in self.every}
         self._places = {
             (id(module), attribute): by_id.get(id(parameter))
@@ -160,7 +173,7 @@ class Gathered:
     def _note(self, unit: nn.Module) -> None:
         for module in modules_of(unit):
             for attribute, parameter in module._parameters.items():
-                if parameter is None or _is_shard(parameter) or id(parameter) in self.every:
+                if parameter is None or is_shard(parameter) or id(parameter) in self.every:
                     continue
                 self.every[id(parameter)] = parameter
                 name = self._places.get((id(module), attribute))

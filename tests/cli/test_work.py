@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from small_model import TEXTS, save_model, write_rows
+from torch import nn
 
 from gradsketch.attribution.engine import Local, Ray
 from gradsketch.cli.main import main
+from gradsketch.cli.sharing import layers_of
 from gradsketch.cli.work import ReadingOptions, WorkOptions
 from gradsketch.errors import InputError
 from processes import left_behind
@@ -93,6 +95,12 @@ def test_ranks_that_share_out_the_model_make_the_very_shards(tmp_path, kind):
     ]
     alone, together = (json.loads(answer)["queries"] for answer in answers)
     assert together == alone
+
+
+def test_layers_are_shared_out_whole():
+    experts = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Sequential(nn.ModuleList([experts, nn.Linear(2, 2)])))
+    assert layers_of(model) == [experts, model[1][0][1]]
 
 
 def test_what_goes_not_with_fsdp(folder, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 from gradsketch.cli.pretrained import pretrained
 from gradsketch.errors import InputError
 
-__all__ = ["shared_out"]
+__all__ = ["layers_of", "shared_out"]
 
 _NO_PLAN = "has no `fsdp_plan`"  # what transformers says of models that it does not know how to share out
 
@@ -35,8 +35,9 @@ def shared_out(name: str, kind: Any, revision: str | None = None, **options: Any
         model, *more = pretrained(
             name, kind, revision, distributed_config=DistributedConfig(fsdp_size=ranks), **options
         )
-        if _units(model) != 1 or ranks == 1:
+        if _has_layers_apart(model) or ranks == 1:
             return model, *more
+        del model  # before it is loaded again
     except InputError as error:
         if _NO_PLAN not in str(error):
             raise
@@ -44,11 +45,10 @@ def shared_out(name: str, kind: Any, revision: str | None = None, **options: Any
     return _sharded(model), *more
 
 
-def _units(model: Any) -> int:
-    """Return how many modules are gathered apart."""
-    from torch.distributed.fsdp import FSDPModule
+def _has_layers_apart(model: Any) -> bool:
+    from gradsketch.fsdp import units_of
 
-    return sum(isinstance(module, FSDPModule) for module in model.modules())
+    return len(units_of(model)) != 1
 
 
 def _joined() -> int:
@@ -78,7 +78,16 @@ def _sharded(model: Any) -> Any:
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
-    for stack in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
-        for layer in stack:
-            fully_shard(layer, mesh=mesh)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Return the layers of a model's stacks, but none inside another: its data may not take it on every rank."""
+    import torch
+
+    found: list[Any] = []
+    for child in model.children():
+        found += child if isinstance(child, torch.nn.ModuleList) else layers_of(child)
+    return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsketch.errors import InputError
+from gradsketch.fsdp import is_shard
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
 
@@ -39,7 +40,7 @@ def device_of(parameters: Parameters, sketch: Sketch) -> torch.device:
                 "parameters of floating-point numbers",
                 f"Leave it out: Parameters(model, exclude={name!r}), or glob all of its kind",
             )
-        if hasattr(tensor, "device_mesh"):
+        if is_shard(tensor):
             raise _sharded(f"the parameter {name!r}, which is sharded over processes")
     devices = sorted({str(t.device) for _, t in parameters})
     if len(devices) > 1:

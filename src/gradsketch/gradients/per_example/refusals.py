@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from gradsketch.errors import GradsketchError, InputError
-from gradsketch.fsdp import Ranks
+from gradsketch.fsdp import Ranks, is_shard
 from gradsketch.gradients.data import batch_length, is_out_of_memory
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.stand_ins import read_instead
@@ -200,7 +200,7 @@ def _unsupported(tensor: Tensor, sharded: bool) -> tuple[tuple[bool, str, str, s
             "Build or load the model outside torch.inference_mode()",
         ),
         (
-            type(tensor.detach()) is not Tensor and not (sharded and hasattr(tensor, "device_mesh")),
+            type(tensor.detach()) is not Tensor and not (sharded and is_shard(tensor)),
             f"of type {type(tensor).__name__}",
             "plain tensors",
             "Share the model out with fully_shard instead, or dequantise its parameters",
