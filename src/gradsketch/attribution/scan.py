@@ -4,8 +4,8 @@ Memory is bounded by a block, whatever the size of the index; the shards are mem
 Letters: m queries, d sketch, k hits.
 
 Blocks become float32 before the product, because half-precision products round their results to half precision and
-would reorder near ties. 8 queries × 20,000 rows × d = 4096 in float16 take 0.035 s on two cores: 1.4 times reading the
-bytes from disk, 5.7 times reading them from the page cache (benchmarks/results/query_speed.json).
+would reorder near ties. 8 queries × 20,000 rows × d = 4096 in float16 take 0.06 s on two cores: 1.5 times reading the
+bytes from disk, 2.9 times reading them from the page cache (benchmarks/results/query_speed.json).
 """
 
 from __future__ import annotations

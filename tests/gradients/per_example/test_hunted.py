@@ -1,8 +1,10 @@
 """Situations that once gave wrong numbers without an error, or left marks, when gradients were captured."""
 
 import contextlib
+import copy
 import functools
 import gc
+import pickle
 import threading
 import warnings
 import weakref
@@ -370,7 +372,7 @@ def in_full_precision(model, batch):
         return losses_of(model, batch)
 
 
-@pytest.mark.parametrize("method", ["auto", "loop", "implicit"])
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop", "implicit"])
 @pytest.mark.parametrize("formed", [False, True], ids=["captured", "formed"])
 def test_an_autocast_around_a_call_narrows_what_the_forward_pass_lets_it_and_no_more(method, formed):
     """Backward passes and sketches of a loss that switches autocast off are in its own precision."""
@@ -430,3 +432,31 @@ def test_threads_that_sketch_and_differentiate_one_model_wait_for_each_other():
     for thread in threads:
         thread.join()
     assert found == [True] * 60
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("chosen", ["*", "0.*"])
+def test_a_copied_sketcher_gives_the_same_sketches_of_its_own_model(again, chosen):
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    parameters, batch = gs.Parameters(model, include=chosen), some(5, 5, dtype=torch.float32)
+    for sketch in (gs.AFFD(parameters.n, 16), gs.BlockSum(parameters, 16)):
+        sketcher = gs.GradientSketcher(model, losses_of, sketch, parameters=parameters)
+        expected, other = sketcher(batch).values, again(sketcher)
+        assert torch.equal(other(batch).values, expected)
+        with torch.no_grad():
+            other.model[0].weight.mul_(2)
+        assert not torch.equal(other(batch).values, expected)
+        assert torch.equal(sketcher(batch).values, expected) != (other.model is model)
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "vmap", "implicit"])
+def test_inside_a_transform_of_torch_func_one_sentence_says_so(method):
+    model = nn.Linear(5, 3)
+    batch, sketch = some(5, 5, dtype=torch.float32), gs.BlockSum(gs.Parameters(model), 16)
+
+    def scaled(x):
+        return (gs.sketch_gradients(model, losses_of, batch, sketch, method=method) * x).sum()
+
+    for transformed in (torch.vmap(scaled), torch.func.grad(lambda x: scaled(x[0]))):
+        with pytest.raises(InputError, match=r"inside torch\.vmap"):
+            transformed(torch.randn(3))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompiled
 from gradsketch.errors import InputError
@@ -23,10 +24,11 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
     """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end.
 
     Raises:
-        InputError: a BatchNorm in training mode, a chosen parameter that a Subspace stands in for, or a model that
-            checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
+        InputError: inside torch.func, a BatchNorm in training mode, a chosen parameter that a Subspace stands in for, or
+            a model that checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
     """
     with ALONE, resting(model):
+        _refuse_transforms()
         _refuse_coupled(model)
         _refuse_stand_ins(model, tensors)
         with (
@@ -40,6 +42,15 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
         ):
             trainability.only(tensors.values())
             yield
+
+
+def _refuse_transforms() -> None:
+    if peek_interpreter_stack() is not None:
+        raise InputError(
+            "a call inside torch.vmap or another transform of torch.func",
+            "a call outside, because torch.func can neither map nor differentiate a backward pass of the model",
+            "Sketch the whole batch in one call, which returns one row an example; for derivatives take gs.hessian",
+        )
 
 
 def _refuse_coupled(model: nn.Module) -> None:

@@ -48,12 +48,14 @@ def gradients_by_vmap(
     runner = _Runner(model, task)
     detached = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
 
-    def loss(values: Gradients, example: Batch) -> Tensor:
+    def gradients(values: Gradients, example: Batch) -> tuple[Gradients, Tensor]:
         alone = torch.utils._pytree.tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, example)
-        losses: Tensor = torch.func.functional_call(runner, values, (alone,))
-        return losses.sum()
+        loss, pulled, *_ = torch.func.vjp(lambda v: torch.func.functional_call(runner, v, (alone,)).sum(), values)
+        with outside_autocast(loss.device):  # so not grad_and_value
+            (found,) = pulled(torch.ones_like(loss))
+        return found, loss
 
-    each = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different")
+    each = torch.func.vmap(gradients, in_dims=(None, 0), randomness="different")
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     chunk = max(1, _CHUNK_BYTES // size)
     for start in range(0, batch_length(batch), chunk):

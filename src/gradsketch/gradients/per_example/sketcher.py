@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -101,7 +101,7 @@ class GradientSketcher:
         if not isinstance(self.sketch, ByParameter):
             require_whole(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
         self.method, self.on_non_finite = method, on_non_finite
-        self._tensors = _tensors_of(self.model, self.sketch, parameters)
+        self._parameters, self._tensors = parameters, _tensors_of(self.model, self.sketch, parameters)
         self._capture = Capture(self.model, self.task, self._tensors, method)
 
     def __call__(self, batch: Batch) -> SketchedGradients:
@@ -111,6 +111,10 @@ class GradientSketcher:
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also a deep or a pickled one, is made anew over its own model, and proves itself anew."""
+        return _made, (self.model, self.task, self.sketch, self._parameters, self.method, self.on_non_finite)
 
     @property
     def ranks(self) -> Ranks:
@@ -234,6 +238,17 @@ class _Sketches:
     def result(self) -> Tensor:
         self.phi.add_vectors(self.out, self.vectors)
         return self.out
+
+
+def _made(
+    model: nn.Module,
+    task: TaskLike,
+    sketch: Sketch | Preconditioned | Directions,
+    parameters: Selection,
+    method: Method,
+    on_non_finite: Literal["raise", "skip"],
+) -> GradientSketcher:
+    return GradientSketcher(model, task, sketch, parameters=parameters, method=method, on_non_finite=on_non_finite)
 
 
 class _Formed:
