@@ -194,6 +194,24 @@ def test_the_template_and_the_turns_are_part_of_the_task(tokenizer):
     assert gs.CausalLM(tokenizer).options() != first
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_cut_on_the_side_of_the_tokenizer(tokenizer, name):
+    tokenizer.chat_template, row = TEMPLATES[name], {"messages": MESSAGES}
+    whole = {key: value.tolist() for key, value in gs.CausalLM(tokenizer).encode(row).sequences.items()}
+    digests = []
+    for side, kept in (("right", slice(40)), ("left", slice(-40, None))):
+        tokenizer.truncation_side = side
+        task = gs.CausalLM(tokenizer, max_length=40)
+        digests.append(task.options())
+        cut = task.encode(row).sequences
+        assert cut["input_ids"].tolist() == whole["input_ids"][kept] != whole["input_ids"]
+        assert cut["labels"].tolist()[1:] == whole["labels"][kept][1:]
+        assert sum(piece.tokens for piece in task.pieces(row)) == 40
+        assert "".join(piece.text for piece in task.pieces(row)) == transcript(MESSAGES)[0]
+        assert (task.pieces(row)[0].tokens == 0) == (side == "left")
+    assert digests[0] != digests[1]
+
+
 def test_pieces_join_to_the_transcript(tokenizer):
     task = gs.CausalLM(tokenizer)
     for name, template in TEMPLATES.items():

@@ -50,7 +50,7 @@ class CausalLM(Task):
 
     Args:
         tokenizer: any callable like a Hugging Face tokenizer; not needed for tokenised examples.
-        max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
+        max_length: texts are cut to this many tokens, on the tokenizer's side; by default to its own limit.
         reduction: "mean" over an example's counted tokens (what Hugging Face reports for a batch of one) or "sum"
             (minus the log-probability of the answer).
         turns: which of the assistant's turns count in a conversation: "all", or the "last".

@@ -50,7 +50,7 @@ class _Span(NamedTuple):
 def encode_chat(
     tokenizer: Any, conversation: Conversation, turns: Turns, limit: int | None
 ) -> tuple[list[int], list[bool]]:
-    """Return a conversation's token ids, cut on the right to ``limit``, and for each whether it counts.
+    """Return a conversation's token ids, cut to ``limit`` on the tokenizer's side, and for each whether it counts.
 
     The ids are those of ``apply_chat_template``. Of an assistant's turn count the tokens that it says and the token
     that ends it, but neither its header nor the white space after its end.
@@ -63,8 +63,8 @@ def encode_chat(
     chat = _Chat(tokenizer, conversation)
     spans = chat.generated(counted) if chat.marks_generation else [chat.turn(i) for i in counted]
     encoded = chat.encoded()
-    ids = list(encoded["input_ids"])[:limit]
-    mask = chat.places(encoded, spans)[:limit]
+    kept = chat.kept(encoded, limit)
+    ids, mask = list(encoded["input_ids"])[kept], chat.places(encoded, spans)[kept]
     if not any(mask[1:]):
         raise InputError(
             f"a conversation without a token of the assistant that counts (of {len(ids)} tokens)",
@@ -80,8 +80,9 @@ def pieces_of_chat(tokenizer: Any, conversation: Conversation, limit: int | None
     assert shown is not None
     text, turns = shown
     chat = _Chat(tokenizer, conversation)
-    encoded = {name: values[:limit] for name, values in chat.encoded().items()}
-    found = piece_of.pieces(tokenizer, encoded, chat.whole)
+    encoded = chat.encoded()
+    kept = chat.kept(encoded, limit)
+    found = piece_of.pieces(tokenizer, {name: values[kept] for name, values in encoded.items()}, chat.whole)
     if not chat.whole.startswith("".join(piece.text for piece in found)):
         return None
     places = []
@@ -118,6 +119,12 @@ class _Chat:
         """Return the tokens of the whole; the template has written all special tokens itself."""
         offsets = piece_of.with_offsets(self.tokenizer)
         return dict(self.tokenizer(self.whole, add_special_tokens=False, **offsets))
+
+    def kept(self, encoded: dict[str, Any], limit: int | None) -> slice:
+        """Return which of the tokens are left when they are cut to ``limit`` as the tokenizer cuts texts."""
+        beyond = max(0, len(encoded["input_ids"]) - limit) if limit is not None else 0
+        from_left = getattr(self.tokenizer, "truncation_side", "right") == "left"
+        return slice(beyond if from_left else 0, None if from_left else limit)
 
     def generated(self, counted: Sequence[int]) -> list[_Span]:
         """Return the characters that the template marks as generated in the turns that count.

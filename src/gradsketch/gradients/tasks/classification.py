@@ -36,7 +36,7 @@ class Classification(Task):
     Args:
         processor: like a Hugging Face tokenizer or image processor; not needed for tensors and tokenised examples.
         classes: names of the classes in order, where labels are names; otherwise they count from 0.
-        max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
+        max_length: texts are cut to this many tokens, on the tokenizer's side; by default to its own limit.
 
     Example:
         >>> task = gs.Classification(classes=["ham", "spam"])

@@ -36,7 +36,7 @@ class MaskedLM(Task):
 
     Args:
         tokenizer: like a Hugging Face tokenizer with a mask token; not needed for examples with labels.
-        max_length: texts are cut on the right to this many tokens; by default to the tokenizer's own limit.
+        max_length: texts are cut to this many tokens, on the tokenizer's side; by default to its own limit.
         probability: share of the tokens to predict.
         seed: another seed, another mask.
         reduction: "mean" over an example's hidden tokens, or "sum".

@@ -38,8 +38,8 @@ class Seq2SeqLM(Task):
     Args:
         tokenizer: like a Hugging Face tokenizer, called with ``text_target=`` for targets; not needed for tokenised
             examples.
-        max_length, max_target_length: sources and targets are cut on the right to this many tokens; by default to the
-            tokenizer's own limit.
+        max_length, max_target_length: sources and targets are cut to this many tokens, on the tokenizer's side; by
+            default to its own limit.
         reduction: "mean" over an example's counted tokens, or "sum".
 
     Example:

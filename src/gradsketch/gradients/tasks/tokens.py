@@ -73,7 +73,7 @@ def _counted(labels: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
 
 
 def encode(tokenizer: Any, text: str, pair: str | None = None, *, limit: int | None, **options: Any) -> Any:
-    """Tokenise one text (or pair of texts), cut on the right to ``limit`` tokens where one is given.
+    """Tokenise one text (or pair of texts), cut to ``limit`` tokens where one is given, on the side the tokenizer cuts.
 
     A first token that stands in the text already is not doubled.
 
@@ -125,7 +125,9 @@ def unknown_example(example: Any, wanted: str) -> InputError:
 def vocabulary(tokenizer: Any) -> str:
     """Hash a tokenizer's words and how it uses them: the same on every machine, wherever it was loaded from."""
     words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-    probes = [_ids(tokenizer, text) for text in PROBES]
+    probes: list[Any] = [_ids(tokenizer, text) for text in PROBES]
+    if getattr(tokenizer, "truncation_side", "right") != "right":
+        probes.append("cut on the left")
     return hashlib.sha256(repr((type(tokenizer).__name__, words, probes)).encode()).hexdigest()[:16]
 
 
