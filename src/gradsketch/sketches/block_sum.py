@@ -19,7 +19,7 @@ from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.fused import FusedVectors
 from gradsketch.sketches.recipe import register, vector_kind, vector_kinds
 from gradsketch.sketches.tiling import Block, Tiling
-from gradsketch.transforms.precision import full_precision
+from gradsketch.transforms.precision import equal_threads, full_precision
 
 __all__ = ["BlockSum", "as_matrix"]
 
@@ -141,7 +141,7 @@ class BlockSum(Sketch):
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
         out = x.new_zeros(len(x), self.d, dtype=widened(x.dtype))
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        with full_precision(x.device):
+        with full_precision(x.device), equal_threads(x.device):
             # One vector at a time, so that the bits do not depend on how many there are.
             for vector, sketch in zip(x.split(1), out.split(1), strict=True):
                 for name, part in zip(self.shapes, vector.split(sizes, dim=1), strict=True):
@@ -151,7 +151,7 @@ class BlockSum(Sketch):
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         w = w.to(widened(w.dtype))
-        with full_precision(w.device):
+        with full_precision(w.device), equal_threads(w.device):
             return torch.cat(
                 [
                     torch.cat([block.adjoint(vector).flatten(1) for block in self.blocks.values()], dim=1)

@@ -13,7 +13,7 @@ from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.forms import power_of_two_at_least
 from gradsketch.sketches.recipe import register
-from gradsketch.transforms.precision import full_precision
+from gradsketch.transforms.precision import full_precision, one_thread
 
 __all__ = ["Dense"]
 
@@ -56,8 +56,9 @@ class Dense(Sketch):
         for block in self._blocks(out):
             part = out.new_zeros(len(out), self._width)
             part[: len(x), : block.columns.stop - block.columns.start] = x[:, block.columns]
-            for vectors, sums in zip(part.split(_VECTORS), out[:, block.rows].split(_VECTORS), strict=True):
-                sums += vectors @ block.entries.T
+            with one_thread(out.device):
+                for vectors, sums in zip(part.split(_VECTORS), out[:, block.rows].split(_VECTORS), strict=True):
+                    sums += vectors @ block.entries.T
         return out[: len(x)].mul_(self.d**-0.5)
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
@@ -68,10 +69,11 @@ class Dense(Sketch):
         for block in self._blocks(out):
             columns = block.entries.T.contiguous()
             length = block.columns.stop - block.columns.start
-            for vectors, sums in zip(
-                scaled[:, block.rows].split(_VECTORS), out[:, block.columns].split(_VECTORS), strict=True
-            ):
-                sums += (vectors @ columns.T)[:, :length]
+            with one_thread(out.device):
+                for vectors, sums in zip(
+                    scaled[:, block.rows].split(_VECTORS), out[:, block.columns].split(_VECTORS), strict=True
+                ):
+                    sums += (vectors @ columns.T)[:, :length]
         return out[: len(w)]
 
     def _blocks(self, like: Tensor) -> Iterator[_Block]:

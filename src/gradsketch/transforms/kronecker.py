@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.transforms.pieces import piece_length
-from gradsketch.transforms.precision import full_precision
+from gradsketch.transforms.precision import equal_threads, full_precision
 
 __all__ = ["FactorList", "apply_factors", "balanced_sizes", "equal_powers", "kronecker_"]
 
 Factors = Sequence[Float[Tensor, "_ _"]]
+# Intel's library takes other steps, which round otherwise, for single rows and for what is left of such a number.
+_ROWS = 64
 
 
 class FactorList:
@@ -43,19 +45,30 @@ def apply_factors(
     product goes to ``out`` where given, which may be ``source`` itself if there are two factors or more.
     """
     current, size = source, source.numel()
-    with full_precision(source.device):
+    with full_precision(source.device), equal_threads(source.device):
         for step, factor in enumerate(reversed(factors)):
             rows, columns = factor.shape
             size = size // columns * rows
             last = out is not None and step == len(factors) - 1
             target = out if last and out is not None else buffers[step % 2].view(-1)[:size]
             if inner == 1:
-                torch.mm(current.view(-1, columns), factor.T.contiguous(), out=target.view(-1, rows))
+                _rows_times(current.view(-1, columns), factor, target.view(-1, rows))
             else:
                 stacked = current.view(-1, columns, inner)
                 torch.bmm(factor.expand(len(stacked), -1, -1), stacked, out=target.view(-1, rows, inner))
             current, inner = target, inner * rows
     return current
+
+
+def _rows_times(x: Float[Tensor, "m c"], factor: Float[Tensor, "r c"], out: Float[Tensor, "m r"]) -> None:
+    """Write x Fᵀ to ``out``, each row with the same bits however many there are."""
+    columns = factor.T.contiguous()
+    if x.device.type != "cpu" or not len(x) % _ROWS:
+        torch.mm(x, columns, out=out)
+    else:
+        whole = x.new_zeros(-(-len(x) // _ROWS) * _ROWS, x.shape[1])
+        whole[: len(x)] = x
+        out.copy_((whole @ columns)[: len(x)])
 
 
 def kronecker_(x: Float[Tensor, "b n"], factors: Factors) -> None:

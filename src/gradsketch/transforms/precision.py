@@ -2,18 +2,21 @@
 
 Sketches promise the same bits for every batch, thread count and process-wide precision. So elementwise steps have a
 fixed order, additions over blocks are a tree fixed by n and d, and products are at most 64 wide or of one fixed shape,
-because other shapes round differently when rows are split otherwise. The contract battery compares bits.
+because other shapes round differently when rows are split otherwise. Intel's library rounds single rows and remainders
+otherwise, so rows are filled up to a number it likes (``kronecker.py``), and where its threads still differ, as on
+CPUs with AVX2 alone, one works. The contract battery compares bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["full_precision", "one_thread", "outside_autocast"]
+__all__ = ["equal_threads", "full_precision", "one_thread", "outside_autocast"]
 
 
 @contextmanager
@@ -58,3 +61,31 @@ def one_thread(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def equal_threads(device: torch.device) -> Iterator[None]:
+    """Let products of small matrices have all threads where their bits are then those of one thread, else one."""
+    if device.type != "cpu" or _threads_round_alike(torch.get_num_threads()):
+        yield
+    else:
+        with one_thread(device):
+            yield
+
+
+@cache
+def _threads_round_alike(threads: int) -> bool:
+    """Try it: libraries that share rows out at other places than they should do so at some of these sizes."""
+    cpu = torch.device("cpu")
+    entries = torch.arange(4096 * 64, dtype=torch.float32, device=cpu).sin_()
+
+    def products() -> list[torch.Tensor]:
+        return [
+            entries[: rows * width].view(rows, width) @ entries[: width * width].view(width, width)
+            for width in (16, 32, 64)
+            for rows in (64, 128, 256, 512, 704, 2176, 4096)
+        ]
+
+    shared = products()
+    with one_thread(cpu):
+        return all(torch.equal(a, b) for a, b in zip(shared, products(), strict=True))
