@@ -16,7 +16,6 @@ from scipy.linalg import eigh_tridiagonal
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.jax.random import normals
 from gradsketch.random import Stream
-from gradsketch.spectra.ritz import error_bounds
 
 __all__ = ["Eigenvalues", "hvp", "spectrum"]
 
@@ -100,6 +99,6 @@ def spectrum(product: Product, params: Any, batch: Any, *, k: int = 10, steps: i
             break
         q = w / beta
     values, vectors = eigh_tridiagonal(np.array(alphas), np.array(betas[:-1]))
-    errors = error_bounds(values, betas[-1] * np.abs(vectors[-1]))
+    errors = betas[-1] * np.abs(vectors[-1])
     order = np.argsort(-values, kind="stable")[:k]
     return Eigenvalues(values[order], errors[order], len(alphas))

@@ -65,8 +65,8 @@ class Eigenvalue:
     """One eigenvalue and how far to trust it.
 
     ``residual`` is ``‖H y − λ y‖ / |λ|`` for the unit vector y found. ``error`` is absolute: for the sketched operator
-    one standard error, otherwise the bound min(r, r²/gap) with r the residual norm and the gap taken from the values
-    found. ``raw`` is the sketched operator's own eigenvalue, before the correction. ``gradient_share`` is the squared
+    one standard error, otherwise the norm of the residual, which bounds it; where no other eigenvalue is near it is
+    about the square of that over their distance. ``raw`` is the sketched operator's own eigenvalue, before the correction. ``gradient_share`` is the squared
     cosine between eigenvector and gradient.
     """
 

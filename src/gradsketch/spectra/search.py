@@ -21,7 +21,7 @@ from gradsketch.linear_map import LinearMap
 from gradsketch.spectra.krylov import FullBasis
 from gradsketch.spectra.lanczos import Steps, dot, norm, require_unchanged, start_vector
 from gradsketch.spectra.results import Which
-from gradsketch.spectra.ritz import RitzPairs, error_bounds
+from gradsketch.spectra.ritz import RitzPairs
 
 __all__ = ["Search", "Trial"]
 
@@ -184,8 +184,7 @@ class Search(Steps):
         values, vectors = np.linalg.eigh(self.matrix)
         values, vectors = values[::-1], vectors[:, ::-1]
         residuals = np.hypot(np.linalg.norm(self.couplings @ vectors, axis=0), self.noise)
-        bounds = error_bounds(values, residuals) + self.noise
-        return RitzPairs(values, residuals, bounds, vectors, np.arange(len(values)), 0)
+        return RitzPairs(values, residuals, residuals + self.noise, vectors, np.arange(len(values)), 0)
 
     def fits(self, count: int) -> bool:
         """Whether so many more vectors fit, or all of R^n does."""
