@@ -66,8 +66,8 @@ class Eigenvalue:
 
     ``residual`` is ``‖H y − λ y‖ / |λ|`` for the unit vector y found. ``error`` is absolute: for the sketched operator
     one standard error, otherwise the norm of the residual, which bounds it; where no other eigenvalue is near it is
-    about the square of that over their distance. ``raw`` is the sketched operator's own eigenvalue, before the correction. ``gradient_share`` is the squared
-    cosine between eigenvector and gradient.
+    about the square of that over their distance. ``raw`` is the sketched operator's own eigenvalue, before the
+    correction. ``gradient_share`` is the squared cosine between eigenvector and gradient.
     """
 
     value: float

@@ -24,8 +24,8 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
     """Make exactly the chosen parameters require grad, run every submodule uncompiled, and put all back at the end.
 
     Raises:
-        InputError: inside torch.func, a BatchNorm in training mode, a chosen parameter that a Subspace stands in for, or
-            a model that checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
+        InputError: inside torch.func, a BatchNorm in training mode, a chosen parameter that a Subspace stands in for,
+            or a model that checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
     """
     with ALONE, resting(model):
         _refuse_transforms()
