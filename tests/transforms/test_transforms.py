@@ -173,3 +173,34 @@ def test_gradients_pass_through():
     x = vectors(1, 16).requires_grad_()
     assert torch.autograd.gradcheck(Fourier(16), (x,))
     assert torch.autograd.gradcheck(Hadamard(16), (x,))
+
+
+BITS = """
+import torch
+import gradsketch as gs
+from gradsketch.transforms import Hadamard, Haar
+
+def under(threads, job):
+    torch.set_num_threads(threads)
+    return job()
+
+for make in (Hadamard, lambda n: Haar(n, gs.Stream(0, "haar"))):
+    for n in (2, 64, 1024, 1 << 15):
+        x = torch.randn(7, n)
+        whole = under(1, lambda: make(n)(x))
+        for threads in (1, 2, 3):
+            parts = [under(threads, lambda: make(n)(part)) for part in x.split(3)]
+            assert torch.equal(torch.cat(parts), whole), (n, threads)
+phi, w = gs.AFFD(300_001, 4096, form="paper"), torch.randn(1, 4096)
+assert torch.equal(under(1, lambda: phi.lift(w)), under(2, lambda: phi.lift(w)))
+phi, x = gs.Dense(5000, 70), torch.randn(3, 5000)
+assert torch.equal(under(1, lambda: phi(x)), torch.cat([under(3, lambda: phi(row)) for row in x.split(1)]))
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+def test_bits_are_kept_where_the_library_rounds_remainders_otherwise(instructions):
+    """Intel's does, by its instructions; on other processors the setting says nothing."""
+    environment = os.environ | {"MKL_ENABLE_INSTRUCTIONS": instructions}
+    done = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
