@@ -56,6 +56,12 @@ class Preconditioned(LinearMap):
             for name, root in roots.items()
             if isinstance(block := sketch.blocks.get(name), Tiling) and isinstance(root, Pair)
         }
+        # A kernel makes a side's own coordinates nearly for nothing, but it wants M x, which costs size² a token.
+        self._folded = {
+            name
+            for name, tiling in self._tilings.items()
+            if isinstance(root := roots[name], Pair) and _is_cheaper_folded(tiling, root)
+        }
 
     @property
     def d(self) -> int:
@@ -80,9 +86,9 @@ class Preconditioned(LinearMap):
     ) -> None:
         """Add the sketches of L X R for X = Σ_t left_t right_tᵀ, without forming any of them."""
         root = self.roots.get(name)
-        # A kernel makes the sides' coordinates nearly for nothing, so M x is made first.
-        if name in self._tilings and not self._tilings[name].is_fused(out, left, right):
-            self._tilings[name].add_outer(out, left, right)
+        tiling = self._tilings.get(name)
+        if tiling is not None and (name in self._folded or not tiling.is_fused(out, left, right)):
+            tiling.add_outer(out, left, right)
         elif isinstance(root, Pair):
             self.sketch.add_outer(out, name, root.rows.times(left), root.columns.times(right))
         elif isinstance(root, Stack):
@@ -152,6 +158,8 @@ class Preconditioned(LinearMap):
 
 # A multiplication in a side's two stages takes about as long as so many in one large product.
 _STAGES = 2
+# And so long does a product of two coordinates in a tile.
+_SCATTERED = 8
 
 
 def _side(side: Side, root: Root) -> Coordinates:
@@ -159,6 +167,14 @@ def _side(side: Side, root: Root) -> Coordinates:
     together = side.size * side.count
     apart = side.size**2 + _STAGES * side.count * (side.length + side.blocks)
     return _Folded(side, root) if root.is_whole and together <= apart else _InSteps(side, root)
+
+
+def _is_cheaper_folded(tiling: Tiling, root: Pair) -> bool:
+    """Whether the coordinates of M x from a table, and their products by torch, cost less than M x itself."""
+    sides = ((tiling.row_side, root.rows), (tiling.column_side, root.columns))
+    whole = [side for side, part in sides if part.is_whole]
+    folded = sum(side.size * side.count for side in whole) + _SCATTERED * tiling.layout.products
+    return folded < sum(side.size**2 for side in whole)
 
 
 class _InSteps:
