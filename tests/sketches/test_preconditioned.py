@@ -51,6 +51,20 @@ def test_every_way_in_gives_the_sketch_of_the_product(rows, columns, d, dims):
     torch.testing.assert_close(phi(x), plain(x))
 
 
+@pytest.mark.parametrize("coordinates", [64, None], ids=["table", "product first"])
+@pytest.mark.parametrize(("rows", "columns"), [(600, 40), (40, 600), (24, 16)])
+def test_outer_products_in_float32_whichever_way_is_cheaper(rows, columns, coordinates):
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(2, 5, size, generator=generator) for size in (rows, columns))
+    pair = Pair(symmetric(rows, 1), symmetric(columns, 2))
+    plain = gs.BlockSum({"weight": (rows, columns)}, 256, coordinates=coordinates)
+    phi = Preconditioned(plain, {"weight": pair})
+    expected = plain((pair.rows.values @ (left.mT @ right).double() @ pair.columns.values).flatten(1))
+    found = torch.zeros(2, 256)
+    phi.add_outer(found, "weight", left, right)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_matrices_of_a_stack_have_roots_of_their_own():
     pairs = tuple(Pair(symmetric(4, 2 * i), symmetric(6, 2 * i + 1)) for i in range(3))
     plain = gs.BlockSum({"experts": (3, 4, 6)}, 30)
