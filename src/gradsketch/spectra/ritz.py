@@ -25,13 +25,12 @@ __all__ = ["RitzPairs", "ritz_pairs"]
 class RitzPairs:
     """Approximate eigenpairs (θ, y = Q s), descending.
 
-    Residuals are norms ‖H y − θ y‖ for ‖y‖ = 1; errors bound |θ − λ| for an eigenvalue λ; column i of ``coefficients``
+    Residuals are norms ‖H y − θ y‖ for ‖y‖ = 1, which bound |θ − λ| for an eigenvalue λ; column i of ``coefficients``
     is s, scaled so that ‖y‖ = 1; ``columns`` says which eigenvectors of T they are.
     """
 
     values: Float[np.ndarray, " r"]
     residuals: Float[np.ndarray, " r"]
-    errors: Float[np.ndarray, " r"]
     coefficients: Float[np.ndarray, "m r"]
     columns: Int[np.ndarray, " r"]
     copies: int
@@ -55,7 +54,6 @@ def ritz_pairs(alphas: list[float], betas: list[float], basis: KrylovBasis, nois
     return RitzPairs(
         values=values[kept],
         residuals=residuals,
-        errors=residuals + noise,
         coefficients=vectors[:, kept] / lengths[kept],
         columns=kept,
         copies=len(values) - len(kept),

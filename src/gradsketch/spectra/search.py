@@ -184,7 +184,7 @@ class Search(Steps):
         values, vectors = np.linalg.eigh(self.matrix)
         values, vectors = values[::-1], vectors[:, ::-1]
         residuals = np.hypot(np.linalg.norm(self.couplings @ vectors, axis=0), self.noise)
-        return RitzPairs(values, residuals, residuals + self.noise, vectors, np.arange(len(values)), 0)
+        return RitzPairs(values, residuals, vectors, np.arange(len(values)), 0)
 
     def fits(self, count: int) -> bool:
         """Whether so many more vectors fit, or all of R^n does."""

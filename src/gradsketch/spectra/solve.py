@@ -335,11 +335,12 @@ class Run:
             # A length that is known from a sketch only can come out too short.
             shares = list(np.minimum(overlaps**2 / dot(self.gradient, self.gradient), 1.0))
         truncated, rounding = self._truncation(pairs), torch.finfo(self.plan.dtype).eps
+        bounds = pairs.residuals + self.lanczos.noise
         return [
             Eigenvalue(
                 value=float(pairs.values[i]),
                 residual=float(relative[i]),
-                error=float(pairs.errors[i]) + rounding * abs(float(pairs.values[i])) + truncated.get(int(i), 0.0),
+                error=float(bounds[i]) + rounding * abs(float(pairs.values[i])) + truncated.get(int(i), 0.0),
                 converged=bool(relative[i] <= self.plan.tolerance),
                 gradient_share=None if share is None else float(share),
             )
