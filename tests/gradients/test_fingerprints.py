@@ -4,10 +4,12 @@ import functools
 import os
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import gradsketch as gs
 from gradsketch.gradients.data import Batches
@@ -89,6 +91,7 @@ sys.path.insert(0, sys.argv[1])
 from gradients.test_fingerprints import FUNCTIONS, Example
 from gradsketch.gradients.fingerprints import code_digest, digest
 print([code_digest(f) for f in FUNCTIONS], digest(Example(1)), digest({"b": 1, "a": [None, "x", 2.5]}))
+print(digest({"a", "b", "c"}))
 """
 
 
@@ -122,6 +125,36 @@ def test_the_content_of_data_is_told_apart(change):
     same, again, other = (data_facts(Batches(task, loader)) for loader in loaders)
     assert same == again != other
     assert data_facts(Batches(task, (torch.ones(2, 3),))) != data_facts(Batches(task, (torch.zeros(2, 3),)))
+
+
+def picture(width, height):
+    return Image.frombytes("L", (width, height), bytes(range(8)))
+
+
+def test_values_are_told_apart():
+    """Bytes were hashed as their text, at a fortieth of the speed; pictures without their shape."""
+    values = [
+        b"x",
+        "b'x'",
+        ["x"],
+        [b"x"],
+        '["x"]',
+        {"x"},
+        ["1"],
+        [1],
+        [1.0],
+        [True],
+        [None],
+        [],
+        [[]],
+        [[1], 1],
+        [1, [1]],
+    ]
+    values += [b"", "", picture(2, 4), picture(4, 2), picture(2, 4).tobytes(), array("b", b"1"), array("B", b"1")]
+    digests = [digest(value) for value in values]
+    assert len(set(digests)) == len(digests)
+    assert digest([1, "x"]) == digest((1, "x"))
+    assert digest(b"x") == digest(bytearray(b"x")) == digest(memoryview(b"x"))
 
 
 def test_objects_are_known_by_what_they_hold():
