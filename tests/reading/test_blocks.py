@@ -160,7 +160,7 @@ def test_marks_of_many_lines_take_little_memory():
 
 @pytest.mark.parametrize("lines", [1, 3])
 def test_a_line_without_end_is_a_bad_row_and_not_the_end_of_memory(tmp_path, monkeypatch, lines):
-    monkeypatch.setattr("gradsketch.reading.lines._LONGEST", 1_000_000)
+    monkeypatch.setattr("gradsketch.reading.lines.LONGEST", 1_000_000)
     long = b'"' + b"x" * 30_000_000 + b'"\n'
     (tmp_path / "a.jsonl").write_bytes(b'"one"\n' + long * lines + b'"two"\n')
     rows = read_examples(tmp_path / "a.jsonl")

@@ -92,9 +92,20 @@ def test_a_bad_row_is_named_and_hides_no_other(tmp_path, name, content, place, w
         ("a.txt", b"\n\n  \n", "holds no example"),
         ("a.csv", b"text,label\n", "holds no example"),
         ("a.csv", b"", "no names of columns"),
-        ("a.json", b'{"text": "a"}', "holds a dict"),
-        ("a.json", b"[1,", "cannot be read"),
-        ("a.json", b'{\n"data": [{"text": "a"}]}', "holds a dict"),
+        ("a.json", b'{"text": "a"}', "holds an object"),
+        ("a.json", b"[1,", "a.json cannot be read: the list does not end behind entry 1"),
+        ("a.json", b"[1, {", "a.json cannot be read: entry 2: "),
+        ("a.json", b"[1, 2 3]", "no comma behind entry 2"),
+        ("a.json", b"[1, 2,]", "a comma behind entry 2, which is the last"),
+        ("a.json", b"[1] [2]", "behind the end of the list"),
+        ("a.json", b"[", "does not end behind entry 0"),
+        ("a.json", b"[,1]", "entry 1: Expecting value"),
+        ("a.json", b'["a\xc3', "cannot be read: .*utf-8"),
+        ("a.json", b'["a"]\xc3', "cannot be read: .*utf-8"),
+        ("a.json", b"no", "holds no list"),
+        ("a.json", b"", "holds no list"),
+        ("a.json", b" [ ] ", "holds no example"),
+        ("a.json", b'{\n"data": [{"text": "a"}]}', "holds an object"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is in UTF-16.*iconv"),
         ("a.parquet.gz", b"no", "a packed Parquet file"),
         ("a.arrow", b"no", "cannot be read"),
@@ -154,9 +165,10 @@ def test_a_key_that_stands_twice_is_a_bad_row(tmp_path, line):
     bad, sound = read_examples(tmp_path / "a.jsonl").read_range(0, 2)
     assert "a.jsonl, line 1: an object with two values of" in str(bad)
     assert sound == {"text": "sound"}
-    (tmp_path / "a.json").write_text(f"[{line}]")
-    with pytest.raises(InputError, match="two values of"):
-        read_examples(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(f'[{line}, {{"text": "sound"}}]')
+    bad, sound = read_examples(tmp_path / "a.json").read_range(0, 2)
+    assert "a.json, entry 1: an object with two values of" in str(bad)
+    assert sound == {"text": "sound"}
 
 
 def _not_utf8():

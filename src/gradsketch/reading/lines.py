@@ -17,10 +17,10 @@ from gradsketch.reading.marks import Marks, mark_lines, newlines, not_blank
 from gradsketch.reading.rows import Row, as_row, bad_row, each_key_once
 from gradsketch.reading.sources import Source, local, room_for, whole
 
-__all__ = ["LineBlock", "TextRows", "json_lines", "refuse_other_text", "text_lines"]
+__all__ = ["LONGEST", "LineBlock", "TextRows", "json_lines", "refuse_other_text", "text_lines"]
 
-# A longer line is refused as a bad row: a file of one line without end would take all memory.
-_LONGEST = 1 << 28
+# A longer line is a bad row, and a longer entry of a list is refused: without an end it would take all memory.
+LONGEST = 1 << 28
 # So often a packed file is unpacked from its beginning; who goes back more often gets an unpacked temporary copy.
 _PASSES = 4
 
@@ -49,8 +49,8 @@ class LineBlock(Block):
     def _row(self, j: int) -> Row | InputError:
         start, stop = self._starts[j], self._stops[j]
         try:
-            if stop - start > _LONGEST:
-                raise ValueError(f"a line of more than {_LONGEST:,} bytes")
+            if stop - start > LONGEST:
+                raise ValueError(f"a line of more than {LONGEST:,} bytes")
             return self._parse(self._data[start:stop].decode("utf-8-sig").rstrip("\r"))
         except (ValueError, RecursionError) as error:
             return bad_row(self.place(j), error)
@@ -74,7 +74,7 @@ class TextRows(BlockRows):
         pieces = _Window(self._unpacked.pieces(start))
         for k in range(mark, len(self._marks.rows)):
             start, stop = self._marks.span(k)
-            data = pieces.take(stop - start, _LONGEST + 2)
+            data = pieces.take(stop - start, LONGEST + 2)
             yield self._make(data, int(self._marks.rows[k]), int(self._marks.lines[k]))
 
     def where(self, i: int) -> str:

@@ -12,20 +12,21 @@ from pathlib import Path, PurePosixPath
 
 from gradsketch.errors import InputError
 from gradsketch.reading.delimited import DelimitedRows, delimited, share_numbers
-from gradsketch.reading.documents import TextFiles, json_document
 from gradsketch.reading.folders import DATA_KINDS, TEXT_KINDS, found, no_split, of_split, one_kind, saved_to_disk
 from gradsketch.reading.hub import HubName, hub_name, hub_rows
+from gradsketch.reading.json_lists import json_file
 from gradsketch.reading.lines import json_lines, text_lines
 from gradsketch.reading.rows import FileRows
 from gradsketch.reading.shards import Shards, with_folders
 from gradsketch.reading.sources import PACKINGS, Source, spooled, whole
 from gradsketch.reading.tables import arrow, parquet
+from gradsketch.reading.text_files import TextFiles
 
 __all__ = ["read_examples"]
 
 _READERS: dict[str, Callable[[Source], FileRows]] = {
     "JSON lines": json_lines,
-    "JSON": json_document,
+    "JSON": json_file,
     "CSV": delimited,
     "TSV": lambda source: delimited(source, "\t"),
     "Parquet": parquet,
