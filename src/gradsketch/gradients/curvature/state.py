@@ -49,7 +49,11 @@ def content_of(batch: Any) -> tuple[Any, ...]:
 
 
 def _sums(tensors: Iterable[Tensor]) -> list[int]:
-    return [int(s) for s in [_sum_of_bits(tensor) for tensor in tensors]]
+    sums = [_sum_of_bits(tensor) for tensor in tensors]
+    # Asked for together: a GPU would be waited for at each.
+    devices = {s.device for s in sums}
+    numbers = {d: iter(torch.stack([s for s in sums if s.device == d]).cpu().tolist()) for d in devices}
+    return [next(numbers[s.device]) for s in sums]
 
 
 def _autocast() -> tuple[Any, ...]:
