@@ -54,8 +54,8 @@ def test_a_mixture_of_devices_is_an_error_and_a_copy_is_not():
 def waits(job, layers):
     """Return how often the host waits in the second call of a job on a model of so many layers."""
     torch.manual_seed(0)
-    size = {"n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, **size)).eval()
+    size = {"n_embd": 8, "n_head": 2, "vocab_size": 20, "n_positions": 8, "attn_implementation": "eager"}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, bos_token_id=0, eos_token_id=0, **size)).eval()
     with pretend_device() as device:
         again = job(moved(model))
         again()
