@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-slow test-demo test-page test-examples demo recording weights check docs release clean peers gpu
+.PHONY: install test test-slow test-docs test-demo test-page test-examples demo recording weights check docs release clean peers gpu
 
 install: .venv/installed
 
@@ -16,6 +16,10 @@ test: install
 # All cases of what the default tests sample, and what takes minutes. Tests that need weights or CUDA are skipped without.
 test-slow: install
 	$(BIN)/python -m pytest -n auto -m 'slow and not gpu'
+
+# Every block of code of the documentation, each in a fresh interpreter, and its commands in a shell.
+test-docs: install
+	$(BIN)/python -m pytest -n auto -m 'slow or not slow' tests/docs
 
 # The pages in a browser: attacked, searched, asked, printed, and looked over by axe. Needs Chromium (apt-get install chromium);
 # without it the tests say so and are skipped.
@@ -66,11 +70,15 @@ peers: .venv-peers/installed
 		-r benchmarks/requirements-peers.txt
 	touch $@
 
+# Formatting, lint, strict types, import contracts, spelling (one English, the British), links, and the pages as HTML.
 check: install
 	$(BIN)/ruff format --check src tests benchmarks examples tools
 	$(BIN)/ruff check src tests benchmarks examples tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell *.md docs src tests benchmarks examples tools
+	$(BIN)/codespell --builtin "" -D tools/british.txt --ignore-regex '`[^`]*`' --ignore-multiline-regex '(?ms)^```.*?^```$$' *.md docs
+	$(BIN)/python tools/links.py
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
 
 clean:

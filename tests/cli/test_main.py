@@ -98,7 +98,7 @@ def test_interrupted(raising, capsys):
 def test_version_and_a_word_that_is_nearly_a_command(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"gradsketch {gs.__version__}\n"
-    assert main(["qury"]) == 2
+    assert main(["qury"]) == 2  # codespell:ignore qury
     assert "no command 'qury'. Did you mean query?" in capsys.readouterr().err
 
 

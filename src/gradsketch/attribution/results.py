@@ -32,8 +32,9 @@ _WORDS, _WORD_WIDTH = 4, 16  # shown of an explained hit
 
 @dataclass(frozen=True)
 class Score:
-    """What a score means: its name, the formula, and what the number counts.
+    """What a score means: its ``name``, the formula, and in ``units`` what the number counts, as words.
 
+    ``damping`` is λ as a fraction of the mean eigenvalue of F, and None where the formula has none.
     ``formula`` uses q for the query's gradient sketch, x for the training example's, X for all of them. ``comparable``
     says whether scores of different queries compare, as those of unit-length gradients do.
     """
@@ -47,7 +48,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TokenContribution:
-    """How much one token of a training example adds to its score, and the piece of the text that it stands for.
+    """How much one token of a training example adds to its score: ``token`` is the piece of text that it stands for.
 
     The pieces of a hit join to its text, and their values with ``beyond_tokens`` add up to its score. Tokens inside one
     character share a piece, special tokens have an empty one, and text that the model does not read has the value 0.
@@ -63,9 +64,10 @@ class TokenContribution:
 class Hit:
     """One training example found for a query.
 
-    ``rank`` counts from 1, strongest first; ``row`` is the example's position in the indexed data; ``gradient_norm``
-    is that of its sketch, an unbiased estimate for the gradient. ``tokens`` is filled by :meth:`Index.explain`;
-    what no single token carries (a pooled classification head) stands in ``beyond_tokens``.
+    ``rank`` counts from 1, strongest first; ``row`` is the example's position in the indexed data, and ``id``, ``text``
+    (None where it has none), ``loss`` and ``metadata`` are its own. What ``score`` counts is in ``hits.score``.
+    ``gradient_norm`` is that of its sketch, and its square an unbiased estimate of the gradient's. ``tokens`` is filled
+    by :meth:`Index.explain`; what no single token carries (a pooled classification head) stands in ``beyond_tokens``.
     """
 
     rank: int
@@ -82,8 +84,9 @@ class Hit:
 
 @dataclass(frozen=True)
 class QueryHits:
-    """The hits of one query: proponents from the top of the list, opponents from its bottom.
+    """The hits of one query: ``proponents`` from the top of the list, ``opponents`` from its bottom.
 
+    ``loss`` is the query's own, in the unit of the task, and ``gradient_norm`` that of its sketch.
     ``text`` is what was asked and ``answer`` what the model said or should say, where the example tells them apart;
     ``example`` is the query as given, and ``members`` counts the examples averaged into it (1 unless a group).
     """
@@ -115,9 +118,10 @@ class QueryHits:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of wall time for the queries' gradients, the preconditioner and the scan; bytes read; rows scored.
+    """What an answer cost: seconds of wall time, ``bytes_read``, and the ``rows`` that were scored.
 
-    ``rerank`` is the seconds that exact scores of candidates took.
+    ``gradients`` is the time of the queries' gradients, ``precondition`` that of the preconditioner, ``scan`` that of
+    reading and scoring the rows, and ``rerank`` that of exact scores of candidates.
     """
 
     gradients: float
@@ -132,7 +136,7 @@ class Cost:
 class Hits(Result):
     """The answer to "which training examples made the model say this?", for one or more queries.
 
-    A sequence of :class:`QueryHits`: ``hits[0].proponents[0].text`` is the strongest proponent of the first query.
+    A sequence of its ``queries``: ``hits[0].proponents[0].text`` is the strongest proponent of the first one.
     ``score`` says what the numbers mean and ``sign`` how to read them; ``cost`` is in seconds and bytes; ``index`` is
     the index that was asked, of ``rows`` examples and ``d`` numbers each. In JSON a value that is no text, number,
     list, dict or tensor (in metadata, or in a query's ``example``) is its text.
@@ -205,7 +209,7 @@ class Hits(Result):
 class SelfInfluence(Result):
     """Every training example's score for itself, in the order of the rows (NaN: skipped when the index was built).
 
-    ``losses`` are those of the examples; ``score`` says what ``values`` count; ``seconds`` is wall time.
+    ``ids`` and ``losses`` are those of the examples; ``score`` says what ``values`` count; ``seconds`` is wall time.
     """
 
     ids: tuple[str, ...]

@@ -70,8 +70,9 @@ class Selection(Result):
 
     ``rows`` are their places in the data, ``ids`` their names, ``values`` their scores and ``tokens`` their lengths.
     ``copies`` counts rows that were passed over because a chosen one is alike. ``of`` is how many rows were scored, for
-    how many ``targets``. ``data`` is a hash of the indexed data, ``shard_rows`` at a time; "" where that is not known.
-    A score says which rows to try first; what training on them brings, only training shows.
+    how many ``targets``; ``score`` and ``aggregate`` say by what, and ``harmful`` at which end. ``data`` is a hash of
+    the indexed data, ``shard_rows`` at a time; "" where that is not known. A score says which rows to try first; what
+    training on them brings, only training shows.
     """
 
     rows: tuple[int, ...]

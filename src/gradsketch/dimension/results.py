@@ -49,6 +49,7 @@ class Search:
     d: int | None
     """The dimension at which the target was reached; None if it was not, 0 if it was before any training."""
     checks: tuple[Check, ...]
+    """Every evaluation, in order."""
 
     @property
     def steps(self) -> int:
@@ -118,8 +119,9 @@ class IntrinsicDimension(Result):
 
     n: int
     target: float
+    """The value of the metric that was to be reached."""
     searches: tuple[Search, ...]
-    """One a seed."""
+    """One for each seed."""
     settings: Settings
     confirmations: tuple[CurvePoint, ...] = ()
     """Runs of their own at d/2 and d, with as many steps as the search took, where they were asked for."""
@@ -246,8 +248,10 @@ class DimensionCurve(Result):
     start: float
     """The metric before any training."""
     points: tuple[CurvePoint, ...]
+    """One for each training."""
     settings: Settings
     full: float | None = None
+    """The metric of full fine-tuning, where it was given."""
     lower_is_better: bool = False
 
     @property

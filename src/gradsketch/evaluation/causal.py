@@ -29,6 +29,8 @@ __all__ = ["Removal", "removal_check"]
 class Removal(Result):
     """Each query's loss under the model trained on everything, without its found rows, and without random ones.
 
+    The three are ``before``, ``after`` and, for each of r draws of rows, ``random``. ``removed`` counts the rows found
+    for each query, ``models`` the models that were trained.
     ``value`` is the rise of the loss when the found rows go, beyond the rise when as many random rows go, averaged
     over queries; ``standard_error`` takes the queries as a sample (of one query: the spread of the random removals).
     """

@@ -40,15 +40,16 @@ _HALF_TOLERANCE = 5e-2
 
 @dataclass(frozen=True, eq=False)
 class Distortion(Result):
-    """What ``distortion`` measured on one model, task and sketch.
+    """What ``distortion`` measured on one model of ``parameters`` numbers, on ``examples`` rows of a task.
 
+    ``qualities`` says how well each size of sketch keeps inner products. Batches had ``batch`` examples.
     ``gradient_error`` is the largest relative error of ``verified`` examples' sketched gradients against autograd, each
     run alone; ``tolerance`` is what rounding explains. ``seconds`` and ``reference_seconds`` are medians for one batch,
-    of the sketches and of a plain forward + backward, interleaved; ``peak_bytes`` likewise (None where memory cannot be
-    measured). ``needed`` is the d, unrounded, at which r would be ``wanted``. ``audits`` says how many batches were
-    held against autograd's gradients; ``slow`` maps each parameter whose gradients are formed one example after another
-    to the operation and the module's class, and ``slow_share`` is their share of all entries. ``stored`` says what r is
-    left at each size where an index stores rows in fewer bits.
+    of the sketches and of a plain forward + backward, interleaved; ``peak_bytes`` and ``reference_peak_bytes`` likewise
+    (None where memory cannot be measured). ``needed`` is the d, unrounded, at which r would be ``wanted``. ``audits``
+    says how many batches were held against autograd's gradients; ``slow`` maps each parameter whose gradients are
+    formed one example after another to the operation and the module's class, and ``slow_share`` is their share of all
+    entries. ``stored`` says what r is left at each size where an index stores rows in fewer bits.
     """
 
     derived = ("right", "cost_ratio", "sufficient", "recommended", "cheapest")

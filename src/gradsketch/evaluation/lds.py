@@ -30,6 +30,7 @@ _RESAMPLES = 200
 class LinearDatamodelingScore(Result):
     """Mean Spearman correlation over the queries, between −1 and 1: 0 is chance.
 
+    ``per_query`` has each query's, over ``subsets`` models.
     ``standard_error`` is that of a bootstrap over both queries and subsets (200 draws), which are shared by all
     queries. ``seconds`` is what the retraining took.
     """

@@ -35,9 +35,10 @@ class AreaUnderCurve:
 
 @dataclass(frozen=True, eq=False)
 class Mislabelled(Result):
-    """How well a suspicion finds wrong labels, and how well the training loss alone does.
+    """How well a ``suspicion`` finds wrong labels, and how well the training ``loss`` alone does.
 
-    ``difference`` is suspicion minus loss, with a standard error that counts both as measured on the same examples.
+    ``wrong`` of the ``examples`` have a wrong label. ``difference`` is suspicion minus loss, and
+    ``difference_standard_error`` counts both as measured on the same examples.
     """
 
     suspicion: AreaUnderCurve

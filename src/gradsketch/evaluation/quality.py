@@ -35,10 +35,11 @@ _LEVEL = 0.95
 class Quality(Result):
     """How well sketches of one size keep the inner products of all pairs of different examples.
 
-    ``noise`` is √d times the root-mean-square of (estimate − exact)/(‖x‖‖y‖): 1 for a dense Gaussian sketch and
-    nearly orthogonal gradients, whatever d is. ``pearson`` is the correlation of estimates with exact values. Each
-    interval covers 95 %: percentiles of a bootstrap over examples (1000 draws), since pairs share examples; it does
-    not include other draws of the sketch. Where all exact values are equal, r is not a number.
+    ``noise`` is √d times the root-mean-square of (estimate − exact)/(‖x‖‖y‖): 1 for a dense Gaussian sketch and nearly
+    orthogonal gradients, whatever d is. ``pearson`` is the correlation of estimates with exact values.
+    ``noise_interval`` and ``pearson_interval`` cover 95 %: percentiles of a bootstrap over examples (1000 draws), since
+    pairs share examples; they do not include other draws of the sketch. Where all exact values are equal, r is not a
+    number.
     """
 
     d: int

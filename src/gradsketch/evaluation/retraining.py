@@ -34,7 +34,7 @@ Measure = Callable[[nn.Module], Float[Tensor, " q"]]
 
 @dataclass(frozen=True, eq=False)
 class Retrainings(Result):
-    """What models trained on random subsets say: which rows each one kept, and each query's loss under it.
+    """What m models trained on random subsets say: the rows each one ``kept``, and each query's ``losses`` under it.
 
     ``seconds`` is what training and asking took, of this run only where another one began it.
     """

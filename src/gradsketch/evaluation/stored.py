@@ -20,7 +20,10 @@ DTYPES = ("float16", "int8", "int4", "sign")
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows of ``d`` numbers stored as ``dtype``: bytes of a sketch, and Pearson r with its 95 % interval."""
+    """Rows of ``d`` numbers stored as ``dtype``: the ``bytes`` of a sketch, and Pearson's r.
+
+    ``pearson_interval`` covers 95 % around ``pearson``.
+    """
 
     d: int
     dtype: str

@@ -46,10 +46,11 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Density(Result):
-    """Quadrature nodes and weights of each probe: the density is their weighted comb, averaged over probes.
+    """The density of all eigenvalues, as quadrature ``nodes`` and ``weights``: one tuple of each per probe.
 
-    A probe's weights add up to one and its first 2·steps − 1 moments are exact for that probe. ``n`` counts
-    eigenvalues, ``hvps`` products with the operator; ``reorthogonalized`` says whether the Krylov vectors were kept.
+    The density is their weighted comb, averaged over probes. A probe's weights add up to one and its first 2·steps − 1
+    moments are exact for that probe. ``n`` counts eigenvalues, ``hvps`` products with the operator;
+    ``reorthogonalized`` says whether the Krylov vectors were kept.
     """
 
     nodes: tuple[tuple[float, ...], ...]

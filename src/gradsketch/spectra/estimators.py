@@ -34,7 +34,7 @@ Method = Literal["auto", "hutchinson", "xtrace"]
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Result):
-    """An estimated diagonal, the standard error of each entry, and what it cost: products and seconds of wall time."""
+    """An estimated diagonal as ``values``, the ``standard_errors`` of its entries, and what it cost."""
 
     values: Float[Tensor, " n"] = field(repr=False)
     standard_errors: Float[Tensor, " n"] = field(repr=False)

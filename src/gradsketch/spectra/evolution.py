@@ -42,7 +42,7 @@ Point = Loaded | Callable[[], Loaded]
 
 @dataclass(frozen=True, eq=False)
 class Evolution(Result):
-    """Spectra by step, ascending, whose eigenvector sketches can be compared with one another."""
+    """``spectra`` by step, ascending, whose eigenvector sketches can be compared with one another."""
 
     derived = ("r_neg", "outliers")
 

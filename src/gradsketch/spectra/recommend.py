@@ -30,8 +30,9 @@ __all__ = ["Recommendation", "recommend_d"]
 class Recommendation(Result):
     """A sketch size, what it was read off, and what that cost.
 
-    ``largest`` is the largest eigenvalue by magnitude. ``raw_bias`` is how far, relative to itself, the smallest
-    eigenvalue wanted would be off without the correction. ``hvps`` counts products with the operator.
+    ``largest`` is the largest eigenvalue by magnitude, ``trace`` the sum of all, ``squared_norm`` that of their
+    squares. ``raw_bias`` is how far, relative to itself, the smallest eigenvalue wanted would be off without the
+    correction. ``hvps`` counts products with the operator.
     """
 
     d: int

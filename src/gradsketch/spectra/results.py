@@ -62,7 +62,7 @@ class Estimate(Result):
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """One eigenvalue and how far to trust it.
+    """One eigenvalue and how far to trust it; ``converged`` says whether it has settled.
 
     ``residual`` is ``‖H y − λ y‖ / |λ|`` for the unit vector y found. ``error`` is absolute: for the sketched operator
     one standard error, otherwise the norm of the residual, which bounds it; where no other eigenvalue is near it is
@@ -82,14 +82,19 @@ class Eigenvalue:
 class Spectrum(Result):
     """The outer eigenvalues of a self-adjoint map, from both ends, descending.
 
-    ``eigenvalues`` holds up to k positive and k negative ones; ``values``, ``residuals``, ``errors`` and
-    ``converged`` are those that were asked for. ``sketches`` holds d numbers for each eigenvector, ``sketch`` the
-    fingerprint of the map that made them; sketches with equal fingerprints can be compared.
-    ``confidence`` is the chance that no eigenvalue more than 0.1 % beyond the last one asked for was missed, copies of
-    repeated ones included; None where the route cannot count copies, so that a value stands for its eigenspace once.
-    ``hvps`` counts products with the operator, ``settled_after`` those until all values asked for had settled,
-    ``room`` the most Krylov vectors held, ``vectors_held`` vectors of length n held at once besides the operator's
-    own, ``peak_bytes`` the high-water mark of the process (on a GPU: of its allocator) when done.
+    ``k`` eigenvalues were asked for, from the ends that ``which`` names; ``method`` says how they were found, and
+    ``reason`` why so. One has settled where its residual is below ``tolerance``, or, of a sketched operator, where it
+    exceeds ``threshold``. ``trace`` and ``squared_norm`` (of all eigenvalues' squares) are what the correction needed.
+    ``eigenvalues`` holds up to k positive and k negative ones; ``values``, ``residuals``, ``errors`` and ``converged``
+    are those that were asked for. ``sketches`` holds d numbers for each eigenvector, ``sketch`` the fingerprint of the
+    map that made them; sketches with equal fingerprints can be compared. ``confidence`` is the chance that no
+    eigenvalue more than 0.1 % beyond the last one asked for was missed, copies of repeated ones included; None where
+    the route cannot count copies, so that a value stands for its eigenspace once. ``hvps`` counts products with the
+    operator, ``settled_after`` those until all values asked for had settled, ``room`` the most Krylov vectors held,
+    ``vectors_held`` vectors of length n held at once besides the operator's own, ``copies`` the eigenvalues found again
+    and dropped, ``noise`` how far products are from those of a symmetric map, ``notes`` what a reader should know.
+    ``alphas`` and ``betas`` are the tridiagonal matrix of the recurrence, and ``columns`` those of its eigenvectors
+    that are given: ``eigenvectors`` needs them.
     """
 
     derived = ("r_neg", "outliers", "values")

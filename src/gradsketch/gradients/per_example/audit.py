@@ -18,7 +18,10 @@ __all__ = ["Audit", "Audits", "failed", "tolerance"]
 
 @dataclass(frozen=True)
 class Audits:
-    """How often captured gradients were held against autograd's, and the largest relative error that was accepted."""
+    """How often captured gradients were held against autograd's: in ``audited`` of ``batches`` batches.
+
+    ``largest_error`` is the largest relative error that was accepted.
+    """
 
     batches: int = 0
     audited: int = 0
