@@ -83,12 +83,12 @@ def pages():
             yield pytest.param("\n".join(lines), names, id=page.stem)
 
 
-@pytest.mark.parametrize(("line", "names"), readme_rows())
+@pytest.mark.parametrize(("line", "names"), [*readme_rows()])
 def test_numbers_of_the_readme_are_in_their_json(line, names):
     assert set(unbacked(line, names)) <= NOT_MEASURED.get(names[0], set())
 
 
-@pytest.mark.parametrize(("table", "names"), pages())
+@pytest.mark.parametrize(("table", "names"), [*pages()])
 def test_numbers_of_a_page_are_in_its_json(request, table, names):
     page = request.node.callspec.id
     assert set(unbacked(table, names)) <= NOT_MEASURED.get(page, set())

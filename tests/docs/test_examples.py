@@ -19,7 +19,7 @@ def has_example(name):
     return name not in _WITHOUT and not made
 
 
-@pytest.mark.parametrize("name", filter(has_example, gs.__all__))
+@pytest.mark.parametrize("name", [*filter(has_example, gs.__all__)])
 def test_example_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
