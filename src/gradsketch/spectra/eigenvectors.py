@@ -13,7 +13,6 @@ from torch import Tensor
 from gradsketch.errors import GradsketchError, InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.affd import AFFD
-from gradsketch.spectra.lanczos import norm
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Spectrum
 from gradsketch.spectra.resume import RunFile
@@ -55,13 +54,15 @@ def eigenvectors(
     places = [result.eigenvalues.index(e) for e in result.asked[:first]]
     plan = _plan(operator, result)
     gradient = checked_gradient(gradient, plan)
-    if result.method == "full":
-        out = _search_again(plan, gradient, [result.columns[p] for p in places])
-    else:
-        out = _combine_again(operator, result, start(plan, gradient), places)
-    for row in out:
-        row.div_(norm(row))
-    _check(out, result, places)
+    with operator.ranks.together():
+        if result.method == "full":
+            out = _search_again(plan, gradient, [result.columns[p] for p in places])
+        else:
+            out = _combine_again(plan.operator, result, start(plan, gradient), places)
+        for row in out:
+            row.div_(plan.space.norm(row))
+        out = torch.stack([plan.space.whole(row) for row in out]) if plan.space.is_shared else out
+        _check(out, result, places)
     return out
 
 
