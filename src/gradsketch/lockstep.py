@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradsketch.errors import FingerprintError, GradsketchError, InputError, NonFiniteError, StoreError
 
-__all__ = ["Lockstep"]
+__all__ = ["Lockstep", "in_step"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _collective(name: str, former: str) -> Any:
@@ -45,8 +49,11 @@ _WORDS = {
 }
 
 
-class _FailedElsewhereError(Exception):
-    """Another rank failed. Goes up to the block in which that rank did, and turns into ``error`` there."""
+class _FailedElsewhereError(BaseException):
+    """Another rank failed. Goes up to the block in which that rank did, and turns into ``error`` there.
+
+    Code on the way that takes any ``Exception`` for an answer must not take this one.
+    """
 
     def __init__(self, depth: int, error: Exception) -> None:
         super().__init__(str(error))
@@ -183,6 +190,18 @@ class Lockstep:
         except Exception:
             self._broken = True
             raise
+
+
+def in_step(function: Callable[P, R]) -> Callable[P, R]:
+    """Have the ranks of an operator, the first argument of a function, leave the function in the same way."""
+
+    @wraps(function)
+    def together(*args: P.args, **kwargs: P.kwargs) -> R:
+        operator = args[0] if args else kwargs.get("operator")
+        with getattr(operator, "ranks", Lockstep()).together():
+            return function(*args, **kwargs)
+
+    return together
 
 
 def _described(error: Exception) -> tuple[str, tuple[str, ...]]:

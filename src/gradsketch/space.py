@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsketch.lockstep import Lockstep
 
-__all__ = ["Share", "Space", "dot"]
+__all__ = ["Share", "Space", "dot", "gathered", "scattered"]
 
 # Single-precision sums stay this short; longer ones are added up in double precision.
 _PIECE, _PIECE_GPU = 1 << 16, 1 << 22
@@ -63,27 +63,37 @@ class Share:
         """Return a view of this rank's entries of flat tensors."""
         return whole[..., self.first * self.width : (self.first + self.count) * self.width]
 
-    def gathered(self, local: Tensor) -> Tensor:
-        """Return the whole of a tensor of which each rank gives its share."""
-        if not self.ranks.several:
-            return local.reshape(self.shape)
-        flat = self._padded(local.reshape(-1), self.most * self.width)
-        return self.ranks.gather(flat, self.place)[: self.shape.numel()].view(self.shape)
+    @property
+    def room(self) -> int:
+        """How many entries the first rank holds, to which the others' pieces are filled up where they travel."""
+        return self.most * self.width
 
-    def scattered(self, whole: Tensor) -> Tensor:
-        """Return this rank's share of the sum of all ranks' tensors, flat."""
-        if not self.ranks.several:
-            return whole.reshape(-1)
-        flat = self._padded(whole.reshape(-1), self.most * self.width * self.ranks.ranks)
-        return self.ranks.scatter(flat, self.place)[: self.size]
 
-    @staticmethod
-    def _padded(flat: Tensor, size: int) -> Tensor:
-        if len(flat) == size:
-            return flat.contiguous()
-        out = flat.new_zeros(size)
-        out[: len(flat)] = flat
-        return out
+def gathered(shares: Sequence[Share], pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors whole, of which each rank gives its shares, in one exchange."""
+    ranks = shares[0].ranks
+    filled = [_filled(piece.reshape(-1), share.room) for share, piece in zip(shares, pieces, strict=True)]
+    flat = filled[0] if len(filled) == 1 else torch.cat(filled)
+    parts = ranks.gather(flat, shares[0].place).view(ranks.ranks, -1).split([share.room for share in shares], dim=1)
+    return [p.reshape(-1)[: s.shape.numel()].view(s.shape) for s, p in zip(shares, parts, strict=True)]
+
+
+def scattered(shares: Sequence[Share], wholes: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's shares of the sums of all ranks' tensors, flat, in one exchange."""
+    ranks = shares[0].ranks
+    filled = [_filled(w.reshape(-1), s.room * ranks.ranks) for s, w in zip(shares, wholes, strict=True)]
+    rows = [each.view(ranks.ranks, -1) for each in filled]
+    flat = filled[0] if len(filled) == 1 else torch.cat(rows, dim=1).view(-1)
+    parts = ranks.scatter(flat, shares[0].place).split([share.room for share in shares])
+    return [part[: share.size] for share, part in zip(shares, parts, strict=True)]
+
+
+def _filled(flat: Tensor, size: int) -> Tensor:
+    if len(flat) == size:
+        return flat.contiguous()
+    out = flat.new_zeros(size)
+    out[: len(flat)] = flat
+    return out
 
 
 class Space:
@@ -143,11 +153,11 @@ class Space:
         """Return a vector whose entries are a function of their place: ``numbers(start, count)``."""
         if not self.is_shared:
             return numbers(0, self.n)
-        parts, start = [], 0
-        for share in self.shares:
-            parts.append(numbers(start + share.first * share.width, share.size))
+        out, start = numbers(0, 0).new_empty(self.size), 0
+        for share, part in zip(self.shares, out.split([share.size for share in self.shares]), strict=True):
+            part.copy_(numbers(start + share.first * share.width, share.size))
             start += share.shape.numel()
-        return torch.cat(parts)
+        return out
 
     def cut(self, vectors: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
         """Return this process's share of whole vectors."""
@@ -165,4 +175,4 @@ class Space:
     def wholes(self, vector: Float[Tensor, " m"]) -> Iterator[tuple[Share, Tensor]]:
         """Yield one tensor of a shared vector after another, whole."""
         parts = vector.split([share.size for share in self.shares])
-        yield from ((share, share.gathered(part)) for share, part in zip(self.shares, parts, strict=True))
+        yield from ((share, gathered([share], [part])[0]) for share, part in zip(self.shares, parts, strict=True))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.lockstep import in_step
 from gradsketch.progress import hidden
 from gradsketch.random import Stream
 from gradsketch.report.spectrum import density_figure
@@ -128,6 +129,7 @@ def _smooth(
     return curve
 
 
+@in_step
 def density(
     operator: LinearMap,
     *,
@@ -155,11 +157,6 @@ def density(
         InputError: not a self-adjoint map, or a number out of range.
         NonFiniteError: a product holds a NaN or an infinity.
     """
-    with operator.ranks.together():
-        return _density(operator, probes, steps, seed, memory, progress)
-
-
-def _density(operator: LinearMap, probes: int, steps: int, seed: int, memory: int, progress: bool | None) -> Density:
     check_operator(operator)
     if probes < 1 or steps < 1:
         raise InputError(f"probes={probes}, steps={steps}", "at least one of each", "Leave them out")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsketch.errors import GradsketchError, InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.lockstep import in_step
 from gradsketch.sketches.affd import AFFD
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Spectrum
@@ -23,6 +24,7 @@ __all__ = ["eigenvectors"]
 _LEAST_COSINE = 0.9
 
 
+@in_step
 def eigenvectors(
     operator: LinearMap, result: Spectrum, *, first: int | None = None, gradient: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "r n"]:
@@ -54,15 +56,14 @@ def eigenvectors(
     places = [result.eigenvalues.index(e) for e in result.asked[:first]]
     plan = _plan(operator, result)
     gradient = checked_gradient(gradient, plan)
-    with operator.ranks.together():
-        if result.method == "full":
-            out = _search_again(plan, gradient, [result.columns[p] for p in places])
-        else:
-            out = _combine_again(plan.operator, result, start(plan, gradient), places)
-        for row in out:
-            row.div_(plan.space.norm(row))
-        out = torch.stack([plan.space.whole(row) for row in out]) if plan.space.is_shared else out
-        _check(out, result, places)
+    if result.method == "full":
+        out = _search_again(plan, gradient, [result.columns[p] for p in places])
+    else:
+        out = _combine_again(plan.operator, result, start(plan, gradient), places)
+    for row in out:
+        row.div_(plan.space.norm(row))
+    out = torch.stack([plan.space.whole(row) for row in out]) if plan.space.is_shared else out
+    _check(out, result, places)
     return out
 
 

@@ -20,6 +20,7 @@ from gradsketch.durable import require_same
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature
 from gradsketch.linear_map import LinearMap
+from gradsketch.lockstep import in_step
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 from gradsketch.spectra.bias import corrected, detection_threshold, effective_d, least_d, sampling_error
@@ -44,6 +45,7 @@ _ZERO_GRADIENT = "The gradient is zero: no eigenvector has a share in it."
 _ROOM = 30
 
 
+@in_step
 def spectrum(
     operator: LinearMap,
     k: int = 10,
@@ -105,14 +107,7 @@ def spectrum(
         FingerprintError: the file in ``resume`` is of another run: other weights, data, task, parameters, options.
         StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
-    with operator.ranks.together():
-        plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
-        return _solved(plan, gradient, probes, resume, progress)
-
-
-def _solved(
-    plan: Plan, gradient: Tensor | None, probes: int, resume: str | Path | None, progress: bool | None
-) -> Spectrum:
+    plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
     if resume is not None and plan.inner.ranks.several:
         raise InputError("resume= for a model that ranks share out", "a run without a file", "Leave resume out")
     given, gradient = gradient is not None, checked_gradient(gradient, plan)
@@ -122,7 +117,7 @@ def _solved(
     pairs = run.iterate(progress)
     estimates: tuple[Estimate, Estimate] | None = None
     if plan.method == "sketched-operator" and probes > 0:
-        estimates = moments(plan.inner, probes, plan.seed, plan.dtype, plan.device)
+        estimates = moments(plan.inner, probes, seed, plan.dtype, plan.device)
         run.products += probes
     return run.result(pairs, estimates)
 

@@ -73,8 +73,9 @@ class Curvature(LinearMap):
     is_self_adjoint = True
 
     def __init__(self, objective: Objective, mode: Mode, *, check: bool) -> None:
-        if mode not in get_args(Mode):
-            raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
+        with objective.ranks.together():
+            if mode not in get_args(Mode):
+                raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
         self.objective, self.mode, self._asked = objective, mode, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
         first = objective.values[0]

@@ -17,13 +17,12 @@ from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.fsdp import at_rest, is_shard, resting
 from gradsketch.gradients.curvature.failures import reentrant
 from gradsketch.gradients.curvature.graph import REENTRANT, operations
-from gradsketch.gradients.curvature.sharing import sharing_of
+from gradsketch.gradients.curvature.sharing import in_step_over, sharing_of
 from gradsketch.gradients.curvature.state import state_of
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
-from gradsketch.lockstep import Lockstep
 from gradsketch.space import Space
 from gradsketch.stand_ins import ALONE, Reading, check_held, held, read_instead, stand_ins
 
@@ -58,16 +57,13 @@ class Objective:
         parameters: Selection = None,
         batch_size: int = 8,
     ) -> None:
-        self.model, self.task = model, as_task(task)
-        self.parameters = selected(model, parameters)
-        check_held(model, dict(self.parameters))
-        self._sharing = sharing_of(model, self.parameters)
-        self.ranks = Lockstep() if self._sharing is None else self._sharing.ranks
-        self.space = Space(self.parameters.n) if self._sharing is None else self._sharing.space
+        self.model, self.ranks = model, in_step_over(model)
         with self.ranks.together():
+            self.task, self.parameters = as_task(task), selected(model, parameters)
+            check_held(model, dict(self.parameters))
+            self._sharing = sharing_of(model, self.parameters, self.ranks)
+            self.space = Space(self.parameters.n) if self._sharing is None else self._sharing.space
             self.data = Batches(self.task, data, batch_size)
-            if self._sharing is not None:
-                self._sharing.check_equal()
         self._only: list[Batch] | None = None
         self._looked = False
         names = {id(tensor): name for name, tensor in held(model).items()}

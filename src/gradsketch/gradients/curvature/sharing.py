@@ -10,9 +10,10 @@ instead, and gathers again where it needs the whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +22,29 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradsketch.as_found import Trainability
 from gradsketch.errors import InputError
-from gradsketch.fsdp import is_shard, is_sharded, states_of
+from gradsketch.fsdp import at_rest, is_shard, is_sharded, states_of, units_of
 from gradsketch.gradients.curvature.graph import nodes_of
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.lockstep import Lockstep
-from gradsketch.space import Share, Space
+from gradsketch.space import Share, Space, gathered, scattered
 from gradsketch.stand_ins import Readings, Source
-from gradsketch.walks import modules_of
+from gradsketch.walks import modules_of, parameters_of
 
-__all__ = ["Sharing", "sharing_of"]
+__all__ = ["Sharing", "in_step_over", "sharing_of"]
 
 _WANTED = "parameters that fully_shard(model) shares out by their rows over one mesh dim"
 
 
-def sharing_of(model: nn.Module, parameters: Parameters) -> Sharing | None:
+def in_step_over(model: nn.Module) -> Lockstep:
+    """Return the ranks that share out a model; of a model in one piece, this process alone."""
+    at_rest(model)
+    shards: list[Any] = [p for p in parameters_of(model) if is_shard(p)] if is_sharded(model) else []
+    return Lockstep(shards[0].device_mesh.get_group(0), shards[0].device_mesh.device_type) if shards else Lockstep()
+
+
+def sharing_of(model: nn.Module, parameters: Parameters, ranks: Lockstep) -> Sharing | None:
     """Return how ranks share out the model's parameters, or None of a model in one piece."""
-    return Sharing(model, parameters) if is_sharded(model) else None
+    return Sharing(model, parameters, ranks) if is_sharded(model) else None
 
 
 class Sharing:
@@ -46,12 +54,10 @@ class Sharing:
         InputError: another kind of sharing out than by rows over one mesh, or with casts or offloading.
     """
 
-    def __init__(self, model: nn.Module, parameters: Parameters) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, parameters: Parameters, ranks: Lockstep) -> None:
+        self.model, self.ranks = model, ranks
         named = dict(model.named_parameters())
         _check(model, named)
-        meshes = [tensor.device_mesh for tensor in named.values() if is_shard(tensor)]  # type: ignore[attr-defined]
-        self.ranks = Lockstep(meshes[0].get_group(), meshes[0].device_type)
         # What no call of fully_shard took is whole on every rank. Of it too each rank holds a share as a leaf, so that
         # no vector is whole.
         chosen = {id(tensor) for _, tensor in parameters}
@@ -63,6 +69,9 @@ class Sharing:
         self._own = {name: self._share_of(name, tensor) for name, tensor in self._read.items()}
         names = {id(tensor): name for name, tensor in self._read.items()}
         self.names = [names[id(tensor)] for _, tensor in parameters]
+        self._units = _units_of(model, self._read)
+        self._again = _Last()
+        self._check_equal(parameters)
         self.space = Space(parameters.n, [self._shares[name] for name in self.names], self.ranks)
 
     @property
@@ -79,15 +88,13 @@ class Sharing:
             raise InputError(f"{name!r}, of which this rank holds {list(local.shape)}", _WANTED, _FIX)
         return local
 
-    def check_equal(self) -> None:
-        """Refuse parameters that every rank holds whole and that are not the same on all.
-
-        Raises:
-            InputError: one is not.
-        """
+    def _check_equal(self, parameters: Parameters) -> None:
+        """Refuse another selection on each rank, and parameters that every rank holds whole and with other values."""
+        if not self.ranks.same(int(parameters.fingerprint()[:15], 16)):
+            raise InputError("other parameters on each rank", "the same selection", "Pass the same names to every rank")
         for name, tensor in self._read.items():
             if not is_shard(tensor):
-                whole = self._shares[name].gathered(self._own[name])
+                (whole,) = gathered([self._shares[name]], [self._own[name]])
                 if not self.ranks.all(torch.equal(whole, tensor.detach())):
                     raise InputError(
                         f"{name!r}, which fully_shard did not take and which has other values on each rank",
@@ -116,7 +123,8 @@ class Sharing:
 
         The model must be at rest. Keep the block open until all backward passes are over.
         """
-        gathering = _Gathering(self._shares, self._own | dict(zip(self.names, chosen, strict=True)), wider)
+        values = self._own | dict(zip(self.names, chosen, strict=True))
+        gathering = _Gathering(self._shares, values, self._units, wider, self._again)
         source = Source(self.model, gathering.read, gathering.read, lambda: None)
         with _without_hooks(self.model), Trainability(self.model) as found, gathering.saving():
             found.only([self._read[name] for name in self.names])  # so that check_leaves sees them
@@ -125,6 +133,8 @@ class Sharing:
                 yield
             finally:
                 readings.undo()
+                gathering.present.drop()
+                self._again.drop()
 
 
 _FIX = "Call fully_shard without shard_placement_fn, mp_policy and offload_policy, on a mesh of one dim"
@@ -140,6 +150,12 @@ def _check(model: nn.Module, named: Mapping[str, Any]) -> None:
         policy = state._mp_policy
         if any((policy.param_dtype, policy.reduce_dtype, policy.output_dtype)):
             raise InputError(f"a model that fully_shard casts ({policy})", _WANTED, _FIX)
+
+
+def _units_of(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return by name which unit of fully_shard a parameter belongs to; what none took is one by itself."""
+    unit_of = {id(p): place for place, unit in enumerate(units_of(model)) for p in parameters_of(unit)}
+    return {name: unit_of[id(tensor)] if is_shard(tensor) else name for name, tensor in named.items()}
 
 
 @contextmanager
@@ -183,39 +199,76 @@ class _Own(NamedTuple):
     version: int
 
 
-@dataclass
+class _Last:
+    """What was gathered last, which is asked for again soon: all parameters of one unit."""
+
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget it."""
+        self._key: Any = None
+        self._found: dict[str, Tensor] = {}
+
+    def get(self, key: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what was made for a key, or make it, with nothing else held meanwhile."""
+        if self._key != key:
+            self.drop()
+            self._found, self._key = make(), key
+        return self._found
+
+
+@dataclass(eq=False)
 class _Gathering:
-    """Gathers what modules read, and remembers which memory holds what was gathered."""
+    """Gathers what modules read, unit by unit as FSDP2 does, and remembers which memory holds what was gathered.
+
+    The parameters of a unit are gathered in one exchange, and let go of when one of another unit is read.
+    """
 
     shares: Mapping[str, Share]
     values: Mapping[str, Tensor]
+    units: Mapping[str, Any]
     wider: torch.dtype | None
+    again: _Last
 
     def __post_init__(self) -> None:
         # A weak reference keeps the address of a storage from being given to another one.
-        self._found: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._noted: dict[int, tuple[StorageWeakRef, str]] = {}
+        self.present = _Last()
+        self._groups: dict[Any, list[str]] = {}
+        for name in self.values:
+            self._groups.setdefault(self._group_of(name), []).append(name)
 
     def read(self, name: str) -> Tensor:
         """Return the whole of a parameter, as a function of the ranks' shares."""
-        whole = self._widened(_Gather.apply(self.values[name], self.shares[name]))
-        self._note(whole, name)
-        return whole
+        group = self._group_of(name)
+        # What is read where no gradients are recorded is a constant.
+        return self.present.get((group, torch.is_grad_enabled()), partial(self._read, group))[name]
 
-    def saving(self) -> Any:
-        """Return a block in which autograd keeps shares in the place of what was gathered."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+    def _group_of(self, name: str) -> Any:
+        value = self.values[name]
+        return self.units[name], value.dtype, value.requires_grad
+
+    def _read(self, group: Any) -> dict[str, Tensor]:
+        names = self._groups[group]
+        wholes = _Gather.apply([self.shares[name] for name in names], *[self.values[name] for name in names])
+        found = {name: self._widened(whole) for name, whole in zip(names, wholes, strict=True)}
+        self._noted = {key: noted for key, noted in self._noted.items() if not noted[0].expired()}
+        for name, whole in found.items():
+            storage = whole.untyped_storage()
+            self._noted[storage._cdata] = StorageWeakRef(storage), name
+        return found
 
     def _widened(self, whole: Tensor) -> Tensor:
         narrow = self.wider is not None and whole.is_floating_point() and whole.itemsize < self.wider.itemsize
         return whole.to(self.wider) if narrow else whole
 
-    def _note(self, whole: Tensor, name: str) -> None:
-        self._found = {key: found for key, found in self._found.items() if not found[0].expired()}
-        storage = whole.untyped_storage()
-        self._found[storage._cdata] = StorageWeakRef(storage), name
+    def saving(self) -> Any:
+        """Return a block in which autograd keeps shares in the place of what was gathered."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> _Kept | _Own:
-        found = self._found.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        found = self._noted.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
         if found is None or tensor._version:
             # Autograd leaves it to us to notice what is written to before it is used.
             return _Own(tensor.detach(), tensor._version)
@@ -223,8 +276,10 @@ class _Gathering:
 
     def _unpack(self, kept: _Kept | _Own) -> Tensor:
         if isinstance(kept, _Kept):
+            group = self._group_of(kept.name)
+            self.present.drop()  # the forward pass is over
             with torch.no_grad():
-                whole = self._widened(self.shares[kept.name].gathered(self.values[kept.name].detach()))
+                whole = self.again.get((self, group), partial(self._gathered_again, group))[kept.name]
                 return whole.as_strided(kept.size, kept.stride, whole.storage_offset() + kept.offset)
         if kept.tensor._version != kept.version:
             raise RuntimeError(
@@ -232,43 +287,52 @@ class _Gathering:
             )
         return kept.tensor
 
+    def _gathered_again(self, group: Any) -> dict[str, Tensor]:
+        names = self._groups[group]
+        wholes = gathered([self.shares[name] for name in names], [self.values[name].detach() for name in names])
+        return {name: self._widened(whole) for name, whole in zip(names, wholes, strict=True)}
+
 
 class _Gather(torch.autograd.Function):
-    """The whole of a tensor that ranks share out."""
+    """The whole of tensors that ranks share out."""
 
     is_differentiable_twice = True
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, share: Share) -> Tensor:
-        ctx.share, ctx.like = share, local.shape
-        whole = share.gathered(local.detach())
-        return whole.clone() if whole.data_ptr() == local.data_ptr() else whole
+    def forward(ctx: Any, shares: list[Share], *pieces: Tensor) -> tuple[Tensor, ...]:
+        ctx.shares, ctx.like = shares, [piece.shape for piece in pieces]
+        wholes = gathered(shares, [piece.detach() for piece in pieces])
+        # One rank alone gathers nothing: what is read is still to have memory of its own, by which it is known again.
+        return tuple(wholes if shares[0].ranks.several else [whole.clone() for whole in wholes])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Scatter.apply(gradient, ctx.share, ctx.like), None
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, *_Scatter.apply(ctx.shares, ctx.like, *gradients)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Gather.forward(ctx, tangent, ctx.share)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        given = [t for t in tangents if t is not None]
+        filled = [given[0].new_zeros(shape) if t is None else t for t, shape in zip(tangents, ctx.like, strict=True)]
+        return _Gather.forward(ctx, ctx.shares, *filled)
 
 
 class _Scatter(torch.autograd.Function):
-    """What a rank holds of the sum over ranks."""
+    """What a rank holds of sums over ranks."""
 
     is_differentiable_twice = True
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, share: Share, like: torch.Size) -> Tensor:
-        ctx.share, ctx.like = share, like
+    def forward(ctx: Any, shares: list[Share], like: list[torch.Size], *wholes: Tensor) -> tuple[Tensor, ...]:
+        ctx.shares, ctx.like = shares, like
         # Half precision is added up in single, as it is over batches.
-        wide = whole.detach().to(torch.float32 if whole.itemsize < 4 else whole.dtype)
-        return share.scattered(wide).to(whole.dtype).view(like)
+        wide = [w.detach().to(torch.float32 if w.itemsize < 4 else w.dtype) for w in wholes]
+        parts = zip(scattered(shares, wide), wholes, like, strict=True)
+        return tuple(part.to(whole.dtype).view(shape).clone() for part, whole, shape in parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Gather.apply(gradient, ctx.share), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None, *_Gather.apply(ctx.shares, *gradients)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Scatter.forward(ctx, tangent, ctx.share, ctx.like)
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return _Scatter.forward(ctx, ctx.shares, ctx.like, *tangents)
