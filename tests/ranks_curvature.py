@@ -143,6 +143,10 @@ def a_failure_on_one_rank_ends_all() -> None:
         "the disk is gone": lambda: gs.loss_gradient(model, losses, DataLoader(Rows(), batch_size=None)),
         "went different ways": lambda: gs.hessian(sharded(Gone), losses, own_rows()),
         "other vectors on each rank": lambda: H(torch.full((H.n,), float(rank()))),
+        "matches no parameter": lambda: gs.hessian(model, losses, own_rows(), "none.*" if rank() else "*"),
+        "other parameters on each rank": lambda: gs.hessian(model, losses, own_rows(), f"blocks.{rank()}.*"),
+        "one of auto": lambda: gs.hessian(model, losses, own_rows(), mode="fast" if rank() else "auto"),  # type: ignore[arg-type]
+        "of an operator of n": lambda: gs.spectrum(H, k=1 - rank()),
         "vectors of length": lambda: H(torch.ones(H.n + rank())),
     }
     H = gs.hessian(model, losses, own_rows(), check=False)
