@@ -170,6 +170,8 @@ def what_cannot_be_right_is_refused() -> None:
     if rank() == 1:
         other.head.weight.data += 1
     refused("other values on each rank", lambda: gs.hessian(other, losses, own_rows()))
+    model.register_buffer("statistics", torch.full((2,), float(rank())))
+    refused("'statistics', which has other values", lambda: gs.hessian(model, losses, own_rows()))
 
 
 def spectra_are_those_of_one_process() -> None:

@@ -24,10 +24,12 @@ from gradsketch.as_found import Trainability
 from gradsketch.errors import InputError
 from gradsketch.fsdp import at_rest, is_shard, is_sharded, states_of, units_of
 from gradsketch.gradients.curvature.graph import nodes_of
+from gradsketch.gradients.curvature.state import sum_of_bits
+from gradsketch.gradients.fingerprints import digest
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.lockstep import Lockstep
 from gradsketch.space import Share, Space, gathered, scattered
-from gradsketch.stand_ins import Readings, Source
+from gradsketch.stand_ins import Readings, Source, held
 from gradsketch.walks import modules_of, parameters_of
 
 __all__ = ["Sharing", "in_step_over", "sharing_of"]
@@ -89,18 +91,18 @@ class Sharing:
         return local
 
     def _check_equal(self, parameters: Parameters) -> None:
-        """Refuse another selection on each rank, and parameters that every rank holds whole and with other values."""
+        """Refuse what would make another function on each rank: another selection, modes, or what all hold whole."""
         if not self.ranks.same(int(parameters.fingerprint()[:15], 16)):
             raise InputError("other parameters on each rank", "the same selection", "Pass the same names to every rank")
-        for name, tensor in self._read.items():
-            if not is_shard(tensor):
-                (whole,) = gathered([self._shares[name]], [self._own[name]])
-                if not self.ranks.all(torch.equal(whole, tensor.detach())):
-                    raise InputError(
-                        f"{name!r}, which fully_shard did not take and which has other values on each rank",
-                        "one model",
-                        "Call fully_shard(model) on the whole model, or load the same weights on every rank",
-                    )
+        if not self.ranks.same(int(digest([module.training for module in self.model.modules()])[:15], 16)):
+            raise InputError("a model in other modes on each rank", "one mode", "Call model.eval() on every rank")
+        for name, tensor in held(self.model).items():
+            if not is_shard(tensor) and not self.ranks.same(sum_of_bits(tensor)):
+                raise InputError(
+                    f"{name!r}, which has other values on each rank",
+                    "shards of one model, and the same values in what every rank holds whole",
+                    "Call fully_shard(model) on the whole model, and load the same weights and buffers on every rank",
+                )
 
     def check_leaves(self, losses: Tensor) -> None:
         """Refuse losses that depend on a parameter by another way than the modules that read it.
