@@ -30,7 +30,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import gradsketch as gs
-from gradsketch.spectra.lanczos import dot, start_vector
+from gradsketch.space import dot
+from gradsketch.spectra.lanczos import start_vector
 
 K = 10
 Batch = dict[str, torch.Tensor]
@@ -224,7 +225,7 @@ PEERS = (scipy_eigsh, curvlinops, hessian_eigenthings, pyhessian)
 def sketch_beside_product(model: nn.Module, batch: Batch, rounds: int) -> dict[str, Any]:
     """Seconds of a product on one batch, of a Krylov vector's sketch, and of a step's other parts."""
     operator = gs.hessian(model, losses, batch)
-    x = start_vector(operator.n, 0, "start", torch.float32, "cpu")
+    x = start_vector(operator.space, 0, "start", torch.float32, "cpu")
     y, phi = x.clone(), gs.AFFD(operator.n, 4096)
     jobs = {
         "product": lambda: operator(x),

@@ -188,7 +188,6 @@ def what_does_not_go_in_step_is_refused() -> None:
     refused(
         "whole gradients", lambda: gs.sketch_gradients(model, losses, batch, dense, parameters=gs.Parameters(model))
     )
-    refused("over all the data of a model that FSDP2", lambda: gs.hessian(model, losses, [batch]))
     refused("together", lambda: gs.sketch_gradients(model, coupled, batch, phi))
     odd = sharded(Odd)
     refused("words.weight", lambda: gs.sketch_gradients(odd, losses, batch, gs.BlockSum(gs.Parameters(odd), 64)))

@@ -15,7 +15,16 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+def test_sketches(tmp_path: Path) -> None:
+    run("ranks", tmp_path)
+
+
+def test_curvature(tmp_path: Path) -> None:
+    run("ranks_curvature", tmp_path)
+
+
+def run(module: str, folder: Path) -> None:
+    """Run a module of the tests on two ranks."""
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}",
         "MASTER_ADDR": "127.0.0.1",
@@ -23,7 +32,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": "2",
     }
-    program = [sys.executable, "-m", "ranks", str(tmp_path)]
+    program = [sys.executable, "-m", module, str(folder)]
     ranks = [
         subprocess.Popen(program, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in (0, 1)
     ]

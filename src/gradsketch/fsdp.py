@@ -26,8 +26,10 @@ __all__ = [
     "class_of",
     "is_shard",
     "is_sharded",
+    "own_share",
     "require_whole",
     "resting",
+    "states_of",
     "units_of",
     "whole",
 ]
@@ -43,6 +45,11 @@ def units_of(model: nn.Module) -> list[Any]:
     # Whoever has called fully_shard has imported it; importing it takes a second.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [m for m in modules_of(model) if isinstance(m, fsdp.FSDPModule)]
+
+
+def states_of(model: nn.Module) -> list[Any]:
+    """Return what FSDP2 remembers of the modules that it gathers."""
+    return [module._get_fsdp_state() for module in units_of(model)]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -70,6 +77,13 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a tensor in one piece; where ranks share it out, all must ask for it."""
     full = getattr(tensor, "full_tensor", None)
     result: Tensor = tensor if full is None else full()
+    return result
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    local = getattr(tensor, "to_local", None)
+    result: Tensor = tensor if local is None else local()
     return result
 
 

@@ -18,6 +18,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.lockstep import Lockstep
+from gradsketch.space import Space
 
 __all__ = ["LinearMap", "widened"]
 
@@ -64,6 +66,20 @@ class LinearMap(ABC):
     def T(self) -> LinearMap:
         """The adjoint map; itself where the map is self-adjoint."""
         return self if self.is_self_adjoint else _Adjoint(self)
+
+    @property
+    def space(self) -> Space:
+        """The space that the map's vectors are of."""
+        return Space(self.n)
+
+    @property
+    def ranks(self) -> Lockstep:
+        """The ranks that evaluate the map together: each product is a product on every one of them."""
+        return Lockstep()
+
+    def shared(self) -> LinearMap:
+        """Return the same map for vectors of which each rank holds its share; itself where nothing is shared out."""
+        return self
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the map, as plain JSON values; a map that knows no more gives its shape."""
@@ -206,6 +222,10 @@ class _Adjoint(LinearMap):
     def __repr__(self) -> str:
         return f"{self.inner!r}.T"
 
+    @property
+    def ranks(self) -> Lockstep:
+        return self.inner.ranks
+
     def facts(self) -> dict[str, Any]:
         return {"adjoint of": self.inner.facts()}
 
@@ -218,6 +238,10 @@ class _Adjoint(LinearMap):
 
     def _apply_adjoint(self, w: Tensor) -> Tensor:
         return self.inner._apply(w)
+
+
+def _in_step(*maps: LinearMap) -> Lockstep:
+    return next((each.ranks for each in maps if each.ranks.several), Lockstep())
 
 
 class _Product(LinearMap):
@@ -240,6 +264,10 @@ class _Product(LinearMap):
 
     def __repr__(self) -> str:
         return " @ ".join(repr(f) for f in self.factors)
+
+    @property
+    def ranks(self) -> Lockstep:
+        return _in_step(*self.factors)
 
     def facts(self) -> dict[str, Any]:
         return {"product of": [factor.facts() for factor in self.factors]}
@@ -280,6 +308,10 @@ class _Sum(LinearMap):
     def __repr__(self) -> str:
         return f"({self.left!r} + {self.right!r})"
 
+    @property
+    def ranks(self) -> Lockstep:
+        return _in_step(self.left, self.right)
+
     def facts(self) -> dict[str, Any]:
         return {"sum of": [self.left.facts(), self.right.facts()]}
 
@@ -298,6 +330,17 @@ class _Scaled(LinearMap):
 
     def __repr__(self) -> str:
         return f"{self.scale:g} * {self.inner!r}"
+
+    @property
+    def space(self) -> Space:
+        return self.inner.space
+
+    @property
+    def ranks(self) -> Lockstep:
+        return self.inner.ranks
+
+    def shared(self) -> LinearMap:
+        return _Scaled(self.inner.shared(), self.scale)
 
     def facts(self) -> dict[str, Any]:
         return {**self.inner.facts(), "scale": self.scale * self.inner.facts().get("scale", 1.0)}

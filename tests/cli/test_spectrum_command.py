@@ -1,6 +1,8 @@
 """gradsketch spectrum, run as a user would: one model, a run folder, checkpoints."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -47,6 +49,20 @@ def test_one_model(folder, capsys):
     assert "R_NEG" in capsys.readouterr().out
     assert main([*base, "--density"]) == 1
     assert "--out" in capsys.readouterr().err
+    assert main([*base, "--fsdp", "--out", str(out)]) == 1
+    assert "--fsdp with --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_that_share_out_the_model_find_the_same_values(folder):
+    ask = ["spectrum", "--model", str(folder / "start"), "--data", str(folder / "texts.jsonl"), "--k", "3", "--json"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
+    alone, together = (
+        json.loads(subprocess.run([*command, *ask, *more], capture_output=True, text=True, check=True).stdout)
+        for command, more in (([sys.executable, "-m", "gradsketch"], []), (ranks, ["--fsdp"]))
+    )
+    assert together["values"] == pytest.approx(alone["values"], rel=1e-3)
+    assert together["n"] == alone["n"]
 
 
 @pytest.mark.filterwarnings("ignore::gradsketch.GradsketchWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -83,11 +84,14 @@ def run(options: SpectrumOptions) -> int:
         )
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
+    if options.model.fsdp and (options.out is not None or options.checkpoints is not None):
+        raise InputError("--fsdp with --out or --checkpoints", "a result that is printed", "Leave them out; add --json")
     options.model.find_early()
     result = _over_checkpoints(options) if options.checkpoints is not None else _at_one_point(options)
     if options.out is not None:  # only now, so that a refused run leaves another run's file as it is
         run_file.write(options, "spectrum", options.out / "run.json")
-    print(result.to_json() if options.json else result)
+    if not options.model.fsdp or int(os.environ["RANK"]) == 0:  # rank 0 speaks for all
+        print(result.to_json() if options.json else result)
     return 0
 
 
@@ -142,10 +146,13 @@ def _data(options: SpectrumOptions) -> list[Any]:
 
 
 def _operator(options: SpectrumOptions, data: list[Any]) -> tuple[LinearMap, Any]:
+    from gradsketch.fsdp import Ranks
     from gradsketch.gradients.curvature import fisher, gauss_newton, hessian, loss_gradient
     from gradsketch.gradients.parameters import Parameters
 
     model, task = load(options.model)
+    rank, ranks = Ranks(model).place
+    data = data[rank::ranks]
     parameters = Parameters(model, options.include, options.exclude)
     make = {"hessian": hessian, "gauss-newton": gauss_newton, "fisher": fisher}[options.curvature]
     operator = make(model, task, data, parameters, batch_size=options.batch_size)

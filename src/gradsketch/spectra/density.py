@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +14,13 @@ from tqdm import tqdm
 
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.lockstep import in_step
 from gradsketch.progress import hidden
 from gradsketch.random import Stream
 from gradsketch.report.spectrum import density_figure
 from gradsketch.results import Result
 from gradsketch.spectra.krylov import Forgetful, FullBasis
-from gradsketch.spectra.lanczos import Lanczos, norm
+from gradsketch.spectra.lanczos import Lanczos
 from gradsketch.spectra.plan import check_operator, home
 from gradsketch.spectra.results import Estimate
 from gradsketch.table import aligned
@@ -128,6 +130,7 @@ def _smooth(
     return curve
 
 
+@in_step
 def density(
     operator: LinearMap,
     *,
@@ -158,21 +161,24 @@ def density(
     check_operator(operator)
     if probes < 1 or steps < 1:
         raise InputError(f"probes={probes}, steps={steps}", "at least one of each", "Leave them out")
-    dtype, device = home(operator)
-    steps = min(steps, operator.n)
-    keep = steps * operator.n * dtype.itemsize <= memory
+    (dtype, device), n = home(operator), operator.n
+    operator = operator.shared()
+    space = operator.space
+    steps = min(steps, n)
+    keep = steps * space.most * dtype.itemsize <= memory
     stream, clock, products = Stream(seed, "spectrum", "density"), time.monotonic(), 0
     nodes, weights = [], []
-    with tqdm(total=probes * steps, unit="HVP", disable=hidden(progress), leave=False) as bar:
+    with tqdm(total=probes * steps, unit="HVP", disable=hidden(progress, operator.ranks.rank), leave=False) as bar:
         for probe in range(probes):
-            start = stream.child(str(probe)).signs(0, operator.n, dtype=dtype, device=device)
-            lanczos = Lanczos(operator, FullBasis() if keep else Forgetful(), start.div_(norm(start)), seed)
+            start = space.drawn(partial(stream.child(str(probe)).signs, dtype=dtype, device=device))
+            basis = FullBasis(space) if keep else Forgetful()
+            lanczos = Lanczos(operator, basis, start.div_(space.norm(start)), seed)
             x, w = _quadrature(lanczos, steps, bar)
             products += len(lanczos)
             nodes.append(x)
             weights.append(w)
     seconds = time.monotonic() - clock
-    return Density(tuple(nodes), tuple(weights), operator.n, seed, keep, products, seconds)
+    return Density(tuple(nodes), tuple(weights), n, seed, keep, products, seconds)
 
 
 def _quadrature(lanczos: Lanczos, steps: int, bar: tqdm) -> tuple[tuple[float, ...], tuple[float, ...]]:

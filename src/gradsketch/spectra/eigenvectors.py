@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gradsketch.errors import GradsketchError, InputError
 from gradsketch.linear_map import LinearMap
+from gradsketch.lockstep import in_step
 from gradsketch.sketches.affd import AFFD
-from gradsketch.spectra.lanczos import norm
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Spectrum
 from gradsketch.spectra.resume import RunFile
@@ -24,6 +24,7 @@ __all__ = ["eigenvectors"]
 _LEAST_COSINE = 0.9
 
 
+@in_step
 def eigenvectors(
     operator: LinearMap, result: Spectrum, *, first: int | None = None, gradient: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "r n"]:
@@ -58,9 +59,10 @@ def eigenvectors(
     if result.method == "full":
         out = _search_again(plan, gradient, [result.columns[p] for p in places])
     else:
-        out = _combine_again(operator, result, start(plan, gradient), places)
+        out = _combine_again(plan.operator, result, start(plan, gradient), places)
     for row in out:
-        row.div_(norm(row))
+        row.div_(plan.space.norm(row))
+    out = torch.stack([plan.space.whole(row) for row in out]) if plan.space.is_shared else out
     _check(out, result, places)
     return out
 

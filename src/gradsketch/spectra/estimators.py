@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap, widened
+from gradsketch.lockstep import in_step
 from gradsketch.random import Stream
 from gradsketch.report.numbers import ranked_figure
 from gradsketch.results import Result
@@ -55,6 +56,7 @@ class Diagonal(Result):
         return ranked_figure(self.values.tolist(), "entry of the diagonal", "entry")
 
 
+@in_step
 def trace(
     operator: LinearMap, products: int = 30, *, method: Method = "auto", seed: int = 0, memory: int = 1 << 28
 ) -> Estimate:
@@ -90,6 +92,7 @@ def trace(
     return moments(operator, products, seed, dtype, device)[0]
 
 
+@in_step
 def squared_norm(operator: LinearMap, products: int = 30, *, seed: int = 0) -> Estimate:
     """Estimate ‖A‖_F², the sum of squared eigenvalues of a self-adjoint map, without bias: the mean of ‖Az‖².
 
@@ -107,6 +110,7 @@ def squared_norm(operator: LinearMap, products: int = 30, *, seed: int = 0) -> E
     return moments(operator, products, seed, *_kind(operator))[1]
 
 
+@in_step
 def diagonal(operator: LinearMap, products: int = 100, *, seed: int = 0) -> Diagonal:
     """Estimate the diagonal of a square map, without bias: the mean of z ⊙ Az over vectors z of random signs.
 

@@ -160,6 +160,8 @@ def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[
     if folder is None:
         return spectrum(operator, k, gradient=gradient, **options)
     path = folder / f"step-{step:08d}.json"
+    if operator.ranks.several:
+        raise InputError("directory= for a model that ranks share out", "results that are kept", "Leave directory out")
     plan, facts = _planned(operator, k, gradient, options)
     _require_same_series(folder, facts)
     if path.exists():

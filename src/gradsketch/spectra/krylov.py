@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradsketch.linear_map import LinearMap
-from gradsketch.transforms.precision import full_precision
+from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.space import Space
+from gradsketch.transforms.precision import equal_threads, full_precision
 
-__all__ = ["Forgetful", "FullBasis", "KrylovBasis", "SketchedBasis"]
+__all__ = ["Forgetful", "FullBasis", "KrylovBasis", "SketchedBasis", "sketched"]
 
 _ROWS_PER_BLOCK = 32
 _COLUMNS = 1 << 16
@@ -53,6 +55,24 @@ class GrowingMatrix:
         self._blocks = self._blocks[: -(-self._count // _ROWS_PER_BLOCK)]
 
 
+def sketched(sketch: LinearMap, space: Space, q: Float[Tensor, " n"]) -> Float[Tensor, " d"]:
+    """Return the sketch of a vector, whole or shared out among ranks.
+
+    A BlockSum takes one tensor of it after another, and each rank sketches some of them; other sketches take the whole.
+    """
+    if not space.is_shared:
+        return sketch(q)
+    shapes = [tuple(share.shape) for share in space.shares]
+    if not isinstance(sketch, BlockSum) or list(sketch.shapes.values()) != shapes:
+        return sketch(space.whole(q))
+    out = q.new_zeros(1, sketch.d)
+    for place, (name, (_, tensor)) in enumerate(zip(sketch.shapes, space.wholes(q), strict=True)):
+        if place % space.ranks.ranks == space.ranks.rank and tensor.numel():
+            with full_precision(q.device), equal_threads(q.device):
+                sketch.add_gradient(out, name, tensor[None])
+    return space.ranks.sums(out[0])
+
+
 class KrylovBasis(ABC):
     """Memory of the Krylov vectors q_1 … q_m."""
 
@@ -80,6 +100,10 @@ class FullBasis(KrylovBasis):
 
     is_orthogonal = True
 
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self.space = space
+
     def append(self, q: Float[Tensor, " n"]) -> None:
         self.rows.append(q)
 
@@ -87,14 +111,19 @@ class FullBasis(KrylovBasis):
         # Classical Gram–Schmidt twice is enough (Giraud, Langou & Rozloznik 2005).
         with full_precision(w.device):
             for _ in range(2):
-                overlaps = [block.mv(w) for block in self.rows.blocks()]
-                for block, overlap in zip(self.rows.blocks(), overlaps, strict=True):
+                blocks = self.rows.blocks()
+                overlaps = self._products(w).split([len(block) for block in blocks])
+                for block, overlap in zip(blocks, overlaps, strict=True):
                     w.addmv_(block.T, overlap, alpha=-1.0)
 
     def overlaps(self, w: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
         """Return the inner products with all vectors held."""
         with full_precision(w.device):
-            return torch.cat([block.mv(w) for block in self.rows.blocks()]).cpu().double()
+            return self._products(w).cpu().double()
+
+    def _products(self, w: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+        products = [block.mv(w) for block in self.rows.blocks()]
+        return self.space.ranks.sums(torch.cat(products)) if products else w.new_zeros(0)
 
     def recombine(self, coefficients: Float[Tensor, "m r"]) -> None:
         """Hold r combinations of the vectors instead of the vectors."""
@@ -119,12 +148,12 @@ class SketchedBasis(KrylovBasis):
 
     is_orthogonal = False
 
-    def __init__(self, sketch: LinearMap) -> None:
+    def __init__(self, sketch: LinearMap, space: Space) -> None:
         super().__init__()
-        self.sketch = sketch
+        self.sketch, self.space = sketch, space
 
     def append(self, q: Float[Tensor, " n"]) -> None:
-        self.rows.append(self.sketch(q).to("cpu", torch.float32))
+        self.rows.append(sketched(self.sketch, self.space, q).to("cpu", torch.float32))
 
     def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
         pass

@@ -7,8 +7,8 @@ errors carry.
 
 from __future__ import annotations
 
-import math
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
+from gradsketch.space import Space
 from gradsketch.spectra.krylov import KrylovBasis
 
-__all__ = ["Lanczos", "Steps", "check_self_adjoint", "dot", "norm", "require_unchanged", "start_vector"]
+__all__ = ["Lanczos", "Steps", "check_self_adjoint", "require_unchanged", "start_vector"]
 
-# Single-precision sums stay this short; longer ones are added up in double precision.
-_PIECE, _PIECE_GPU = 1 << 16, 1 << 22
 # |⟨q_{j−1}, H q_j⟩ − β_{j−1}| over ‖T‖: central differences in float32 reach 1e-3, a changed operator about 1.
 _DRIFT = 0.05
 # |⟨y, Hx⟩ − ⟨Hy, x⟩| over ‖Hx‖ for standard normal y: rounding reaches 1e-3.
@@ -32,22 +31,11 @@ _ASYMMETRY = 0.01
 _CANCELLATION = 0.1
 
 
-def dot(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
-    """Return ⟨a, b⟩, accumulated in double precision over pieces, without a copy of either."""
-    piece = _PIECE if a.device.type == "cpu" else _PIECE_GPU
-    products = [torch.dot(x, y) for x, y in zip(a.split(piece), b.split(piece), strict=True)]
-    return float(torch.stack(products).sum(dtype=torch.float64))
-
-
-def norm(a: Float[Tensor, " n"]) -> float:
-    """Return ‖a‖, accumulated in double precision."""
-    return math.sqrt(dot(a, a))
-
-
-def start_vector(n: int, seed: int, name: str, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, " n"]:
-    """Return a unit vector of uniformly random direction, a function of seed, name and n alone."""
-    vector = Stream(seed, "spectrum", name).normals(0, n, dtype=dtype, device=device)
-    return vector.div_(norm(vector))
+def start_vector(space: Space, seed: int, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return a unit vector of uniformly random direction, a function of seed, name and the space's n alone."""
+    stream = Stream(seed, "spectrum", name)
+    vector = space.drawn(partial(stream.normals, dtype=dtype, device=device))
+    return vector.div_(space.norm(vector))
 
 
 def check_self_adjoint(operator: LinearMap, x: Float[Tensor, " n"], product: Float[Tensor, " n"], seed: int) -> None:
@@ -56,10 +44,11 @@ def check_self_adjoint(operator: LinearMap, x: Float[Tensor, " n"], product: Flo
     Raises:
         InputError: they differ by more than rounding; an asymmetry of 5 % of ‖H‖_F is found with 9 chances in 10.
     """
-    y = Stream(seed, "spectrum", "probe").normals(0, len(x), dtype=x.dtype, device=x.device)
-    forward, scale = dot(y, product), norm(product)
+    stream, space = Stream(seed, "spectrum", "probe"), operator.space
+    y = space.drawn(partial(stream.normals, dtype=x.dtype, device=x.device))
+    forward, scale = space.dot(y, product), space.norm(product)
     y = operator(y)
-    difference = abs(forward - dot(y, x))
+    difference = abs(forward - space.dot(y, x))
     if difference > _ASYMMETRY * scale:
         raise InputError(
             f"{operator!r} is not self-adjoint: <y, Hx> and <Hy, x> differ by {difference / scale:.1%} of |Hx|",
@@ -114,7 +103,7 @@ class Lanczos(Steps):
 
     def __init__(self, operator: LinearMap, basis: KrylovBasis, start: Float[Tensor, " n"], seed: int = 0) -> None:
         super().__init__()
-        self.operator, self.basis, self.seed = operator, basis, seed
+        self.operator, self.space, self.basis, self.seed = operator, operator.space, basis, seed
         self.q: Tensor = start
         self.previous: Tensor | None = None
         self.closed = False
@@ -131,12 +120,12 @@ class Lanczos(Steps):
             w = w.clone()
         self.basis.append(self.q)
         if self.previous is not None:
-            self._watch(dot(self.previous, w))
+            self._watch(self.space.dot(self.previous, w))
             w.sub_(self.previous, alpha=self.betas[-1])
-        alpha = dot(self.q, w)
+        alpha = self.space.dot(self.q, w)
         w.sub_(self.q, alpha=alpha)
         self.basis.orthogonalize(w)
-        beta = norm(w)
+        beta = self.space.norm(w)
         if beta < _CANCELLATION * self.scale:
             alpha, beta = self._again(w, alpha)
         self.alphas.append(alpha)
@@ -145,10 +134,10 @@ class Lanczos(Steps):
     def _again(self, w: Float[Tensor, " n"], alpha: float) -> tuple[float, float]:
         """Remove both neighbours once more, since most of w cancelled: local orthogonality is what Lanczos rests on."""
         if self.previous is not None:
-            w.sub_(self.previous, alpha=dot(self.previous, w))
-        rest = dot(self.q, w)
+            w.sub_(self.previous, alpha=self.space.dot(self.previous, w))
+        rest = self.space.dot(self.q, w)
         w.sub_(self.q, alpha=rest)
-        return alpha + rest, norm(w)
+        return alpha + rest, self.space.norm(w)
 
     def _watch(self, overlap: float) -> None:
         self.drifts.append(overlap - self.betas[-1])
@@ -161,11 +150,11 @@ class Lanczos(Steps):
             return
         # The Krylov space is invariant. What is left, if it is known what that is, has spectrum of its own.
         self.betas.append(0.0)
-        self.closed = not self.basis.is_orthogonal or len(self) == len(w)
+        self.closed = not self.basis.is_orthogonal or len(self) == self.space.n
         if not self.closed:
-            self.q = start_vector(len(w), self.seed, f"restart {len(self)}", w.dtype, w.device)
+            self.q = start_vector(self.space, self.seed, f"restart {len(self)}", w.dtype, w.device)
             self.basis.orthogonalize(self.q)
-            self.q.div_(norm(self.q))
+            self.q.div_(self.space.norm(self.q))
 
     def state(self) -> dict[str, Any]:
         """Return what a later ``restore`` needs to go on as if nothing had happened."""

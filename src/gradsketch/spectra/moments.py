@@ -9,7 +9,7 @@ import torch
 
 from gradsketch.linear_map import LinearMap
 from gradsketch.random import Stream
-from gradsketch.spectra.lanczos import dot
+from gradsketch.space import dot
 from gradsketch.spectra.results import Estimate
 
 __all__ = ["moments"]

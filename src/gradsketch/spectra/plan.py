@@ -15,6 +15,8 @@ from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap, widened
 from gradsketch.sketches.affd import AFFD
 from gradsketch.sketches.base import Sketch
+from gradsketch.sketches.block_sum import BlockSum
+from gradsketch.space import Space
 from gradsketch.spectra.results import Method, Which
 
 __all__ = ["Identity", "Plan", "check_operator", "home", "make_plan"]
@@ -65,7 +67,12 @@ class Plan:
     @property
     def wanted(self) -> int:
         """How many eigenvalues are asked for, of both signs together."""
-        return min(self.k if self.which == "magnitude" else 2 * self.k, self.operator.n)
+        return min(self.k if self.which == "magnitude" else 2 * self.k, self.space.n)
+
+    @property
+    def space(self) -> Space:
+        """The space that the Krylov vectors are of."""
+        return self.operator.space
 
     def facts(self) -> dict[str, Any]:
         """Return what a run and the one that takes it up must have in common.
@@ -109,7 +116,7 @@ def make_plan(
     split = split_sketched(operator)
     if split is not None:
         return _of_sketched(plan, *split, method)
-    fit = memory // (operator.n * dtype.itemsize)
+    fit = memory // (operator.shared().space.most * dtype.itemsize)
     method, reason = _choose(plan, fit) if method == "auto" else (method, "as asked")
     if method == "full":
         plan = _with_room(plan, fit, most if steps else _COPIES * most)
@@ -159,13 +166,18 @@ def _finish(plan: Plan, method: Method, sketch: Sketch | int | None) -> Plan:
             "d of at least the number of steps: in fewer dimensions, copies of eigenvalues are not told from others",
             f"Leave the sketch out, or type steps={d}",
         )
-    return replace(plan, method=method, sketch=kept)
+    return replace(plan, operator=plan.operator.shared(), method=method, sketch=kept)
 
 
 def _sketch_of_vectors(plan: Plan, d: int | None) -> Sketch | Identity:
     n = plan.operator.n
     d = d or max(_LEAST_D, 1 << (4 * plan.steps - 1).bit_length())
-    return Identity(n) if d >= n else AFFD(n, d, seed=plan.seed)
+    if d >= n:
+        return Identity(n)
+    space = plan.operator.shared().space
+    # One tensor of a shared vector after another: its whole may not fit.
+    shapes = {str(place): share.shape for place, share in enumerate(space.shares)}
+    return BlockSum(shapes, d, seed=plan.seed) if space.is_shared else AFFD(n, d, seed=plan.seed)
 
 
 def _operator_d(plan: Plan) -> int:

@@ -90,7 +90,7 @@ def recommend_d(
             "Leave them out",
         )
     dtype, device = home(operator)
-    lanczos = Lanczos(operator, Forgetful(), start_vector(operator.n, seed, "start", dtype, device), seed)
+    lanczos = Lanczos(operator, Forgetful(), start_vector(operator.space, seed, "start", dtype, device), seed)
     while len(lanczos) < steps and not lanczos.closed:
         lanczos.step()
     values, _ = eigh_tridiagonal(np.array(lanczos.alphas), np.array(lanczos.betas[:-1]))

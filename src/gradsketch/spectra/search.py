@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradsketch.linear_map import LinearMap
 from gradsketch.spectra.krylov import FullBasis
-from gradsketch.spectra.lanczos import Steps, dot, norm, require_unchanged, start_vector
+from gradsketch.spectra.lanczos import Steps, require_unchanged, start_vector
 from gradsketch.spectra.results import Which
 from gradsketch.spectra.ritz import RitzPairs
 
@@ -72,7 +72,8 @@ class Search(Steps):
     def __init__(self, operator: LinearMap, start: Float[Tensor, " n"], seed: int, room: int, which: Which) -> None:
         super().__init__()
         self.operator, self.seed, self.room, self.which = operator, seed, room, which
-        self.n, self.basis = operator.n, FullBasis()
+        self.space, self.n = operator.space, operator.space.n
+        self.basis = FullBasis(self.space)
         self.matrix = np.zeros((0, 0))
         self.heads: list[Tensor] = [start]
         self.couplings = np.zeros((1, 0))
@@ -102,7 +103,7 @@ class Search(Steps):
         if w.data_ptr() == q.data_ptr():
             w = w.clone()
         self._watch(w, coupling)
-        alpha = dot(q, w)
+        alpha = self.space.dot(q, w)
         self.basis.append(q)
         self.matrix = np.block([[self.matrix, coupling[:, None]], [coupling, np.array(alpha)]])
         self.couplings = np.pad(self.couplings, ((0, 0), (0, 1)))
@@ -113,14 +114,15 @@ class Search(Steps):
         """Compare ⟨u, Hq⟩ with ⟨Hu, q⟩ for the direction u of the basis that leads to q."""
         expected = float(np.linalg.norm(coupling))
         if expected > 0:
-            found = sum(coupling[j] * dot(self.basis.rows[int(j)], w) for j in np.flatnonzero(coupling)) / expected
+            places = np.flatnonzero(coupling)
+            found = sum(coupling[j] * self.space.dot(self.basis.rows[int(j)], w) for j in places) / expected
             self.drifts.append(float(found) - expected)
             require_unchanged(self.operator, len(self), float(found), expected, self.scale)
 
     def _advance(self, w: Float[Tensor, " n"], alpha: float) -> None:
         """Turn what H added to the basis into the next head, or find another head where it added nothing."""
         self.basis.orthogonalize(w)
-        beta = norm(w)
+        beta = self.space.norm(w)
         ends = len(self.basis.rows) == self.n or beta <= self._negligible(w)
         self.betas.append(0.0 if ends else beta)
         if self.on_trial:
@@ -142,8 +144,8 @@ class Search(Steps):
         """Take in a head, of which the others lose what they have in common with it."""
         others, couplings = [], []
         for other, shared in zip(self.heads, self.couplings, strict=True):
-            overlap = dot(head, other)
-            length = norm(other.sub_(head, alpha=overlap))
+            overlap = self.space.dot(head, other)
+            length = self.space.norm(other.sub_(head, alpha=overlap))
             coupling = coupling + overlap * shared
             if length * np.linalg.norm(shared) > self._negligible(head):
                 others.append(self._sharpened(other.div_(length), head) if length < _SHORT else other.div_(length))
@@ -154,8 +156,8 @@ class Search(Steps):
     def _sharpened(self, other: Float[Tensor, " n"], head: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Make a head orthogonal again, of which little was left but rounding of what it lost."""
         self.basis.orthogonalize(other)
-        other.sub_(head, alpha=dot(head, other))
-        return other.div_(norm(other))
+        other.sub_(head, alpha=self.space.dot(head, other))
+        return other.div_(self.space.norm(other))
 
     def _go_on_with(self, place: int) -> None:
         # A chain says something about one complement; as soon as another head is taken, that is another one.
@@ -173,9 +175,9 @@ class Search(Steps):
         if len(self.basis.rows) == self.n:
             return
         q = self.basis.rows[0]
-        z = start_vector(self.n, self.seed, f"restart {len(self)}", q.dtype, q.device)
+        z = start_vector(self.space, self.seed, f"restart {len(self)}", q.dtype, q.device)
         self.basis.orthogonalize(z)
-        self._add(z.div_(norm(z)), np.zeros(len(self.basis.rows)))
+        self._add(z.div_(self.space.norm(z)), np.zeros(len(self.basis.rows)))
         self.trials.append(Trial())
         self.on_trial = True
 

@@ -20,11 +20,12 @@ from gradsketch.durable import require_same
 from gradsketch.errors import InputError
 from gradsketch.gradients.curvature.base import Curvature
 from gradsketch.linear_map import LinearMap
+from gradsketch.lockstep import in_step
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 from gradsketch.spectra.bias import corrected, detection_threshold, effective_d, least_d, sampling_error
-from gradsketch.spectra.krylov import SketchedBasis
-from gradsketch.spectra.lanczos import Lanczos, check_self_adjoint, dot, norm, start_vector
+from gradsketch.spectra.krylov import SketchedBasis, sketched
+from gradsketch.spectra.lanczos import Lanczos, check_self_adjoint, start_vector
 from gradsketch.spectra.moments import moments
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Eigenvalue, Estimate, Method, Spectrum, Which
@@ -44,6 +45,7 @@ _ZERO_GRADIENT = "The gradient is zero: no eigenvector has a share in it."
 _ROOM = 30
 
 
+@in_step
 def spectrum(
     operator: LinearMap,
     k: int = 10,
@@ -106,6 +108,8 @@ def spectrum(
         StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
     plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
+    if resume is not None and plan.inner.ranks.several:
+        raise InputError("resume= for a model that ranks share out", "a run without a file", "Leave resume out")
     given, gradient = gradient is not None, checked_gradient(gradient, plan)
     facts = {} if resume is None else plan.facts() | {"gradient": gradient is not None}
     run = Run.begin(plan, gradient, RunFile(resume, facts))
@@ -162,7 +166,8 @@ class Run:
     def iterate(self, progress: bool | None) -> RitzPairs:
         """Step until the wanted eigenvalues are found, the steps are used up or nothing is left to search."""
         lanczos, plan, clock, before = self.lanczos, self.plan, time.monotonic(), self.seconds
-        with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=hidden(progress), leave=False) as bar:
+        disable = hidden(progress, plan.inner.ranks.rank)
+        with tqdm(total=plan.steps, initial=len(lanczos), unit="HVP", disable=disable, leave=False) as bar:
             while True:
                 pairs = self._pairs_when_due()
                 if pairs is not None:
@@ -214,7 +219,7 @@ class Run:
             if isinstance(lanczos, Search) and not lanczos.fits(1):
                 lanczos.make_room(self._pairs(), (self.plan.room - self.plan.wanted) // 2)
             if self.gradient is not None and isinstance(lanczos, Lanczos):
-                self.overlaps.append(dot(self.gradient, lanczos.q))
+                self.overlaps.append(self.plan.space.dot(self.gradient, lanczos.q))
             lanczos.step(self._probed() if len(lanczos) == 0 else None)
             self.products += 1
         except KeyboardInterrupt:
@@ -333,7 +338,7 @@ class Run:
         if self.gradient is not None:
             overlaps = self._overlaps(self.gradient) @ pairs.coefficients[:, chosen]
             # A length that is known from a sketch only can come out too short.
-            shares = list(np.minimum(overlaps**2 / dot(self.gradient, self.gradient), 1.0))
+            shares = list(np.minimum(overlaps**2 / self.plan.space.dot(self.gradient, self.gradient), 1.0))
         truncated, rounding = self._truncation(pairs), torch.finfo(self.plan.dtype).eps
         bounds = pairs.residuals + self.lanczos.noise
         return [
@@ -354,7 +359,7 @@ class Run:
             return {}
         wanted = self._wanted(pairs)[0]
         vectors = self._vectors(pairs.coefficients[:, wanted])
-        return {int(i): operator.error_along(y / norm(y)) for i, y in zip(wanted, vectors, strict=True)}
+        return {int(i): operator.error_along(y / self.plan.space.norm(y)) for i, y in zip(wanted, vectors, strict=True)}
 
     def _vectors(self, coefficients: Float[np.ndarray, "m r"]) -> Iterator[Float[Tensor, " n"]]:
         """Yield combinations of what is kept of the Krylov vectors, one at a time."""
@@ -399,7 +404,7 @@ class Run:
             return torch.zeros(0, self.plan.sketch.shape[0], dtype=torch.float32, device="cpu")
         if self.plan.method != "full":
             return basis.combine(weights).to("cpu", torch.float32)
-        columns = [self.plan.sketch(vector) for vector in self._vectors(coefficients)]
+        columns = [sketched(self.plan.sketch, self.plan.space, vector) for vector in self._vectors(coefficients)]
         return torch.stack(columns).to("cpu", torch.float32)
 
     def _vectors_held(self) -> int:
@@ -459,9 +464,9 @@ def require_same_map(plan: Plan, gradient: Float[Tensor, " m"] | None, first: tu
     """
     q = start(plan, gradient)
     w = plan.operator(q)
-    size = norm(w)
-    own = dot(q, w)
-    rest = norm(w.sub(q, alpha=own))
+    size = plan.space.norm(w)
+    own = plan.space.dot(q, w)
+    rest = plan.space.norm(w.sub(q, alpha=own))
     if not max(abs(own - first[0]), abs(rest - first[1])) <= _SAME * max(size, math.hypot(*first)):
         now, then = (f"{a:.6g}, {b:.6g}" for a, b in ((own, rest), first))
         require_same({"the first product": now}, {"the first product": then}, source)
@@ -476,25 +481,25 @@ def require_same_gradient(plan: Plan, gradient: Float[Tensor, " m"] | None, mark
     if gradient is None or mark is None:
         return
     own = gradient_mark(plan, gradient)
-    if not abs(own - mark) <= _SAME * norm(gradient) / math.sqrt(plan.operator.n):
+    if not abs(own - mark) <= _SAME * plan.space.norm(gradient) / math.sqrt(plan.space.n):
         require_same({"the gradient's first overlap": own}, {"the gradient's first overlap": mark}, source)
 
 
 def gradient_mark(plan: Plan, gradient: Float[Tensor, " m"]) -> float:
     """Return one number that other gradients do not have: the overlap with a random direction."""
-    return dot(gradient, random_start(plan))
+    return plan.space.dot(gradient, random_start(plan))
 
 
 def recurrence(plan: Plan, first: Float[Tensor, " m"]) -> Lanczos | Search:
     """Return the recurrence that a plan asks for."""
     if plan.method == "sketched-basis":
-        return Lanczos(plan.operator, SketchedBasis(plan.sketch), first, plan.seed)
+        return Lanczos(plan.operator, SketchedBasis(plan.sketch, plan.space), first, plan.seed)
     return Search(plan.operator, first, plan.seed, plan.room, plan.which)
 
 
 def random_start(plan: Plan) -> Float[Tensor, " m"]:
     """Return the random direction that every run of a plan begins with."""
-    return start_vector(plan.operator.n, plan.seed, "start", plan.dtype, plan.device)
+    return start_vector(plan.space, plan.seed, "start", plan.dtype, plan.device)
 
 
 def start(plan: Plan, gradient: Float[Tensor, " m"] | None) -> Float[Tensor, " m"]:
@@ -506,8 +511,8 @@ def start(plan: Plan, gradient: Float[Tensor, " m"] | None) -> Float[Tensor, " m
     z = random_start(plan)
     if gradient is None:
         return z
-    z.add_(gradient, alpha=1 / norm(gradient))
-    return z.div_(norm(z))
+    z.add_(gradient, alpha=1 / plan.space.norm(gradient))
+    return z.div_(plan.space.norm(z))
 
 
 def _both_ends(values: Float[np.ndarray, " r"], k: int, zero: float) -> Int[np.ndarray, " c"]:
@@ -541,9 +546,8 @@ def checked_gradient(gradient: Float[Tensor, " n"] | None, plan: Plan) -> Float[
     if gradient.shape != (plan.inner.n,):
         raise InputError(f"a gradient of shape {list(gradient.shape)}", f"[{plan.inner.n}]", "Flatten it")
     gradient = gradient.detach().to(plan.device, plan.dtype)
-    if plan.method == "sketched-operator":
-        gradient = plan.sketch(gradient)
-    length = norm(gradient)
+    gradient = plan.sketch(gradient) if plan.method == "sketched-operator" else plan.space.cut(gradient)
+    length = plan.space.norm(gradient)
     if not math.isfinite(length):
         raise InputError("a gradient that is not finite", "a vector of finite numbers", "Leave it out")
     return gradient if length > 0 else None

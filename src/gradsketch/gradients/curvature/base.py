@@ -31,11 +31,13 @@ from gradsketch.gradients.curvature.graph import counted_bytes, operations, susp
 from gradsketch.gradients.curvature.leaves import Leaves, split_as
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.curvature.probe import check_deterministic, refuse_listed_batches
-from gradsketch.gradients.curvature.state import content_of
+from gradsketch.gradients.curvature.state import content_of, sum_of_bits
 from gradsketch.gradients.tasks import Batch
 from gradsketch.linear_map import LinearMap, widened
+from gradsketch.lockstep import Lockstep
+from gradsketch.space import Space
 
-__all__ = ["Curvature", "Mode", "Recorded", "differentiable_attention"]
+__all__ = ["Curvature", "Mode", "Recorded", "SharedCurvature", "differentiable_attention"]
 
 # Graphs of several batches are kept if all of them fit into this: products cost two thirds then.
 _KEPT_BYTES = 1 << 29
@@ -71,9 +73,9 @@ class Curvature(LinearMap):
     is_self_adjoint = True
 
     def __init__(self, objective: Objective, mode: Mode, *, check: bool) -> None:
-        if mode not in get_args(Mode):
-            raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
-        refuse_listed_batches(objective)
+        with objective.ranks.together():
+            if mode not in get_args(Mode):
+                raise InputError(f"mode={mode!r}", f"one of {', '.join(get_args(Mode))}", "Leave it out for 'auto'")
         self.objective, self.mode, self._asked = objective, mode, mode
         self.shape = (objective.parameters.n, objective.parameters.n)
         first = objective.values[0]
@@ -83,18 +85,27 @@ class Curvature(LinearMap):
         # they were made from. _fits is None until it is known.
         self._kept: dict[int, tuple[Any, Recorded]] = {}
         self._kept_at: Any = None
-        self._fits: bool | None = True if objective.is_one_batch else None
+        self._fits: bool | None = None
         self._checks = check
         self._examined: set[str] = set()  # operations of graphs whose products were held against differences
         self._seen_all = False
         self._scheme: Scheme | None = None
         self._why = ""  # products are differences though nobody asked for them
-        if check:
-            with translated(objective.model):
-                self._check_determinism()
+        with self.ranks.together():
+            refuse_listed_batches(objective)
+            one = objective.is_one_batch
+            # What autograd keeps of shared parameters is counted by nobody.
+            self._fits = one if one or self.objective.space.is_shared else None
+            if check:
+                with translated(objective.model):
+                    self._check_determinism()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.objective!r})"
+
+    @property
+    def ranks(self) -> Lockstep:
+        return self.objective.ranks
 
     def facts(self) -> dict[str, Any]:
         return {"curvature": type(self).__name__, "mode": self._asked, **self.objective.facts()}
@@ -108,9 +119,14 @@ class Curvature(LinearMap):
         error of its eigenvalue; of rounding it is one draw, right within a factor of two. Costs a product and 2 to 8
         gradients.
         """
+        with self.ranks.together():
+            return self.error_along_share(self.objective.space.cut(vector))
+
+    def error_along_share(self, vector: Float[Tensor, " m"]) -> float:
+        """Do the same for a vector of which this process holds its share."""
         with torch.inference_mode(False), torch.enable_grad(), translated(self.objective.model):
-            vector = vector.detach() / torch.linalg.vector_norm(vector)
-            product = self(vector)
+            vector = vector.detach() / self.objective.space.length(vector)
+            product = self.product(vector[None])[0]
             if self._scheme is None:
                 self._scheme, _ = calibrated(self._over_first_batch())
             own = self.mode == "central-difference"
@@ -119,7 +135,7 @@ class Curvature(LinearMap):
 
     def _distance(self, product: Tensor, vector: Tensor, scheme: Scheme) -> float:
         difference, examples, _ = self.difference(vector, scheme)
-        return float(torch.linalg.vector_norm(product - difference / examples, dtype=torch.float64))
+        return self.objective.space.length(product - difference / self.ranks.total(examples))
 
     @abstractmethod
     def _record(self, leaves: Leaves, losses: LossesOf, batch: Batch) -> Recorded:
@@ -137,14 +153,35 @@ class Curvature(LinearMap):
     def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
         """Return the sum of products with a unit vector by central differences, examples, whether any was reached."""
 
+    def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        with self.ranks.together():
+            return super().__call__(x)
+
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+        space = self.objective.space
+        if not space.is_shared:
+            return self.product(x)
+        with self.ranks.together():
+            if not self.ranks.same(sum_of_bits(x)):
+                raise InputError(
+                    f"{self!r} was given other vectors on each rank",
+                    "the same vectors on every rank",
+                    "Make them from one seed, or broadcast them",
+                )
+            return torch.stack([space.whole(row) for row in self.product(space.cut(x))])
+
+    def shared(self) -> LinearMap:
+        return SharedCurvature(self) if self.objective.space.is_shared else self
+
+    def product(self, x: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+        """Return products with vectors of which this process holds its share, as shares."""
         with torch.inference_mode(False), torch.enable_grad(), translated(self.objective.model):
             x = x.detach().clone() if x.is_inference() else x.detach()
             out = torch.zeros_like(x, dtype=widened(x.dtype))
             examples, reached = self._multiply(x, out)
             self.objective.check_reached(reached)
-            out.div_(examples)
-            if not torch.isfinite(out).all():
+            out.div_(self.ranks.total(examples))
+            if self.ranks.any(not torch.isfinite(out).all()):
                 self.objective.explain_non_finite()
                 raise non_finite(self.objective.values, self.mode)
         return out
@@ -171,7 +208,8 @@ class Curvature(LinearMap):
     def _multiply(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
         if self.mode != "central-difference":
             try:
-                return self.multiply_exactly(x, out)
+                with self.ranks.together():
+                    return self.multiply_exactly(x, out)
             except RuntimeError as error:
                 self._kept.clear()
                 self._give_up_double_backward(error)
@@ -187,7 +225,7 @@ class Curvature(LinearMap):
 
     def _multiply_by_graphs(self, x: Tensor, out: Tensor, dtype: torch.dtype | None) -> tuple[int, bool]:
         examples, reached, may_keep = 0, False, bool(self._fits) and dtype is None
-        if may_keep and self._kept and self.objective.state() != self._kept_at:
+        if may_keep and self._kept and self.ranks.any(self.objective.state() != self._kept_at):
             self._kept.clear()
         settled = True
         for place, batch in enumerate(self.objective.batches()):
@@ -214,7 +252,7 @@ class Curvature(LinearMap):
         """Return the kept graph of a batch that is as it was, and free one of another content."""
         if content is None or place not in self._kept:
             return None
-        if self._kept[place][0] != content:
+        if self.ranks.any(self._kept[place][0] != content):
             del self._kept[place]
             return None
         return self._kept[place][1]
@@ -251,7 +289,7 @@ class Curvature(LinearMap):
     def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
         scheme, examples, reached = self._calibrated(), 0, False
         for vector, target in zip(x, out, strict=True):
-            norm = float(torch.linalg.vector_norm(vector, dtype=torch.float64)) or 1.0
+            norm = self.objective.space.length(vector) or 1.0
             product, examples, reached = self.difference(vector / norm, scheme)
             target.copy_(product.mul_(norm))
         return examples, reached
@@ -296,7 +334,8 @@ class Curvature(LinearMap):
             return set()
         nodes = [*recorded.roots, *(edge.node for _, edge in recorded.edges)]
         found = operations(nodes) | recorded.besides
-        return (found if self._checks else suspects(found)) - self._examined
+        unseen = (found if self._checks else suspects(found)) - self._examined
+        return unseen or found if self.ranks.any(bool(unseen)) else unseen
 
     def _examine(self, batch: Batch, found: set[str]) -> None:
         """Hold products over one batch against differences, once for every kind of graph.
@@ -331,6 +370,50 @@ class Curvature(LinearMap):
                 "Type mode='central-difference', or leave mode out",
             ) from error
         self.mode, self._why, self._scheme = "central-difference", str(error), None
+
+
+class SharedCurvature(LinearMap):
+    """A curvature as a map of vectors of which each rank holds its share."""
+
+    is_self_adjoint = True
+
+    def __init__(self, curvature: Curvature) -> None:
+        self.curvature = curvature
+        self.shape = (self.space.size, self.space.size)
+        self.device, self.dtype = curvature.device, curvature.dtype
+
+    def __repr__(self) -> str:
+        return repr(self.curvature)
+
+    @property
+    def space(self) -> Space:
+        return self.curvature.objective.space
+
+    @property
+    def ranks(self) -> Lockstep:
+        return self.curvature.ranks
+
+    @property
+    def mode(self) -> Mode:
+        """How products are made."""
+        return self.curvature.mode
+
+    def error_along(self, vector: Float[Tensor, " m"]) -> float:
+        """Do what the curvature does, for a vector of which this process holds its share."""
+        return self.curvature.error_along_share(vector)
+
+    def __call__(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
+        with self.space.ranks.together():
+            return super().__call__(x)
+
+    def facts(self) -> dict[str, Any]:
+        return self.curvature.facts()
+
+    def _apply(self, x: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+        return self.curvature.product(x)
+
+    def _apply_adjoint(self, w: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+        return self.curvature.product(w)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -132,11 +133,12 @@ def _asymmetry(compare: _Comparison, scheme: Scheme) -> float:
     directions = [compare.direction(name).double() for name in ("first", "second", "third")]
     found = [compare.products.difference(v.to(compare.dtype), scheme)[0].double() for v in directions]
     pairs = ((0, 1), (0, 2), (1, 2))
-    gaps = [abs(float(directions[i] @ found[j] - directions[j] @ found[i])) for i, j in pairs]
+    total = compare.space.ranks.sum
+    gaps = [abs(total(float(directions[i] @ found[j] - directions[j] @ found[i]))) for i, j in pairs]
     if any(compare.vanishes(product) for product in found):
         return 0.0
-    size = max(float(torch.linalg.vector_norm(product)) for product in found)
-    return max(gaps) * math.sqrt(len(directions[0])) / size
+    size = max(compare.space.length(product) for product in found)
+    return max(gaps) * math.sqrt(compare.space.n) / size
 
 
 def _best(compare: _Comparison, vector: Tensor) -> tuple[Scheme, float]:
@@ -144,7 +146,8 @@ def _best(compare: _Comparison, vector: Tensor) -> tuple[Scheme, float]:
     failure: RuntimeError | None = None
     for place, scheme in enumerate(compare.schemes):
         try:
-            found.append((_change(compare, vector, scheme), place, scheme))
+            with compare.space.ranks.together():
+                found.append((_change(compare, vector, scheme), place, scheme))
         except RuntimeError as error:  # a kernel or a layer that knows no float64
             failure = error
         following = compare.schemes[place + 1 : place + 2]
@@ -175,6 +178,7 @@ class _Comparison:
 
     def __init__(self, products: Products) -> None:
         self.products, objective = products, products.objective
+        self.space = objective.space
         values = products.values()
         self.names, self._sizes = objective.parameters.names, [value.numel() for value in values]
         self.schemes = schemes(list(held(objective.model).values()), values[0].dtype)
@@ -183,41 +187,47 @@ class _Comparison:
         self._padding = _padding_rows(objective)
         slope = torch.zeros(sum(self._sizes), dtype=widened(self.dtype), device=values[0].device)
         add_gradients(objective, Leaves(values), slope)
-        self.nothing = _NOTHING * float(torch.linalg.vector_norm(slope, dtype=torch.float64))
+        self.nothing = _NOTHING * self.space.length(slope)
 
     def direction(self, name: str) -> Tensor:
         """Return a random unit vector."""
         value = self.products.values()[0]
         stream = Stream(0, "curvature", name)
-        return self._unit(stream.normals(0, sum(self._sizes), dtype=widened(value.dtype), device=value.device))
+        dtype, device = widened(value.dtype), value.device
+        return self._unit(self.space.drawn(partial(stream.normals, dtype=dtype, device=device)))
 
     def leading(self, vector: Tensor, product: Any) -> Tensor:
         """Return a unit vector that leans towards the leading eigenvectors: a few power steps."""
         for _ in range(_POWER_STEPS):
             following = product(vector).to(vector.dtype)
-            length = float(torch.linalg.vector_norm(following, dtype=torch.float64))
+            length = self.space.length(following)
             if not math.isfinite(length) or length <= self.nothing:
                 return vector
             vector = self._unit(following)
         return vector
 
+    def is_finite(self, vector: Tensor) -> bool:
+        """Whether a vector holds finite numbers only."""
+        return self.space.ranks.all(bool(torch.isfinite(vector).all()))
+
     def vanishes(self, vector: Tensor) -> bool:
         """Whether a product is too short for differences to see."""
-        return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) <= self.nothing
+        return self.space.length(vector) <= self.nothing
 
     def total(self, came: Tensor, wanted: Tensor) -> float:
         """Return the relative error of a whole product."""
-        length = float(torch.linalg.vector_norm(wanted, dtype=torch.float64))
-        error = float(torch.linalg.vector_norm(came - wanted, dtype=torch.float64))
+        length = self.space.length(wanted)
+        error = self.space.length(came - wanted)
         return error / length if length > self.nothing else 0.0 if error <= self.nothing else math.inf
 
     def worst(self, came: Tensor, wanted: Tensor) -> tuple[float, str]:
         """Return the largest relative error of one parameter's rows, and the parameter."""
-        if float(torch.linalg.vector_norm(came - wanted, dtype=torch.float64)) <= self.nothing:
+        if self.space.length(came - wanted) <= self.nothing:
             return 0.0, self.names[0]
-        floor = self._share * float(torch.linalg.vector_norm(wanted, dtype=torch.float64))
-        rows = zip(came.split(self._sizes), wanted.split(self._sizes), self.names, strict=True)
-        return max((_relative(c, w, floor), name) for c, w, name in rows)
+        floor = self._share * self.space.length(wanted)
+        errors, lengths = (self.space.lengths(v.split(self._sizes)) for v in (came - wanted, wanted))
+        rows = zip(errors, lengths, self.names, strict=True)
+        return max((_relative(error, length + floor), name) for error, length, name in rows)
 
     @property
     def _share(self) -> float:
@@ -230,22 +240,23 @@ class _Comparison:
 
     def _unit(self, vector: Tensor) -> Tensor:
         vector = vector.clone()
-        for place, shape, row in self._padding:
-            vector.split(self._sizes)[place].view(shape)[row] = 0.0
-        return vector.div_(torch.linalg.vector_norm(vector, dtype=torch.float64).to(vector.dtype))
+        for place, entries in self._padding:
+            vector.split(self._sizes)[place][entries] = 0.0
+        return vector.div_(torch.tensor(self.space.length(vector), dtype=vector.dtype, device=vector.device))
 
 
-def _relative(came: Tensor, wanted: Tensor, floor: float) -> float:
-    error = float(torch.linalg.vector_norm(came - wanted, dtype=torch.float64))
-    scale = float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) + floor
+def _relative(error: float, scale: float) -> float:
     return 0.0 if error == 0 else error / scale if scale > 0 else math.inf
 
 
-def _padding_rows(objective: Objective) -> list[tuple[int, torch.Size, int]]:
-    """Return the rows that embeddings freeze: their gradient is zero, though a step along them moves the output."""
+def _padding_rows(objective: Objective) -> list[tuple[int, slice]]:
+    """Return where rows lie that embeddings freeze: their gradient is zero, though a step along them moves the output.
+
+    Each as the place of the parameter and the entries of it that this process holds.
+    """
     places = {id(tensor): place for place, (_, tensor) in enumerate(objective.parameters)}
     return [
-        (places[id(weight)], weight.shape, module.padding_idx)
+        (places[id(weight)], objective.space.row(places[id(weight)], weight.shape, module.padding_idx))
         for module in objective.model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
         for weight in [module._parameters["weight"]]
@@ -285,7 +296,7 @@ class _Examination:
 
     def _along(self, vector: Tensor, where: str) -> Check:
         product, compare = self._product(vector), self.compare
-        if not torch.isfinite(product).all():  # the product itself says so
+        if not compare.is_finite(product):  # the product itself says so
             return self._check(math.inf, None, conclusive=False)
         tried: list[_Tried] = []
         agreed: list[tuple[float, Scheme]] = []
@@ -308,10 +319,11 @@ class _Examination:
         own = self.compare.schemes
         for scheme in own if self.agreed is None else (self.agreed, *(s for s in own if s != self.agreed)):
             try:
-                difference = self.products.difference(vector, scheme)[0]
+                with self.compare.space.ranks.together():
+                    difference = self.products.difference(vector, scheme)[0]
             except RuntimeError:  # a kernel or a layer that knows no float64, or too little memory for it
                 continue
-            if torch.isfinite(difference).all():
+            if self.compare.is_finite(difference):
                 yield scheme, difference
 
     def _agrees(self, vector: Tensor, difference: Tensor, *, near: bool) -> bool:
@@ -326,7 +338,8 @@ class _Examination:
         if self.compare.dtype == torch.float64 or difference.dtype != torch.float64 or self._contradicted:
             return near and not self._contradicted
         try:
-            wide = self._product(vector, torch.float64)
+            with self.compare.space.ranks.together():
+                wide = self._product(vector, torch.float64)
         except RuntimeError:
             return near
         agrees = self.compare.worst(wide, difference)[0] <= _TOLERANCE[torch.float32]
@@ -387,11 +400,11 @@ class _Examination:
 
     def _is_symmetric(self, vector: Tensor, product: Tensor, steady: _Tried) -> bool:
         """Whether differences are those of a gradient: <u, Dv> = <v, Du>; what is detached makes them differ."""
-        off = torch.linalg.vector_norm(product.double() - steady.difference, dtype=torch.float64)
+        off = self.compare.space.length(product.double() - steady.difference)
         for name in ("first", "second", "third"):
             u = self.compare.direction(name)
             turned = self.products.difference(u, steady.scheme)[0]
-            gap = u.double() @ steady.difference.double() - vector.double() @ turned.double()
-            if abs(float(gap)) > 0.1 * float(off) / len(u) ** 0.5:
+            gap = float(u.double() @ steady.difference.double() - vector.double() @ turned.double())
+            if abs(self.compare.space.ranks.sum(gap)) > 0.1 * off / self.compare.space.n**0.5:
                 return False
         return True

@@ -44,16 +44,17 @@ def loss_gradient(
         NonFiniteError: a loss is not finite; the message names the batch.
     """
     objective = Objective(model, task, data, parameters, batch_size)
-    refuse_listed_batches(objective)
-    with torch.inference_mode(False), torch.enable_grad(), translated(model):
+    ranks, space = objective.ranks, objective.space
+    with ranks.together(), torch.inference_mode(False), torch.enable_grad(), translated(model):
+        refuse_listed_batches(objective)
         leaves = Leaves(objective.values)
         first = leaves.tensors[0]
-        out = torch.zeros(objective.parameters.n, dtype=dtype or widened(first.dtype), device=first.device)
+        out = torch.zeros(space.size, dtype=dtype or widened(first.dtype), device=first.device)
         examples, reached = add_gradients(objective, leaves, out)
-    objective.check_reached(reached)
-    if not torch.isfinite(out).all():
-        objective.explain_non_finite()
-    return out.div_(examples)
+        objective.check_reached(reached)
+        if ranks.any(not torch.isfinite(out).all()):
+            objective.explain_non_finite()
+        return space.whole(out.div_(ranks.total(examples)))
 
 
 def add_gradients(

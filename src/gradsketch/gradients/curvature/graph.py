@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-__all__ = ["REENTRANT", "causes", "counted_bytes", "operations", "suspects"]
+__all__ = ["REENTRANT", "causes", "counted_bytes", "nodes_of", "operations", "suspects"]
 
 # Operations of PyTorch's own whose double backward is wrong without an error (2.13, on the CPU).
 _WRONG_IN_PYTORCH = frozenset({"WeightNormInterfaceBackward0"})
@@ -21,15 +21,26 @@ REENTRANT = _HAND_WRITTEN + "CheckpointFunctionBackward"
 
 def operations(nodes: Iterable[Any]) -> set[str]:
     """Return the names of all operations in a graph."""
+    return {(_HAND_WRITTEN if _is_hand_written(node) else "") + type(node).__name__ for node in nodes_of(nodes)}
+
+
+def nodes_of(roots: Iterable[Any]) -> set[Any]:
+    """Return all nodes of a graph."""
     seen: set[Any] = set()
-    left, names = list(nodes), set()
+    left = list(roots)
     while left:
         node = left.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            names.add((_HAND_WRITTEN if isinstance(node, BackwardCFunction) else "") + type(node).__name__)
             left.extend(following for following, _ in node.next_functions)
-    return names
+    return seen
+
+
+def _is_hand_written(node: Any) -> bool:
+    """Whether nobody knows that an operation's backward can be differentiated; of our own functions we do."""
+    return isinstance(node, BackwardCFunction) and not getattr(
+        getattr(node, "_forward_cls", None), "is_differentiable_twice", False
+    )
 
 
 def suspects(names: Iterable[str]) -> set[str]:

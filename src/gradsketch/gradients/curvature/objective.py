@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,19 +14,27 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside, uncompiled
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.fsdp import require_whole
+from gradsketch.fsdp import at_rest, is_shard, resting
 from gradsketch.gradients.curvature.failures import reentrant
 from gradsketch.gradients.curvature.graph import REENTRANT, operations
+from gradsketch.gradients.curvature.sharing import in_step_over, sharing_of
 from gradsketch.gradients.curvature.state import state_of
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
+from gradsketch.space import Space
 from gradsketch.stand_ins import ALONE, Reading, check_held, held, read_instead, stand_ins
 
 __all__ = ["LossesOf", "Objective", "check_finite"]
 
 LossesOf = Callable[[Batch], Float[Tensor, " b"]]
+
+
+class Spare(NamedTuple):
+    """A batch that a rank goes over again to keep up with others."""
+
+    batch: Batch
 
 
 class Objective:
@@ -49,13 +57,15 @@ class Objective:
         parameters: Selection = None,
         batch_size: int = 8,
     ) -> None:
-        require_whole(model, "sums of derivatives over all the data")
-        self.model, self.task = model, as_task(task)
-        self.parameters = selected(model, parameters)
-        self.data = Batches(self.task, data, batch_size)
+        self.model, self.ranks = model, in_step_over(model)
+        with self.ranks.together():
+            self.task, self.parameters = as_task(task), selected(model, parameters)
+            check_held(model, dict(self.parameters))
+            self._sharing = sharing_of(model, self.parameters, self.ranks)
+            self.space = Space(self.parameters.n) if self._sharing is None else self._sharing.space
+            self.data = Batches(self.task, data, batch_size)
         self._only: list[Batch] | None = None
         self._looked = False
-        check_held(model, dict(self.parameters))
         names = {id(tensor): name for name, tensor in held(model).items()}
         self._names = [names[id(tensor)] for _, tensor in self.parameters]
 
@@ -64,7 +74,9 @@ class Objective:
 
     @property
     def values(self) -> list[Tensor]:
-        """The selected parameters as the model reads them now."""
+        """The selected parameters as the model reads them now; of those that ranks share out, this rank's shares."""
+        if self._sharing is not None:
+            return self._sharing.values
         with ALONE:
             own, instead = held(self.model), read_instead(self.model)
         return [instead[name].now() if name in instead else constant(own[name]) for name in self._names]
@@ -77,25 +89,37 @@ class Objective:
 
     @property
     def is_one_batch(self) -> bool:
-        """Whether the sum is over one batch."""
-        return self._only is not None or len(self.data) == 1
+        """Whether the sum is over one batch, on every rank."""
+        return self.ranks.all(self._only is not None or len(self.data) == 1)
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches on the model's device, as tensors that autograd can save.
 
+        A rank that has fewer than others goes over its first one again, none of whose losses count.
+
         Raises:
             InputError: there are none.
         """
-        device, empty = next(self.model.parameters()).device, True
-        for batch in self.data if self._only is None else self._only:
-            empty = False
-            yield each_tensor(to_device(batch, device), _saveable)
-        if empty:
+        device, mine, first = next(self.model.parameters()).device, iter(self.own_batches()), None
+        while True:
+            batch = next(mine, None)
+            if not self.ranks.any(batch is not None):
+                break
+            first = batch if first is None else first
+            if first is None:
+                break
+            ready = each_tensor(to_device(first if batch is None else batch, device), _saveable)
+            yield Spare(ready) if batch is None else ready
+        if first is None:
             raise InputError(
                 "data that yields no batch",
                 "the same batches at every pass",
                 "Check the path or the filter; what can be read only once must be wrapped in list(...)",
             )
+
+    def own_batches(self) -> Iterable[Batch]:
+        """Return the batches of this rank, as the data gives them."""
+        return self.data if self._only is None else self._only
 
     @contextmanager
     def at(self, values: Sequence[Tensor]) -> Iterator[LossesOf]:
@@ -109,23 +133,34 @@ class Objective:
             InputError: the task returns something else than one loss per example.
         """
         wider = self._wider(values)
-        chosen = dict(zip(self._names, values, strict=True))
+        chosen = {} if self._sharing is not None else dict(zip(self._names, values, strict=True))
         # Compiled code has no double backward; what was compiled holds what it was made from.
         with (
+            self.ranks.together(),
             ALONE,
+            resting(self.model),
             stand_ins(self.model, self._constants(wider) | chosen),
             buffers_aside(self.model),
             uncompiled(self.model),
+            nullcontext() if self._sharing is None else self._sharing.at(values, wider),
         ):
             yield partial(self._losses, wider)
 
+    def evaluated(self, model: nn.Module, batch: Batch) -> Any:
+        """Return what the task makes of a model and a batch; of a batch gone over again, no loss."""
+        if isinstance(batch, Spare):
+            return self.task.losses(model, batch.batch)[:0]
+        return self.task.losses(model, batch)
+
     def _losses(self, wider: torch.dtype | None, batch: Batch) -> Float[Tensor, " b"]:
-        losses = _one_per_example(self.task.losses(self.model, _batch_in(batch, wider)), self.task)
+        losses = _one_per_example(self.evaluated(self.model, _batch_in(batch, wider)), self.task)
         if not self._looked and losses.grad_fn is not None:
             self._looked = True
             # Where no leaf comes before such a layer, the rows of its parameters would be zero without a word.
             if REENTRANT in operations([losses.grad_fn]):
                 raise reentrant(self.model)
+            if self._sharing is not None:
+                self._sharing.check_leaves(losses)
         return losses
 
     def widened(self, batch: Batch, values: Sequence[Tensor]) -> Batch:
@@ -155,7 +190,9 @@ class Objective:
         constants = {}
         for name, tensor in own.items():
             # What needs no change stays: tensors of a kind of their own, such as quantised weights, lose it by detach.
-            if id(tensor) not in chosen and (name in outside or _must_change(tensor, wider)):
+            if is_shard(tensor) or id(tensor) in chosen:
+                continue
+            if name in outside or _must_change(tensor, wider):
                 now = outside[name].now() if name in outside else constant(tensor)
                 constants[name] = _widened(now, wider)
         return constants
@@ -170,6 +207,7 @@ class Objective:
 
     def state(self) -> tuple[Any, ...]:
         """Return what shows whether the model and the task still are as they were."""
+        at_rest(self.model)
         return state_of(self.model, self.task, [reading.now() for reading in self._read_from_outside().values()])
 
     def check_reached(self, reached: bool) -> None:

@@ -257,7 +257,7 @@ class _ModelOutputs(_Outputs):
         """Return how many examples to take at once: all where outputs are small or not one row an example."""
         entries = sum(d.numel() for d in directions)
         by_row = all(d.ndim > 0 and d.shape[0] == self.examples for d in directions)
-        return max(1, self.examples * _HEAD_ENTRIES // entries) if by_row and entries > 0 else self.examples
+        return max(1, self.examples * _HEAD_ENTRIES // entries) if by_row and entries > 0 else max(1, self.examples)
 
     def _curve_rows(self, rows: slice, batch: Batch, directions: list[Tensor]) -> list[Tensor]:
         heads, losses = self._losses_of(rows, batch)
@@ -277,7 +277,7 @@ class _ModelOutputs(_Outputs):
             moved = tree[place].detach() if shifts is None else tree[place].detach() + shifts[index]
             tree[place] = moved.requires_grad_()
         answer = _answering(self._objective.model, pytree.tree_unflatten(tree, self._structure))
-        return [tree[place] for place in self._places], self._objective.task.losses(answer, batch)
+        return [tree[place] for place in self._places], self._objective.evaluated(answer, batch)
 
 
 def _answering(model: nn.Module, output: Any) -> nn.Module:

@@ -72,7 +72,7 @@ def _difference(objective: Objective, first: Tensor, second: Tensor, tolerance: 
     random_layers = [n for n, m in model.named_modules() if m.training and "Dropout" in type(m).__name__]
     if torch.allclose(first.sort().values, second.sort().values, rtol=tolerance, atol=tolerance):
         return InputError(f"{came}: the order of the data changes", wanted, "Build the DataLoader with shuffle=False")
-    if len({digest(next(objective.batches())) for _ in range(3)}) > 1:
+    if len({digest(next(iter(objective.own_batches()))) for _ in range(3)}) > 1:
         came = f"{came}: the data is another at every reading"
         return InputError(came, wanted, "Switch random augmentation off, or read the data once: list(dataset)")
     if model.training:
@@ -90,16 +90,15 @@ def refuse_listed_batches(objective: Objective) -> None:
     Raises:
         InputError: a list of batches.
     """
-    data, task = objective.data, objective.task
-    if not data.is_raw or not task.stacks:
-        return
-    item = data.data[0]
+    data, task, agreed = objective.data, objective.task, objective.ranks.all
+    item = data.data[0] if data.is_raw and task.stacks else None
     sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(item)}
-    if isinstance(item, Tensor) or len(sizes) != 1 or min(sizes) < 2:
+    if not agreed(not isinstance(item, Tensor) and len(sizes) == 1 and min(sizes) > 1):
         return
     rows = _losses_or_none(objective, lambda: item)
-    if rows is None or len(rows) != min(sizes):
+    if not agreed(rows is not None and len(rows) == min(sizes)):
         return
+    assert rows is not None
     example = _losses_or_none(objective, lambda: task.collate([item]))
     if example is None or any(torch.allclose(example, rows_as_one) for rows_as_one in (rows.sum(), rows.mean())):
         raise InputError(
@@ -112,8 +111,10 @@ def refuse_listed_batches(objective: Objective) -> None:
 
 def _losses_or_none(objective: Objective, make: Callable[[], Batch]) -> Tensor | None:
     try:
-        with torch.inference_mode(False), torch.no_grad(), objective.at(objective.values) as losses_of:
-            return losses_of(next(objective.only(make()).batches()))
+        with objective.ranks.together(), torch.inference_mode(False), torch.no_grad():
+            batch = next(objective.only(make()).batches())
+            with objective.at(objective.values) as losses_of:
+                return losses_of(batch)
     except Exception:  # the task's own, whatever it raises for what it cannot take
         return None
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradsketch.fsdp import own_share
 from gradsketch.gradients.data import tensors_of
 
-__all__ = ["content_of", "state_of"]
+__all__ = ["content_of", "state_of", "sum_of_bits"]
 
 # Modules hold many dicts without an entry, of hooks most of all.
 _DICTS = (dict, OrderedDict, set)
@@ -56,6 +57,11 @@ def _sums(tensors: Iterable[Tensor]) -> list[int]:
     return [next(numbers[s.device]) for s in sums]
 
 
+def sum_of_bits(tensor: Tensor) -> int:
+    """Return a number that other tensors hardly ever have."""
+    return int(_sum_of_bits(tensor))
+
+
 def _autocast() -> tuple[Any, ...]:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
@@ -76,7 +82,7 @@ class _Look:
         if isinstance(value, Tensor):
             self.tensors.append(value)
             return "tensor"
-        if key in self._seen or depth < 0:
+        if key in self._seen or depth < 0 or _is_of_ranks(value):
             return key
         if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
             return self._container(value, depth)
@@ -111,6 +117,11 @@ class _Look:
         return self._all(getattr(value, "__dict__", {}).values(), depth - 1)
 
 
+def _is_of_ranks(value: Any) -> bool:
+    """Whether an object is part of how ranks work together, which changes from pass to pass and decides no number."""
+    return type(value).__module__.startswith("torch.distributed") and not isinstance(value, nn.Module)
+
+
 def _read_by(function: FunctionType) -> list[Any]:
     """Return what a function reads besides its arguments: defaults, closed-over values and global plain values."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
@@ -127,6 +138,7 @@ def _filled(cell: Any) -> bool:
 
 
 def _plain(tensor: Tensor) -> Tensor:
+    tensor = own_share(tensor)
     return tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
 
 
