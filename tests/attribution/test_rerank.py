@@ -150,6 +150,24 @@ def test_what_cannot_be_is_refused(tmp_path, options, words):
         index.query(toys.TinyLM(), QUESTIONS, **options)
 
 
+def test_nothing_to_rank_is_no_hit(tmp_path):
+    index = build(tmp_path)
+    for exact in ("ekfac", "gauss-newton"):
+        hits = index.query(toys.TinyLM(), QUESTIONS, k=3, rerank=6, exact=exact, where=lambda record: False)
+        assert [len(query.proponents) for query in hits] == [0, 0]
+
+
+def test_every_kind_takes_a_model_in_training_mode(tmp_path):
+    """It has dropout, and is used in evaluation mode as it is everywhere else."""
+    index = build(tmp_path)
+    for exact in ("ekfac", "gauss-newton"):
+        options = {"k": 3, "rerank": 6, "exact": exact, "damping": 3.0}
+        training = toys.TinyLM().train()
+        one, other = (index.query(model, QUESTIONS, **options) for model in (training, toys.TinyLM().eval()))
+        assert [[hit.score for hit in query] for query in one] == [[hit.score for hit in query] for query in other]
+        assert training.dropout.training
+
+
 def test_rows_that_are_no_texts_need_the_data(tmp_path):
     index, model, data, question, gradients = vector_index(tmp_path)
     with pytest.raises(InputError, match="data="):

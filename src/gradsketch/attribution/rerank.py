@@ -81,7 +81,8 @@ def _fisher(labels: Labels) -> Make:
 def _gauss_newton(
     model: nn.Module, task: Task, rows: Sequence[Any], chosen: Parameters, damping: float, advance: Advance
 ) -> LinearMap:
-    return DampedInverse(gauss_newton(model, task, rows, chosen, batch_size=_EXAMPLES), damping)
+    with evaluating(model):
+        return DampedInverse(gauss_newton(model, task, rows, chosen, batch_size=_EXAMPLES), damping)
 
 
 _FORMULA = "qᵀ(F + λI)⁻¹x / N with whole gradients, F {}"
@@ -151,6 +152,8 @@ class Reranker:
             InputError: an example that the task cannot read, or a loss whose curvature cannot be had.
             NonFiniteError: a gradient is not finite.
         """
+        if not (candidates >= 0).any():
+            return torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device="cpu")
         examples = self.examples(candidates[candidates >= 0].unique().tolist())
         scores, sample = torch.zeros(candidates.shape, dtype=torch.float32, device="cpu"), len(self._sample)
         total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * sample + len(examples))
