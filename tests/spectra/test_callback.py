@@ -226,11 +226,11 @@ def raising(model, batch):
     ("arguments", "options", "error"),
     [
         ((squared, []), {}, gs.InputError),
-        ((squared, torch.ones(1, 2)), {"parameters": "nothing*"}, gs.InputError),
-        ((squared, torch.ones(1, 2)), {"k": 0}, gs.InputError),
-        ((squared, torch.ones(1, 2)), {"method": "lanczos"}, gs.InputError),
-        ((lambda m, b: m(b).square().mean(), torch.ones(1, 2)), {}, gs.InputError),
-        ((raising, torch.ones(1, 2)), {}, KeyError),
+        ((squared, torch.ones(1, 4)), {"parameters": "nothing*"}, gs.InputError),
+        ((squared, torch.ones(1, 4)), {"k": 0}, gs.InputError),
+        ((squared, torch.ones(1, 4)), {"tolerance": -1.0}, gs.InputError),
+        ((lambda m, b: m(b).square().mean(), torch.ones(1, 4)), {}, gs.InputError),
+        ((raising, torch.ones(1, 4)), {}, KeyError),
     ],
 )
 def test_what_cannot_be_ends_a_training_before_its_first_step(tmp_path, arguments, options, error):
@@ -241,7 +241,7 @@ def test_what_cannot_be_ends_a_training_before_its_first_step(tmp_path, argument
             SimpleNamespace(output_dir=tmp_path), transformers.TrainerState(global_step=0), None, model=Toy()
         )
     assert not list(tmp_path.iterdir())
-    late = gs.SpectrumCallback(lambda m, b: squared(m, b) / 0, torch.ones(1, 2), at=(1000,), every=0, k=1)
+    late = gs.SpectrumCallback(lambda m, b: squared(m, b) / 0, torch.ones(1, 4), at=(1000,), every=0, k=1)
     late.on_train_begin(
         SimpleNamespace(output_dir=tmp_path), transformers.TrainerState(global_step=0), None, model=Toy()
     )

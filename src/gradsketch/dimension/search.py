@@ -148,7 +148,7 @@ class _Plan:
         if d_min > d_max:
             raise InputError(f"d_min={d_min} above d_max={d_max}", "d_min ≤ d_max ≤ n", f"Type d_min={min(16, d_max)}")
         if not (isinstance(target, Real | Tensor) and math.isfinite(target)):
-            raise InputError(f"target={target}", "a finite number", "Type target=0.9 * full, full from fine_tune")
+            raise InputError(f"target={target!r}", "a finite number", "Type target=0.9 * full, full from fine_tune")
         return cls(float(target), d_min, d_max, check_every, min_gain)
 
 
