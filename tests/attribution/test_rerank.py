@@ -150,6 +150,22 @@ def test_what_cannot_be_is_refused(tmp_path, options, words):
         index.query(toys.TinyLM(), QUESTIONS, **options)
 
 
+@pytest.mark.parametrize("which", ["all", "none of the candidates"])
+def test_other_data_leave_no_estimate_behind(tmp_path, which):
+    """What was estimated is kept for later queries; rows of other data must not get into it."""
+    index, model, data, question, _ = vector_index(tmp_path / "index")
+    right = index.query(model, question, k=5, rerank=5, data=data)
+    other = torch.ones(20, dtype=torch.bool)
+    if which != "all":
+        other[[hit.row for hit in right[0]]] = False
+    wrong = {"x": torch.where(other[:, None], 9 * data["x"].flip(0), data["x"]), "labels": data["labels"]}
+    again = gs.Index.open(tmp_path / "index", task=toys.vector_task())
+    with pytest.raises(InputError, match="with which it was indexed"):
+        again.query(model, question, k=5, rerank=5, data=wrong)
+    scores = [hit.score for hit in again.query(model, question, k=5, rerank=5, data=data)[0]]
+    assert scores == [hit.score for hit in right[0]]
+
+
 def test_nothing_to_rank_is_no_hit(tmp_path):
     index = build(tmp_path)
     for exact in ("ekfac", "gauss-newton"):

@@ -26,7 +26,7 @@ from gradsketch.attribution.scan import Top
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature import gauss_newton, loss_gradient
 from gradsketch.gradients.curvature.solve import DampedInverse
-from gradsketch.gradients.data import read_all
+from gradsketch.gradients.data import Batcher, read_all
 from gradsketch.gradients.factors.estimation import Labels
 from gradsketch.gradients.factors.inverse import inverse_fisher
 from gradsketch.gradients.parameters import Parameters
@@ -194,11 +194,21 @@ class Reranker:
         if key in self.kept:
             advance(self.kind.passes * len(self._sample))
             return self.kept[key]
+        if number == 0:
+            self._require_same_losses(self._sample, self._losses(self._sampled))
         parameters, damping = self._parameters(), float(self.damping)
         made = self.kind.make(self.model, self.task, self._sampled, parameters, damping, advance)
         if self.kind.is_kept:
             self.kept[key] = made
         return made
+
+    def _losses(self, rows: Sequence[Any]) -> Float[Tensor, " rows"]:
+        batcher = Batcher(self.task, tokens=self.batch_tokens, device=next(self.model.parameters()).device)
+        losses = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
+        with evaluating(self.model), torch.no_grad():
+            for places, found in batcher.map(lambda batch: self.task.losses(self.model, batch), rows):
+                losses[places] = found.float().cpu()
+        return losses
 
     @cached_property
     def _sampled(self) -> list[Any]:
