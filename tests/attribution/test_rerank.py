@@ -166,6 +166,21 @@ def test_other_data_leave_no_estimate_behind(tmp_path, which):
     assert scores == [hit.score for hit in right[0]]
 
 
+def test_other_data_are_told_also_where_the_first_checkpoint_does_not_count(tmp_path):
+    """The losses of the rows were stored at the first one."""
+    model, data = toys.classifier(), toys.vectors(20)
+    states = [{name: scale * value for name, value in model.state_dict().items()} for scale in (1.0, 1.5)]
+    index = build_index(tmp_path, model, toys.vector_task(), data, d=16, checkpoints=states, progress=False)
+    question, options = (
+        {name: values[:1] for name, values in data.items()},
+        {"k": 3, "rerank": 5, "weights": [0.0, 1.0]},
+    )
+    wrong = {"x": 9 * data["x"].flip(0), "labels": data["labels"]}
+    with pytest.raises(InputError, match="with which it was indexed"):
+        index.query(model, question, data=wrong, **options)
+    assert len(index.query(model, question, data=data, **options)[0].proponents) == 3
+
+
 def test_nothing_to_rank_is_no_hit(tmp_path):
     index = build(tmp_path)
     for exact in ("ekfac", "gauss-newton"):

@@ -156,6 +156,8 @@ class Reranker:
             return torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device="cpu")
         examples = self.examples(candidates[candidates >= 0].unique().tolist())
         scores, sample = torch.zeros(candidates.shape, dtype=torch.float32, device="cpu"), len(self._sample)
+        if not self.checkpoints[0].weight:
+            self._require_of_index(list(examples), list(examples.values()))
         total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * sample + len(examples))
         with tqdm(total=total, unit="ex", desc=self._said(sample, len(examples)), disable=self._silent) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
@@ -194,13 +196,18 @@ class Reranker:
         if key in self.kept:
             advance(self.kind.passes * len(self._sample))
             return self.kept[key]
-        if number == 0:
-            self._require_same_losses(self._sample, self._losses(self._sampled))
+        if number == next(i for i, checkpoint in enumerate(self.checkpoints) if checkpoint.weight):
+            self._require_of_index(self._sample, self._sampled)
         parameters, damping = self._parameters(), float(self.damping)
         made = self.kind.make(self.model, self.task, self._sampled, parameters, damping, advance)
         if self.kind.is_kept:
             self.kept[key] = made
         return made
+
+    def _require_of_index(self, rows: Sequence[int], examples: Sequence[Any]) -> None:
+        """Refuse other examples than those of these rows, whose losses were stored at the first checkpoint."""
+        with weights_of(self.model, self.checkpoints[0]):
+            self._require_same_losses(rows, self._losses(examples))
 
     def _losses(self, rows: Sequence[Any]) -> Float[Tensor, " rows"]:
         batcher = Batcher(self.task, tokens=self.batch_tokens, device=next(self.model.parameters()).device)
