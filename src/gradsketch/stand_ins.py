@@ -197,6 +197,17 @@ class Readings:
                 module.__class__ = _answering(cls, tuple(own))
                 self._owners.append(module)
 
+    def check_there(self, model: nn.Module) -> None:
+        """Refuse a model from which a layer with a chosen parameter was taken: its own would be trained no more.
+
+        Raises:
+            InputError: it is one.
+        """
+        there = {id(module) for module in modules_of(model)}
+        for module in self._owners:
+            if id(module) not in there:
+                raise _taken_out(next(iter(vars(module)[_KEY].values())), f"a {type(model).__name__} with its layer")
+
     def undo(self) -> None:
         """Give every module its own class back."""
         for module in self._owners:
@@ -257,11 +268,7 @@ def _blank(make: Callable[..., type], *arguments: Any) -> Any:
 def _read(module: nn.Module, attribute: str) -> Tensor | None:
     reading: Reading = vars(module)[_KEY][attribute]
     if attribute not in module._parameters:
-        raise InputError(
-            f"{reading.name!r}, which was taken out of a {type(module).__name__} that is open in a Subspace",
-            "the parameters that the Subspace was made over",
-            "Call merge() or close() first; parametrize, prune or replace layers before a Subspace is made",
-        )
+        raise _taken_out(reading, f"a {type(module).__name__}")
     parameter = module._parameters[attribute]
     if parameter is not reading.parameter:
         return parameter
@@ -271,6 +278,14 @@ def _read(module: nn.Module, attribute: str) -> Tensor | None:
         return reading.source.value(reading.name)
     except AttributeError as error:  # would send Python to Module.__getattr__, which answers with the parameter
         raise RuntimeError(f"no value for the parameter {reading.name!r}") from error
+
+
+def _taken_out(reading: Reading, where: str) -> InputError:
+    return InputError(
+        f"{reading.name!r}, which was taken out of {where}, open in a Subspace",
+        "the parameters that the Subspace was made over",
+        "Call merge() or close() first; parametrize, prune or replace layers before a Subspace is made",
+    )
 
 
 def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:

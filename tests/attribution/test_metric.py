@@ -106,6 +106,29 @@ def test_the_metric_of_an_optimizer(tmp_path):
     assert hits[0][0].row == 7
 
 
+def trained(steps=1):
+    """The same class and shapes with other weights, and the optimizer that made them."""
+    model, task = toys.TinyLM().eval(), toys.language_task()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for text in toys.texts(steps):
+        task.losses(model, task.collate([text])).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_factors_of_other_weights_are_refused(tmp_path):
+    model, optimizer = trained()
+    of_others = gs.kfac(model, toys.language_task(), toys.texts(20))
+    for given in (of_others, gs.adafactor(model, optimizer)):
+        with pytest.raises(FingerprintError, match="model"):
+            build(tmp_path, precondition=given)
+    own = gs.kfac(toys.TinyLM().eval(), toys.language_task(), toys.texts(20))
+    states = {"first": toys.TinyLM().state_dict(), "last": model.state_dict()}
+    with pytest.raises(FingerprintError, match="first"):
+        build(tmp_path, checkpoints=states, precondition=[of_others, own])
+    assert len(build(tmp_path / "new", checkpoints=states, precondition=[own, of_others]).stores) == 2
+
+
 def test_other_factors_than_those_of_the_rows_are_refused(tmp_path):
     index = build(tmp_path)
     rows, model = toys.texts(N), toys.TinyLM().eval()

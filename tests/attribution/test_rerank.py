@@ -150,6 +150,55 @@ def test_what_cannot_be_is_refused(tmp_path, options, words):
         index.query(toys.TinyLM(), QUESTIONS, **options)
 
 
+@pytest.mark.parametrize("which", ["all", "none of the candidates"])
+def test_other_data_leave_no_estimate_behind(tmp_path, which):
+    """What was estimated is kept for later queries; rows of other data must not get into it."""
+    index, model, data, question, _ = vector_index(tmp_path / "index")
+    right = index.query(model, question, k=5, rerank=5, data=data)
+    other = torch.ones(20, dtype=torch.bool)
+    if which != "all":
+        other[[hit.row for hit in right[0]]] = False
+    wrong = {"x": torch.where(other[:, None], 9 * data["x"].flip(0), data["x"]), "labels": data["labels"]}
+    again = gs.Index.open(tmp_path / "index", task=toys.vector_task())
+    with pytest.raises(InputError, match="with which it was indexed"):
+        again.query(model, question, k=5, rerank=5, data=wrong)
+    scores = [hit.score for hit in again.query(model, question, k=5, rerank=5, data=data)[0]]
+    assert scores == [hit.score for hit in right[0]]
+
+
+def test_other_data_are_told_also_where_the_first_checkpoint_does_not_count(tmp_path):
+    """The losses of the rows were stored at the first one."""
+    model, data = toys.classifier(), toys.vectors(20)
+    states = [{name: scale * value for name, value in model.state_dict().items()} for scale in (1.0, 1.5)]
+    index = build_index(tmp_path, model, toys.vector_task(), data, d=16, checkpoints=states, progress=False)
+    question, options = (
+        {name: values[:1] for name, values in data.items()},
+        {"k": 3, "rerank": 5, "weights": [0.0, 1.0]},
+    )
+    wrong = {"x": 9 * data["x"].flip(0), "labels": data["labels"]}
+    with pytest.raises(InputError, match="with which it was indexed"):
+        index.query(model, question, data=wrong, **options)
+    assert len(index.query(model, question, data=data, **options)[0].proponents) == 3
+
+
+def test_nothing_to_rank_is_no_hit(tmp_path):
+    index = build(tmp_path)
+    for exact in ("ekfac", "gauss-newton"):
+        hits = index.query(toys.TinyLM(), QUESTIONS, k=3, rerank=6, exact=exact, where=lambda record: False)
+        assert [len(query.proponents) for query in hits] == [0, 0]
+
+
+def test_every_kind_takes_a_model_in_training_mode(tmp_path):
+    """It has dropout, and is used in evaluation mode as it is everywhere else."""
+    index = build(tmp_path)
+    for exact in ("ekfac", "gauss-newton"):
+        options = {"k": 3, "rerank": 6, "exact": exact, "damping": 3.0}
+        training = toys.TinyLM().train()
+        one, other = (index.query(model, QUESTIONS, **options) for model in (training, toys.TinyLM().eval()))
+        assert [[hit.score for hit in query] for query in one] == [[hit.score for hit in query] for query in other]
+        assert training.dropout.training
+
+
 def test_rows_that_are_no_texts_need_the_data(tmp_path):
     index, model, data, question, gradients = vector_index(tmp_path)
     with pytest.raises(InputError, match="data="):

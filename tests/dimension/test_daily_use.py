@@ -205,6 +205,64 @@ def test_weights_loaded_underneath_are_where_it_starts_from() -> None:
     torch.testing.assert_close(subspace(X), moved(X))
 
 
+def doubled() -> nn.Sequential:
+    other = net()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    return other
+
+
+@pytest.mark.parametrize("how", ["another tensor", "in place"])
+def test_weights_put_past_the_version_counter_are_merged(how: str) -> None:
+    subspace, other = opened(moved=0.3), doubled()
+    before = subspace(X)
+    for parameter, wanted in zip(subspace.model.parameters(), other.parameters(), strict=True):
+        if how == "another tensor":
+            parameter.data = wanted.detach().clone()
+        else:
+            parameter.data.copy_(wanted)
+    wanted = opened(other, moved=0.3)(X)
+    if how == "another tensor":
+        torch.testing.assert_close(subspace(X), wanted)
+    assert not torch.allclose(before, wanted)
+    torch.testing.assert_close(subspace.merge()(X), wanted)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_layer_that_is_called_alone_is_at_the_point_after_a_step(fused: bool) -> None:
+    """A fused step raises no version counter, and no forward pass of the model comes before the layer's."""
+    subspace = opened(moved=0.3)
+    train(subspace, torch.optim.Adam(subspace.parameters(), lr=0.1, fused=fused))
+    assert isinstance(subspace.model, nn.Sequential)
+    torch.testing.assert_close(subspace.model[0](X), at(subspace.w)[0](X))  # type: ignore[index]
+
+
+def test_a_layer_that_was_replaced_is_named() -> None:
+    model = net()
+    subspace = opened(model, moved=0.3)
+    subspace(X)
+    own, model[-1] = model[-1], nn.Linear(8, 3)
+    with torch.no_grad():
+        subspace.w.add_(1.0)
+    for work in (lambda: subspace(X), subspace.merge):
+        with pytest.raises(gs.InputError, match=r"'2\.weight'"):
+            work()
+    model[-1] = own
+    torch.testing.assert_close(subspace(X), at(subspace.w)(X))
+    model[0] = nn.Sequential(model[0], nn.Identity())  # a wrapper around it is another matter
+    torch.testing.assert_close(subspace(X), at(subspace.w)(X))
+    subspace.close()
+    assert own.weight.requires_grad
+
+
+def test_a_w_of_another_size_is_refused() -> None:
+    subspace = opened()
+    subspace.w = nn.Parameter(torch.ones(D + 1))
+    with pytest.raises(gs.InputError, match=f"{D + 1}"):
+        subspace(X)
+
+
 # --- compilers ---
 
 COMPILED: dict[str, Callable[[nn.Module, object], nn.Module]] = {
@@ -275,6 +333,11 @@ def test_transforms_of_torch_func_are_refused() -> None:
 
     with pytest.raises(gs.InputError, match=r"gs\.sketch_gradients\(subspace"):
         torch.func.grad(loss)(subspace.w.detach())
+    out = subspace(X)[0]
+    with pytest.raises(gs.InputError, match="is_grads_batched"):
+        torch.autograd.grad(out, subspace.w, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for row in torch.eye(3):
+        assert torch.autograd.grad(out, subspace.w, row, retain_graph=True)[0].norm() > 0
 
 
 # --- quantised weights ---

@@ -1,6 +1,7 @@
 """A metric depends on the model and the data alone: not on batches, on padding, or on labels that do not count."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,18 @@ class Says(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits[: len(x)]
+
+
+@pytest.mark.parametrize("metric", [gs.Accuracy, gs.Loss])
+def test_a_model_in_training_mode_is_measured_in_evaluation_mode(metric: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.Dropout(0.5), nn.Linear(10, 2)).train()
+    data = [(torch.randn(6), i % 2) for i in range(33)]  # the last batch of 32 is of one
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    values = [metric(gs.Classification(), data, batch_size=size)(model) for size in (1, 8, 32, 32)]
+    assert values == pytest.approx([metric(gs.Classification(), data)(model.eval())] * 4)
+    assert model.train().training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_labels_that_do_not_count_are_not_counted_as_wrong() -> None:

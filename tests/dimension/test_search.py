@@ -371,6 +371,7 @@ def test_bad_arguments() -> None:
         ({"seeds": ()}, "seeds=()"),
         ({"target": float("nan")}, "target=nan"),
         ({"min_gain": 0.0}, "min_gain=0.0"),
+        ({"lr": float("inf")}, "lr=inf"),
     ):
         with pytest.raises(gs.InputError, match=words):
             search(model, **options)
@@ -393,6 +394,21 @@ def test_bad_types() -> None:
     assert "evaluate of type float" in answers[0]
     assert "read only once" in answers[1]
     assert "yields nothing" in answers[2]
+    begun = call.format(data, "lambda m: 0.0")
+    wrong = {
+        "d_min=4.0": begun.replace("d_min=2", "d_min=4.0"),
+        "d=2.0": begun.replace("d_max=2", "d_max=2.0"),
+        "check_every=2.5": begun[:-1] + ", check_every=2.5)",
+        "batch_size=2.0": begun[:-1] + ", batch_size=2.0)",
+        "target='0.9'": begun.replace("0.5", "'0.9'"),
+        "min_gain='2'": begun[:-1] + ", min_gain='2')",
+        "steps=2.5": begun.replace("intrinsic_dimension", "fine_tune").replace(
+            "target=0.5, d_max=2, d_min=2", "steps=2.5"
+        ),
+    }
+    for words, answer in zip(wrong, errors_of(list(wrong.values())), strict=True):
+        assert answer.startswith("InputError")
+        assert words in answer
 
 
 # --- results ---

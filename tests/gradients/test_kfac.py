@@ -176,6 +176,63 @@ def test_factors_do_not_depend_on_the_batches(name):
     assert not torch.allclose(third.before(phi)(x), other.before(phi)(x), rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [gs.kfac, gs.ekfac])
+def test_a_small_gradient_counts_in_any_company(method, dtype):
+    """One loss is a million times the others, as a surprise is beside what a model is sure of."""
+    torch.manual_seed(0)
+    model, weights = nn.Linear(5, 3).to(dtype), torch.tensor([1.0] + 11 * [1e-6])
+    data = [(torch.randn(5).to(dtype), i % 3, weight) for i, weight in enumerate(weights)]
+
+    def losses(model, batch):
+        return functional.cross_entropy(model(batch[0]).float(), batch[1], reduction="none") * batch[2]
+
+    alone = method(model, losses, data, labels="empirical", batch_tokens=1).roots["weight"]
+    for other in (data, data[::-1]):
+        together = method(model, losses, other, labels="empirical", batch_tokens=100).roots["weight"]
+        for one, two in ((alone.rows, together.rows), (alone.columns, together.columns)):
+            torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-4)
+
+
+class Mixed(nn.Module):
+    """A body in float32 and a head in float64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 3).double()
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh().double())
+
+
+@pytest.mark.parametrize("method", [gs.kfac, gs.ekfac])
+def test_each_parameter_keeps_its_own_precision(method):
+    factors = method(Mixed(), gs.Classification(), [(torch.randn(5), i % 3) for i in range(12)])
+    kinds = {name: pair.rows.values.dtype for name, pair in factors.roots.items()}
+    assert kinds["head.weight"] == kinds["head.bias"] == torch.float64
+    assert kinds["body.weight"] == kinds["body.bias"] == torch.float32
+
+
+@pytest.mark.parametrize("method", [gs.kfac, gs.ekfac])
+@pytest.mark.parametrize("damping", [1e-200, 1e80, 1e300])
+def test_a_damping_that_leaves_no_numbers_is_refused(method, damping):
+    """A table with a row that is never used has an eigenvalue of zero; numbers of float32 end at 1e38."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
+    data = [(torch.tensor([i % 5, 3]), i % 3) for i in range(12)]
+    with pytest.raises(InputError, match="damping"):
+        method(model, gs.Classification(), data, damping=damping)
+
+
+def test_factors_that_are_no_numbers_are_refused_where_they_are_read(tmp_path):
+    factors = gs.kfac(nn.Linear(5, 3), gs.Classification(), [(torch.randn(5), i % 3) for i in range(12)])
+    factors.roots["weight"].rows.values[0, 0] = float("nan")
+    factors.save(tmp_path / "factors.pt")
+    with pytest.raises(InputError, match="factors of 'weight'"):
+        gs.Factors.load(tmp_path / "factors.pt")
+
+
 def test_sampled_labels_are_the_models_own():
     """The gradient of a bias is p − e_y, whose squares have the mean p (1 − p)."""
     model = nn.Linear(1, 3).double()

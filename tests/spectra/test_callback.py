@@ -9,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import gradsketch as gs  # noqa: E402
+from unchecked import errors_of  # noqa: E402
 
 torch.manual_seed(0)
 
@@ -199,3 +200,48 @@ def test_bad_input_is_named():
     callback = gs.SpectrumCallback(task, {"input_ids": torch.zeros(1, 2)})
     with pytest.raises(gs.InputError, match="has not run"):
         _ = callback.evolution
+
+
+def test_options_that_would_fail_or_be_ignored_later_are_refused_at_once():
+    wrong = {
+        "at=5": "at=5",
+        "at=('0',)": "at=('0',)",
+        "at=(-1, 3)": "at=(-1, 3)",
+        "every=-2": "every=-2",
+        "every=1.5": "every=1.5",
+        "'stepz'": "stepz=3",
+        "'gradient'": "gradient=None",
+    }
+    answers = errors_of([f"gs.SpectrumCallback(len, torch.ones(1, 2), {option})" for option in wrong.values()])
+    for words, answer in zip(wrong, answers, strict=True):
+        assert answer.startswith("InputError")
+        assert words in answer
+
+
+def raising(model, batch):
+    raise KeyError("no such column")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [
+        ((squared, []), {}, gs.InputError),
+        ((squared, torch.ones(1, 4)), {"parameters": "nothing*"}, gs.InputError),
+        ((squared, torch.ones(1, 4)), {"k": 0}, gs.InputError),
+        ((squared, torch.ones(1, 4)), {"tolerance": -1.0}, gs.InputError),
+        ((lambda m, b: m(b).square().mean(), torch.ones(1, 4)), {}, gs.InputError),
+        ((raising, torch.ones(1, 4)), {}, KeyError),
+    ],
+)
+def test_what_cannot_be_ends_a_training_before_its_first_step(tmp_path, arguments, options, error):
+    """Though the first spectrum is due much later: nobody wants to lose what was trained until then."""
+    callback = gs.SpectrumCallback(*arguments, **({"at": (1000,), "every": 0, "k": 1} | options))
+    with pytest.raises(error):
+        callback.on_train_begin(
+            SimpleNamespace(output_dir=tmp_path), transformers.TrainerState(global_step=0), None, model=Toy()
+        )
+    assert not list(tmp_path.iterdir())
+    late = gs.SpectrumCallback(lambda m, b: squared(m, b) / 0, torch.ones(1, 4), at=(1000,), every=0, k=1)
+    late.on_train_begin(
+        SimpleNamespace(output_dir=tmp_path), transformers.TrainerState(global_step=0), None, model=Toy()
+    )

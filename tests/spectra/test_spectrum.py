@@ -375,6 +375,7 @@ def changed(model, name):
         ("precision", "dtype"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the loss of example")  # BatchNorm in training mode, for the mode that differs
 def test_a_finished_run_of_other_work_is_refused(name, differs, tmp_path):
     model, data = model_and_data()
     task, make, include = gs.Classification(), gs.hessian, ["0.*"]

@@ -25,7 +25,7 @@ from gradsketch.attribution.engine import Engine, Local
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.index import AUDITS, Index
-from gradsketch.attribution.metric import MetricLike, as_metric, coordinates_for, made_factors, timed_like
+from gradsketch.attribution.metric import MetricLike, as_metric, coordinates_for, made_factors, require_of, timed_like
 from gradsketch.attribution.parts import BadRow, PartReader, Sample, refuse_bad_rows, sample
 from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
@@ -159,6 +159,7 @@ class Build:
         """
         for start, count in self._missing(self.description.checkpoints[0].folder)[:1]:
             self.parts.read(start, count)  # data that cannot be used leaves no folder behind
+        self._require_own_factors()  # before there is a folder
         self._create()
         missing = self._rows_missing()
         self._require_space(missing)
@@ -173,6 +174,13 @@ class Build:
                     self.engine.write(self, number, writer, ranges, bar.update)
                     writer.keep_up()
         return Index(self.folder, self.description, self.task, self.checkpoints)
+
+    def _require_own_factors(self) -> None:
+        for checkpoint, given in zip(
+            self.checkpoints, self.metric.given, strict=False
+        ):  # none where they are estimated
+            with weights_of(self.model, checkpoint):
+                require_of(self.model, given, checkpoint.name)
 
     def _tell(self, row: BadRow) -> None:
         """Say of the first few bad rows, as they are met, that they are left out; the index counts all of them."""
@@ -367,7 +375,7 @@ def build_index(*arguments: Any, **options: Any) -> Index:
 
     Raises:
         InputError: data that cannot be used, with the place of each bad row.
-        FingerprintError: there is an index made of something else; it is left alone.
+        FingerprintError: there is an index made of something else, which is left alone; or factors of other weights.
         NonFiniteError: a loss or gradient is not finite.
         StoreError: no room, no permission.
     """

@@ -20,7 +20,8 @@ from gradsketch.gradients.factors.estimation import Options, factor_facts
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.kfac import ekfac, kfac
 from gradsketch.gradients.factors.moments import WHOLE, whole_rows
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.gradients.fingerprints import model_facts
+from gradsketch.gradients.parameters import Parameters, bare
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum, as_matrix
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -39,6 +40,7 @@ __all__ = [
     "made_factors",
     "metric_facts",
     "read_factors",
+    "require_of",
     "timed_like",
 ]
 
@@ -120,6 +122,21 @@ def read_factors(folder: Folder, checkpoint: str) -> Factors:
             "Run the command that built the index again, on the same machine",
         )
     return Factors.from_bytes(folder.read(name).to_pybytes(), f"{folder.uri}/{name}")
+
+
+def require_of(model: nn.Module, given: Factors, checkpoint: str) -> None:
+    """Refuse factors of other weights than the model has now, which its shapes alone do not tell.
+
+    Raises:
+        FingerprintError: they are; the message names the checkpoint.
+    """
+    if "model" in given.facts:
+        require_same(
+            {"model": model_facts(bare(model))},
+            {"model": given.facts["model"]},
+            f"precondition= for {checkpoint!r}",
+            fix="Make the factors with the weights that are indexed, one for each checkpoint and in their order",
+        )
 
 
 def made_factors(

@@ -26,7 +26,7 @@ from gradsketch.attribution.scan import Top
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature import gauss_newton, loss_gradient
 from gradsketch.gradients.curvature.solve import DampedInverse
-from gradsketch.gradients.data import read_all
+from gradsketch.gradients.data import Batcher, read_all
 from gradsketch.gradients.factors.estimation import Labels
 from gradsketch.gradients.factors.inverse import inverse_fisher
 from gradsketch.gradients.parameters import Parameters
@@ -81,7 +81,8 @@ def _fisher(labels: Labels) -> Make:
 def _gauss_newton(
     model: nn.Module, task: Task, rows: Sequence[Any], chosen: Parameters, damping: float, advance: Advance
 ) -> LinearMap:
-    return DampedInverse(gauss_newton(model, task, rows, chosen, batch_size=_EXAMPLES), damping)
+    with evaluating(model):
+        return DampedInverse(gauss_newton(model, task, rows, chosen, batch_size=_EXAMPLES), damping)
 
 
 _FORMULA = "qᵀ(F + λI)⁻¹x / N with whole gradients, F {}"
@@ -151,8 +152,12 @@ class Reranker:
             InputError: an example that the task cannot read, or a loss whose curvature cannot be had.
             NonFiniteError: a gradient is not finite.
         """
+        if not (candidates >= 0).any():
+            return torch.full(candidates.shape, -torch.inf, dtype=torch.float32, device="cpu")
         examples = self.examples(candidates[candidates >= 0].unique().tolist())
         scores, sample = torch.zeros(candidates.shape, dtype=torch.float32, device="cpu"), len(self._sample)
+        if not self.checkpoints[0].weight:
+            self._require_of_index(list(examples), list(examples.values()))
         total = sum(c.weight != 0 for c in self.checkpoints) * (self.kind.passes * sample + len(examples))
         with tqdm(total=total, unit="ex", desc=self._said(sample, len(examples)), disable=self._silent) as bar:
             for number, checkpoint in enumerate(self.checkpoints):
@@ -191,11 +196,26 @@ class Reranker:
         if key in self.kept:
             advance(self.kind.passes * len(self._sample))
             return self.kept[key]
+        if number == next(i for i, checkpoint in enumerate(self.checkpoints) if checkpoint.weight):
+            self._require_of_index(self._sample, self._sampled)
         parameters, damping = self._parameters(), float(self.damping)
         made = self.kind.make(self.model, self.task, self._sampled, parameters, damping, advance)
         if self.kind.is_kept:
             self.kept[key] = made
         return made
+
+    def _require_of_index(self, rows: Sequence[int], examples: Sequence[Any]) -> None:
+        """Refuse other examples than those of these rows, whose losses were stored at the first checkpoint."""
+        with weights_of(self.model, self.checkpoints[0]):
+            self._require_same_losses(rows, self._losses(examples))
+
+    def _losses(self, rows: Sequence[Any]) -> Float[Tensor, " rows"]:
+        batcher = Batcher(self.task, tokens=self.batch_tokens, device=next(self.model.parameters()).device)
+        losses = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
+        with evaluating(self.model), torch.no_grad():
+            for places, found in batcher.map(lambda batch: self.task.losses(self.model, batch), rows):
+                losses[places] = found.float().cpu()
+        return losses
 
     @cached_property
     def _sampled(self) -> list[Any]:

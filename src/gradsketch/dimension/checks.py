@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from gradsketch.errors import InputError
 from gradsketch.fsdp import is_shard
@@ -71,15 +71,15 @@ def check_held_whole(model: nn.Module) -> None:
 
 
 def check_not_transformed(w: Tensor) -> None:
-    """Refuse a w that ``torch.func`` wraps, because its transforms cannot enter the map from w to theta.
+    """Refuse a w, or a gradient, that ``torch.func`` wraps: its transforms cannot enter the map from w to theta.
 
     Raises:
         InputError: it does.
     """
-    if is_functorch_wrapped_tensor(w):
+    if is_functorch_wrapped_tensor(w) or is_legacy_batchedtensor(w):  # the latter by is_grads_batched=True
         raise InputError(
-            "a Subspace inside torch.func.grad, vmap, or another of its transforms",
-            "plain autograd",
+            "a Subspace inside torch.func.grad, vmap, another of its transforms, or is_grads_batched=True",
+            "plain autograd, one gradient at a time",
             "Per example type gs.sketch_gradients(subspace, ...); for curvature gs.hessian(subspace, ...)",
         )
 

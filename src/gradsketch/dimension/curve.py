@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, check_seeds
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_counts, check_seeds
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import CurvePoint, DimensionCurve, Settings
@@ -70,7 +71,7 @@ def dimension_curve(
     """
     lr = Journal.kept(resume, "lr") if lr is None else lr  # what was measured before, also where dims were added
     experiment = Experiment.of(model, task, train, evaluate, parameters, sketch, lr, batch_size)
-    check_positive(steps=steps)
+    check_counts(steps=steps)
     check_seeds(seeds)
     if not dims or len(set(dims)) < len(dims):
         raise InputError(f"dims={list(dims)}", "different dimensions", "Type dims=[64, 256, 1024]")
@@ -119,7 +120,7 @@ def fine_tune(
     Raises:
         InputError, NonFiniteError, FingerprintError: as ``dimension_curve``.
     """
-    check_positive(steps=steps)
+    check_counts(steps=steps)
     experiment = Experiment.of(model, task, train, evaluate, parameters, _Everything, lr, batch_size)
     facts = {} if resume is None else experiment.settings(experiment.n) | {"steps": steps} | experiment.facts()
     journal = Journal(resume, facts)
@@ -131,7 +132,7 @@ def fine_tune(
 def check_dims(dims: Sequence[int], n: int) -> None:
     """Refuse dimensions that are not between 1 and n."""
     for d in dims:
-        if isinstance(d, bool) or not 1 <= d <= n:
+        if isinstance(d, bool) or not isinstance(d, Integral) or not 1 <= d <= n:
             raise InputError(f"d={d!r} for n={n} parameters", f"a dimension from 1 to {n}", f"Type {min(n, 1024)}")
 
 

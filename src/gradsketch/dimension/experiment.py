@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +27,7 @@ from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.progress import hidden
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["Experiment", "SketchKind", "check_positive"]
+__all__ = ["Experiment", "SketchKind", "check_counts", "check_positive"]
 
 # A sketch class, or any function (n, d, seed=...) → sketch.
 SketchKind = Callable[..., Sketch]
@@ -63,7 +65,8 @@ class Experiment:
             InputError: data that is empty or can be read only once, lr or batch_size not positive, evaluate not
                 callable.
         """
-        check_positive(batch_size=batch_size, **({} if lr is None else {"lr": lr}))
+        check_counts(batch_size=batch_size)
+        check_positive(**({} if lr is None else {"lr": lr}))
         if not callable(evaluate):
             raise InputError(
                 f"evaluate of type {type(evaluate).__name__}",
@@ -176,7 +179,14 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def check_positive(**values: int | float) -> None:
-    """Refuse numbers that are not positive."""
+    """Refuse numbers that are not positive and finite."""
     for name, value in values.items():
-        if isinstance(value, bool) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise InputError(f"{name}={value!r}", "a positive number", f"Type {name}=..., larger than 0")
+
+
+def check_counts(**values: int) -> None:
+    """Refuse what is no positive whole number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise InputError(f"{name}={value!r}", "a positive whole number", f"Type {name}=..., 1 or more")

@@ -20,7 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from gradsketch.dimension.checks import check_not_transformed
+from gradsketch.errors import InputError
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
@@ -43,6 +46,8 @@ class Point:
 
     source: Tensor
     version: int
+    steps: int
+    """Of all optimisers, when w was last compared by value."""
     w: Tensor
     found: dict[str, _State]
     """What the parameters were when this was made."""
@@ -57,6 +62,12 @@ class Point:
     @torch.no_grad()
     def at(cls, w: Float[Tensor, " d"], parameters: Parameters, sketch: Sketch) -> Point:
         """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
+        if w.shape != (sketch.d,):
+            raise InputError(
+                f"w of shape {list(w.shape)} for {sketch!r}",
+                f"[{sketch.d}]",
+                "Write to w in place, or load a state dict",
+            )
         source, version, w = w, w._version, w.detach().clone()
         found = {name: _state(parameter) for name, parameter in parameters}
         device = next(iter(parameters))[1].device  # w stays where it is when the model alone is moved
@@ -68,12 +79,21 @@ class Point:
         for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
             in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
             plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
-        return cls(source, version, w, found, plain)
+        return cls(source, version, _Steps.taken, w, found, plain)
 
     def is_made_from(self, w: Tensor) -> bool:
-        """Whether this is the point of that very tensor, unless an optimiser wrote past its version counter."""
+        """Whether this is the point of that very tensor, unless it was written to past its version counter.
+
+        Fused optimisers write so. Therefore the values are compared once after each step of any optimiser.
+        """
         same_kind = (self.w.dtype, self.w.device) == (w.dtype, w.device)
-        return self.source is w and self.version == w._version and same_kind
+        same = self.source is w and self.version == w._version and same_kind
+        return same and (self.steps == _Steps.taken or self.has_value_of(w))
+
+    def has_value_of(self, w: Tensor) -> bool:
+        """Whether w has the values that this is the point of."""
+        self.steps = _Steps.taken
+        return torch.equal(self.w, w)
 
     def starts_from(self, parameters: Parameters) -> bool:
         """Whether the parameters still are what they were: not moved, cast, or loaded anew."""
@@ -95,6 +115,20 @@ class Point:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
         return type(None), ()
+
+
+class _Steps:
+    """Counts the steps of every optimiser in this process."""
+
+    taken = 0
+
+    @classmethod
+    def count(cls, *_: Any) -> None:
+        """Hear of one."""
+        cls.taken += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
 
 
 class Reserve:
@@ -156,6 +190,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is not None:
+            check_not_transformed(grad)
         if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
             return grad, None, None
         if grad is not None:
@@ -225,12 +261,13 @@ class _Gradient:
             return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
 
 
-# What shows that a parameter was moved, cast, or written to.
-_State = tuple[torch.device, torch.dtype, int]
+# What shows that a parameter was moved, cast, written to, or given another tensor's memory.
+_State = tuple[torch.device, torch.dtype, int, int]
 
 
 def _state(parameter: Tensor) -> _State:
-    return parameter.device, parameter.dtype, 0 if parameter.is_inference() else parameter._version
+    version = 0 if parameter.is_inference() else parameter._version
+    return parameter.device, parameter.dtype, version, parameter.data_ptr()
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

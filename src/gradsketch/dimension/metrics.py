@@ -28,7 +28,7 @@ Metric = Callable[[nn.Module], Any]
 
 
 class Accuracy:
-    """The share of labels that are the most likely class, or token; a label of −100 does not count.
+    """The share of labels that are the most likely class, or token, in evaluation mode; −100 does not count.
 
     Args:
         task: how examples become batches, and which logits predict which label: ``Classification``, a task of language
@@ -54,18 +54,19 @@ class Accuracy:
 
     def __call__(self, model: nn.Module) -> float:
         right = total = 0
-        for batch in _on_device_of(model, self.batches):
-            logits, labels = self.task.predictions(model, batch)
-            check_ids(labels, logits.shape[-1], "label")
-            right += int((logits.argmax(-1) == labels).sum())
-            total += int((labels != IGNORED).sum())
+        with evaluating(model), torch.no_grad():
+            for batch in _on_device_of(model, self.batches):
+                logits, labels = self.task.predictions(model, batch)
+                check_ids(labels, logits.shape[-1], "label")
+                right += int((logits.argmax(-1) == labels).sum())
+                total += int((labels != IGNORED).sum())
         if not total:
             raise InputError("labels that are all −100", "at least one that counts", "Check how the labels were made")
         return right / total
 
 
 class Loss:
-    """The mean of the task's losses over the examples; lower is better.
+    """The mean of the task's losses over the examples, in evaluation mode; lower is better.
 
     Raises:
         InputError: when called, that the task returns more or fewer losses than a batch has examples.
@@ -89,10 +90,11 @@ class Loss:
 
     def __call__(self, model: nn.Module) -> float:
         total, examples = torch.zeros((), dtype=torch.float64, device="cpu"), 0
-        for batch in _on_device_of(model, self.batches):
-            losses = per_example(self.task, model, batch).detach().double()
-            total = total.to(losses.device) + losses.sum()
-            examples += len(losses)
+        with evaluating(model), torch.no_grad():
+            for batch in _on_device_of(model, self.batches):
+                losses = per_example(self.task, model, batch).double()
+                total = total.to(losses.device) + losses.sum()
+                examples += len(losses)
         return float(total / examples)
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from gradsketch.dimension.curve import check_dims
-from gradsketch.dimension.experiment import Experiment, SketchKind, check_positive, check_seeds
+from gradsketch.dimension.experiment import Experiment, SketchKind, check_counts, check_positive, check_seeds
 from gradsketch.dimension.journal import Journal
 from gradsketch.dimension.metrics import Metric
 from gradsketch.dimension.results import Check, CurvePoint, IntrinsicDimension, Search, Settings, settled
@@ -140,13 +141,14 @@ class _Plan:
     def of(
         cls, n: int, target: int | float, d_min: int, d_max: int | None, check_every: int, min_gain: int | float | None
     ) -> _Plan:
-        check_positive(d_min=d_min, check_every=check_every, **({} if min_gain is None else {"min_gain": min_gain}))
+        check_counts(d_min=d_min, check_every=check_every)
+        check_positive(**({} if min_gain is None else {"min_gain": min_gain}))
         d_max = min(1 << 20, 1 << (n.bit_length() - 1)) if d_max is None else d_max
         check_dims([d_max], n)
         if d_min > d_max:
             raise InputError(f"d_min={d_min} above d_max={d_max}", "d_min ≤ d_max ≤ n", f"Type d_min={min(16, d_max)}")
-        if not math.isfinite(target):
-            raise InputError(f"target={target}", "a finite number", "Type target=0.9 * full, full from fine_tune")
+        if not (isinstance(target, Real | Tensor) and math.isfinite(target)):
+            raise InputError(f"target={target!r}", "a finite number", "Type target=0.9 * full, full from fine_tune")
         return cls(float(target), d_min, d_max, check_every, min_gain)
 
 

@@ -100,11 +100,10 @@ class Subspace(nn.Module):
     def merge(self) -> nn.Module:
         """Write theta0 + Phiᵀ w into the model's parameters, close, and return the model. Buffers stay as trained."""
         self._require_open()
-        self._refresh()
-        assert self._point is not None
+        point = self._move()  # whatever was written to theta0, past its version counter too
         with torch.no_grad():
             for name, parameter in self.selection:
-                parameter.copy_(self._point.plain[name])
+                parameter.copy_(point.plain[name])
         self._close()
         return self.model
 
@@ -174,12 +173,14 @@ class Subspace(nn.Module):
         """
         point = self._point
         kept = point is not None and point.is_made_from(self.w) and point.starts_from(self.selection)
-        moved = point is None or not (kept and torch.equal(point.w, self.w))
+        moved = point is None or not (kept and point.has_value_of(self.w))
         del point  # or the old buffer would live on while the new one is made
         if moved:
             self._move()
 
     def _move(self) -> Point:
+        if self._readings is not None:
+            self._readings.check_there(self.model)
         self._point = None  # frees the old buffer before the new one is made
         self._point = Point.at(self.w, self.selection, self.sketch)
         return self._point

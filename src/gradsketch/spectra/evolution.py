@@ -26,7 +26,7 @@ from gradsketch.spectra.solve import checked_gradient, require_same_map, spectru
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAPER_EVERY", "PAPER_STEPS", "Evolution", "Point", "saved_spectra", "spectrum_over"]
+__all__ = ["PAPER_EVERY", "PAPER_STEPS", "Evolution", "Point", "plan_for", "saved_spectra", "spectrum_over"]
 
 # [P], §5.3: where spectra are taken during fine-tuning.
 PAPER_STEPS = (0, 10, 50, 100, 150, 200, 250, 500)
@@ -177,11 +177,22 @@ def _planned(
     operator: LinearMap, k: int, gradient: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Plan, dict[str, Any]]:
     """Return how ``spectrum`` goes about these options, and everything that decides the numbers it returns."""
-    defaults = {name: p.default for name, p in signature(spectrum).parameters.items() if p.default is not p.empty}
-    given = {**defaults, **options}
-    names = ("which", "method", "sketch", "steps", "tolerance", "memory", "seed")
-    plan = make_plan(operator, k, **{name: given[name] for name in names})
-    return plan, {**plan.request(), "probes": given["probes"], "gradient": gradient is not None, **plan.facts()}
+    plan, probes = plan_for(operator, k, options), {**_DEFAULTS, **options}["probes"]
+    return plan, {**plan.request(), "probes": probes, "gradient": gradient is not None, **plan.facts()}
+
+
+_DEFAULTS = {name: p.default for name, p in signature(spectrum).parameters.items() if p.default is not p.empty}
+_PLANNED = ("which", "method", "sketch", "steps", "tolerance", "memory", "seed")
+
+
+def plan_for(operator: LinearMap, k: int, options: Mapping[str, Any]) -> Plan:
+    """Return how ``spectrum`` goes about these options.
+
+    Raises:
+        InputError: it refuses them.
+    """
+    given = {**_DEFAULTS, **options}
+    return make_plan(operator, k, **{name: given[name] for name in _PLANNED})
 
 
 def _require_same_series(folder: Path, facts: Mapping[str, Any]) -> None:

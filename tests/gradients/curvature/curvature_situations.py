@@ -407,15 +407,13 @@ def a_hand_written_function_that_is_right() -> Setting:
 def a_fused_activation_in_the_last_batch_alone() -> Setting:
     """The first batch has none of it: data choose the path."""
 
-    def forward(x: Tensor) -> Tensor:
-        return FusedSwish.apply(x) if len(x) < 4 else torch.tanh(x)
-
-    def plain(x: Tensor) -> Tensor:
-        return torch.cat([torch.tanh(x[:8]), functional.silu(x[8:])])
+    def through(swish: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat([swish(row) if row.abs().max() > 1.5 else torch.tanh(row) for row in x.split(1)])
 
     x, y = points()
-    model = mlp(Applies(forward))
-    right = mlp(Applies(plain))
+    x = torch.cat([x[:8], 8 * x[8:]])
+    model = mlp(Applies(through(FusedSwish.apply)))
+    right = mlp(Applies(through(functional.silu)))
     right.load_state_dict(model.state_dict())
     rows = list(zip(x, y, strict=True))
     return Setting(model, data=rows, batch=(x, y), plain_model=right, options={"batch_size": 4})

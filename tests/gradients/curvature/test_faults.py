@@ -13,7 +13,7 @@ from cases import CASES, class_losses, gpt2, token_losses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradsketch import Parameters, fisher, gauss_newton, hessian, loss_gradient
+from gradsketch import CausalLM, Parameters, fisher, gauss_newton, hessian, loss_gradient
 from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 
 BUILDERS = (hessian, gauss_newton, fisher)
@@ -55,6 +55,72 @@ def test_what_changes_from_pass_to_pass_is_refused(build):
     with pytest.raises(InputError, match="loss or the model is random"):
         build(small().eval(), lambda m, b: class_losses(m, b) * torch.rand(()), data())
     build(small(dropout=0.5).train(), class_losses, data(), check=False)
+
+
+def of_the_batch(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy over the tokens of the whole batch, as a Trainer divides it."""
+    return class_losses(model, batch) * len(batch[0]) / (1 + batch[1].sum())
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_loss_that_depends_on_its_company_is_told_where_batches_are_made_here(build):
+    """Then the products are others for every batch_size; a batch of the user's own is what it is."""
+    with pytest.warns(GradsketchWarning, match="batch_size"):
+        build(small().eval(), of_the_batch, data())
+    with pytest.warns(GradsketchWarning, match="batch_size"):
+        build(small(norm=True).train(), class_losses, data())
+    quiet = (
+        (of_the_batch, data(1)),
+        (class_losses, data()),
+        (of_the_batch, tuple(map(torch.stack, zip(*data(), strict=True)))),
+    )
+    for losses, examples in quiet:
+        build(small().eval(), losses, examples)
+    build(small().eval(), of_the_batch, data(), batch_size=1)
+    build(small(norm=True).eval(), class_losses, data(3))
+
+
+def test_the_company_of_padding_is_rounding():
+    model = gpt2().model.bfloat16()
+    rows = [{"input_ids": [1 + i % 3] * (2 + 4 * (i % 2))} for i in range(4)]
+    hessian(model.eval(), CausalLM(), rows)
+
+
+class LossInside(nn.Linear):
+    """A model that returns its own loss, as those of transformers do where they are given labels."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), logits
+
+
+@pytest.mark.parametrize("mode", ["auto", "jvp-of-grad", "central-difference"])
+def test_a_gauss_newton_matrix_of_a_loss_made_in_the_model_is_told_to_be_zero(mode):
+    torch.manual_seed(0)
+    model, batch = LossInside(4, 3), tuple(map(torch.stack, zip(*data(), strict=True)))
+    operator = gauss_newton(model, lambda m, b: m(*b)[0], batch, mode=mode)
+    with pytest.warns(GradsketchWarning, match="linear in what the model returns"):
+        product = operator(torch.ones(15))
+    assert not product.any()
+    operator(torch.ones(15))  # told once
+    right = gauss_newton(model, lambda m, b: nn.functional.cross_entropy(m(*b)[1], b[1], reduction="none"), batch)
+    assert right(torch.randn(15)).norm() > 0.01
+
+
+class NotInFloat64(nn.Module):
+    """As a mask that is added twice: beyond the numbers of float64, and so NaN, though not of float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float("nan") if x.dtype == torch.float64 else x
+
+
+@pytest.mark.parametrize("mode", ["auto", "central-difference"])
+def test_differences_are_taken_in_the_precision_in_which_a_model_is_finite(mode):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    v, batch = torch.randn(43), tuple(map(torch.stack, zip(*data(), strict=True)))
+    product = hessian(nn.Sequential(body, NotInFloat64()), class_losses, batch, mode=mode)(v)
+    torch.testing.assert_close(product, hessian(body, class_losses, batch)(v), rtol=1e-2, atol=1e-3)
 
 
 def test_unusable_data_is_named():
@@ -169,6 +235,7 @@ def state_of(model: nn.Module) -> Any:
     )
 
 
+@pytest.mark.filterwarnings("ignore:the loss of example")  # BatchNorm in training mode compares them
 @pytest.mark.parametrize("build", [*BUILDERS, "gradient"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("moment", [None, "forward", "backward"])

@@ -151,7 +151,8 @@ def _best(compare: _Comparison, vector: Tensor) -> tuple[Scheme, float]:
         except RuntimeError as error:  # a kernel or a layer that knows no float64
             failure = error
         following = compare.schemes[place + 1 : place + 2]
-        if found and (found[-1][0] <= _GOOD or (following and following[0].dtype != scheme.dtype)):
+        good_enough = found and (found[-1][0] <= _GOOD or (following and following[0].dtype != scheme.dtype))
+        if good_enough and math.isfinite(min(found)[0]):  # some models are finite in their own precision alone
             break
     if not found:
         assert failure is not None

@@ -8,6 +8,7 @@ that takes little beside the model, so a closed form was not worth a second defi
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature.base import Curvature, Mode, Recorded
 from gradsketch.gradients.curvature.graph import operations
 from gradsketch.gradients.curvature.leaves import Leaves, derivatives
@@ -52,7 +53,8 @@ def gauss_newton(
     the Hessian of the example's loss with respect to that (Schraudolph, "Fast curvature matrix-vector products for
     second-order gradient descent", 2002). Positive semi-definite where the loss is convex in the outputs; for
     cross-entropy it is the expected Fisher information. Whatever the task computes from the model's output belongs
-    to the loss. A_i comes from the task's own loss, a few examples at a time, so vocabularies may be large.
+    to the loss. A_i comes from the task's own loss, a few examples at a time, so vocabularies may be large. It is zero,
+    and a warning says so, where the model returns the finished loss: compute that from the logits.
 
     Arguments, modes, batches and errors are those of ``hessian``; the mode says how outputs are differentiated along
     a vector.
@@ -114,6 +116,7 @@ class _Outputs(ABC):
     values: list[Tensor]
     examples: int
     loss_operations: frozenset[str] = frozenset()
+    is_linear: bool = False  # A is zero, which a product with it shows
 
     @abstractmethod
     def __init__(self, objective: Objective, losses_of: LossesOf, batch: Batch) -> None:
@@ -191,6 +194,7 @@ class _ModelOutputs(_Outputs):
 
         def differences(rows: slice, batch: Batch, directions: list[Tensor]) -> list[Tensor]:
             ahead, behind = (self._slopes(rows, batch, directions, h * step / length) for h in (1, -1))
+            self.is_linear |= all(map(torch.equal, ahead, behind))
             return [(a - b) * (length / (2 * step)) for a, b in zip(ahead, behind, strict=True)]
 
         return self._by_rows(differences, directions)
@@ -263,7 +267,8 @@ class _ModelOutputs(_Outputs):
         heads, losses = self._losses_of(rows, batch)
         grads = derivatives(losses.sum(), heads, create_graph=True)
         curved = [i for i, grad in enumerate(grads) if grad.requires_grad]
-        if not curved:  # a loss that is linear in the outputs
+        if not curved:
+            self.is_linear = True
             return [torch.zeros_like(direction) for direction in directions]
         roots, vectors = [grads[i] for i in curved], [directions[i] for i in curved]
         return list(derivatives(roots, heads, vectors, materialize_grads=True))
@@ -323,6 +328,7 @@ class OuterProducts(Curvature):
 
     def __init__(self, name: str, objective: Objective, mode: Mode, outputs: type[_Outputs], *, check: bool) -> None:
         self.name, self._outputs = name, outputs
+        self._told: set[str] = set()  # shared with copies over one batch
         super().__init__(objective, mode, check=check)
 
     def __repr__(self) -> str:
@@ -347,7 +353,9 @@ class OuterProducts(Curvature):
             outputs, duals = recorded.outputs
             edges, pieces = [edge for _, edge in recorded.edges], [vector[i] for i, _ in recorded.edges]
             directions = derivatives(edges, duals, pieces, retain_graph=retain, materialize_grads=True)
-            recorded.leaves.backward(outputs.values, outputs.curve(list(directions)), retain=retain)
+            recorded.leaves.backward(
+                outputs.values, self._heard(outputs, outputs.curve(list(directions))), retain=retain
+            )
 
     def _push(self, leaves: Leaves, tangents: list[Tensor], batch: Batch) -> tuple[int, bool]:
         with self.objective.at(leaves.tensors) as losses_of:
@@ -360,7 +368,7 @@ class OuterProducts(Curvature):
             directions = [torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked]
         if _reached(outputs):
             directions = [d.to(value.dtype) for d, value in zip(directions, outputs.values, strict=True)]
-            self._pull(leaves, outputs, outputs.curve(directions))
+            self._pull(leaves, outputs, self._heard(outputs, outputs.curve(directions)))
         return outputs.examples, _reached(outputs)
 
     def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
@@ -375,9 +383,23 @@ class OuterProducts(Curvature):
             directions = [(high - low) / (2 * step) for high, low in values]
             if _reached(outputs):
                 with leaves.adding_to(out):
-                    self._pull(leaves, outputs, outputs.curve_by_differences(directions, step))
+                    curved = outputs.curve_by_differences(directions, step)
+                    self._pull(leaves, outputs, self._heard(outputs, curved))
             examples, reached = examples + outputs.examples, reached or _reached(outputs)
         return out, examples, reached
+
+    def _heard(self, outputs: _Outputs, curved: list[Tensor]) -> list[Tensor]:
+        """Say once that products are zero where a model returns its own loss: one number an example, or a batch."""
+        one_number = sum(value.numel() for value in outputs.values) <= outputs.examples
+        if outputs.is_linear and one_number and not self._told:
+            self._told.add("linear")
+            warnings.warn(
+                f"{self!r}: the loss is linear in what the model returns, so that its products are zero. Where the"
+                " model makes the loss itself, as with labels=..., write it as a function of the logits",
+                GradsketchWarning,
+                stacklevel=8,
+            )
+        return curved
 
     def _values_at(self, leaves: Leaves, outputs: _Outputs) -> list[Tensor]:
         with torch.no_grad(), self.objective.at(leaves.tensors) as losses_of:

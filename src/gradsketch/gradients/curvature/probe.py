@@ -1,8 +1,11 @@
-"""Is the loss the same function at every pass? Products of a function that changes are products of nothing."""
+"""Is the loss the same function at every pass, and in any company? Products of one that changes are of nothing."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +14,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective, check_finite
 from gradsketch.gradients.data import tensors_of
 from gradsketch.gradients.fingerprints import digest
 from gradsketch.gradients.tasks import Batch
+from gradsketch.stand_ins import held
 
 __all__ = ["check_deterministic", "refuse_listed_batches"]
 
@@ -43,7 +47,43 @@ def check_deterministic(objective: Objective) -> bool:
     tolerance = torch.finfo(first.dtype).eps ** 0.5
     if not torch.allclose(first, second, rtol=tolerance, atol=tolerance):
         raise _difference(objective, first, second, tolerance)
+    _tell_of_company(objective, first)
     return watch.seen
+
+
+def _tell_of_company(objective: Objective, losses: Float[Tensor, " N"]) -> None:
+    """Warn where batches are made here and the losses of the first one are others in smaller ones."""
+    data = objective.data
+    count = min(data.batch_size, len(data.data)) if data.is_raw else 1
+    size = -(-count // 2)
+    if count < 2 or len(losses) != len(data.data):
+        return
+    examples = [data.data[i] for i in range(count)]
+    halves = (examples[:size], examples[size:])
+    parts = [_losses_or_none(objective, partial(data.task.collate, half)) for half in halves]
+    found = [part.detach() for part in parts if part is not None]
+    together = losses[:count]
+    if len(found) != 2 or len(apart := torch.cat(found)) != count:
+        return
+    tolerance = _company_tolerance(objective)
+    off = (apart - together).abs() > tolerance * (1 + together.abs())
+    for place in off.nonzero()[:1, 0].tolist():
+        warnings.warn(
+            f"the loss of example {place} is {float(together[place]):.6g} in a batch of {count} and"
+            f" {float(apart[place]):.6g} in one of {size}, so that curvature changes with batch_size. Write the loss"
+            " per example, call model.eval() where BatchNorm is the cause, or pass the batches you mean: one batch,"
+            " or a DataLoader",
+            GradsketchWarning,
+            stacklevel=6,
+        )
+
+
+def _company_tolerance(objective: Objective) -> float:
+    """Return what rounding explains between batches of other sizes and paddings."""
+    kinds = [t.dtype for t in held(objective.model).values() if t.is_floating_point()]
+    narrow = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    eps = max(torch.finfo(torch.bfloat16 if narrow else kind).eps for kind in kinds)
+    return min(10 * math.sqrt(eps), 0.1)
 
 
 def _all_losses(objective: Objective) -> Float[Tensor, " N"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ def adafactor(model: nn.Module, optimizer: torch.optim.Optimizer, *, parameters:
 
     Args:
         model: the model that the optimizer trains.
-        optimizer: Adam, AdamW or another that keeps ``exp_avg_sq``, after at least one step.
+        optimizer: Adam, AdamW or another that keeps ``exp_avg_sq``, after at least one step; with ``amsgrad`` the
+            largest v counts, as in the step. One that was loaded must list its parameters in the order it was saved in.
         parameters: the selection, or globs of names; by default all that are trainable.
 
     Source: N. Shazeer and M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018.
@@ -42,39 +43,69 @@ def adafactor(model: nn.Module, optimizer: torch.optim.Optimizer, *, parameters:
         torch.Size([20])
 
     Raises:
-        InputError: the optimizer holds no second moments of a parameter.
+        InputError: the optimizer holds no second moments of a parameter, those of another one in its place, or some
+            that are zero or not finite.
     """
     began, chosen = time.perf_counter(), selected(model, parameters)
-    moments = _second_moments(optimizer)
-    roots: dict[str, Pair | Any] = {}
-    for name, parameter in chosen:
-        if id(parameter) not in moments:
-            raise InputError(
-                f"a {type(optimizer).__name__} without second moments of {name!r}",
-                "an optimizer that keeps exp_avg_sq, after a step in which the parameter had a gradient",
-                "Take those of Adam or AdamW once training has begun, or leave the parameter out: parameters=...",
-            )
-        roots[name] = _pair(moments[id(parameter)].reshape(as_matrix(parameter.shape)))
+    kept = _second_moments(optimizer)
+    moments = {name: _own(kept, optimizer, name, parameter) for name, parameter in chosen}
+    roots: dict[str, Pair | Any] = {
+        name: _pair(moments[name].reshape(as_matrix(parameter.shape))) for name, parameter in chosen
+    }
     facts = {
         "method": "adafactor",
         "model": model_facts(bare(model)),
         "parameters": list(chosen.names),
-        "moments": digest([moments[id(parameter)] for _, parameter in chosen]),
+        "moments": digest(list(moments.values())),
     }
     return Factors("adafactor", roots, facts, 0, time.perf_counter() - began)
 
 
-def _second_moments(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
-    """Return (√v + ε)² of each parameter that has a state, by the parameter's identity."""
+class _Kept(NamedTuple):
+    """(√v + ε)² of a parameter, and its name where the optimizer was made of named ones."""
+
+    moments: Tensor
+    name: str | None
+
+
+def _second_moments(optimizer: torch.optim.Optimizer) -> dict[int, _Kept]:
+    """Return what is kept of each parameter that has a state, by the parameter's identity."""
     found = {}
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for parameter, name in zip(group["params"], names, strict=True):
             state = optimizer.state.get(parameter, {})
-            if "exp_avg_sq" in state:
-                v = state["exp_avg_sq"].detach()
-                v = v.to(widened(v.dtype)) / (1 - group["betas"][1] ** float(state["step"]))
-                found[id(parameter)] = (v.sqrt() + group["eps"]).square()
+            v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the largest are those that the step takes
+            if v is not None and {"betas", "eps"} <= group.keys():
+                v = v.detach().to(widened(v.dtype)) / (1 - group["betas"][1] ** float(state["step"]))
+                found[id(parameter)] = _Kept((v.sqrt() + group["eps"]).square(), name)
     return found
+
+
+def _own(kept: dict[int, _Kept], optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Tensor:
+    """Return the moments of one parameter, once nothing says that they are another's.
+
+    PyTorch hands a state dict on by places, and compares neither names nor shapes.
+    """
+    if id(parameter) not in kept:
+        raise InputError(
+            f"{type(optimizer).__name__} without second moments of {name!r}",
+            "an optimizer that keeps exp_avg_sq, after a step in which the parameter had a gradient",
+            "Take those of Adam or AdamW once training has begun, or leave the parameter out: parameters=...",
+        )
+    found = kept[id(parameter)]
+    came = ""
+    if found.moments.shape != parameter.shape:
+        came = f"second moments of shape {list(found.moments.shape)} for {name!r} of shape {list(parameter.shape)}"
+    elif found.name is not None and found.name != name and not found.name.endswith(f".{name}"):
+        came = f"second moments of {found.name!r} in the place of {name!r}"
+    if came:
+        raise InputError(
+            came,
+            "an optimizer whose parameters are listed in the order in which its state was saved",
+            "Make it as the training did, with the same groups, and load the state again",
+        )
+    return found.moments
 
 
 def _pair(v: Tensor) -> Pair:

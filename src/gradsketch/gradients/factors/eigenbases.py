@@ -86,9 +86,9 @@ def _side_spectrum(side: Tensor) -> SideSpectrum:
 
 
 def damped_roots(
-    spectra: Mapping[str, ParameterSpectrum], damping: float, dtype: torch.dtype
+    spectra: Mapping[str, ParameterSpectrum], damping: float, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Pair | Stack]:
-    """Return P = F^(−1/2) of every parameter, with F ≈ A ⊗ B / tr F.
+    """Return P = F^(−1/2) of every parameter in its own dtype or a wider one, with F ≈ A ⊗ B / tr F.
 
     A side's λ is √damping times its mean eigenvalue, so that both together have the fraction ``damping`` of the mean
     eigenvalue of F; of a vector the only side has all of it. For a stack the mean is that of all its matrices, because
@@ -101,6 +101,7 @@ def damped_roots(
     mean = _level([matrix for spectrum in spectra.values() for matrix in spectrum.matrices])
     roots: dict[str, Pair | Stack] = {}
     for name, spectrum in spectra.items():
+        dtype = dtypes[name]
         level = own_or_mean(_level(spectrum.matrices), mean, dtype)
         pairs = tuple(
             _in(widened(dtype), m.pair(damping, level) if m.trace > 0 else _scaled(level)) for m in spectrum.matrices

@@ -8,12 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradsketch.durable import damaged, packed_tensors, read_bytes, unpacked_tensors, write_file
 from gradsketch.errors import InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
-from gradsketch.sketches.roots import Roots, digest_of, roots_of, state_of
+from gradsketch.sketches.roots import Roots, Stack, digest_of, roots_of, state_of
 
 __all__ = ["Factors"]
 
@@ -26,6 +29,9 @@ class Factors:
 
     ``facts`` say what decides the numbers (method, model, task, data, options); ``examples`` and ``seconds`` what the
     estimate took.
+
+    Raises:
+        InputError: a root that is zero or not finite, which would make all sketches zero or NaN.
 
     Example:
         >>> model = torch.nn.Linear(20, 2)
@@ -40,6 +46,16 @@ class Factors:
     facts: Mapping[str, Any]
     examples: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        for name, root in self.roots.items():
+            for pair in root.pairs if isinstance(root, Stack) else (root,):
+                if not all(_has_numbers(side.values) for side in (pair.rows, pair.columns)):
+                    raise InputError(
+                        f"factors of {name!r} that are zero or not finite in {pair.rows.values.dtype}",
+                        "a metric, with finite numbers",
+                        "Type a damping nearer to 0.1; of an optimizer take one with ε and second moments above zero",
+                    )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,5 +119,13 @@ class Factors:
             if (body["format"], body["version"]) != (_FORMAT, _VERSION):
                 raise ValueError(f"of format {body['format']} version {body['version']}")
             return cls(body["method"], roots_of(body["roots"]), body["facts"], body["examples"], body["seconds"])
+        except InputError:
+            raise
         except (LookupError, TypeError, ValueError) as error:
             raise damaged(source, f"{type(error).__name__}: {error}") from error
+
+
+def _has_numbers(values: Tensor) -> bool:
+    """Whether a root's numbers are finite, and none so small that products with the other side vanish."""
+    largest = values.abs().max()
+    return bool(torch.isfinite(largest)) and float(largest) > torch.finfo(values.dtype).tiny ** 0.75

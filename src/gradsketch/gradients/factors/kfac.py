@@ -65,7 +65,8 @@ def kfac(
         torch.Size([32, 32])
 
     Raises:
-        InputError: a task that cannot draw labels, a damping that is not positive, or as ``GradientSketcher``.
+        InputError: a task that cannot draw labels, a damping that is not positive or beyond the weights' precision, or
+            as ``GradientSketcher``.
         NonFiniteError: a gradient is not finite.
     """
     options = Options(damping, labels, seed)
@@ -116,5 +117,6 @@ def _estimated(method: str, estimation: Estimation) -> Factors:
         squares = estimation.squares(spectra, Margins)
         spectra = {name: corrected(part, estimation.examples) for name, part in squares.items()}
     with torch.no_grad():
-        roots = damped_roots(spectra, estimation.options.damping, next(iter(estimation.tensors.values())).dtype)
+        dtypes = {name: tensor.dtype for name, tensor in estimation.tensors.items()}
+        roots = damped_roots(spectra, estimation.options.damping, dtypes)
     return Factors(method, roots, estimation.facts(method), estimation.examples, time.perf_counter() - began)

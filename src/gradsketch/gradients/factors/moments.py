@@ -87,14 +87,12 @@ class SideMoments:
 
     def add_outer(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> None:
         """Take gradients Σ_t left_t right_tᵀ into account."""
-        left, right = left.flatten(0, 1), right.flatten(0, 1)
         counted = _is_there(left) & _is_there(right)
         left, right = _wide(left[counted]), _wide(right[counted])
         self._add("outer", _products(left, self._rows_are_whole), _products(right, self.columns <= WHOLE), len(left))
 
     def add_rows(self, index: Int[Tensor, "b t"], right: Float[Tensor, "b t columns"]) -> None:
         """Take gradients whose row ``index_t`` gets ``right_t`` into account: one-hot vectors are the other factor."""
-        index, right = index.flatten(), right.flatten(0, 1)
         counted = _is_there(right)
         index, right = index[counted].long(), _wide(right[counted])
         rows = torch.bincount(index, minlength=self.rows).to(right)
@@ -159,12 +157,15 @@ def _products(x: Float[Tensor, "m n"], whole: bool) -> Tensor:
     return x.T @ x if whole else x.square().sum(0)
 
 
-def _is_there(x: Float[Tensor, "m n"]) -> Bool[Tensor, " m"]:
-    """Whether each row is more than rounding of the largest, as a query's is that can attend to one token only."""
-    sizes = torch.linalg.vector_norm(_wide(x), dim=1)
+def _is_there(x: Float[Tensor, "b t n"]) -> Bool[Tensor, "b t"]:
+    """Whether each term is more than rounding, as a query's is not that can attend to one token only.
+
+    It is compared with the largest of its own example: of the largest in a batch the count would depend on company.
+    """
+    sizes = torch.linalg.vector_norm(_wide(x), dim=2)
     # In half precision rounding cannot be told from a small gradient, which must count.
     least = min(_ROUNDINGS * torch.finfo(x.dtype).eps, _LEAST)
-    there: Tensor = sizes > least * sizes.max() if len(sizes) else sizes.bool()
+    there: Tensor = sizes > least * sizes.amax(1, keepdim=True) if sizes.numel() else sizes.bool()
     return there | ~torch.isfinite(sizes)  # which must not be lost
 
 
