@@ -24,6 +24,8 @@ from gradsketch.reading.rows import rows_or_errors
 __all__ = ["BadRow", "Part", "PartReader", "Sample", "digest_of", "read_part", "refuse_bad_rows", "sample"]
 
 _BAD_ROWS_SHOWN = 5
+# Of rows that the task takes as they are, such as pictures, a part holds as much; of more, each is read again.
+_RAW_BYTES = 1 << 27
 # Encoded rows that are kept where there are several checkpoints, so that they are not tokenised again for each.
 _KEPT_BYTES = 1 << 30
 _BYTES_A_ROW = 700  # of Python's objects around a row's numbers
@@ -62,6 +64,8 @@ class Part:
     @property
     def bytes(self) -> int:
         """Roughly the memory it takes."""
+        if isinstance(self.encoded, _Again):
+            return 0
         return sum(row.bytes + _BYTES_A_ROW for row in self.encoded if isinstance(row, Encoded))
 
 
@@ -135,12 +139,12 @@ class PartReader:
 
 def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Module) -> Part:
     """Read and encode some rows of the data, and see that the model takes them."""
-    places, encoded, lengths, bad = [], [], [], []
+    used, bad = _Used(examples), list[BadRow]()
     ids = [str(place) for place in range(start, start + count)]
     columns: dict[str, list[Any]] = {}
     hashed = hashlib.sha256()
     for place, example in enumerate(rows_or_errors(examples, start, start + count), start):
-        for part in _content(example):
+        for part in (content := _content(example)):
             hashed.update(part)
         try:
             row, length = _encoded(example, task, model)
@@ -149,14 +153,55 @@ def read_part(examples: Any, start: int, count: int, task: Task, model: nn.Modul
             stands = where(examples, place)
             bad.append(BadRow(place, stands, error.came.removeprefix(f"{stands}: "), error.wanted, error.fix))
             continue
-        places.append(place)
-        encoded.append(row)
-        lengths.append(length)
+        used.add(place, row, length, sum(map(len, content)) if row is example else 0)
         if id_ is not None:
             ids[place - start] = id_
         for name, value in metadata.items():
             columns.setdefault(name, [None] * count)[place - start] = value
-    return Part(start, count, places, encoded, lengths, ids, columns, bad, hashed.hexdigest()[:16])
+    return Part(start, count, used.places, used.rows, used.lengths, ids, columns, bad, hashed.hexdigest()[:16])
+
+
+class _Used:
+    """The rows of a part that can be used, in full or, where those would take too much memory, by their places."""
+
+    def __init__(self, examples: Any) -> None:
+        self.places, self.lengths = list[int](), list[int]()
+        self._examples, self._held, self._raw_bytes = examples, list[Any](), 0
+        self._are_held = self._are_alike = True
+
+    def add(self, place: int, row: Any, length: int, raw_bytes: int) -> None:
+        """Add a row, of so many bytes if the task takes it as it is."""
+        self.places.append(place)
+        self.lengths.append(length)
+        self._raw_bytes += raw_bytes
+        self._are_alike = self._are_alike and length == self.lengths[0]
+        if self._raw_bytes > _RAW_BYTES and self._are_alike:  # batches of like length come from all over a part
+            self._are_held = False
+            self._held.clear()
+        if self._are_held:
+            self._held.append(row)
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """The rows as batches are made of them."""
+        return self._held if self._are_held else _Again(self._examples, self.places)
+
+
+class _Again(Sequence[Any]):
+    """Rows of the data, each read when asked for."""
+
+    def __init__(self, examples: Any, places: Sequence[int]) -> None:
+        self._examples, self._places = examples, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: Any) -> Any:
+        place = self._places[i]
+        (row,) = rows_or_errors(self._examples, place, place + 1)
+        if isinstance(row, InputError):
+            raise row
+        return row
 
 
 def digest_of(examples: Any, start: int, count: int) -> str:

@@ -12,7 +12,7 @@ from gradsketch.errors import InputError
 __all__ = ["FileRows", "Row", "as_row", "bad_row", "each_key_once", "rows_or_errors"]
 
 Row = dict[str, Any]
-_ITERATED = 256  # rows read at once by who iterates
+_AT_ONCE = 256  # rows that are read together by who goes through many
 
 
 class FileRows(Sequence[Any]):
@@ -70,8 +70,8 @@ class FileRows(Sequence[Any]):
         return self.read(range(len(self))[i])
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), _ITERATED):
-            yield from map(_sound, self.read_range(start, min(start + _ITERATED, len(self))))
+        for start in range(0, len(self), _AT_ONCE):
+            yield from map(_sound, self.read_range(start, min(start + _AT_ONCE, len(self))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} rows)"
@@ -80,7 +80,8 @@ class FileRows(Sequence[Any]):
 def rows_or_errors(data: Any, start: int, stop: int) -> Iterator[Any]:
     """Yield rows start … stop - 1 of any data with positions; one that cannot be read is the error that says so."""
     if hasattr(data, "read_range"):
-        yield from data.read_range(start, stop)
+        for first in range(start, stop, _AT_ONCE):
+            yield from data.read_range(first, min(first + _AT_ONCE, stop))
         return
     for i in range(start, stop):
         try:

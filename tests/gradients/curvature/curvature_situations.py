@@ -137,6 +137,24 @@ def narrow_weights(kind: str) -> Setting:
     return Setting(mlp(nn.ReLU()).to(dtype), data=(x.to(dtype), y))
 
 
+@exact(variants=("first", "last"), tolerance=1e-5, gauss_newton=True)
+def a_layer_that_computes_in_float32(place: str) -> Setting:
+    """As the norms of Llama do in a model of float64."""
+
+    def model(dtype: torch.dtype) -> nn.Sequential:
+        def norm(x: Tensor) -> Tensor:
+            inside = x.to(dtype)
+            return (inside * torch.rsqrt(inside.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+        layers = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)]
+        layers.insert(1 if place == "first" else 3, Applies(norm))
+        return nn.Sequential(*layers)
+
+    narrow, plain = model(torch.float32), model(torch.float64)
+    plain.load_state_dict(narrow.state_dict())
+    return Setting(narrow, plain_model=plain)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "label smoothing": lambda z, y: functional.cross_entropy(z, y, reduction="none", label_smoothing=0.1),
     "class weights": lambda z, y: functional.cross_entropy(z, y, torch.tensor([1.0, 2.0, 3.0]).to(z), reduction="none"),
