@@ -23,7 +23,8 @@ def test_without_jax():
 
 def test_nothing_else_imports_jax():
     source = Path(gs.__file__).parent
-    others = [path for path in source.rglob("*.py") if path.parent != source / "jax"]
+    own = {source / "jax", source / "demo" / "animals.py"}  # the latter is a model in JAX, which nothing imports
+    others = [path for path in source.rglob("*.py") if not own & {path, path.parent}]
     found = [
         path for path in others if re.search(r"(import|from) (gradsketch\.)?jax\b", path.read_text(encoding="utf-8"))
     ]

@@ -243,7 +243,7 @@ class _Comparison:
         vector = vector.clone()
         for place, entries in self._padding:
             vector.split(self._sizes)[place][entries] = 0.0
-        return vector.div_(torch.tensor(self.space.length(vector), dtype=vector.dtype, device=vector.device))
+        return vector.div_(self.space.length(vector))
 
 
 def _relative(error: float, scale: float) -> float:

@@ -67,7 +67,7 @@ def _tell_of_company(objective: Objective, losses: Float[Tensor, " N"]) -> None:
         return
     tolerance = _company_tolerance(objective)
     off = (apart - together).abs() > tolerance * (1 + together.abs())
-    for place in off.nonzero()[:1, 0].tolist():
+    for place in off.cpu().nonzero()[:1, 0].tolist():
         warnings.warn(
             f"the loss of example {place} is {float(together[place]):.6g} in a batch of {count} and"
             f" {float(apart[place]):.6g} in one of {size}, so that curvature changes with batch_size. Write the loss"
