@@ -13,6 +13,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         path = folder / "pictures.parquet"
-        rows = written(path, arguments.gigabytes)
+        # By another process: what it frees would count as memory that this one held before the build.
+        with ProcessPoolExecutor(1) as writer:
+            rows = writer.submit(written, path, arguments.gigabytes).result()
         result: dict[str, Any] = {"rows": rows, "bytes": path.stat().st_size, "row_group_bytes": ROW * GROUP, "d": D}
         began = time.perf_counter()
         result["build_peak_bytes"] = peak_bytes(lambda: build(folder))
