@@ -156,6 +156,13 @@ def a_failure_on_one_rank_ends_all() -> None:
     assert error(H(x := vectors(H.n)), differentiated_twice(net().double(), x)[1]) < 1e-14
 
 
+def raw_rows_are_shared_out_unevenly() -> None:
+    """One rank has a row alone, which has no company to be compared in."""
+    rows = [{"ids": ids} for ids in (IDS[:-1] if rank() == 0 else IDS[-1:])]
+    H = gs.hessian(sharded(), losses, rows)
+    assert error(H(x := vectors(H.n)), differentiated_twice(net().double(), x)[1]) < 1e-14
+
+
 def what_cannot_be_right_is_refused() -> None:
     def squares(model: nn.Module, batch: Any) -> torch.Tensor:
         return losses(model, batch) + sum(p.full_tensor().square().sum() for p in model.parameters())
@@ -209,6 +216,7 @@ def main() -> None:
     every_kind_and_mode_is_right()
     changed_weights_are_seen_by_all()
     a_failure_on_one_rank_ends_all()
+    raw_rows_are_shared_out_unevenly()
     what_cannot_be_right_is_refused()
     spectra_are_those_of_one_process()
     dist.destroy_process_group()

@@ -187,7 +187,7 @@ class Lockstep:
     def _do(self, collective: Any, *tensors: Any) -> None:
         try:
             collective(*tensors, group=self._group)
-        except Exception:
+        except Exception:  # whatever a backend raises: nothing can be told to ranks that cannot be reached
             self._broken = True
             raise
 

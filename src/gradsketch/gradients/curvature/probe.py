@@ -56,7 +56,7 @@ def _tell_of_company(objective: Objective, losses: Float[Tensor, " N"]) -> None:
     data = objective.data
     count = min(data.batch_size, len(data.data)) if data.is_raw else 1
     size = -(-count // 2)
-    if count < 2 or len(losses) != len(data.data):
+    if not objective.ranks.all(count > 1 and len(losses) == len(data.data)):  # a rank may have a row alone
         return
     examples = [data.data[i] for i in range(count)]
     halves = (examples[:size], examples[size:])

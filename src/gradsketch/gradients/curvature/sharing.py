@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradsketch.as_found import Trainability
 from gradsketch.errors import InputError
-from gradsketch.fsdp import at_rest, is_shard, is_sharded, states_of, units_of
+from gradsketch.fsdp import at_rest, is_shard, is_sharded, own_share, states_of, units_of
 from gradsketch.gradients.curvature.graph import nodes_of
 from gradsketch.gradients.curvature.state import sum_of_bits
 from gradsketch.gradients.fingerprints import digest
@@ -85,7 +85,7 @@ class Sharing:
         share = self._shares[name]
         if not is_shard(tensor):
             return share.cut(tensor.detach().view(-1))
-        local: Tensor = tensor.to_local().detach()
+        local = own_share(tensor).detach()
         if local.numel() != share.size or local.device.type != tensor.device_mesh.device_type:
             raise InputError(f"{name!r}, of which this rank holds {list(local.shape)}", _WANTED, _FIX)
         return local
