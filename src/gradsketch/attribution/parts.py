@@ -19,7 +19,7 @@ from gradsketch.attribution.examples import fields, where
 from gradsketch.errors import InputError
 from gradsketch.gradients.fingerprints import canonical
 from gradsketch.gradients.tasks import Encoded, Task
-from gradsketch.reading.rows import rows_or_errors
+from gradsketch.reading.rows import rows_or_errors, sound
 
 __all__ = ["BadRow", "Part", "PartReader", "Sample", "digest_of", "read_part", "refuse_bad_rows", "sample"]
 
@@ -199,9 +199,7 @@ class _Again(Sequence[Any]):
     def __getitem__(self, i: Any) -> Any:
         place = self._places[i]
         (row,) = rows_or_errors(self._examples, place, place + 1)
-        if isinstance(row, InputError):
-            raise row
-        return row
+        return sound(row)
 
 
 def digest_of(examples: Any, start: int, count: int) -> str:
@@ -255,9 +253,7 @@ def _content(example: Any) -> list[bytes]:
 
 
 def _encoded(example: Any, task: Task, model: nn.Module) -> tuple[Any, int]:
-    if isinstance(example, InputError):
-        raise example
-    row = task.read(example)
+    row = task.read(sound(example))
     if isinstance(row, Encoded):
         task.check(model, row)
     return row, task.length(row)

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradsketch.errors import InputError
-from gradsketch.reading.rows import FileRows, Row, bad_row
+from gradsketch.reading.rows import FileRows, Row, bad_row, sound
 from gradsketch.reading.sources import READ_ERRORS, Source
 
-__all__ = ["Block", "BlockRows"]
+__all__ = ["Block", "BlockRows", "ParsedBlock"]
 
 _KEPT_BYTES = 1 << 26
 
@@ -34,6 +34,28 @@ class Block(ABC):
     @abstractmethod
     def place(self, j: int) -> str:
         """Return where row j of the block stands."""
+
+
+class ParsedBlock(Block):
+    """A block whose rows are texts that are parsed one by one."""
+
+    def rows(self, start: int, stop: int) -> list[Row | InputError]:
+        return [self._row(j) for j in range(start, stop)]
+
+    @abstractmethod
+    def parsed(self, j: int) -> Row:
+        """Return row j of the block.
+
+        Raises:
+            ValueError: it cannot be parsed.
+            RecursionError: it is nested too deep.
+        """
+
+    def _row(self, j: int) -> Row | InputError:
+        try:
+            return self.parsed(j)
+        except (ValueError, RecursionError) as error:
+            return bad_row(self.place(j), error)
 
 
 class BlockRows(FileRows):
@@ -58,9 +80,8 @@ class BlockRows(FileRows):
 
     def read(self, i: int) -> Row:
         (row,) = self.read_range(i, i + 1)
-        if isinstance(row, InputError):
-            raise row
-        return row
+        found: Row = sound(row)
+        return found
 
     def read_range(self, start: int, stop: int) -> list[Row | InputError]:
         rows: list[Row | InputError] = []

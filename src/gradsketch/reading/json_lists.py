@@ -11,10 +11,10 @@ from functools import partial
 import numpy as np
 
 from gradsketch.errors import InputError
-from gradsketch.reading.blocks import Block
-from gradsketch.reading.lines import LONGEST, TextRows, json_lines, refuse_other_text
+from gradsketch.reading.blocks import ParsedBlock
+from gradsketch.reading.lines import LONGEST, TextRows, json_lines, json_row, refuse_other_text
 from gradsketch.reading.marks import Marker, Marks
-from gradsketch.reading.rows import FileRows, Row, as_row, bad_row, each_key_once
+from gradsketch.reading.rows import FileRows, Row
 from gradsketch.reading.sources import PIECE, Source, whole
 
 __all__ = ["json_file"]
@@ -37,7 +37,7 @@ def json_file(source: Source) -> FileRows:
     return TextRows(source, marks, partial(_Entries, source))
 
 
-class _Entries(Block):
+class _Entries(ParsedBlock):
     """Some bytes of a file that begin with an entry of its list, and hold whole entries."""
 
     def __init__(self, source: Source, data: bytes, first: int, line: int) -> None:
@@ -45,17 +45,11 @@ class _Entries(Block):
         self._texts = [text for _, text in _Scan([data]).entries()]
         self.count = len(self._texts)
 
-    def rows(self, start: int, stop: int) -> list[Row | InputError]:
-        return [self._row(j) for j in range(start, stop)]
-
     def place(self, j: int) -> str:
         return f"{self._source.name}, entry {self.first + j + 1}"
 
-    def _row(self, j: int) -> Row | InputError:
-        try:
-            return as_row(json.loads(self._texts[j], object_pairs_hook=each_key_once))
-        except (ValueError, RecursionError) as error:
-            return bad_row(self.place(j), error)
+    def parsed(self, j: int) -> Row:
+        return json_row(self._texts[j])
 
 
 class _Scan:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from gradsketch.errors import InputError
-from gradsketch.reading.blocks import Block, BlockRows
+from gradsketch.reading.blocks import Block, BlockRows, ParsedBlock
 from gradsketch.reading.marks import Marks, mark_lines, newlines, not_blank
-from gradsketch.reading.rows import Row, as_row, bad_row, each_key_once
+from gradsketch.reading.rows import Row, as_row, each_key_once
 from gradsketch.reading.sources import Source, local, room_for, whole
 
-__all__ = ["LONGEST", "LineBlock", "TextRows", "json_lines", "refuse_other_text", "text_lines"]
+__all__ = ["LONGEST", "LineBlock", "TextRows", "json_lines", "json_row", "refuse_other_text", "text_lines"]
 
 # A longer line is a bad row, and a longer entry of a list is refused: without an end it would take all memory.
 LONGEST = 1 << 28
@@ -27,7 +27,7 @@ _PASSES = 4
 Parse = Callable[[str], Row]
 
 
-class LineBlock(Block):
+class LineBlock(ParsedBlock):
     """Some bytes of a file that hold whole lines."""
 
     def __init__(self, source: Source, parse: Parse, data: bytes, first: int, line: int) -> None:
@@ -40,20 +40,14 @@ class LineBlock(Block):
         self.lines = np.flatnonzero(keep) + line
         self.count, self.nbytes = len(self.lines), len(data)
 
-    def rows(self, start: int, stop: int) -> list[Row | InputError]:
-        return [self._row(j) for j in range(start, stop)]
-
     def place(self, j: int) -> str:
         return f"{self._source.name}, line {self.lines[j]}"
 
-    def _row(self, j: int) -> Row | InputError:
+    def parsed(self, j: int) -> Row:
         start, stop = self._starts[j], self._stops[j]
-        try:
-            if stop - start > LONGEST:
-                raise ValueError(f"a line of more than {LONGEST:,} bytes")
-            return self._parse(self._data[start:stop].decode("utf-8-sig").rstrip("\r"))
-        except (ValueError, RecursionError) as error:
-            return bad_row(self.place(j), error)
+        if stop - start > LONGEST:
+            raise ValueError(f"a line of more than {LONGEST:,} bytes")
+        return self._parse(self._data[start:stop].decode("utf-8-sig").rstrip("\r"))
 
 
 class TextRows(BlockRows):
@@ -118,7 +112,7 @@ class _Window:
 
 def json_lines(source: Source) -> TextRows:
     """Open a file of one JSON object, or string, a line."""
-    return _by_lines(source, _json_row)
+    return _by_lines(source, json_row)
 
 
 def text_lines(source: Source) -> TextRows:
@@ -126,8 +120,13 @@ def text_lines(source: Source) -> TextRows:
     return _by_lines(source, _text_row)
 
 
-def _json_row(line: str) -> Row:
-    return as_row(json.loads(line, object_pairs_hook=each_key_once))
+def json_row(text: str) -> Row:
+    """Return the row that a text in JSON is.
+
+    Raises:
+        ValueError: it is none, or names a key twice.
+    """
+    return as_row(json.loads(text, object_pairs_hook=each_key_once))
 
 
 def _text_row(line: str) -> Row:

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from gradsketch.errors import InputError
 
-__all__ = ["FileRows", "Row", "as_row", "bad_row", "each_key_once", "rows_or_errors"]
+__all__ = ["FileRows", "Row", "as_row", "bad_row", "each_key_once", "rows_or_errors", "sound"]
 
 Row = dict[str, Any]
 _AT_ONCE = 256  # rows that are read together by who goes through many
@@ -65,13 +65,13 @@ class FileRows(Sequence[Any]):
         if isinstance(i, slice):
             places = range(*i.indices(len(self)))
             if places.step == 1:
-                return [_sound(row) for row in self.read_range(places.start, max(places.start, places.stop))]
+                return [sound(row) for row in self.read_range(places.start, max(places.start, places.stop))]
             return [self.read(j) for j in places]
         return self.read(range(len(self))[i])
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _AT_ONCE):
-            yield from map(_sound, self.read_range(start, min(start + _AT_ONCE, len(self))))
+            yield from map(sound, self.read_range(start, min(start + _AT_ONCE, len(self))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, {len(self)} rows)"
@@ -93,7 +93,8 @@ def rows_or_errors(data: Any, start: int, stop: int) -> Iterator[Any]:
             yield InputError(came, "data whose examples can be read", "Repair or drop it")
 
 
-def _sound(row: Row | InputError) -> Row:
+def sound(row: Any) -> Any:
+    """Return a row, or raise the error that says why it cannot be read."""
     if isinstance(row, InputError):
         raise row
     return row
