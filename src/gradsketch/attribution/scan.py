@@ -15,20 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gradsketch.attribution.passes import Each, Part, here, parts_of
 from gradsketch.errors import NonFiniteError
 from gradsketch.store import Shard, Store
-from gradsketch.store.encoding import stored_count, turned, unpacked
-from gradsketch.transforms.precision import full_precision
+from gradsketch.store.products import products
 
 __all__ = ["Probe", "RowFilter", "Top", "every_score", "rescore", "scan", "top", "tops"]
 
-# Entries converted to float32 at a time: four megabytes stay in the cache between conversion and product.
-_BLOCK_ENTRIES = 1 << 20
-_BLOCK_ENTRIES_GPU = 1 << 26
 _TINY = torch.finfo(torch.float32).tiny
 
 # From a shard to one truth value a row: may this row be a hit?
@@ -118,11 +114,9 @@ def _best_of(
     """Return the best signed scores of a part's rows, and the rows, for each (k, sign)."""
     found = [_nothing(len(probes[0].directions), k) for k, _ in wanted]
     for shards, scores in scan(probes, part, width):
-        shard = shards[0]
-        usable = torch.isfinite(scores) if keep is None else torch.isfinite(scores) & keep(shard)
+        kept = None if keep is None else keep(shards[0])
         for place, (_, sign) in enumerate(wanted):
-            signed = torch.where(usable, sign * scores, -torch.inf)
-            found[place] = _merge(*found[place], signed, shard.start)
+            found[place] = _merge(*found[place], scores if sign == 1 else -scores, kept, shards[0].start)
     return found
 
 
@@ -168,10 +162,7 @@ def _combined(
         stored = shard.sketches if places is None else shard.sketches[places]
         factors = _factors(probe, shard) if places is None else _factors(probe, shard)[places]
         usable = usable & torch.isfinite(factors)
-        out = torch.empty(len(probe.directions), len(stored), dtype=torch.float32, device="cpu")
-        for at, product in _products(stored, shard.dtype, probe.directions, width):
-            out[:, at] = product
-        out *= factors * probe.weight
+        out = products(stored, shard.dtype, probe.directions, width).mul_(factors * probe.weight)
         total = out if total is None else total.add_(out)
     assert total is not None
     if bool((usable & ~torch.isfinite(total)).any()):
@@ -191,32 +182,23 @@ def _factors(probe: Probe, shard: Shard) -> Float[Tensor, " rows"]:
     return torch.where(norm < _TINY, 0.0, shard.scale / norm)  # such a row was rounded away
 
 
-def _products(
-    stored: Shaped[Tensor, "rows width"], dtype: str, directions: Float[Tensor, "m d"], width: int | None
-) -> Iterator[tuple[slice, Float[Tensor, "m block"]]]:
-    """Yield row ranges and their products with the directions, in cache-sized blocks of float32."""
-    rows, d, device = len(stored), directions.shape[1], directions.device
-    count = stored_count(width or d, d, dtype)
-    used = turned(directions, dtype)[:, :count] * (d / count if width else 1)
-    step = max(1, (_BLOCK_ENTRIES if device.type == "cpu" else _BLOCK_ENTRIES_GPU) // count)
-    buffer = torch.empty(min(step, rows), count, device=device, dtype=torch.float32)
-    for start in range(0, rows, step):
-        block = stored[start : start + step].to(device)
-        floats = unpacked(block, count, dtype, buffer[: len(block)])
-        with full_precision(device):
-            product = used @ floats.T  # the few queries on the left: a third faster than on the right
-        yield slice(start, start + len(block)), product.cpu()
-
-
 def _merge(
-    best: Float[Tensor, "m k"], rows: Int64[Tensor, "m k"], scores: Float[Tensor, "m count"], start: int
+    best: Float[Tensor, "m k"],
+    rows: Int64[Tensor, "m k"],
+    scores: Float[Tensor, "m count"],
+    kept: Bool[Tensor, " count"] | None,
+    start: int,
 ) -> tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"]]:
-    """Fold a block into the running top k; of equal scores the earlier row wins."""
-    k = best.shape[1]
-    least = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
-    # Every entry that can be among the k, ties included; for few queries these are a few columns of the block.
-    columns = ((scores >= least) & (scores > best[:, -1:])).any(dim=0).nonzero()[:, 0]
-    return _merged(best, rows, scores[:, columns], (columns + start).expand(len(rows), -1))
+    """Fold a shard into the running top k; of equal scores the earlier row wins, and NaN is never among them."""
+    better = scores > best[:, -1:]
+    columns = (better if kept is None else better & kept).any(dim=0).nonzero()[:, 0]
+    scores = torch.where(better[:, columns], scores[:, columns], -torch.inf)
+    if len(columns) > (k := best.shape[1]):
+        # Every entry that can be among the k, ties included; for few queries these are a few columns.
+        least = scores.topk(k, dim=1).values[:, -1:]
+        few = ((scores >= least) & (scores > best[:, -1:])).any(dim=0).nonzero()[:, 0]
+        columns, scores = columns[few], scores[:, few]
+    return _merged(best, rows, scores, (columns + start).expand(len(rows), -1))
 
 
 def _merged(
