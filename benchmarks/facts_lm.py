@@ -20,7 +20,18 @@ import gradsketch as gs
 from gradsketch.demo.packages import package_folder
 from gradsketch.random import Stream
 
-__all__ = ["EPOCHS", "TASK", "Trained", "facts", "question_losses", "retrained", "table", "trained", "untrained"]
+__all__ = [
+    "EPOCHS",
+    "TASK",
+    "Trained",
+    "facts",
+    "question_losses",
+    "retrained",
+    "table",
+    "trained",
+    "trained_with_optimizer",
+    "untrained",
+]
 
 WORDINGS = {
     "capital": (
@@ -118,6 +129,14 @@ def untrained(seed: int = 0) -> nn.Module:
 
 def trained(rows: list[int], seed: int = 0) -> Trained:
     """Return a model trained on these rows, and its weights at the end of each epoch."""
+    model, states, _ = trained_with_optimizer(rows, seed)
+    return model, states
+
+
+def trained_with_optimizer(
+    rows: list[int], seed: int = 0
+) -> tuple[nn.Module, list[dict[str, Tensor]], torch.optim.Optimizer]:
+    """Return what ``trained`` does, and the optimiser after its last step."""
     data, model = facts()[0], untrained(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     steps, step, states = EPOCHS * -(-len(rows) // BATCH), 0, []
@@ -133,7 +152,7 @@ def trained(rows: list[int], seed: int = 0) -> Trained:
             optimizer.zero_grad()
             step += 1
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-    return model.eval(), states
+    return model.eval(), states, optimizer
 
 
 @torch.no_grad()

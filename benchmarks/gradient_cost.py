@@ -75,7 +75,7 @@ def floor(work: Workload, batches: list[dict[str, Any]]) -> None:
     work.model.requires_grad_(False)
     handle = work.model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
     for batch in batches:
-        gs.CausalLM().losses(work.model, batch).sum().backward()
+        work.task.losses(work.model, batch).sum().backward()
     handle.remove()
     work.model.requires_grad_(True)
 
