@@ -5,6 +5,7 @@ import torch
 import toys
 
 import gradsketch as gs
+from gradsketch.attribution import rerank
 from gradsketch.attribution.build import build_index
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.per_example.directions import Directions
@@ -52,6 +53,19 @@ def test_all_rows_again_are_ranked_by_ekfac(tmp_path):
         assert [hit.row for hit in query.opponents] == (-row).topk(3).indices.tolist()
     again = index.query(model, QUESTIONS, k=4, opponents=3, rerank=N)  # the estimate is kept
     assert [hit.score for hit in again[0]] == [hit.score for hit in hits[0]]
+
+
+def test_another_damping_takes_the_same_estimate(tmp_path, monkeypatch):
+    index, model, questions = build(tmp_path), toys.TinyLM(), QUESTIONS
+    fresh = build(tmp_path).query(model, questions, k=4, rerank=N, damping=0.01)
+    index.query(model, questions, k=4, rerank=N)
+    monkeypatch.setattr(rerank, "inverse_fisher", None)
+    again = index.query(model, questions, k=4, rerank=N, damping=0.01)
+    assert again.score.damping == 0.01
+    assert [hit.score for hit in again[0]] == [hit.score for hit in fresh[0]]
+    for wrong in (0.0, -1.0, float("nan"), 1e45):
+        with pytest.raises(InputError, match="damping"):
+            index.query(model, questions, k=4, rerank=N, damping=wrong)
 
 
 def test_only_the_candidates_of_the_sketches_are_ranked(tmp_path):

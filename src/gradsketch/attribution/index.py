@@ -53,9 +53,9 @@ from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.fsdp import require_whole
 from gradsketch.gradients.factors.factors import Factors
+from gradsketch.gradients.factors.inverse import InverseFisher
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
-from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 from gradsketch.store.folder import Folder, open_folder
@@ -90,7 +90,7 @@ class Index:
         _require_alike(self.stores, description)
         self._checkpoints = checkpoints or _stored_checkpoints(description)
         self._factors: dict[int, Factors] = {}
-        self._inverses: dict[Any, LinearMap] = {}
+        self._inverses: dict[Any, InverseFisher] = {}
         self._scorer = Scorer(self.stores, [c.weight for c in description.checkpoints])
 
     @classmethod

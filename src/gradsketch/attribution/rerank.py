@@ -28,7 +28,7 @@ from gradsketch.gradients.curvature import gauss_newton, loss_gradient
 from gradsketch.gradients.curvature.solve import DampedInverse
 from gradsketch.gradients.data import Batcher, read_all
 from gradsketch.gradients.factors.estimation import Labels
-from gradsketch.gradients.factors.inverse import inverse_fisher
+from gradsketch.gradients.factors.inverse import InverseFisher, inverse_fisher
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.per_example.audit import tolerance
 from gradsketch.gradients.per_example.directions import Directions
@@ -51,17 +51,13 @@ Make = Callable[[nn.Module, Task, Sequence[Any], Parameters, float, Advance], Li
 
 @dataclass(frozen=True)
 class Exact:
-    """A kind of exact score: how (F + λI)⁻¹ is made, from how many training rows, in how many passes over them.
-
-    ``is_kept`` says whether it may serve later queries; what takes products with the model again must not.
-    """
+    """A kind of exact score: how (F + λI)⁻¹ is made, from how many training rows, in how many passes over them."""
 
     name: str
     formula: str
     rows: int
     passes: int
     make: Make
-    is_kept: bool
 
     def score(self, damping: float) -> Score:
         """Return what goes into results."""
@@ -89,9 +85,9 @@ _FORMULA = "qᵀ(F + λI)⁻¹x / N with whole gradients, F {}"
 _KINDS = {
     kind.name: kind
     for kind in (
-        Exact("ekfac", _FORMULA.format("by EK-FAC"), 1024, 2, _fisher("sampled"), True),
-        Exact("empirical-ekfac", _FORMULA.format("by EK-FAC, labels of the data"), 1024, 2, _fisher("empirical"), True),
-        Exact("gauss-newton", _FORMULA.format("the Gauss-Newton matrix"), 256, 0, _gauss_newton, False),
+        Exact("ekfac", _FORMULA.format("by EK-FAC"), 1024, 2, _fisher("sampled")),
+        Exact("empirical-ekfac", _FORMULA.format("by EK-FAC, labels of the data"), 1024, 2, _fisher("empirical")),
+        Exact("gauss-newton", _FORMULA.format("the Gauss-Newton matrix"), 256, 0, _gauss_newton),
     )
 }
 
@@ -116,7 +112,8 @@ class Reranker:
     """Scores candidates exactly, at every checkpoint of an index of ``store``.
 
     ``names`` are those of the parameters. ``examples`` reads training examples by row. ``kept`` holds what was
-    estimated before, by checkpoint, kind and damping, and takes what is estimated now.
+    estimated before, by checkpoint and kind, and takes what is estimated now: with another damping it serves too. What
+    takes products with the model again is never kept.
     """
 
     def __init__(
@@ -130,7 +127,7 @@ class Reranker:
         checkpoints: Sequence[Checkpoint],
         store: Store,
         examples: Callable[[Sequence[int]], Mapping[int, Any]],
-        kept: dict[Any, LinearMap],
+        kept: dict[Any, InverseFisher],
         batch_tokens: int = 4096,
         progress: bool | None = False,
     ) -> None:
@@ -192,15 +189,14 @@ class Reranker:
 
     def _inverse(self, number: int, advance: Advance) -> LinearMap:
         """Return (F + λI)⁻¹ at a checkpoint, estimated where that was not done before."""
-        key = (number, self.kind.name, self.damping)
+        key, damping = (number, self.kind.name), float(self.damping)
         if key in self.kept:
             advance(self.kind.passes * len(self._sample))
-            return self.kept[key]
+            return self.kept[key].damped(damping)
         if number == next(i for i, checkpoint in enumerate(self.checkpoints) if checkpoint.weight):
             self._require_of_index(self._sample, self._sampled)
-        parameters, damping = self._parameters(), float(self.damping)
-        made = self.kind.make(self.model, self.task, self._sampled, parameters, damping, advance)
-        if self.kind.is_kept:
+        made = self.kind.make(self.model, self.task, self._sampled, self._parameters(), damping, advance)
+        if isinstance(made, InverseFisher):
             self.kept[key] = made
         return made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -35,6 +34,9 @@ _Kept = TypeVar("_Kept", bound=Sums)
 _Moments = TypeVar("_Moments", bound=Addable)
 
 
+_LARGEST_DAMPING = 1e12
+
+
 @dataclass(frozen=True)
 class Options:
     """What decides an estimate besides model, task and data.
@@ -48,11 +50,23 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        damping, labels = self.damping, self.labels
-        if labels not in ("sampled", "empirical"):
-            raise InputError(f"labels={labels!r}", '"sampled" or "empirical"', 'Type labels="sampled"')
-        if not (isinstance(damping, int | float) and math.isfinite(damping) and damping > 0):
-            raise InputError(f"damping={damping!r}", "a positive number", f"Type damping={DAMPING}, the default")
+        if self.labels not in ("sampled", "empirical"):
+            raise InputError(f"labels={self.labels!r}", '"sampled" or "empirical"', 'Type labels="sampled"')
+        check_damping(self.damping)
+
+
+def check_damping(damping: float) -> None:
+    """Refuse what is no fraction of a mean eigenvalue.
+
+    Raises:
+        InputError: it is not positive, or so large that float32 cannot hold an eigenvalue times it.
+    """
+    if not (isinstance(damping, int | float) and 0 < damping <= _LARGEST_DAMPING):
+        raise InputError(
+            f"damping={damping!r}",
+            f"a positive number up to {_LARGEST_DAMPING:g}",
+            f"Type damping={DAMPING}, the default",
+        )
 
 
 class Estimation:

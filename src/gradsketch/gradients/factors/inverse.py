@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsketch.gradients.factors.corrected import EigenMoments, Entries
 from gradsketch.gradients.factors.eigenbases import ParameterSpectrum, own_or_mean
-from gradsketch.gradients.factors.estimation import DAMPING, Estimation, Labels, Options
+from gradsketch.gradients.factors.estimation import DAMPING, Estimation, Labels, Options, check_damping
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import TaskLike
 from gradsketch.linear_map import LinearMap, widened
@@ -97,6 +97,15 @@ class InverseFisher(LinearMap):
         self._shifts = {
             name: damping * own_or_mean(level, mean, matrices[name][0].values.dtype) for name, level in levels.items()
         }
+
+    def damped(self, damping: float) -> InverseFisher:
+        """Return the map with another λ, of the same estimate.
+
+        Raises:
+            InputError: a damping that is not positive.
+        """
+        check_damping(damping)
+        return InverseFisher(self.shapes, self._matrices, damping)
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         x = x.to(widened(x.dtype))
