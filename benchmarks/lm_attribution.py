@@ -311,21 +311,26 @@ def words() -> Found:
     return {"BM25": selection.bm25(*([{"text": _text(row)} for row in part] for part in (rows, questions))).T}
 
 
-@torch.no_grad()
 def embeddings() -> Found:
     """Return cosines of MiniLM's sentence embeddings of question and row."""
+    rows, questions, _ = facts_lm.facts()
+    return {"cosine": cosines([_text(row) for row in questions], [_text(row) for row in rows])}
+
+
+@torch.no_grad()
+def cosines(asked: list[str], texts: list[str]) -> Scores:
+    """Return cosines of MiniLM's sentence embeddings, [asked, texts]."""
     from gradsketch.demo.weights import minilm
 
     model, tokenizer = minilm()
 
-    def of(rows: list[dict[str, Any]]) -> Tensor:
-        batch = tokenizer([_text(row) for row in rows], padding=True, return_tensors="pt")
+    def of(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
         hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
         mask = batch["attention_mask"][..., None]
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)).double()
 
-    rows, questions, _ = facts_lm.facts()
-    return {"cosine": of(questions) @ of(rows).T}
+    return of(asked) @ of(texts).T
 
 
 def _text(row: dict[str, Any]) -> str:
