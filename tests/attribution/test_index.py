@@ -42,7 +42,7 @@ def matrices(index, queries):
     return x, q
 
 
-def formula(kind, x, q, damping=0.1):
+def formula(kind, x, q, damping=1.0):
     if kind in ("ridge", "cosine"):
         x, q = (m / m.norm(dim=-1, keepdim=True) for m in (x, q))
     if kind in ("ridge", "influence"):
@@ -69,7 +69,7 @@ def test_scores_are_their_formulas(index, kind):
         found = torch.tensor([hit.score for hit in query.opponents]).double()
         torch.testing.assert_close(found, worst.values[:3], rtol=0, atol=1e-4 * scale)
     assert hits.score.name == kind
-    assert hits.score.damping == (0.1 if kind in ("ridge", "influence") else None)
+    assert hits.score.damping == (1.0 if kind in ("ridge", "influence") else None)
 
 
 def test_a_hit_says_everything_about_its_row(index):

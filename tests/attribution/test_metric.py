@@ -30,7 +30,7 @@ def sketches(texts, factors):
     return gs.sketch_gradients(model, task, task.collate(texts), phi, precondition=factors)
 
 
-def formula(x, q, damping=0.1):
+def formula(x, q, damping=1.0):
     x, q = (m.double() / m.double().norm(dim=-1, keepdim=True) for m in (x, q))
     f = x.T @ x / len(x)
     shift = damping * f.trace() / min(x.shape)

@@ -29,7 +29,7 @@ def flat(model, texts):
     return torch.stack(rows)
 
 
-def formula(model, questions, *, rows=None, damping=0.1):
+def formula(model, questions, *, rows=None, damping=0.001):
     """Scores [questions, rows] by EK-FAC, whose inverse has tests of its own."""
     rows = toys.texts(N) if rows is None else rows
     inverse = gs.inverse_fisher(model.eval(), toys.language_task(), rows, damping=damping)
@@ -46,7 +46,7 @@ def test_all_rows_again_are_ranked_by_ekfac(tmp_path):
     index, model = build(tmp_path), toys.TinyLM()
     hits = index.query(model, QUESTIONS, k=4, opponents=3, rerank=N)
     assert hits.score.name == "ekfac"
-    assert hits.score.damping == 0.1
+    assert hits.score.damping == 0.001
     assert hits.cost.rerank > 0
     for query, row in zip(hits, formula(toys.TinyLM(), QUESTIONS), strict=True):
         check(query, row, k=4)
@@ -218,5 +218,5 @@ def test_rows_that_are_no_texts_need_the_data(tmp_path):
     with pytest.raises(InputError, match="data="):
         index.query(model, question, k=3, rerank=20)
     hits = index.query(model, question, k=20, rerank=20, data=data)
-    inverse = gs.inverse_fisher(model, toys.vector_task(), data)
+    inverse = gs.inverse_fisher(model, toys.vector_task(), data, damping=0.001)
     check(hits[0], inverse(gradients[0]) @ gradients.T / 20, k=20)

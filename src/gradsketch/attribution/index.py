@@ -179,7 +179,7 @@ class Index:
         k: int = 10,
         score: str = "ridge",
         opponents: int = 0,
-        damping: float | str = DAMPING,
+        damping: float | str | None = None,
         where: Where | None = None,
         groups: Sequence[Sequence[int]] | None = None,
         coarse: int | None = None,
@@ -200,8 +200,8 @@ class Index:
             k: proponents a query: training on them lowers its loss.
             score: "ridge" (default), "influence", "cosine" or "dot"; it finds the candidates where rows are re-ranked.
             opponents: how many of the other end of the list to return as well.
-            damping: λ as a fraction of the mean eigenvalue of F, or "auto": the one under which held-out gradients are
-                most likely.
+            damping: λ as a fraction of the mean eigenvalue of F, by default 1, and 0.001 where EK-FAC re-ranks; or
+                "auto": the one under which held-out gradients are most likely, not the one that ranks rows best.
             where: {column: value or values}, or a function of a row's record: only such rows can be hits.
             groups: positions of examples that ask together; a group's score is the mean of its members'.
             coarse: find candidates with this many numbers of each sketch first, then score those by all.
@@ -228,13 +228,14 @@ class Index:
             keep = row_filter(where, scorer.stores[0], each)
             queries = self._asked(model, examples, groups, batch_tokens)
             began = time.perf_counter()
-            probes = scorer.probes(queries, kind, damping, weights, each)
+            sketched = DAMPING if damping is None else damping
+            probes = scorer.probes(queries, kind, sketched, weights, each)
             prepared = time.perf_counter()
             counts = (k, opponents) if rerank is None else (max(k, rerank), max(opponents, rerank) if opponents else 0)
             proponents, others = both_ends(probes, *counts, keep=keep, coarse=coarse, each=each)
             scanned = time.perf_counter()
         if rerank is None:
-            described, reranking = kind.described(scorer.damping(kind, damping)), 0.0
+            described, reranking = kind.described(scorer.damping(kind, sketched)), 0.0
         else:
             reranker = self._reranker(
                 model, exact, damping, data, weights, batch_tokens=batch_tokens, progress=progress
@@ -418,19 +419,19 @@ class Index:
         self,
         model: nn.Module | None,
         exact: str,
-        damping: float | str,
+        damping: float | str | None,
         data: Any,
         weights: Sequence[float] | None,
         **options: Any,
     ) -> Reranker:
         if model is None:
             raise InputError("exact scores without a model", "the model of the index", "Pass the model")
-        data = None if data is None else as_examples(data)
+        data, kind = None if data is None else as_examples(data), exact_named(exact)
         return Reranker(
             model,
             self._known_task(),
-            exact_named(exact),
-            damping,
+            kind,
+            kind.damping if damping is None else damping,
             names=self.description.parameters,
             checkpoints=self._checkpoints if weights is None else _weighed(self._checkpoints, weights),
             store=self.stores[0],

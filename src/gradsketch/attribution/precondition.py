@@ -78,7 +78,7 @@ def fit_preconditioner(
         InputError: damping is not positive or too small to invert F, or there are no rows with a gradient.
     """
     if not (isinstance(damping, int | float) and damping > 0 and math.isfinite(damping)):
-        raise InputError(f"damping={damping}", "a positive number", 'Pass damping=0.1, or damping="auto"')
+        raise InputError(f"damping={damping}", "a positive number", 'Pass damping=1, or damping="auto"')
     rows = RowMatrix(store, unit_length, each)
     size = min(rows.count, store.d)
     mean = rows.squared_norm / rows.count / size if rows.count else 0.0
@@ -169,7 +169,7 @@ def held_out_damping(store: Store, *, unit_length: bool, each: Each = here) -> f
     """
     sample = RowMatrix(store, unit_length, each).sample(_SAMPLE_ROWS, each)
     if len(sample) < 10:
-        raise InputError(f"{len(sample)} rows", "at least ten to hold some out", "Pass damping=0.1")
+        raise InputError(f"{len(sample)} rows", "at least ten to hold some out", "Pass damping=1")
     held = torch.arange(len(sample), device="cpu") % 5 == 0
     fit, test = sample[~held].double(), sample[held].double()
     gram = fit @ fit.T

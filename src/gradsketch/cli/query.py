@@ -58,8 +58,8 @@ class QueryOptions:
     """Hits from the other end of the list."""
     score: Literal["ridge", "influence", "cosine", "dot"] = "ridge"
     """How examples are scored."""
-    damping: str = "0.1"
-    """λ as a fraction of the mean eigenvalue, or auto."""
+    damping: str | None = None
+    """λ as a fraction of the mean eigenvalue, or auto; by default 1, and 0.001 where EK-FAC re-ranks."""
     where: tuple[str, ...] = ()
     """Conditions on metadata: column=value; several values of a column are alternatives."""
     group: bool = False
@@ -98,7 +98,7 @@ def run(options: QueryOptions) -> int:
             k=options.k,
             opponents=options.opponents,
             score=options.score,
-            damping=damping_of(options.damping),
+            damping=None if options.damping is None else damping_of(options.damping),
             where=_where(options.where, columns),
             groups=[list(range(len(examples)))] if options.group else None,
             coarse=options.coarse,
@@ -174,7 +174,7 @@ def damping_of(text: str) -> float | str:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"--damping {text}", "a positive number, or auto", "Type --damping 0.1") from error
+        raise InputError(f"--damping {text}", "a positive number, or auto", "Type --damping 1") from error
 
 
 def _where(conditions: tuple[str, ...], columns: dict[str, set[str]]) -> dict[str, list[Any]] | None:

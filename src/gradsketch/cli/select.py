@@ -50,7 +50,7 @@ class SelectOptions:
     """A row is a copy where the cosine of its gradient with a chosen one's is above this; 1 for never."""
     score: Literal["ridge", "influence", "cosine", "dot"] = "ridge"
     """How examples are scored."""
-    damping: str = "0.1"
+    damping: str = "1"
     """λ as a fraction of the mean eigenvalue, or auto."""
     device: str = "auto"
     """cpu, cuda, …"""

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from gradsketch.attribution.scoring import DAMPING
 from gradsketch.errors import GradsketchError
 from gradsketch.explorer.downloads import FORMATS, download
 from gradsketch.explorer.guard import Guard
@@ -39,7 +40,7 @@ class RowsWanted:
     offset: int = 0
     count: int = 20
     score: str = "ridge"
-    damping: float | str = 0.1
+    damping: float | str = DAMPING
 
 
 @dataclass(frozen=True)

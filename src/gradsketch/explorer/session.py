@@ -23,6 +23,7 @@ from gradsketch.attribution.index import Index
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import Hit, Hits, Score, SelfInfluence
 from gradsketch.attribution.scores import KINDS
+from gradsketch.attribution.scoring import DAMPING
 from gradsketch.errors import InputError
 from gradsketch.explorer.forms import Form, Question, form_of
 from gradsketch.explorer.rows import Facet, RowTable
@@ -42,7 +43,7 @@ class Ask:
 
     questions: tuple[Question, ...]
     score: str = "ridge"
-    damping: float | str = 0.1
+    damping: float | str = DAMPING
     k: int = 10
     opponents: int = 5
     where: dict[str, list[Any]] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Neighbours:
 
     row: int
     score: str = "cosine"
-    damping: float | str = 0.1
+    damping: float | str = DAMPING
     k: int = 10
     opponents: int = 5
     where: dict[str, list[Any]] = field(default_factory=dict)
@@ -289,7 +290,7 @@ class Session:
     def outliers(
         self,
         score: str = "ridge",
-        damping: float | str = 0.1,
+        damping: float | str = DAMPING,
         where: Mapping[str, Sequence[Any]] | None = None,
         offset: int = 0,
         count: int = 20,

@@ -41,7 +41,7 @@ const number = (value) => (typeof value === "number" ? (value === 0 ? "0" : `${v
 
 // ---- state: the part of the address behind # ----
 
-const DEFAULTS = { view: "ask", q: [], score: "", damping: "0.1", k: 10, opponents: 5, tokens: 32, where: {}, together: false,
+const DEFAULTS = { view: "ask", q: [], score: "", damping: "1", k: 10, opponents: 5, tokens: 32, where: {}, together: false,
   checkpoint: "", against: "", words: "", order: "row", offset: 0, row: 0, by: "" };
 const TITLES = { ask: "Which training examples made the model say this?", rows: "What is in the training data?",
   outliers: "Which training examples stand alone?", row: "Which training examples are like this one?" };
@@ -203,7 +203,7 @@ function toForm() {
 
 function fromForm() {
   const form = { k: $("k").valueAsNumber || 10, opponents: $("opponents").valueAsNumber || 0, tokens: $("tokens").valueAsNumber || 32,
-    damping: $("damping").value.trim() || "0.1", score: $("score").value === usualScore() ? "" : $("score").value, words: $("words").value,
+    damping: $("damping").value.trim() || "1", score: $("score").value === usualScore() ? "" : $("score").value, words: $("words").value,
     order: $("order").value, row: $("row").valueAsNumber || 0, checkpoint: $("checkpoint").value, against: $("against").value, together: $("together").checked };
   return state.view === "ask" ? { ...form, q: typed() } : form;
 }
