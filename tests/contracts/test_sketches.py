@@ -46,6 +46,20 @@ def test_lift_is_the_adjoint(case, n, d):
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
 
 
+@sized(SIZES)
+def test_stretches_add_up_and_lift_alone(case, n, d):
+    n, d = case.fit(n, d)
+    phi, x, w = case.build(n, d), vectors(2, n), vectors(2, d)
+    if not phi.takes_stretches:
+        return
+    ends = [0, n // 3, n // 3 + n // 7, n]
+    stretches = [(start, stop) for start, stop in zip(ends, ends[1:], strict=False) if stop > start]
+    parts = [phi._apply_stretch(x[:, start:stop].contiguous(), start) for start, stop in stretches]
+    torch.testing.assert_close(torch.stack(parts).sum(0), phi(x), rtol=1e-10, atol=1e-10)
+    lifted = [phi._apply_adjoint_stretch(w, start, stop - start) for start, stop in stretches]
+    torch.testing.assert_close(torch.cat(lifted, dim=1), phi.lift(w), rtol=1e-10, atol=1e-10)
+
+
 @sized(SIZES[:4])
 def test_dense_is_the_map_of_the_identity(case, n, d):
     n, d = case.fit(n, d)

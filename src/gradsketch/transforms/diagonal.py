@@ -10,7 +10,10 @@ from torch import Tensor
 
 from gradsketch.random import Stream
 
-__all__ = ["Diagonal", "Normals", "Signs"]
+__all__ = ["SIGNS_AT_ONCE", "Diagonal", "Normals", "Signs"]
+
+# The bits of a word; a stretch of signs begins at a multiple of it.
+SIGNS_AT_ONCE = 32
 
 _SIGN_BIT = {torch.float32: (torch.int32, -(1 << 31)), torch.float64: (torch.int64, -(1 << 63))}
 
