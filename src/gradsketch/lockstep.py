@@ -95,6 +95,8 @@ class Lockstep:
         except _FailedElsewhereError as failed:
             if failed.depth < self._depth:
                 raise
+            if failed.depth > self._depth:  # the other failed further in, and leaves this block next
+                self._tell(failed.error)
             raise failed.error from None
         except Exception as error:
             self._tell(error)
@@ -153,7 +155,8 @@ class Lockstep:
             return [number]
         rows = self._exchange(step, place, number)
         if any(row[0] == _Step.FAIL for row in rows):
-            raise self._failure(rows, None)
+            failure = self._failure(rows, None)
+            raise failure if self._depth else failure.error  # outside of every block nobody would turn it into this
         if len({tuple(row[:2]) for row in rows}) > 1:
             ways = {f"rank {rank} {_WORDS[_Step(row[0])]} {row[1]}" for rank, row in enumerate(rows)}
             raise InputError(
