@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
 
 import gradsketch as gs
+from dimension.test_subspace import Allocations
 from gradsketch.errors import GradsketchWarning
 from ranks import IDS, Net, as_found, losses, net, refused
 from ranks_curvature import error, rank, sharded
@@ -80,16 +81,174 @@ def training_is_that_of_one_process() -> None:
         assert error(model(IDS), whole(IDS)) < 1e-12
         with torch.inference_mode():
             assert error(together(IDS), alone(IDS)) < 1e-12
-        assert not root or as_found_but_trainable(model) == as_found_but_trainable(before)
         together.close()
         assert not root or as_found(model) == before
         base = net(make).double()
         assert error(model(IDS), base(IDS)) < 1e-12
 
 
-def as_found_but_trainable(model: Any) -> list[Any]:
-    found = as_found(model) if isinstance(model, nn.Module) else model
-    return [row[2:] for row in found if isinstance(row, tuple)]
+def a_step_on_one_rank_is_noticed() -> None:
+    """Also one that is taken past the version counter, or between two halves of a step."""
+    subspace = opened(model := sharded())
+    trajectory(subspace, own())
+    if rank() == 1:
+        subspace.w.data.add_(1.0)
+    refused("a w that differs between ranks", lambda: subspace(IDS))
+    if rank() == 1:
+        subspace.w.data.sub_(1.0)
+    with torch.no_grad():
+        subspace.w.copy_(torch.ones(24))
+    subspace(IDS)
+    subspace.close()
+    other = sharded(root=False)
+    if rank() == 1:
+        other.head.weight.data += 1
+    refused("other values on each rank", lambda: opened(other))
+    model.register_buffer("statistics", torch.full((2,), float(rank())))
+    refused("'statistics', which has other values", lambda: opened(model))
+
+
+def ranks_that_go_different_ways_all_end() -> None:
+    subspace = opened(sharded())
+
+    def skips(inside: nn.Module) -> None:
+        mean_loss(inside if rank() == 0 else inside.model.head, IDS if rank() == 0 else torch.zeros(8, 12, 16).double())
+
+    def stops_early(inside: nn.Module) -> None:
+        loss = mean_loss(inside, IDS)
+        if rank() == 0:
+            loss.backward()
+        else:
+            mean_loss(inside, IDS)
+
+    def evaluates_longer(inside: nn.Module) -> None:
+        with torch.no_grad():
+            _ = [inside(IDS) for _ in range(2 - rank())]
+        mean_loss(inside, IDS).backward()
+
+    for way in (skips, stops_early, evaluates_longer):
+        refused("ranks that went different ways", partial(way, subspace))
+    subspace.w.grad = None
+    wanted = trajectory(opened(net().double()), IDS.chunk(1))
+    assert error(trajectory(subspace, own()), wanted) < 1e-12  # and all can go on
+    subspace.close()
+
+
+def a_failure_on_one_rank_ends_all() -> None:
+    class Fails(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            h = super().forward(ids)
+            if rank() == 1 and self.training:
+                raise ZeroDivisionError("no such word")
+            return h
+
+    model = sharded(Fails)
+    model.train()
+    subspace = opened(model)
+    with pytest.raises(Exception, match="no such word"):
+        subspace(IDS)
+    subspace.close()
+    for place in ("before", "after"):
+        with pytest.raises(Exception, match="the disk is gone"), opened(sharded()) as subspace:  # noqa: PT012
+            for step in range(3):
+                loss = mean_loss(subspace, IDS) if place == "after" else None
+                if rank() == 1 and step == 1:
+                    raise OSError("the disk is gone")
+                (mean_loss(subspace, IDS) if loss is None else loss).backward()
+    with pytest.raises(Exception, match="no such word"), opened(model) as subspace:
+        subspace(IDS) if rank() == 1 else mean_loss(subspace, IDS).backward()
+    phi = gs.BlockSum(gs.Parameters(model := sharded()), 24)
+    refused("matches no parameter", lambda: gs.Subspace(model, "none.*" if rank() else "*", phi))
+    other = gs.BlockSum(gs.Parameters(model), 24, seed=rank())
+    refused("another sketch on each rank", lambda: gs.Subspace(model, "*", other))
+
+
+def it_is_saved_loaded_and_merged_as_in_one_process(folder: Path) -> None:
+    """By rank 0 for all; the state dict needs no other rank."""
+    alone, together = opened(net().double(), "AFFD"), opened(sharded(), "AFFD")
+    for subspace, parts in ((alone, IDS.chunk(1)), (together, own())):
+        trajectory(subspace, parts)
+    wanted = alone(IDS)
+    together.save_pretrained(folder / "together")
+    if rank() == 0:
+        alone.save_pretrained(folder / "alone")
+        assert together.state_dict().keys() == alone.state_dict().keys()
+        assert together.fingerprints == alone.fingerprints
+    dist.barrier()
+    for name in ("together", "alone"):
+        for model in (net().double(), sharded()):
+            again = gs.Subspace.from_pretrained(model, folder / name)
+            assert error(again(IDS), wanted) < 1e-12
+            again.close()
+    refused("without subspace.json", lambda: gs.Subspace.from_pretrained(sharded(), folder / f"none-{rank()}"))
+    model = together.merge()
+    for (name, one), other in zip(alone.merge().named_parameters(), model.parameters(), strict=True):
+        assert error(other.full_tensor(), one) < 1e-12, name
+        assert other.requires_grad
+    assert error(model(IDS), wanted) < 1e-12
+    model(IDS).sum().backward()  # FSDP2 trains it as before
+    assert all(p.grad is not None for p in model.parameters())
+    partly = opened(sharded(root=False))
+    trajectory(partly, own())
+    assert error(partly.merge()(IDS), opened_and_trained()(IDS)) < 1e-12
+    refused("a closed Subspace", lambda: partly(IDS))
+
+
+def opened_and_trained() -> nn.Module:
+    subspace = opened(net().double())
+    trajectory(subspace, IDS.chunk(1))
+    return subspace
+
+
+def what_cannot_be_right_is_refused() -> None:
+    cast = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    refused("fully_shard casts", lambda: opened(cast))
+    columns = sharded(shard_placement_fn=lambda p: torch.distributed.tensor.Shard(p.ndim - 1))
+    refused("shared out as", lambda: opened(columns))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    refused("shared out as", lambda: opened(fully_shard(net().double(), mesh=mesh)))
+    refused("which acts on whole vectors", lambda: opened(sharded(), "Dense"))
+    compiled = sharded()
+    compiled.blocks[0].compile(backend="eager")
+    refused("a compiled model", lambda: opened(compiled))
+    outside = Net()
+    outside.extra = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    subspace = opened(net().double())
+    fully_shard(subspace.model.blocks[0], mesh=init_device_mesh("cpu", (2,)))
+    refused("FSDP, which shares out", lambda: subspace(IDS))
+    subspace = opened(model := sharded())
+    refused("open in a Subspace", lambda: gs.hessian(model, losses, {"ids": IDS}))
+    refused("open in a Subspace", lambda: gs.hessian(subspace, losses, {"ids": IDS}))
+    phi = gs.BlockSum(gs.Parameters(subspace), 8)
+    refused("open in a Subspace", lambda: gs.sketch_gradients(subspace, losses, {"ids": IDS}, phi))
+    refused("open in another Subspace", lambda: gs.Subspace(model, subspace.selection, subspace.sketch))
+    refused("create_graph=True", lambda: torch.autograd.grad(mean_loss(subspace, IDS), subspace.w, create_graph=True))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(subspace.w, subspace.w)
+        refused("forward-mode", lambda: torch.func.functional_call(subspace, {"w": dual}, (IDS,)))
+    fully_shard(subspace)
+    refused("while it was open", lambda: subspace(IDS))
+    task, rows = gs.Classification(), [(torch.ones(2), 0)]
+    refused("a search of dimensions", lambda: gs.fine_tune(sharded(), task, rows, lambda _: 0.0, steps=1))
+
+
+def a_rank_holds_its_share() -> None:
+    """Beside a layer that is gathered, and what gloo and the sketch of a layer take."""
+    width, layers, ranks = 256, 16, dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    for layer in (*model, model):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (ranks,)))
+    subspace = opened(model, "AFJL", d=8)
+    optimiser = torch.optim.SGD([subspace.w], lr=1e-3)
+    with Allocations() as allocations:
+        for _ in range(3):
+            optimiser.zero_grad()
+            subspace(torch.ones(1, width)).sum().backward()
+            optimiser.step()
+    n, layer = subspace.selection.n, width * width
+    assert allocations.peak < 4 * (2 * n / ranks + 5 * layer) < 4 * 1.4 * n
+    subspace.close()
 
 
 def main() -> None:
@@ -97,6 +256,12 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     training_is_that_of_one_process()
+    a_step_on_one_rank_is_noticed()
+    ranks_that_go_different_ways_all_end()
+    a_failure_on_one_rank_ends_all()
+    it_is_saved_loaded_and_merged_as_in_one_process(Path(sys.argv[1]))
+    what_cannot_be_right_is_refused()
+    a_rank_holds_its_share()
     dist.destroy_process_group()
 
 

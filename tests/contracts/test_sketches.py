@@ -5,6 +5,7 @@ By default every kind meets a third of the sizes, and every size a third of the 
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_stretches_add_up_and_lift_alone(case, n, d):
     if not phi.takes_stretches:
         return
     ends = [0, n // 3, n // 3 + n // 7, n]
-    stretches = [(start, stop) for start, stop in zip(ends, ends[1:], strict=False) if stop > start]
+    stretches = [(start, stop) for start, stop in pairwise(ends) if stop > start]
     parts = [phi._apply_stretch(x[:, start:stop].contiguous(), start) for start, stop in stretches]
     torch.testing.assert_close(torch.stack(parts).sum(0), phi(x), rtol=1e-10, atol=1e-10)
     lifted = [phi._apply_adjoint_stretch(w, start, stop - start) for start, stop in stretches]

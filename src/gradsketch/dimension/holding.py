@@ -19,7 +19,7 @@ from gradsketch.dimension.checks import check_held_whole
 from gradsketch.dimension.held_map import HeldMap
 from gradsketch.dimension.lifting import Point
 from gradsketch.errors import InputError
-from gradsketch.fsdp import units_of
+from gradsketch.fsdp import is_shard, units_of
 from gradsketch.gradients.curvature.sharing import sharing_of
 from gradsketch.gradients.curvature.state import sum_of_bits
 from gradsketch.gradients.gathering import Gathering, hooks_aside
@@ -46,6 +46,11 @@ class Holding:
         self._aside = ExitStack()
         if self._sharing is not None:
             _check_followed(model, sketch, ranks)
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether FSDP2 shares the model out, be it to one rank."""
+        return self._sharing is not None
 
     @property
     def answered(self) -> Mapping[str, Tensor]:
@@ -106,11 +111,7 @@ class Holding:
         if self._sharing is None:
             check_held_whole(subspace)
         elif [id(unit) for unit in units_of(subspace)] != [id(unit) for unit in self._units]:
-            raise InputError(
-                "a model that fully_shard was called on while it was open in a Subspace",
-                "a Subspace opened over a model that is shared out already",
-                "Call close(), then fully_shard, then open a Subspace and load the state dict",
-            )
+            raise _shared_out_since()
         elif forward_ad.unpack_dual(w).tangent is not None:
             raise InputError(
                 "forward-mode differentiation of a Subspace over a model that FSDP2 shares out",
@@ -124,6 +125,8 @@ class Holding:
         Raises:
             InputError: they are.
         """
+        if self._sharing is not None and is_shard(w):  # FSDP2 looks for shards before the forward pass comes to us
+            raise _shared_out_since()
         if self.ranks.several and not self.ranks.same(sum_of_bits(w.detach())):
             raise InputError(
                 "a w that differs between ranks",
@@ -140,6 +143,14 @@ class Holding:
         return point.gatherings[tracked]
 
 
+def _shared_out_since() -> InputError:
+    return InputError(
+        "a model that fully_shard was called on while it was open in a Subspace",
+        "a Subspace opened over a model that is shared out already",
+        "Call close(), then fully_shard, then open a Subspace and load the state dict",
+    )
+
+
 def _check_followed(model: nn.Module, sketch: Sketch, ranks: Lockstep) -> None:
     if ranks.several and not sketch.takes_stretches:
         raise InputError(
@@ -147,6 +158,8 @@ def _check_followed(model: nn.Module, sketch: Sketch, ranks: Lockstep) -> None:
             "a sketch that each rank can apply to its share",
             "Type gs.AFFD(parameters.n, d) or gs.BlockSum(parameters, d)",
         )
+    if not ranks.same(int(sketch.fingerprint[:15], 16)):
+        raise InputError("another sketch on each rank", "one sketch", "Pass the same kind, d and seed to every rank")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise InputError(
             "a compiled model that FSDP2 shares out",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,28 @@ class Subspace(nn.Module):
             self._track(point)
         return self._holding.value(point, name, tracked=tracked)
 
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Let FSDP2, which looks after its shards when they are loaded or moved, find them in their place."""
+        self._pause()
+        try:
+            yield
+        finally:
+            self._resume()
+
+    def _pause(self) -> None:
+        if self._readings is not None and self._holding.is_shared_out:
+            self._readings.pause()
+
+    def _resume(self) -> None:
+        if self._readings is not None:
+            self._readings.resume()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Subspace:
+        with self._paused():
+            super()._apply(fn, recurse)
+        return self
+
     def _track(self, point: Point) -> None:
         if point.tracked is None:
             point.track(self.w, self._holding.map, self._reserve, self._holding.rest)
@@ -182,6 +205,7 @@ class Subspace(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make_ready(self) -> None:
         """Choose, before each call of the model, what compiled modules read."""
+        self._resume()  # where loading a state dict has failed
         self._holding.check(self, self.w)  # it may have been sharded since
         check_not_transformed(self.w)
         self._refresh()

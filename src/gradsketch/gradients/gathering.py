@@ -21,11 +21,27 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gradsketch.fsdp import states_of
+from gradsketch.errors import InputError
+from gradsketch.fsdp import is_sharded, states_of
 from gradsketch.space import Share, gathered, scattered
+from gradsketch.stand_ins import is_open
 from gradsketch.walks import modules_of
 
-__all__ = ["Gathering", "Last", "Memory", "hooks_aside"]
+__all__ = ["Gathering", "Last", "Memory", "hooks_aside", "require_closed"]
+
+
+def require_closed(model: nn.Module, what: str) -> None:
+    """Refuse a model that ranks share out and that is open in a Subspace, which gathers in a way of its own.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_sharded(model) and is_open(model):
+        raise InputError(
+            f"{what} of a model that FSDP2 shares out and that is open in a Subspace",
+            "a model at rest",
+            "Call merge() or close() on the Subspace first",
+        )
 
 
 @contextmanager
