@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import gradsketch as gs
 from dimension.test_subspace import Allocations
@@ -85,6 +86,37 @@ def training_is_that_of_one_process() -> None:
         assert not root or as_found(model) == before
         base = net(make).double()
         assert error(model(IDS), base(IDS)) < 1e-12
+
+
+class Reentrant(Net):
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.words(ids)
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=True)
+        return self.head(h)
+
+
+def graphs_layers_and_casts_are_at_their_point() -> None:
+    """Two graphs of two points in one backward pass, a layer alone, and weights that are written to, loaded or cast."""
+    pairs = []
+    for model, ids in ((net(Reentrant).double(), IDS.chunk(1)), (sharded(Reentrant), own())):
+        subspace = opened(model, "AFFD")
+        first = mean_loss(subspace, *ids)
+        with torch.no_grad():
+            subspace.w.add_(0.1)
+        (first + 2 * mean_loss(subspace, *ids)).backward()
+        gradient, layer = subspace.w.grad.clone(), subspace.model.blocks[0].up
+        with torch.no_grad():
+            subspace.w.mul_(3.0)
+            alone = layer(torch.ones(1, 16, dtype=torch.float64))
+            for parameter in subspace.model.parameters():
+                parameter.mul_(2.0)
+        doubled = subspace(IDS)
+        subspace.load_state_dict(subspace.state_dict())
+        subspace.to("cpu", torch.float32).to(torch.float64)
+        pairs.append((gradient, alone, doubled, subspace(IDS)))
+    for found, wanted in zip(pairs[1], pairs[0], strict=True):
+        assert error(found, wanted) < 1e-12
 
 
 def a_step_on_one_rank_is_noticed() -> None:
@@ -211,8 +243,8 @@ def what_cannot_be_right_is_refused() -> None:
     compiled = sharded()
     compiled.blocks[0].compile(backend="eager")
     refused("a compiled model", lambda: opened(compiled))
-    outside = Net()
-    outside.extra = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    other = gs.Parameters(net().double())
+    refused("does not hold", lambda: gs.Subspace(sharded(), other, gs.BlockSum(other, 8)))
     subspace = opened(net().double())
     fully_shard(subspace.model.blocks[0], mesh=init_device_mesh("cpu", (2,)))
     refused("FSDP, which shares out", lambda: subspace(IDS))
@@ -261,6 +293,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     training_is_that_of_one_process()
+    graphs_layers_and_casts_are_at_their_point()
     a_step_on_one_rank_is_noticed()
     ranks_that_go_different_ways_all_end()
     a_failure_on_one_rank_ends_all()

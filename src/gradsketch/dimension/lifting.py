@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from gradsketch.dimension.checks import check_differentiable_again, check_not_transformed
 from gradsketch.dimension.held_map import HeldMap
 from gradsketch.errors import InputError
+from gradsketch.fsdp import own_share
 from gradsketch.gradients.gathering import Gathering
 from gradsketch.linear_map import widened
 from gradsketch.transforms.precision import full_precision
@@ -66,7 +67,12 @@ class Point:
     @torch.inference_mode(False)
     @torch.no_grad()
     def at(
-        cls, w: Float[Tensor, " d"], theta0: Mapping[str, Tensor], constants: Mapping[str, Tensor], phi: HeldMap
+        cls,
+        w: Float[Tensor, " d"],
+        parameters: Mapping[str, Tensor],
+        theta0: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        phi: HeldMap,
     ) -> Point:
         """Compute theta0 + Phiᵀ w, as far as it is held, in the buffer that the lift returns."""
         if w.shape != (phi.sketch.d,):
@@ -76,7 +82,7 @@ class Point:
                 "Write to w in place, or load a state dict",
             )
         source, version, w = w, w._version, w.detach().clone()
-        found = {name: _state(parameter) for name, parameter in (*theta0.items(), *constants.items())}
+        found = {name: _state(parameter) for name, parameter in parameters.items()}
         device = next(iter(theta0.values())).device  # w stays where it is when the model alone is moved
         with full_precision(device):
             delta = phi.lift(w.to(device, widened(w.dtype)))
@@ -104,9 +110,9 @@ class Point:
         self.steps = _Steps.taken
         return torch.equal(self.w, w)
 
-    def starts_from(self, theta0: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> bool:
+    def starts_from(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether the parameters still are what they were: not moved, cast, or loaded anew."""
-        return all(self.found[n] == _state(parameter) for n, parameter in (*theta0.items(), *constants.items()))
+        return all(self.found[name] == _state(parameter) for name, parameter in parameters.items())
 
     def track(self, w: Tensor, phi: HeldMap, reserve: Reserve, over: Callable[[], None]) -> None:
         """Make the values functions of w; ``over`` hears of the end of every backward pass."""
@@ -282,13 +288,18 @@ class _Gradient:
             return self.phi.sketch(torch.cat([part.to(self.dtype) for part in parts]))
 
 
-# What shows that a parameter was moved, cast, written to, or given another tensor's memory.
-_State = tuple[torch.device, torch.dtype, int, int]
+# What shows that a parameter was moved, cast, written to, or given another tensor's memory. What is written to a tensor
+# that ranks share out is counted there, and not by what this rank holds of it.
+_State = tuple[torch.device, torch.dtype, int, int, int]
 
 
 def _state(parameter: Tensor) -> _State:
-    version = 0 if parameter.is_inference() else parameter._version
-    return parameter.device, parameter.dtype, version, parameter.data_ptr()
+    own = own_share(parameter)
+    return own.device, own.dtype, _version(parameter), _version(own), own.data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

@@ -24,7 +24,7 @@ from gradsketch.gradients.parameters import Parameters, Selection, selected
 from gradsketch.lockstep import Lockstep
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.recipe import made_from
-from gradsketch.stand_ins import Readings, Source, made_again
+from gradsketch.stand_ins import Readings, Source, check_held, made_again
 
 __all__ = ["Subspace"]
 
@@ -71,6 +71,7 @@ class Subspace(nn.Module):
     def _open(self, model: nn.Module, parameters: Selection, sketch: Sketch, ranks: Lockstep) -> None:
         parameters, shared = selected(model, parameters), is_sharded(model)
         check_held_whole(model, shared=shared)
+        check_held(model, dict(parameters))
         device = device_of(parameters, sketch, shared=shared)
         holding = Holding(model, parameters, sketch, ranks)
         # Of a shared model it is made by all ranks, and a state dict may be asked for by one.
@@ -222,7 +223,7 @@ class Subspace(nn.Module):
         w is compared by value, because not every optimiser raises its version counter.
         """
         point = self._point
-        kept = point is not None and point.is_made_from(self.w) and point.starts_from(*self._holding.present())
+        kept = point is not None and point.is_made_from(self.w) and point.starts_from(self._holding.answered)
         moved = point is None or not (kept and point.has_value_of(self.w))
         del point  # or the old buffer would live on while the new one is made
         if self._holding.ranks.any(moved):
@@ -233,7 +234,7 @@ class Subspace(nn.Module):
             self._readings.check_there(self.model)
         self._point = None  # frees the old buffer before the new one is made
         self._holding.check_same(self.w)
-        self._point = Point.at(self.w, *self._holding.present(), self._holding.map)
+        self._point = Point.at(self.w, self._holding.answered, *self._holding.present(), self._holding.map)
         return self._point
 
     # --- saving ---
