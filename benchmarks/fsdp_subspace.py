@@ -3,10 +3,10 @@
     python benchmarks/fsdp_subspace.py          # about 3 minutes on 2 cores
 
 The model, its rows, and how memory is measured are those of fsdp_curvature.py: 16.8 million parameters in float32 and
-32 rows in all. A rank opens a Subspace of d = 4096 and takes three steps of Adam on w, with each of two sketches. What is
-measured is the most that it takes meanwhile beyond its share of the weights. "losses" are those of rank 0's rows; each
-number of ranks draws weights of its own. Ranks are processes on one machine, joined by gloo; so seconds only say that it
-works. Writes benchmarks/results/fsdp_subspace.json.
+32 rows in all. A rank opens a Subspace of d = 4096 and takes three steps of Adam on w, with each of two sketches.
+Measured is the most that it takes meanwhile beyond its share of the weights. "losses" are those of rank 0's rows; each
+number of ranks draws weights of its own. Ranks are processes on one machine, joined by gloo; so seconds only say that
+it works. Writes benchmarks/results/fsdp_subspace.json.
 """
 
 from __future__ import annotations

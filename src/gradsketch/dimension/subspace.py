@@ -37,17 +37,19 @@ class Subspace(nn.Module):
     are never written to: the model reads theta0 + Phiᵀ w from one buffer of n numbers, made anew when ``w`` has
     changed. Until ``close()`` the model itself computes at theta0 + Phiᵀ w too, so ``model.generate`` and evaluation
     code work; its own ``state_dict`` still holds theta0. Its ``hessian`` is that at this point, and the ``hessian`` of
-    the Subspace is Phi H Phiᵀ. Use it as a context manager, or ``close()`` it, and the model is as it was found
-    (weights, buffers, modes, requires_grad), also after an exception.
+    the Subspace is Phi H Phiᵀ. Over a model that FSDP2 shares out, ranks go in step: each gives its own rows, w moves
+    by the mean of their losses, and each holds its share of theta. Use it as a context manager, or ``close()`` it, and
+    the model is as it was found (weights, buffers, modes, requires_grad), also after an exception.
 
     Args:
         model: any module; afterwards also reachable as ``.model``.
         parameters: those that move, a selection or globs of names, on one device; None for all that are trainable.
-        sketch: any sketch with ``n == parameters.n``; BlockSum too.
+        sketch: any sketch with ``n == parameters.n``; BlockSum too. Over a shared model AFFD, AFJL, SJLT or BlockSum.
 
     Raises:
-        InputError: sketch and parameters differ in n, parameters of another model, on several devices, sharded or of
-            whole numbers (quantised), the model is open in another Subspace, or is wrapped for several processes.
+        InputError: sketch and parameters differ in n, parameters of another model, on several devices or of whole
+            numbers (quantised); the model is open in another Subspace, is wrapped for several processes, or is shared
+            out in another way than by ``fully_shard`` with its defaults.
 
     Example:
         >>> model = torch.nn.Linear(30, 2)
