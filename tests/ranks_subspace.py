@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,10 @@ def ranks_that_go_different_ways_all_end() -> None:
     subspace.close()
 
 
+def fails_at_once(*_: Any) -> None:
+    raise ZeroDivisionError("no such word")
+
+
 def a_failure_on_one_rank_ends_all() -> None:
     class Fails(Net):
         def forward(self, ids: Tensor) -> Tensor:
@@ -187,8 +192,15 @@ def a_failure_on_one_rank_ends_all() -> None:
                 if rank() == 1 and step == 1:
                     raise OSError("the disk is gone")
                 (mean_loss(subspace, IDS) if loss is None else loss).backward()
-    with pytest.raises(Exception, match="no such word"), opened(model) as subspace:
-        subspace(IDS) if rank() == 1 else mean_loss(subspace, IDS).backward()
+    for inside in (True, False):  # while the other is in its backward pass
+        subspace = opened(model := sharded())
+        with pytest.raises(Exception, match="no such word"), subspace if inside else nullcontext():  # noqa: PT012
+            loss = mean_loss(subspace, IDS)
+            if rank() == 1:
+                model.register_forward_pre_hook(fails_at_once, prepend=True)
+                subspace(IDS)
+            loss.backward()
+        subspace.close()
     phi = gs.BlockSum(gs.Parameters(model := sharded()), 24)
     refused("matches no parameter", lambda: gs.Subspace(model, "none.*" if rank() else "*", phi))
     other = gs.BlockSum(gs.Parameters(model), 24, seed=rank())
