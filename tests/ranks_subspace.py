@@ -260,6 +260,13 @@ def what_cannot_be_right_is_refused() -> None:
     refused("a compiled model", lambda: opened(compiled))
     other = gs.Parameters(net().double())
     refused("does not hold", lambda: gs.Subspace(sharded(), other, gs.BlockSum(other, 8)))
+    around = torch.compile(opened(sharded()), backend="eager")
+    with pytest.raises(Exception, match="a compiled model"):
+        around(IDS)
+    subspace = opened(sharded())
+    subspace.model.blocks[0].compile(backend="eager")
+    with pytest.raises(Exception, match="a compiled model"):
+        subspace(IDS)
     subspace = opened(net().double())
     fully_shard(subspace.model.blocks[0], mesh=init_device_mesh("cpu", (2,)))
     refused("FSDP, which shares out", lambda: subspace(IDS))

@@ -162,7 +162,7 @@ class Lockstep:
             raise InputError(
                 f"ranks that went different ways: {', '.join(sorted(ways))}",
                 "the same layers in the same order on every rank",
-                "Look for a layer that one rank's data alone does not reach, such as an expert of a mixture",
+                "Look for a pass, or a layer such as an expert of a mixture, that one rank takes and another does not",
             )
         return [row[3] for row in rows]
 

@@ -119,6 +119,15 @@ class Holding:
                 "Call merge() or close() first, and differentiate the model: gs.hessian(model, ...)",
             )
 
+    def check_compiled(self) -> None:
+        """Refuse a compiled module, which cannot follow how parameters are gathered.
+
+        Raises:
+            InputError: ranks share out the model.
+        """
+        if self._sharing is not None:
+            raise _compiled()
+
     def check_same(self, w: Tensor) -> None:
         """Refuse ranks that are at different points.
 
@@ -161,8 +170,12 @@ def _check_followed(model: nn.Module, sketch: Sketch, ranks: Lockstep) -> None:
     if not ranks.same(int(sketch.fingerprint[:15], 16)):
         raise InputError("another sketch on each rank", "one sketch", "Pass the same kind, d and seed to every rank")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise InputError(
-            "a compiled model that FSDP2 shares out",
-            "modules as they were written, whose parameters are gathered as they are read",
-            "Open the Subspace over the model before torch.compile, and leave torch.compile out",
-        )
+        raise _compiled()
+
+
+def _compiled() -> InputError:
+    return InputError(
+        "a compiled model that FSDP2 shares out, in a Subspace",
+        "modules as they were written, whose parameters are gathered as they are read",
+        "Leave torch.compile out",
+    )

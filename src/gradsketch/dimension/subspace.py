@@ -102,6 +102,8 @@ class Subspace(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at theta0 + Phiᵀ w."""
         self._require_open()
+        if torch.compiler.is_compiling():
+            self._holding.check_compiled()
         with self._holding.passing():
             try:
                 return self.model(*args, **kwargs)
@@ -201,6 +203,7 @@ class Subspace(nn.Module):
 
     def _ready(self, name: str) -> Tensor:
         """Return the same for a compiled model, from what its last call found ready."""
+        self._holding.check_compiled()
         assert self._point is not None
         assert self._point.ready is not None
         return self._point.ready[name]
