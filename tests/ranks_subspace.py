@@ -103,6 +103,8 @@ def graphs_layers_and_casts_are_at_their_point() -> None:
     """Two graphs of two points in one backward pass, a layer alone, and weights that are written to, loaded or cast."""
     pairs = []
     for model, ids in ((net(Reentrant).double(), IDS.chunk(1)), (sharded(Reentrant), own())):
+        unshard = getattr(model, "unshard", lambda: None)
+        model(IDS)  # or FSDP2 would look at its shards when it is asked to
         subspace = opened(model, "AFFD")
         first = mean_loss(subspace, *ids)
         with torch.no_grad():
@@ -114,6 +116,7 @@ def graphs_layers_and_casts_are_at_their_point() -> None:
             alone = layer(torch.ones(1, 16, dtype=torch.float64))
             for parameter in subspace.model.parameters():
                 parameter.mul_(2.0)
+        unshard()
         doubled = subspace(IDS)
         subspace.load_state_dict(subspace.state_dict())
         subspace.to("cpu", torch.float32).to(torch.float64)

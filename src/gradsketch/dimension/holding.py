@@ -19,7 +19,7 @@ from gradsketch.dimension.checks import check_held_whole
 from gradsketch.dimension.held_map import HeldMap
 from gradsketch.dimension.lifting import Point
 from gradsketch.errors import InputError
-from gradsketch.fsdp import is_shard, units_of
+from gradsketch.fsdp import at_rest, is_shard, units_of
 from gradsketch.gradients.curvature.sharing import sharing_of
 from gradsketch.gradients.curvature.state import sum_of_bits
 from gradsketch.gradients.gathering import Gathering, hooks_aside
@@ -110,14 +110,16 @@ class Holding:
         """
         if self._sharing is None:
             check_held_whole(subspace)
-        elif [id(unit) for unit in units_of(subspace)] != [id(unit) for unit in self._units]:
+            return
+        if [id(unit) for unit in units_of(subspace)] != [id(unit) for unit in self._units]:
             raise _shared_out_since()
-        elif forward_ad.unpack_dual(w).tangent is not None:
+        if forward_ad.unpack_dual(w).tangent is not None:
             raise InputError(
                 "forward-mode differentiation of a Subspace over a model that FSDP2 shares out",
                 "loss.backward()",
                 "Call merge() or close() first, and differentiate the model: gs.hessian(model, ...)",
             )
+        at_rest(self._model)  # modules would read what unshard() has put there
 
     def check_compiled(self) -> None:
         """Refuse a compiled module, which cannot follow how parameters are gathered.
