@@ -97,27 +97,36 @@ def one_rank() -> None:
     print(json.dumps({"n": n, "held_bytes": held, "tops": tops, "jobs": found}))
 
 
-def run(ranks: int) -> dict[str, Any]:
+def told_by(script: str, ranks: int) -> list[dict[str, Any]]:
+    """Run a script with ``--rank`` on several ranks of this machine, and return the JSON that each prints last."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), **ENVIRONMENT}
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, "--rank"], env=os.environ | about | {"RANK": str(r)}, stdout=subprocess.PIPE
+            [sys.executable, script, "--rank"], env=os.environ | about | {"RANK": str(r)}, stdout=subprocess.PIPE
         )
         for r in range(ranks)
     ]
-    told = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
-    most = {
+    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+
+
+def most_of(told: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the most that any rank took for each job."""
+    return {
         name: {
             "peak_mib": max(one["jobs"][name]["peak_bytes"] for one in told) / 2**20,
             "seconds": max(one["jobs"][name]["seconds"] for one in told),
         }
         for name in told[0]["jobs"]
     }
+
+
+def run(ranks: int) -> dict[str, Any]:
+    told = told_by(__file__, ranks)
     held = max(one["held_bytes"] for one in told) / 2**20
-    return {"ranks": ranks, "n": told[0]["n"], "weights_held_mib": held, "tops": told[0]["tops"], **most}
+    return {"ranks": ranks, "n": told[0]["n"], "weights_held_mib": held, "tops": told[0]["tops"], **most_of(told)}
 
 
 def main() -> None:

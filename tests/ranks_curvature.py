@@ -42,6 +42,7 @@ def vectors(n: int, count: int = 2) -> torch.Tensor:
 
 
 def error(came: torch.Tensor, wanted: torch.Tensor) -> float:
+    came, wanted = came.detach(), wanted.detach()
     return float((came - wanted).abs().max() / wanted.abs().max())
 
 

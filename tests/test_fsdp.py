@@ -23,6 +23,10 @@ def test_curvature(tmp_path: Path) -> None:
     run("ranks_curvature", tmp_path)
 
 
+def test_subspaces(tmp_path: Path) -> None:
+    run("ranks_subspace", tmp_path)
+
+
 def run(module: str, folder: Path) -> None:
     """Run a module of the tests on two ranks."""
     environment = os.environ | {

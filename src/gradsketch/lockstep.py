@@ -95,6 +95,8 @@ class Lockstep:
         except _FailedElsewhereError as failed:
             if failed.depth < self._depth:
                 raise
+            if failed.depth > self._depth:  # the other failed further in, and leaves this block next
+                self._tell(failed.error)
             raise failed.error from None
         except Exception as error:
             self._tell(error)
@@ -153,13 +155,14 @@ class Lockstep:
             return [number]
         rows = self._exchange(step, place, number)
         if any(row[0] == _Step.FAIL for row in rows):
-            raise self._failure(rows, None)
+            failure = self._failure(rows, None)
+            raise failure if self._depth else failure.error  # outside of every block nobody would turn it into this
         if len({tuple(row[:2]) for row in rows}) > 1:
             ways = {f"rank {rank} {_WORDS[_Step(row[0])]} {row[1]}" for rank, row in enumerate(rows)}
             raise InputError(
                 f"ranks that went different ways: {', '.join(sorted(ways))}",
                 "the same layers in the same order on every rank",
-                "Look for a layer that one rank's data alone does not reach, such as an expert of a mixture",
+                "Look for a pass, or a layer such as an expert of a mixture, that one rank takes and another does not",
             )
         return [row[3] for row in rows]
 

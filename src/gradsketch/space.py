@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -149,14 +150,21 @@ class Space:
         low, high = max(start, 0), min(start + width, share.size)
         return slice(low, max(low, high))
 
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """Where in a whole vector the entries begin that this process holds of each tensor, and how many they are."""
+        if not self.is_shared:
+            return [(0, self.n)]
+        begins = accumulate((share.shape.numel() for share in self.shares), initial=0)
+        return [(begin + s.first * s.width, s.size) for begin, s in zip(begins, self.shares, strict=False)]
+
     def drawn(self, numbers: Callable[[int, int], Tensor]) -> Float[Tensor, " m"]:
         """Return a vector whose entries are a function of their place: ``numbers(start, count)``."""
         if not self.is_shared:
             return numbers(0, self.n)
-        out, start = numbers(0, 0).new_empty(self.size), 0
-        for share, part in zip(self.shares, out.split([share.size for share in self.shares]), strict=True):
-            part.copy_(numbers(start + share.first * share.width, share.size))
-            start += share.shape.numel()
+        out = numbers(0, 0).new_empty(self.size)
+        for (start, count), part in zip(self.stretches, out.split([s.size for s in self.shares]), strict=True):
+            part.copy_(numbers(start, count))
         return out
 
     def cut(self, vectors: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:

@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "check_held",
     "held",
+    "is_open",
     "made_again",
     "read_instead",
     "stand_ins",
@@ -189,6 +190,7 @@ class Readings:
         check_held(model, tensors)
         names = {id(tensor): name for name, tensor in tensors.items()}
         self._owners: list[nn.Module] = []
+        self._paused: list[tuple[nn.Module, type[nn.Module]]] = []
         for module in modules_of(model):
             own = {a: Reading(names[id(p)], p, source) for a, p in module._parameters.items() if id(p) in names}
             if own:
@@ -196,6 +198,20 @@ class Readings:
                 cls: Any = type(module)
                 module.__class__ = _answering(cls, tuple(own))
                 self._owners.append(module)
+
+    def pause(self) -> None:
+        """Let modules read their own parameters until ``resume``, for code that looks after those."""
+        self.resume()
+        for module in self._owners:
+            cls = type(module)
+            self._paused.append((module, cls))
+            module.__class__ = cls.__bases__[0]
+
+    def resume(self) -> None:
+        """Let modules read what the source answers again."""
+        while self._paused:
+            module, cls = self._paused.pop()
+            module.__class__ = cls
 
     def check_there(self, model: nn.Module) -> None:
         """Refuse a model from which a layer with a chosen parameter was taken: its own would be trained no more.
@@ -210,6 +226,7 @@ class Readings:
 
     def undo(self) -> None:
         """Give every module its own class back."""
+        self.resume()
         for module in self._owners:
             if vars(module).pop(_KEY, None) is not None:
                 module.__class__ = type(module).__bases__[0]
@@ -220,7 +237,7 @@ def read_instead(model: nn.Module) -> dict[str, Reading]:
 
     A tensor that ``stand_ins`` has put there is in the model's own place and does not count.
     """
-    if not any(_KEY in vars(module) for module in modules_of(model)):
+    if not is_open(model):
         return {}
     readings = {
         f"{path}.{attribute}" if path else attribute: reading
@@ -233,8 +250,13 @@ def read_instead(model: nn.Module) -> dict[str, Reading]:
     return readings
 
 
+def is_open(model: nn.Module) -> bool:
+    """Whether modules read something else in the place of parameters."""
+    return any(_KEY in vars(module) for module in modules_of(model))
+
+
 def _check_at_rest(model: nn.Module) -> None:
-    if any(_KEY in vars(module) for module in modules_of(model)):
+    if is_open(model):
         raise InputError(
             f"a {type(model).__name__} that is open in another Subspace",
             "a model at rest",

@@ -5,6 +5,7 @@ By default every kind meets a third of the sizes, and every size a third of the 
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,20 @@ def test_lift_is_the_adjoint(case, n, d):
     phi, x, w = case.build(n, d), vectors(2, n), vectors(2, d)
     left, right = (phi(x) * w).sum(-1), (x * phi.lift(w)).sum(-1)
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+@sized(SIZES)
+def test_stretches_add_up_and_lift_alone(case, n, d):
+    n, d = case.fit(n, d)
+    phi, x, w = case.build(n, d), vectors(2, n), vectors(2, d)
+    if not phi.takes_stretches:
+        return
+    ends = [0, n // 3, n // 3 + n // 7, n]
+    stretches = [(start, stop) for start, stop in pairwise(ends) if stop > start]
+    parts = [phi._apply_stretch(x[:, start:stop].contiguous(), start) for start, stop in stretches]
+    torch.testing.assert_close(torch.stack(parts).sum(0), phi(x), rtol=1e-10, atol=1e-10)
+    lifted = [phi._apply_adjoint_stretch(w, start, stop - start) for start, stop in stretches]
+    torch.testing.assert_close(torch.cat(lifted, dim=1), phi.lift(w), rtol=1e-10, atol=1e-10)
 
 
 @sized(SIZES[:4])

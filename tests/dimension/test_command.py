@@ -57,6 +57,11 @@ def test_finds_a_dimension_and_leaves_result_figure_and_run_file(folder, tmp_pat
     assert again["seconds"] == printed["seconds"]
 
 
+def test_a_model_in_shares_is_refused_at_once(folder, capsys) -> None:
+    assert main(arguments(folder, "--fsdp")) == 1
+    assert "a model in one piece" in capsys.readouterr().err
+
+
 def test_a_target_met_before_training_is_told(folder, capsys) -> None:
     assert main(arguments(folder, "--target", "0.01")) == 0
     assert "d = 0: the target 0.01 was met before any training (metric 0." in capsys.readouterr().out

@@ -90,6 +90,8 @@ def run(options: Options) -> int:
 
 
 def _search(options: Options) -> IntrinsicDimension:
+    if options.model.fsdp:
+        raise InputError("--fsdp", "a model in one piece", "Leave --fsdp out; in Python, gs.Subspace trains one d")
     options.model.find_early()
     from gradsketch.dimension.curve import check_dims, fine_tune
     from gradsketch.dimension.metrics import evaluated, is_lower_better

@@ -14,15 +14,16 @@ from gradsketch.fsdp import is_shard
 from gradsketch.gradients.parameters import Parameters
 from gradsketch.sketches.base import Sketch
 
-__all__ = ["check_held_whole", "check_not_transformed", "device_of"]
+__all__ = ["check_differentiable_again", "check_held_whole", "check_not_transformed", "device_of"]
 
 # By name, so that nothing of torch.distributed is imported for models that do without it.
 _TRAIN_APART = "DistributedDataParallel"
-_SHARD = ("FSDPModule", "FullyShardedDataParallel")
+_SHARD = "FullyShardedDataParallel"
+_SHARD_2 = "FSDPModule"
 
 
-def device_of(parameters: Parameters, sketch: Sketch) -> torch.device:
-    """Return the device of parameters that this sketch can move.
+def device_of(parameters: Parameters, sketch: Sketch, *, shared: bool = False) -> torch.device:
+    """Return the device of parameters that this sketch can move; ``shared`` allows the shards of FSDP2.
 
     Raises:
         InputError: another n, parameters of whole numbers, of several devices, or sharded.
@@ -40,7 +41,7 @@ def device_of(parameters: Parameters, sketch: Sketch) -> torch.device:
                 "parameters of floating-point numbers",
                 f"Leave it out: Parameters(model, exclude={name!r}), or glob all of its kind",
             )
-        if is_shard(tensor):
+        if is_shard(tensor) and not shared:
             raise _sharded(f"the parameter {name!r}, which is sharded over processes")
     devices = sorted({str(t.device) for _, t in parameters})
     if len(devices) > 1:
@@ -50,8 +51,10 @@ def device_of(parameters: Parameters, sketch: Sketch) -> torch.device:
     return torch.device(devices[0])
 
 
-def check_held_whole(model: nn.Module) -> None:
+def check_held_whole(model: nn.Module, *, shared: bool = False) -> None:
     """Refuse a model inside which processes train apart, or share out the parameters that a Subspace reads.
+
+    ``shared`` allows that FSDP2 does.
 
     Raises:
         InputError: it is one.
@@ -66,8 +69,22 @@ def check_held_whole(model: nn.Module) -> None:
                 f"a Subspace inside {_TRAIN_APART}",
                 f"Wrap the other way round: {_TRAIN_APART}(Subspace(model, ...))",
             )
-        if not kinds.isdisjoint(_SHARD):
+        if _SHARD in kinds or (_SHARD_2 in kinds and not shared):
             raise _sharded("FSDP, which shares out the parameters that a Subspace reads")
+
+
+def check_differentiable_again(*, shared: bool) -> None:
+    """Refuse a gradient that is itself to be differentiated, where ranks share out the model.
+
+    Raises:
+        InputError: they do.
+    """
+    if shared:
+        raise InputError(
+            "create_graph=True for a Subspace over a model that FSDP2 shares out",
+            "gradients that are not differentiated again",
+            "Leave create_graph out; for curvature call merge() or close(), then gs.hessian(model, ...)",
+        )
 
 
 def check_not_transformed(w: Tensor) -> None:
@@ -91,6 +108,6 @@ def _names(module: nn.Module) -> Iterator[str]:
 def _sharded(came: str) -> InputError:
     return InputError(
         came,
-        "a model that every process holds whole",
-        f"Use {_TRAIN_APART}(Subspace(model, ...)), or call merge() before you shard the model",
+        "a model that every process holds whole, or that fully_shard shares out",
+        f"Use {_TRAIN_APART}(Subspace(model, ...)), or call fully_shard(model) before you open the Subspace",
     )

@@ -20,6 +20,7 @@ from gradsketch.dimension.step_length import measured_lr
 from gradsketch.dimension.subspace import Subspace
 from gradsketch.dimension.training import Training
 from gradsketch.errors import InputError
+from gradsketch.fsdp import require_whole
 from gradsketch.gradients.data import Batches
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
 from gradsketch.gradients.parameters import Parameters, Selection, selected
@@ -65,6 +66,9 @@ class Experiment:
             InputError: data that is empty or can be read only once, lr or batch_size not positive, evaluate not
                 callable.
         """
+        require_whole(
+            model, "a search of dimensions", "Load the model in one piece, or train a gs.Subspace of your own d"
+        )
         check_counts(batch_size=batch_size)
         check_positive(**({} if lr is None else {"lr": lr}))
         if not callable(evaluate):

@@ -12,7 +12,8 @@ read it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gradsketch.dimension.checks import check_not_transformed
+from gradsketch.dimension.checks import check_differentiable_again, check_not_transformed
+from gradsketch.dimension.held_map import HeldMap
 from gradsketch.errors import InputError
-from gradsketch.gradients.parameters import Parameters
+from gradsketch.fsdp import own_share
+from gradsketch.gradients.gathering import Gathering
 from gradsketch.linear_map import widened
-from gradsketch.sketches.base import Sketch
 from gradsketch.transforms.precision import full_precision
 
 __all__ = ["Point", "Reserve", "is_differentiated"]
@@ -52,34 +54,47 @@ class Point:
     found: dict[str, _State]
     """What the parameters were when this was made."""
     plain: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    """What else modules gather, where ranks share out the model."""
     tracked: dict[str, Tensor] | None = None
     ready: dict[str, Tensor] | None = None
     """Either of the two, chosen beforehand for modules that are compiled."""
     gradient: _Gradient | None = None
+    gatherings: dict[bool, Gathering] = field(default_factory=dict)
+    """How modules read the plain and the tracked values that ranks share out."""
 
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def at(cls, w: Float[Tensor, " d"], parameters: Parameters, sketch: Sketch) -> Point:
-        """Compute theta0 + Phiᵀ w in the buffer that the lift returns."""
-        if w.shape != (sketch.d,):
+    def at(
+        cls,
+        w: Float[Tensor, " d"],
+        parameters: Mapping[str, Tensor],
+        theta0: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        phi: HeldMap,
+    ) -> Point:
+        """Compute theta0 + Phiᵀ w, as far as it is held, in the buffer that the lift returns."""
+        if w.shape != (phi.sketch.d,):
             raise InputError(
-                f"w of shape {list(w.shape)} for {sketch!r}",
-                f"[{sketch.d}]",
+                f"w of shape {list(w.shape)} for {phi.sketch!r}",
+                f"[{phi.sketch.d}]",
                 "Write to w in place, or load a state dict",
             )
         source, version, w = w, w._version, w.detach().clone()
-        found = {name: _state(parameter) for name, parameter in parameters}
-        device = next(iter(parameters))[1].device  # w stays where it is when the model alone is moved
+        found = {name: _state(parameter) for name, parameter in parameters.items()}
+        device = next(iter(theta0.values())).device  # w stays where it is when the model alone is moved
         with full_precision(device):
-            delta = sketch._apply_adjoint(w.to(device, widened(w.dtype))[None])[0]
+            delta = phi.lift(w.to(device, widened(w.dtype)))
         if _share_memory(delta, w):
             delta = delta.clone()
         plain = {}
-        for (name, parameter), part in zip(parameters, parameters.unflatten(delta).values(), strict=True):
+        parts = delta.split([parameter.numel() for parameter in theta0.values()])
+        for (name, parameter), flat in zip(theta0.items(), parts, strict=True):
+            part = flat.view(parameter.shape)
             in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
             plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
-        return cls(source, version, _Steps.taken, w, found, plain)
+        return cls(source, version, _Steps.taken, w, found, plain, dict(constants))
 
     def is_made_from(self, w: Tensor) -> bool:
         """Whether this is the point of that very tensor, unless it was written to past its version counter.
@@ -95,13 +110,13 @@ class Point:
         self.steps = _Steps.taken
         return torch.equal(self.w, w)
 
-    def starts_from(self, parameters: Parameters) -> bool:
+    def starts_from(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether the parameters still are what they were: not moved, cast, or loaded anew."""
-        return all(self.found[name] == _state(parameter) for name, parameter in parameters)
+        return all(self.found[name] == _state(parameter) for name, parameter in parameters.items())
 
-    def track(self, w: Tensor, sketch: Sketch, reserve: Reserve) -> None:
-        """Make the values functions of w."""
-        self.gradient = _Gradient(self.plain, sketch, reserve)
+    def track(self, w: Tensor, phi: HeldMap, reserve: Reserve, over: Callable[[], None]) -> None:
+        """Make the values functions of w; ``over`` hears of the end of every backward pass."""
+        self.gradient = _Gradient(self.plain, phi, reserve, over)
         with torch.inference_mode(False):
             values = _Lift.apply(w, list(self.plain.values()), self.gradient)
         self.tracked = dict(zip(self.plain, values, strict=True))
@@ -109,8 +124,13 @@ class Point:
     def reading(self, name: str) -> Tensor:
         """Return a value as a function of w, for one use."""
         assert self.tracked is not None
-        value: Tensor = _Tap.apply(self.tracked[name], name, self.gradient)
-        return value
+        assert self.gradient is not None
+        return self.gradient.tap(name, self.tracked[name])
+
+    def rest(self) -> None:
+        """Let go of what modules read last."""
+        for gathering in self.gatherings.values():
+            gathering.present.drop()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Vanish: a copied Subspace makes its own point, for tensors with a history cannot be copied."""
@@ -171,7 +191,7 @@ class _Lift(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, ...]:
         device = ctx.gradient.device
         with full_precision(device):
-            delta = ctx.gradient.sketch._apply_adjoint(tangent.to(device, widened(tangent.dtype))[None])[0]
+            delta = ctx.gradient.phi.lift(tangent.to(device, widened(tangent.dtype)))
         parts = delta.split([shape.numel() for shape, _ in ctx.kinds])
         return tuple(part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.kinds, strict=True))
 
@@ -193,6 +213,7 @@ class _Tap(torch.autograd.Function):
         if grad is not None:
             check_not_transformed(grad)
         if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
+            check_differentiable_again(shared=ctx.gradient.phi.is_shared)
             return grad, None, None
         if grad is not None:
             ctx.gradient.add(ctx.name, grad)
@@ -210,8 +231,8 @@ class _Gradient:
     would keep n numbers alive until the next garbage collection.
     """
 
-    def __init__(self, values: dict[str, Tensor], sketch: Sketch, reserve: Reserve) -> None:
-        self.sketch, self.reserve = sketch, reserve
+    def __init__(self, values: dict[str, Tensor], phi: HeldMap, reserve: Reserve, over: Callable[[], None]) -> None:
+        self.phi, self.reserve, self.over = phi, reserve, over
         self.device = next(iter(values.values())).device
         self.dtype = max((value.dtype for value in values.values()), key=lambda dtype: torch.finfo(dtype).bits)
         ends = list(accumulate(value.numel() for value in values.values()))
@@ -219,10 +240,15 @@ class _Gradient:
         # By backward pass: re-entrant checkpointing runs one inside another, and one that failed leaves its own behind.
         self.passes: dict[int, tuple[Tensor, set[str]]] = {}
 
+    def tap(self, name: str, value: Tensor) -> Tensor:
+        """Return a value for one use; as it is, if it does not move."""
+        tapped: Tensor = _Tap.apply(value, name, self) if name in self.places else value
+        return tapped
+
     def add(self, name: str, grad: Tensor) -> None:
         running = torch._C._current_graph_task_id()
         if running not in self.passes:
-            self.passes[running] = self.reserve.take(self.sketch.n, self.dtype, self.device), set()
+            self.passes[running] = self.reserve.take(self.phi.size, self.dtype, self.device), set()
         vector, seen = self.passes[running]
         place = vector[self.places[name]].view(grad.shape)
         grad = grad.to_dense() if grad.is_sparse else grad
@@ -233,6 +259,7 @@ class _Gradient:
             seen.add(name)
 
     def sketched(self, grads: tuple[Tensor | None, ...]) -> Tensor:
+        self.over()
         whole = {name: grad for name, grad in zip(self.places, grads, strict=True) if grad is not None}
         if whole and torch.is_grad_enabled():
             return self._differentiably(grads)
@@ -240,13 +267,13 @@ class _Gradient:
             self.add(name, grad)
         running = torch._C._current_graph_task_id()
         if running not in self.passes:
-            return torch.zeros(self.sketch.d, device=self.device, dtype=torch.float32)
+            return torch.zeros(self.phi.sketch.d, device=self.device, dtype=torch.float32)
         vector, seen = self.passes.pop(running)
         for name in self.places.keys() - seen:  # parameters that this loss does not use
             vector[self.places[name]].zero_()
         with full_precision(vector.device):
             # Unchecked, for infinities must reach the gradient scaler of mixed precision, which skips the step.
-            sketched = self.sketch._apply(vector.to(widened(vector.dtype))[None])[0]
+            sketched = self.phi.sketch_sum(vector.to(widened(vector.dtype)))
         if not _share_memory(sketched, vector):
             self.reserve.give(vector)
         return sketched
@@ -258,16 +285,21 @@ class _Gradient:
             for place, grad in zip(self.places.values(), grads, strict=True)
         ]
         with full_precision(known.device):
-            return self.sketch(torch.cat([part.to(self.dtype) for part in parts]))
+            return self.phi.sketch(torch.cat([part.to(self.dtype) for part in parts]))
 
 
-# What shows that a parameter was moved, cast, written to, or given another tensor's memory.
-_State = tuple[torch.device, torch.dtype, int, int]
+# What shows that a parameter was moved, cast, written to, or given another tensor's memory. What is written to a tensor
+# that ranks share out is counted there, and not by what this rank holds of it.
+_State = tuple[torch.device, torch.dtype, int, int, int]
 
 
 def _state(parameter: Tensor) -> _State:
-    version = 0 if parameter.is_inference() else parameter._version
-    return parameter.device, parameter.dtype, version, parameter.data_ptr()
+    own = own_share(parameter)
+    return own.device, own.dtype, _version(parameter), _version(own), own.data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

@@ -71,6 +71,7 @@ def _prefix_of_bare(model: nn.Module) -> str:
 def _before_loading(subspace: Subspace, state: dict[str, Any], prefix: str, *_: Any) -> None:
     subspace._prefix = f"{prefix}model."
     _check_fingerprint(subspace, state, prefix)
+    subspace._pause()
     base, inner = subspace._prefix, _prefix_of_bare(subspace.model)
     for key in [key for key in state if key.startswith(base) and inner]:
         state[base + inner + key.removeprefix(base)] = state.pop(key)
@@ -89,4 +90,5 @@ def _check_fingerprint(subspace: Subspace, state: dict[str, Any], prefix: str) -
 
 
 def _expect_no_base(subspace: Subspace, keys: Any) -> None:
+    subspace._resume()
     keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(subspace._prefix)]

@@ -99,6 +99,18 @@ class AFFD(Sketch):
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         return self._form.lift(w, self.n)
 
+    @property
+    def takes_stretches(self) -> bool:
+        return isinstance(self._form, FoldedBlocks)
+
+    def _apply_stretch(self, x: Float[Tensor, "b m"], start: int) -> Float[Tensor, "b d"]:
+        assert isinstance(self._form, FoldedBlocks)
+        return self._form.sketch_stretch(x, self.d, start)
+
+    def _apply_adjoint_stretch(self, w: Float[Tensor, "b d"], start: int, count: int) -> Float[Tensor, "b m"]:
+        assert isinstance(self._form, FoldedBlocks)
+        return self._form.lift_stretch(w, start, count)
+
     def _build(self) -> Form:
         whole = power_of_two_at_least(self.n)
         first = Signs(self.stream.child("B"), self.n)

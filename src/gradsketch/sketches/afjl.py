@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -86,9 +85,19 @@ class AFJL(Sketch):
         return self._scaled(self._form.sketch(x, self.d, overwrite=True))
 
     def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        scaled = torch.empty_like(w, dtype=widened(w.dtype))
-        self._second.multiply(w, 0, scaled)
-        return self._form.lift(scaled, self.n)
+        return self._form.lift(self._scaled(w.to(widened(w.dtype), copy=True)), self.n)
+
+    @property
+    def takes_stretches(self) -> bool:
+        return isinstance(self._form, FoldedBlocks)
+
+    def _apply_stretch(self, x: Float[Tensor, "b m"], start: int) -> Float[Tensor, "b d"]:
+        assert isinstance(self._form, FoldedBlocks)
+        return self._scaled(self._form.sketch_stretch(x, self.d, start))
+
+    def _apply_adjoint_stretch(self, w: Float[Tensor, "b d"], start: int, count: int) -> Float[Tensor, "b m"]:
+        assert isinstance(self._form, FoldedBlocks)
+        return self._form.lift_stretch(self._scaled(w.to(widened(w.dtype), copy=True)), start, count)
 
     def _scaled(self, sketch: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         self._second.multiply(sketch, 0, sketch)

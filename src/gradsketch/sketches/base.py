@@ -118,6 +118,19 @@ class Sketch(LinearMap):
         """Map a batch that may be overwritten."""
         return self._apply(x)
 
+    @property
+    def takes_stretches(self) -> bool:
+        """Whether a stretch of a vector is sketched, and lifted, in memory of its own length."""
+        return False
+
+    def _apply_stretch(self, x: Float[Tensor, "b m"], start: int) -> Float[Tensor, "b d"]:
+        """Map vectors that are x from entry ``start`` on, and zero elsewhere."""
+        raise NotImplementedError
+
+    def _apply_adjoint_stretch(self, w: Float[Tensor, "b d"], start: int, count: int) -> Float[Tensor, "b m"]:
+        """Return ``count`` entries, from ``start`` on, of what the adjoint maps to."""
+        raise NotImplementedError
+
     def truncate(self, d: int) -> Sketch:
         """Return the d-dimensional sketch that can be read off a stored sketch of this size, where the kind nests.
 

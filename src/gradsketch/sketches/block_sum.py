@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -158,6 +158,35 @@ class BlockSum(Sketch):
                     for vector in w.split(1)
                 ]
             )
+
+    @property
+    def takes_stretches(self) -> bool:
+        return True
+
+    def _apply_stretch(self, x: Float[Tensor, "b m"], start: int) -> Float[Tensor, "b d"]:
+        out = x.new_zeros(len(x), self.d, dtype=widened(x.dtype))
+        with full_precision(x.device), equal_threads(x.device):
+            for name, part, place in self._parts(start, x.shape[1]):
+                tensor = x.new_zeros(len(x), math.prod(self.shapes[name]))
+                tensor[:, place] = x[:, part]
+                self.add_gradient(out, name, tensor)
+        return out
+
+    def _apply_adjoint_stretch(self, w: Float[Tensor, "b d"], start: int, count: int) -> Float[Tensor, "b m"]:
+        out = w.new_empty(len(w), count, dtype=widened(w.dtype))
+        with full_precision(w.device), equal_threads(w.device):
+            for name, part, place in self._parts(start, count):
+                out[:, part] = self.blocks[name].adjoint(w.to(out.dtype)).flatten(1)[:, place]
+        return out
+
+    def _parts(self, start: int, count: int) -> Iterator[tuple[str, slice, slice]]:
+        """Yield which tensors a stretch of the vector meets: the part of the stretch, and its place in the tensor."""
+        begin = 0
+        for name, shape in self.shapes.items():
+            low, high = max(begin, start), min(begin + math.prod(shape), start + count)
+            if low < high:
+                yield name, slice(low - start, high - start), slice(low - begin, high - begin)
+            begin += math.prod(shape)
 
     def _together(self, names: tuple[str, ...]) -> tuple[FusedVectors, tuple[str, ...]]:
         """Return what sketches vectors of these names in one call, and the names of those for which it does."""

@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from gradsketch.kernels import SignedBlocks
 from gradsketch.kernels.plan import BLOCK
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
 from gradsketch.transforms.base import Transform
-from gradsketch.transforms.diagonal import Diagonal, Signs
+from gradsketch.transforms.diagonal import SIGNS_AT_ONCE, Diagonal, Signs
 from gradsketch.transforms.fourier import Fourier
 from gradsketch.transforms.haar import Haar, PermutedHadamard
 from gradsketch.transforms.hadamard import Hadamard, hadamard_factors
@@ -68,42 +69,58 @@ class FoldedBlocks(Form):
             return _transform_and_cut(self._kernel.fold(x, width), d)
         return _transform_and_cut(self._folded(x, width), d)
 
+    def sketch_stretch(self, x: Float[Tensor, "b m"], d: int, start: int) -> Float[Tensor, "b d"]:
+        """Map vectors that are x from entry ``start`` on, and zero elsewhere."""
+        width = power_of_two_at_least(d)
+        lead = self._lead(start, width, x.device)
+        return _transform_and_cut(self._folded(functional.pad(x, (lead, 0)), width, start - lead), d)
+
+    def lift_stretch(self, w: Float[Tensor, "b d"], start: int, count: int) -> Float[Tensor, "b m"]:
+        """Return ``count`` entries, from ``start`` on, of what the adjoint maps to."""
+        u = _continue_and_transform(w)
+        lead = self._lead(start, u.shape[-1], w.device)
+        return self._repeated(u, lead + count, start - lead)[:, lead:]
+
     def lift(self, w: Float[Tensor, "b d"], n: int) -> Float[Tensor, "b n"]:
         u = _continue_and_transform(w)
         if self._kernel is not None and self._kernel.can_repeat(u, n):
             return self._kernel.repeat(u, n)
         return self._repeated(u, n)
 
-    def _folded(self, x: Float[Tensor, "b n"], width: int) -> Float[Tensor, "b width"]:
+    def _folded(self, x: Float[Tensor, "b n"], width: int, start: int = 0) -> Float[Tensor, "b width"]:
         folded = x.new_zeros(len(x), width, dtype=widened(x.dtype))
-        multiple = self._multiple(folded)
+        multiple = self._multiple(width, x.device)
         scratch = Scratch(x.shape, multiple, folded.dtype, x.device)
         for piece in pieces(x.shape, multiple, x.device):
             mixed, spare = scratch.views(piece)
             length = piece.stop - piece.start
-            self._first.multiply(piece.of(x), piece.start, mixed[:, :length])
+            self._first.multiply(piece.of(x), start + piece.start, mixed[:, :length])
             mixed[:, length:] = 0
             mixed = self._transform(mixed, spare)
             if self._second is not None:
-                self._second.multiply(mixed, piece.start, mixed)
-            _add_blocks(mixed, piece.start, folded[piece.rows])
+                self._second.multiply(mixed, start + piece.start, mixed)
+            _add_blocks(mixed, start + piece.start, folded[piece.rows])
         return folded
 
-    def _repeated(self, u: Float[Tensor, "b width"], n: int) -> Float[Tensor, "b n"]:
-        multiple = self._multiple(u)
+    def _repeated(self, u: Float[Tensor, "b width"], n: int, start: int = 0) -> Float[Tensor, "b n"]:
+        multiple = self._multiple(u.shape[-1], u.device)
         out = u.new_empty(len(u), n)
         scratch = Scratch(out.shape, multiple, u.dtype, u.device)
         for piece in pieces(out.shape, multiple, u.device):
             mixed, spare = scratch.views(piece)
-            _repeat_block(u[piece.rows], piece.start, mixed)
+            _repeat_block(u[piece.rows], start + piece.start, mixed)
             if self._second is not None:
-                self._second.multiply(mixed, piece.start, mixed)
+                self._second.multiply(mixed, start + piece.start, mixed)
             mixed = self._transform(mixed, spare)
-            self._first.multiply(mixed[:, : piece.stop - piece.start], piece.start, piece.of(out))
+            self._first.multiply(mixed[:, : piece.stop - piece.start], start + piece.start, piece.of(out))
         return out
 
-    def _multiple(self, folded: Tensor) -> int:
-        return max(self._length, min(folded.shape[-1], piece_length(folded.device)))
+    def _multiple(self, width: int, device: torch.device) -> int:
+        return max(self._length, min(width, piece_length(device)))
+
+    def _lead(self, start: int, width: int, device: torch.device) -> int:
+        """Return how far before a stretch its first block begins, where diagonals of signs can begin too."""
+        return start % max(self._multiple(width, device), SIGNS_AT_ONCE)
 
     def _transform(self, x: Tensor, spare: Tensor) -> Tensor:
         if self._length == 1:

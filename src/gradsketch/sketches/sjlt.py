@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
+from torch.nn import functional
 
 from gradsketch.errors import InputError
 from gradsketch.linear_map import widened
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.recipe import register
-from gradsketch.transforms.diagonal import Signs
+from gradsketch.transforms.diagonal import SIGNS_AT_ONCE, Signs
 from gradsketch.transforms.pieces import Piece, pieces
 
 __all__ = ["SJLT"]
@@ -59,29 +60,45 @@ class SJLT(Sketch):
         return super().truncate(d)
 
     def _apply(self, x: Float[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        return self._apply_stretch(x, 0)
+
+    def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        return self._apply_adjoint_stretch(w, 0, self.n)
+
+    @property
+    def takes_stretches(self) -> bool:
+        return True
+
+    def _apply_stretch(self, x: Float[Tensor, "b m"], start: int) -> Float[Tensor, "b d"]:
         out = x.new_zeros(len(x), self.d, dtype=widened(x.dtype))
+        lead = start % SIGNS_AT_ONCE
+        x = functional.pad(x, (lead, 0)) if lead else x
         for piece in pieces(x.shape, 1, x.device):
             signed = out.new_empty(piece.count, piece.padded)
-            for signs, places in self._rows(piece, x.device):
-                signs.multiply(piece.of(x), piece.start, signed)
+            for signs, places in self._rows(piece, start - lead, x.device):
+                signs.multiply(piece.of(x), start - lead + piece.start, signed)
                 for vector, sketch in zip(signed, out[piece.rows], strict=True):
                     sketch.index_add_(0, places, vector)
         return out.mul_(self.nonzeros**-0.5)
 
-    def _apply_adjoint(self, w: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
-        out = w.new_zeros(len(w), self.n, dtype=widened(w.dtype))
+    def _apply_adjoint_stretch(self, w: Float[Tensor, "b d"], start: int, count: int) -> Float[Tensor, "b m"]:
+        lead = start % SIGNS_AT_ONCE
+        out = w.new_zeros(len(w), lead + count, dtype=widened(w.dtype))
         scaled = w.to(out.dtype) * self.nonzeros**-0.5
         for piece in pieces(out.shape, 1, w.device):
-            for signs, places in self._rows(piece, w.device):
+            for signs, places in self._rows(piece, start - lead, w.device):
                 signed = scaled[piece.rows].index_select(1, places)
-                signs.multiply(signed, piece.start, signed)
+                signs.multiply(signed, start - lead + piece.start, signed)
                 piece.of(out).add_(signed)
-        return out
+        return out[:, lead:]
 
-    def _rows(self, piece: Piece, device: torch.device) -> Iterator[tuple[Signs, Int32[Tensor, " m"]]]:
-        """Yield, row by row of the construction, its signs and the places the entries of a piece are hashed to."""
+    def _rows(self, piece: Piece, start: int, device: torch.device) -> Iterator[tuple[Signs, Int32[Tensor, " m"]]]:
+        """Yield, row by row of the construction, its signs and the places the entries of a piece are hashed to.
+
+        ``start`` is where the vector stands that was cut into pieces.
+        """
         for row, (signs, stream) in enumerate(zip(self._signs, self._hashes, strict=True)):
-            words = stream.words(piece.start, piece.stop - piece.start, device)
+            words = stream.words(start + piece.start, piece.stop - piece.start, device)
             # A remainder, not a multiple of the word, so that folding the sketch folds the hash.
             hashes = words.bitwise_and_(0x7FFFFFFF).remainder_(self.d // self.nonzeros)
             yield signs, hashes.mul_(self.nonzeros).add_(row)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from gradsketch.random import Stream
 
-__all__ = ["Diagonal", "Normals", "Signs"]
+__all__ = ["SIGNS_AT_ONCE", "Diagonal", "Normals", "Signs"]
+
+# The bits of a word; a stretch of signs begins at a multiple of it.
+SIGNS_AT_ONCE = 32
 
 _SIGN_BIT = {torch.float32: (torch.int32, -(1 << 31)), torch.float64: (torch.int64, -(1 << 63))}
 
@@ -24,11 +27,14 @@ class Diagonal(ABC):
 
 
 class Signs(Diagonal):
-    """±1 on the diagonal, held as packed bits (n/8 bytes a device) once used: redrawing costs more than reading."""
+    """±1 on the diagonal, held as packed bits once used (n/8 bytes a device): redrawing costs more than reading.
+
+    Stretches are drawn one by one, so that of ranks that share out a vector each holds its own alone.
+    """
 
     def __init__(self, stream: Stream, n: int) -> None:
-        self.stream, self._words_needed = stream, -(-n // 32)
-        self._words: dict[torch.device, Int32[Tensor, " w"]] = {}
+        self.stream, self._words_needed = stream, -(-n // SIGNS_AT_ONCE)
+        self._words: dict[tuple[torch.device, int, int], Int32[Tensor, " w"]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_words": {}}  # copies and pickles redraw
@@ -36,16 +42,17 @@ class Signs(Diagonal):
     def multiply(self, x: Float[Tensor, "b m"], start: int, out: Float[Tensor, "b m"]) -> None:
         """Flip the sign bit of the entries whose random bit is set; ``start`` is a multiple of 32."""
         integer, sign_bit = _SIGN_BIT[out.dtype]
-        words = self._packed(x.device)[start // 32 : -(-(start + x.shape[-1]) // 32)].to(integer)
+        words = self._packed(x.device, start // SIGNS_AT_ONCE, -(-(start + x.shape[-1]) // SIGNS_AT_ONCE)).to(integer)
         top = 31 if integer is torch.int32 else 63
-        shifts = top - torch.arange(32, dtype=integer, device=x.device)
+        shifts = top - torch.arange(SIGNS_AT_ONCE, dtype=integer, device=x.device)
         flips = (words[:, None] << shifts).bitwise_and_(sign_bit).view(-1)[: x.shape[-1]]
         torch.bitwise_xor(x.to(out.dtype).view(integer), flips, out=out.view(integer))
 
-    def _packed(self, device: torch.device) -> Int32[Tensor, " w"]:
-        if device not in self._words:
-            self._words[device] = self.stream.words(0, self._words_needed, device)
-        return self._words[device]
+    def _packed(self, device: torch.device, first: int, end: int) -> Int32[Tensor, " w"]:
+        key = device, first, min(end, self._words_needed)
+        if key not in self._words:
+            self._words[key] = self.stream.words(first, key[2] - first, device)
+        return self._words[key]
 
 
 class Normals(Diagonal):

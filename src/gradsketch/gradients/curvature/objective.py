@@ -21,6 +21,7 @@ from gradsketch.gradients.curvature.sharing import in_step_over, sharing_of
 from gradsketch.gradients.curvature.state import state_of
 from gradsketch.gradients.data import Batches, each_tensor, to_device
 from gradsketch.gradients.fingerprints import data_facts, model_facts, modes_digest, task_facts
+from gradsketch.gradients.gathering import require_closed
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.tasks import Batch, Task, TaskLike, as_task
 from gradsketch.space import Space
@@ -59,6 +60,7 @@ class Objective:
     ) -> None:
         self.model, self.ranks = model, in_step_over(model)
         with self.ranks.together():
+            require_closed(model, "curvature")
             self.task, self.parameters = as_task(task), selected(model, parameters)
             check_held(model, dict(self.parameters))
             self._sharing = sharing_of(model, self.parameters, self.ranks)

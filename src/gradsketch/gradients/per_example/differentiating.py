@@ -12,6 +12,7 @@ from torch._C._functorch import peek_interpreter_stack
 from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompiled
 from gradsketch.errors import InputError
 from gradsketch.fsdp import resting
+from gradsketch.gradients.gathering import require_closed
 from gradsketch.gradients.per_example.refusals import coupled, reentrant
 from gradsketch.stand_ins import ALONE, read_instead
 from gradsketch.walks import modules_of
@@ -28,6 +29,7 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
             or a model that checkpoints activations in a way that ``torch.autograd.grad`` cannot go through.
     """
     with ALONE, resting(model):
+        require_closed(model, "per-example gradients")
         _refuse_transforms()
         _refuse_coupled(model)
         _refuse_stand_ins(model, tensors)
