@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
+from gradsketch.lockstep import Lockstep
+from gradsketch.tensor_parallel import is_split, team_of
 from gradsketch.walks import modules_of, parameters_of
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "is_shard",
     "is_sharded",
     "own_share",
+    "require_unsplit",
     "require_whole",
     "resting",
     "states_of",
@@ -37,7 +40,7 @@ __all__ = [
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether ranks share out a tensor."""
-    return hasattr(tensor, "device_mesh")
+    return is_split(tensor)
 
 
 def units_of(model: nn.Module) -> list[Any]:
@@ -104,35 +107,74 @@ def require_whole(model: nn.Module, what: str, fix: str = "Load the model in one
     """
     if is_sharded(model):
         raise InputError(f"{what} of a model that FSDP2 shares out among ranks", "a model in one piece", fix)
+    require_unsplit(model, what, fix)
+
+
+def require_unsplit(model: nn.Module, what: str, fix: str = "Load the model in one piece") -> None:
+    """Refuse a model whose layers tensor parallelism splits.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not is_sharded(model) and any(is_shard(parameter) for parameter in parameters_of(model)):
+        raise InputError(f"{what} of a model that tensor parallelism splits", "a model in one piece", fix)
 
 
 class Ranks:
-    """The ranks that share out a model; of a model in one piece, this process alone."""
+    """The ranks that hold parts of a model; of a model in one piece, this process alone.
+
+    Those among whom FSDP2 shares it out have rows of their own. Those over which tensor parallelism splits its layers
+    are a ``team``, and all see the same rows.
+
+    Raises:
+        InputError: both at once, or tensor parallelism over more than one dim of one mesh.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         parameters: list[Any] = [p for p in parameters_of(model) if is_shard(p)]
         meshes = [parameter.device_mesh for parameter in parameters]
         self._meshes = list(dict.fromkeys(meshes)) if is_sharded(model) else []
+        _refuse_both(model)
+        self.team = Lockstep() if self._meshes else team_of(model)
 
     @property
     def several(self) -> bool:
         """Whether there are others that have to keep in step."""
-        return bool(self._meshes)
+        return bool(self._meshes) or self.team.several
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks, and writes, for the others."""
+        return self.place[0] == 0 and self.team.rank == 0
 
     @property
     def place(self) -> tuple[int, int]:
-        """Return (i, n): this is rank i of n."""
+        """Return (i, n): of n ranks with rows of their own this is the i-th."""
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if self._meshes else (0, 1)
 
     def most(self, *numbers: int) -> tuple[int, ...]:
         """Return the largest of each number over all ranks, which all must call."""
         if not self._meshes:
-            return numbers
+            return self.team.most(*numbers)
         largest = torch.tensor(numbers, dtype=torch.int64, device=self._meshes[0].device_type)
         for mesh in self._meshes:
             for dim in range(mesh.ndim):
                 torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
         return tuple(largest.tolist())
+
+
+def _refuse_both(model: nn.Module) -> None:
+    """Refuse layers that were split before FSDP2 shared them out, or that it has left out."""
+    groups = [group for state in states_of(model) for group in getattr(state, "_fsdp_param_groups", ())]
+    shared = [parameter for group in groups for parameter in group.fsdp_params]
+    taken = {id(parameter.sharded_param) for parameter in shared}
+    left = [p for p in parameters_of(model) if is_shard(p) and id(p) not in taken] if groups else []
+    if left or any(parameter.is_dtensor for parameter in shared):
+        raise InputError(
+            "a model that FSDP2 shares out and tensor parallelism splits",
+            "one of them",
+            "Load the model with fully_shard alone, or with parallelize_module alone",
+        )
 
 
 class Gathered:
@@ -149,7 +191,7 @@ class Gathered:
         self._modules = units_of(model)
         by_id = {id(tensor): name for name, tensor in tensors.items()}
         # What no call of fully_shard has taken stands in the graph itself.
-        self.every = {id(tensor): tensor for tensor in tensors.values() if not is_shard(tensor)}
+        self.every = {id(tensor): tensor for tensor in tensors.values() if not (self._modules and is_shard(tensor))}
         self.names = {key: by_id[key] for key in self.every}
         self._places = {
             (id(module), attribute): by_id.get(id(parameter))

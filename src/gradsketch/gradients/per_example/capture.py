@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.fsdp import Gathered, Ranks
+from gradsketch.fsdp import Gathered, Ranks, is_shard, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
 from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
@@ -36,11 +36,14 @@ from gradsketch.gradients.per_example.refusals import (
     reentrant,
     refuse_coupling,
     refuse_none,
+    refuse_other_batches,
     refuse_other_gradients,
+    refuse_other_losses,
     refuse_replaced,
     refuse_sharded,
     refuse_strangers,
     refuse_too_large,
+    refuse_unlike,
     refuse_unsupported,
     refuse_without_graph,
     running_alone,
@@ -48,6 +51,7 @@ from gradsketch.gradients.per_example.refusals import (
 from gradsketch.gradients.per_example.remembered import flags_of, recall
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.tensor_parallel import conversions_heard, meeting
 from gradsketch.transforms.precision import full_precision
 from gradsketch.walks import buffers_of, modules_of, parameters_of
 
@@ -132,9 +136,13 @@ class Capture:
         refuse_replaced(self.model, self.tensors)
         self.heed_hooks()
         self._begin()
-        self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
-        with refuse_too_large(self.ranks, batch):
-            return self._contributions(batch, begin)
+        with self.ranks.team.together():
+            self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
+            refuse_other_batches(self.ranks.team, batch)
+            with refuse_too_large(self.ranks, batch):
+                losses = self._contributions(batch, begin)
+            refuse_other_losses(self.ranks.team, losses, self._dtype)
+        return losses
 
     def keep_up(self, batch: Batch) -> None:
         """Run a batch, for nothing, as often as other ranks of a sharded model run theirs, until none has one left."""
@@ -180,12 +188,12 @@ class Capture:
         Every pass finds the same buffers, or the frequencies that a long batch left behind would make its rows agree
         when they run alone.
         """
-        with buffers_aside(self.model), self._gathered.noting():
+        with buffers_aside(self.model), self._gathered.noting(), meeting(self.model, self.ranks.team):
             return self._losses_of(differentiable(batch))
 
     def _losses_of(self, batch: Batch) -> Tensor:
         count, before = batch_length(batch), self._random_states()
-        losses = self.task.losses(self.model, batch)
+        losses = whole(self.task.losses(self.model, batch))
         self._chance = not all(map(torch.equal, before, self._random_states()))
         if self._chance:
             self._warn_once(
@@ -220,10 +228,12 @@ class Capture:
         own = {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
         constants = ChainMap(own, self._gathered.every) if self.ranks.several else own
         provenance = Provenance(batch_length(copy), copy, constants)
-        tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT)
+        team = self.ranks.team
+        tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT, team)
         try:
-            losses = self._forward(tap, batch, copy)
-            return self._attempt(tap, batch, losses, everybody, audits)
+            with conversions_heard(provenance.same) if team.several else nullcontext():
+                losses = self._forward(tap, batch, copy)
+                return self._attempt(tap, batch, losses, everybody, audits)
         finally:
             tap.close()
 
@@ -267,7 +277,8 @@ class Capture:
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
         """Run the loss on a copy of the batch with its functions intercepted."""
         try:
-            with buffers_aside(self.model), self._gathered.noting(tap.provenance.same), tap:
+            gathered = self._gathered.noting(tap.provenance.same)
+            with buffers_aside(self.model), gathered, meeting(self.model, self.ranks.team), tap:
                 losses = self._losses_of(copy)
         except (DifferentiatedError, InputError):
             if not tap.differentiated:
@@ -452,7 +463,7 @@ class Capture:
         exact path, what depends on its company is refused, and what is rounding of other kernels has more room.
         """
         known, allowed = self._known, tolerance(dtype)
-        conclusive = all(audit.conclusive(seen) for seen in (own, other) if seen is not None)
+        conclusive = self.ranks.team.all(all(audit.conclusive(seen) for seen in (own, other) if seen is not None))
         errors = audit.errors((own or other) or {}, allowed) if conclusive else {}
         if self._chance:  # each example that ran alone drew random numbers of its own
             errors = {name: error for name, error in errors.items() if name not in slow}
@@ -462,6 +473,7 @@ class Capture:
             raise _TryAgainError
         if not conclusive:
             return
+        refuse_unlike(failed(audit.errors(self._of_first((own or other) or {}), allowed), allowed))
         if any(name not in slow for name in wrong):
             self._go_slow({name: f"the audit found an error of {error:.1e}" for name, error in wrong.items()})
         refuse_other_gradients(wrong, self.model)
@@ -556,10 +568,23 @@ class Capture:
     ) -> dict[str, Tensor]:
         """Return what an audit sees of autograd's gradients of weighted losses; ``keep`` the graph if it is wanted."""
         weighted = ((losses, weights.to(losses)) for losses, weights in parts)
-        if self.ranks.several:  # nobody holds a whole gradient
+        if self.ranks.several and not self.ranks.team.several:  # nobody holds a whole gradient
             return projections(weighted, self._gathered, audit.seen, keep=keep)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
-        return {n: audit.seen(n, g) for n, g in accumulated(weighted, tensors, keep=keep).items()}
+        return {n: audit.seen(n, whole(g)) for n, g in accumulated(weighted, tensors, keep=keep).items()}
+
+    def _of_first(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the first rank has seen of the gradients of parameters that every rank holds whole.
+
+        They are its captured ones on every rank, unless the layer's rows or columns are split by other means than
+        DTensors: each rank then has a part of the gradient, and nobody says how many make a whole.
+        """
+        held = [name for name in seen if not is_shard(self.tensors[name])] if self.ranks.team.several else []
+        if not held:
+            return {}
+        parts = self.ranks.team.first(torch.cat([seen[name].flatten().double() for name in held]))
+        sizes = [seen[name].numel() for name in held]
+        return {n: part.to(seen[n]).view_as(seen[n]) for n, part in zip(held, parts.split(sizes), strict=True)}
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer, losses: Tensor) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
