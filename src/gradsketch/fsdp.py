@@ -165,16 +165,21 @@ class Ranks:
 
 def _refuse_both(model: nn.Module) -> None:
     """Refuse layers that were split before FSDP2 shared them out, or that it has left out."""
-    groups = [group for state in states_of(model) for group in getattr(state, "_fsdp_param_groups", ())]
-    shared = [parameter for group in groups for parameter in group.fsdp_params]
+    shared = [parameter for state in states_of(model) for group in _groups(state) for parameter in group.fsdp_params]
     taken = {id(parameter.sharded_param) for parameter in shared}
-    left = [p for p in parameters_of(model) if is_shard(p) and id(p) not in taken] if groups else []
+    left = [p for p in parameters_of(model) if is_shard(p) and id(p) not in taken] if shared else []
     if left or any(parameter.is_dtensor for parameter in shared):
         raise InputError(
             "a model that FSDP2 shares out and tensor parallelism splits",
             "one of them",
             "Load the model with fully_shard alone, or with parallelize_module alone",
         )
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # until torch 2.12
 
 
 class Gathered:

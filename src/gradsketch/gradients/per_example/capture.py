@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.fsdp import Gathered, Ranks, is_shard, whole
+from gradsketch.fsdp import Gathered, Ranks, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
 from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Direct
@@ -140,9 +140,7 @@ class Capture:
             self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
             refuse_other_batches(self.ranks.team, batch)
             with refuse_too_large(self.ranks, batch):
-                losses = self._contributions(batch, begin)
-            refuse_other_losses(self.ranks.team, losses, self._dtype)
-        return losses
+                return self._contributions(batch, begin)
 
     def keep_up(self, batch: Batch) -> None:
         """Run a batch, for nothing, as often as other ranks of a sharded model run theirs, until none has one left."""
@@ -207,6 +205,7 @@ class Capture:
                 f"one loss per example, shape [{count}]",
                 "Use reduction='none' and sum over everything but the first dim",
             )
+        refuse_other_losses(self.ranks.team, losses.detach(), self._dtype)
         return losses
 
     def _random_states(self) -> list[Tensor]:
@@ -231,7 +230,7 @@ class Capture:
         team = self.ranks.team
         tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT, team)
         try:
-            with conversions_heard(provenance.same) if team.several else nullcontext():
+            with conversions_heard(tap.converted) if team.several else nullcontext():
                 losses = self._forward(tap, batch, copy)
                 return self._attempt(tap, batch, losses, everybody, audits)
         finally:
@@ -574,17 +573,13 @@ class Capture:
         return {n: audit.seen(n, whole(g)) for n, g in accumulated(weighted, tensors, keep=keep).items()}
 
     def _of_first(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the first rank has seen of the gradients of parameters that every rank holds whole.
+        """Return what the first rank of a team has seen of gradients.
 
-        They are its captured ones on every rank, unless the layer's rows or columns are split by other means than
-        DTensors: each rank then has a part of the gradient, and nobody says how many make a whole.
+        What every rank has captured is the same, unless a parameter that each holds whole is used for a part of a
+        split layer: each rank then has a part of the gradient, and nobody says how many make a whole.
         """
-        held = [name for name in seen if not is_shard(self.tensors[name])] if self.ranks.team.several else []
-        if not held:
-            return {}
-        parts = self.ranks.team.first(torch.cat([seen[name].flatten().double() for name in held]))
-        sizes = [seen[name].numel() for name in held]
-        return {n: part.to(seen[n]).view_as(seen[n]) for n, part in zip(held, parts.split(sizes), strict=True)}
+        team = self.ranks.team
+        return {n: team.first(part.flatten()).view_as(part) for n, part in seen.items()} if team.several else {}
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer, losses: Tensor) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""

@@ -233,6 +233,15 @@ class Interception(TorchFunctionMode):
         watched: Tensor = _Watch.apply(result, self.slot, self, call, *(t.detach() for t in keep))
         return watched
 
+    def converted(self, before: Tensor, after: Tensor) -> None:
+        """Follow a tensor that became another with the same entries, of which ranks hold other parts."""
+        self.provenance.same(before, after)
+        if not self.chosen(before) or before.shape != after.shape or not after.requires_grad:
+            return
+        passing = self._chained(before, _as_is(after, [before], (), {}))
+        if passing is not None:
+            self._derived[id(after)] = _Derived(after, after._version, after.grad_fn, self._origin(before), passing)
+
     # Backward.
 
     def close(self) -> None:
@@ -535,7 +544,7 @@ def _reshaped(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Pas
 
 def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
     """Rows of an embedding that all examples share, as those of positions."""
-    index: Tensor = args[0] if args else kwargs["input"]
+    index = whole(args[0] if args else kwargs["input"])
     padding, renormalised, by_frequency = (
         args[place] if len(args) > place else kwargs.get(name)
         for place, name in ((2, "padding_idx"), (3, "max_norm"), (5, "scale_grad_by_freq"))

@@ -197,7 +197,9 @@ def refuse_other_batches(team: Lockstep, batch: Batch) -> None:
 
 def refuse_other_losses(team: Lockstep, losses: Tensor, dtype: torch.dtype) -> None:
     """Refuse losses that are others on another of the ranks over which layers are split."""
-    first = team.first(losses.detach().double()).to(losses)
+    if not team.several:
+        return
+    first = team.first(losses.double()).to(losses)
     far = (losses - first).abs() > torch.finfo(dtype).eps ** 0.5 * (1 + first.abs())
     far = far | (torch.isfinite(losses) != torch.isfinite(first))
     if bool(far.any()):
@@ -210,13 +212,13 @@ def refuse_other_losses(team: Lockstep, losses: Tensor, dtype: torch.dtype) -> N
 
 
 def refuse_unlike(failed: Mapping[str, float]) -> None:
-    """Refuse parameters that every rank of a team holds whole, but of whose gradient each has a part."""
+    """Refuse gradients that are others on another rank of a team, as where each has a part and none knows the whole."""
     if failed:
         raise InputError(
-            f"gradients of {', '.join(sorted(failed)[:3])} that differ by {max(failed.values()):.1e} between ranks, "
-            "each of which holds the parameter whole and uses it for a part of a split layer",
-            "parameters that all ranks use alike, or that are DTensors",
-            "Name their module in the plan of parallelize_module, or leave them out with exclude=",
+            f"gradients of {', '.join(sorted(failed)[:3])} that differ by {max(failed.values()):.1e} between the ranks "
+            "over which a model is split",
+            "the same random numbers on every rank, and parameters that all use alike or that are DTensors",
+            "Call model.eval(), name their module in the plan of parallelize_module, or leave them out with exclude=",
         )
 
 
