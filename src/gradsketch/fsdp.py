@@ -29,6 +29,7 @@ __all__ = [
     "is_shard",
     "is_sharded",
     "own_share",
+    "require_unshared",
     "require_unsplit",
     "require_whole",
     "resting",
@@ -99,18 +100,30 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [value for value in torch.utils._pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
 
 
-def require_whole(model: nn.Module, what: str, fix: str = "Load the model in one piece") -> None:
-    """Refuse a model that ranks share out, for work that does not go in step.
+_LOAD = "Load the model in one piece"
+
+
+def require_whole(model: nn.Module, what: str, fix: str = _LOAD) -> None:
+    """Refuse a model of which ranks hold parts, for work that does not go in step.
+
+    Raises:
+        InputError: it is one.
+    """
+    require_unshared(model, what, fix)
+    require_unsplit(model, what, fix)
+
+
+def require_unshared(model: nn.Module, what: str, fix: str = _LOAD) -> None:
+    """Refuse a model that FSDP2 shares out.
 
     Raises:
         InputError: it is one.
     """
     if is_sharded(model):
         raise InputError(f"{what} of a model that FSDP2 shares out among ranks", "a model in one piece", fix)
-    require_unsplit(model, what, fix)
 
 
-def require_unsplit(model: nn.Module, what: str, fix: str = "Load the model in one piece") -> None:
+def require_unsplit(model: nn.Module, what: str, fix: str = _LOAD) -> None:
     """Refuse a model whose layers tensor parallelism splits.
 
     Raises:

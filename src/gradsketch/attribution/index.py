@@ -51,7 +51,7 @@ from gradsketch.attribution.select import (
 )
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
-from gradsketch.fsdp import require_whole
+from gradsketch.fsdp import require_unsplit, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
@@ -425,6 +425,7 @@ class Index:
     ) -> Reranker:
         if model is None:
             raise InputError("exact scores without a model", "the model of the index", "Pass the model")
+        require_unsplit(model, "exact scores", "Leave out rerank=, or load the model in one piece")
         data = None if data is None else as_examples(data)
         return Reranker(
             model,

@@ -37,6 +37,7 @@ from gradsketch.gradients.per_example.refusals import (
     refuse_coupling,
     refuse_none,
     refuse_other_batches,
+    refuse_other_draws,
     refuse_other_gradients,
     refuse_other_losses,
     refuse_replaced,
@@ -194,6 +195,7 @@ class Capture:
         losses = whole(self.task.losses(self.model, batch))
         self._chance = not all(map(torch.equal, before, self._random_states()))
         if self._chance:
+            refuse_other_draws(self.ranks.team, before)
             self._warn_once(
                 "the loss draws random numbers, as dropout does in training mode: each gradient is that of one draw "
                 "and changes with the batch and from run to run; call model.eval() for gradients of the model as it is "
@@ -302,7 +304,8 @@ class Capture:
         try:
             yield
         except (DifferentiatedError, RuntimeError) as error:
-            if is_out_of_memory(error):
+            # Of a team another rank may have failed, in whose words it is raised.
+            if is_out_of_memory(error) or (self.ranks.team.several and isinstance(error, RuntimeError)):
                 raise
             differentiated = "the loss differentiates a backward pass of its own"
             text = f"{type(error).__name__} in the captured backward pass: {str(error).splitlines()[0]}"
@@ -472,7 +475,8 @@ class Capture:
             raise _TryAgainError
         if not conclusive:
             return
-        refuse_unlike(failed(audit.errors(self._of_first((own or other) or {}), allowed), allowed))
+        first = audit.errors(self._of_first((own or other) or {}), allowed)
+        refuse_unlike({name: error for name, error in failed(first, allowed).items() if name not in wrong})
         if any(name not in slow for name in wrong):
             self._go_slow({name: f"the audit found an error of {error:.1e}" for name, error in wrong.items()})
         refuse_other_gradients(wrong, self.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "refuse_coupling",
     "refuse_none",
     "refuse_other_batches",
+    "refuse_other_draws",
     "refuse_other_gradients",
     "refuse_other_losses",
     "refuse_replaced",
@@ -39,7 +40,7 @@ __all__ = [
 # What was wanted where ranks that hold parts of a model's layers do not agree, and what to do.
 _SAME_ROWS = (
     "the same rows and the same random numbers on every rank over which a model is split",
-    "Hand every rank of the team the same batch, and call model.eval()",
+    "Hand every rank the same batch, and call model.eval() or torch.manual_seed(0) first",
 )
 # What was wanted where examples depend on each other, and what to do.
 INDEPENDENT = (
@@ -195,6 +196,12 @@ def refuse_other_batches(team: Lockstep, batch: Batch) -> None:
         raise InputError("batches of other shapes on each rank of one team", *_SAME_ROWS)
 
 
+def refuse_other_draws(team: Lockstep, states: Sequence[Tensor]) -> None:
+    """Refuse ranks over which layers are split, but that draw other random numbers in what each computes whole."""
+    if team.several and not team.same(int(digest(list(states))[:15], 16)):
+        raise InputError("random numbers that differ between the ranks over which a model is split", *_SAME_ROWS)
+
+
 def refuse_other_losses(team: Lockstep, losses: Tensor, dtype: torch.dtype) -> None:
     """Refuse losses that are others on another of the ranks over which layers are split."""
     if not team.several:
@@ -217,8 +224,8 @@ def refuse_unlike(failed: Mapping[str, float]) -> None:
         raise InputError(
             f"gradients of {', '.join(sorted(failed)[:3])} that differ by {max(failed.values()):.1e} between the ranks "
             "over which a model is split",
-            "the same random numbers on every rank, and parameters that all use alike or that are DTensors",
-            "Call model.eval(), name their module in the plan of parallelize_module, or leave them out with exclude=",
+            "parameters that every rank uses alike, or that are DTensors",
+            "Name their module in the plan of parallelize_module, or leave them out with exclude=",
         )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.fsdp import Ranks, at_rest, require_whole
+from gradsketch.fsdp import Ranks, at_rest, require_unshared
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, bare, selected
@@ -100,7 +100,7 @@ class GradientSketcher:
         self.model = bare(model)
         self.task, self.sketch = as_task(task), sketch if precondition is None else precondition.before(sketch)
         if not isinstance(self.sketch, ByParameter):
-            require_whole(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
+            require_unshared(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
         self.method, self.on_non_finite = method, on_non_finite
         self._parameters, self._tensors = parameters, _tensors_of(self.model, self.sketch, parameters)
         self._capture = Capture(self.model, self.task, self._tensors, method)
