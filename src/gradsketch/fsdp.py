@@ -137,7 +137,7 @@ class Ranks:
     """The ranks that hold parts of a model; of a model in one piece, this process alone.
 
     Those among whom FSDP2 shares it out have rows of their own. Those over which tensor parallelism splits its layers
-    are a ``team``, and all see the same rows.
+    are a ``team``, all of whom see the same rows, and the model is ``split``.
 
     Raises:
         InputError: both at once, or tensor parallelism over more than one dim of one mesh.
@@ -148,12 +148,13 @@ class Ranks:
         meshes = [parameter.device_mesh for parameter in parameters]
         self._meshes = list(dict.fromkeys(meshes)) if is_sharded(model) else []
         _refuse_both(model)
-        self.team = Lockstep() if self._meshes else team_of(model)
+        self.split = bool(meshes) and not self._meshes
+        self.team = team_of(model) if self.split else Lockstep()
 
     @property
     def several(self) -> bool:
         """Whether there are others that have to keep in step."""
-        return bool(self._meshes) or self.team.several
+        return bool(self._meshes) or self.split
 
     @property
     def speaks(self) -> bool:

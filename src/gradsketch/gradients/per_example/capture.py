@@ -232,7 +232,7 @@ class Capture:
         team = self.ranks.team
         tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT, team)
         try:
-            with conversions_heard(tap.converted) if team.several else nullcontext():
+            with conversions_heard(tap.converted) if self.ranks.split else nullcontext():
                 losses = self._forward(tap, batch, copy)
                 return self._attempt(tap, batch, losses, everybody, audits)
         finally:
@@ -305,7 +305,7 @@ class Capture:
             yield
         except (DifferentiatedError, RuntimeError) as error:
             # Of a team another rank may have failed, in whose words it is raised.
-            if is_out_of_memory(error) or (self.ranks.team.several and isinstance(error, RuntimeError)):
+            if is_out_of_memory(error) or (self.ranks.split and isinstance(error, RuntimeError)):
                 raise
             differentiated = "the loss differentiates a backward pass of its own"
             text = f"{type(error).__name__} in the captured backward pass: {str(error).splitlines()[0]}"
@@ -571,7 +571,7 @@ class Capture:
     ) -> dict[str, Tensor]:
         """Return what an audit sees of autograd's gradients of weighted losses; ``keep`` the graph if it is wanted."""
         weighted = ((losses, weights.to(losses)) for losses, weights in parts)
-        if self.ranks.several and not self.ranks.team.several:  # nobody holds a whole gradient
+        if self.ranks.several and not self.ranks.split:  # nobody holds a whole gradient
             return projections(weighted, self._gathered, audit.seen, keep=keep)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
         return {n: audit.seen(n, whole(g)) for n, g in accumulated(weighted, tensors, keep=keep).items()}
