@@ -404,17 +404,26 @@ def _hits(answers: Any) -> list[tuple[int, float]]:
 
 
 def of_transformers(folder: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
     from transformers.distributed import DistributedConfig
 
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     small |= {"vocab_size": 40, "num_key_value_heads": 2}
-    for tied in (False, True):
-        config = LlamaConfig(**small, tie_word_embeddings=tied)
+    for kind, config in (
+        (LlamaForCausalLM, LlamaConfig(**small, tie_word_embeddings=True)),
+        (Qwen3ForCausalLM, Qwen3Config(**small, head_dim=8)),  # norms of queries and keys, of which each rank has some
+    ):
         if dist.get_rank() == 0:
-            made(LlamaForCausalLM, config).save_pretrained(folder / f"tied-{tied}")
+            made(kind, config).save_pretrained(folder / kind.__name__)
         dist.barrier()
-        load = partial(LlamaForCausalLM.from_pretrained, folder / f"tied-{tied}", dtype=torch.float64)
+        load = partial(kind.from_pretrained, folder / kind.__name__, dtype=torch.float64)
         check(load().eval(), load(distributed_config=DistributedConfig(tp_plan="auto")).eval())
     config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0)
     plan = {"transformer.wte": by_rows(), "transformer.wpe": by_rows(), "lm_head": gathering()}

@@ -23,7 +23,7 @@ from gradsketch.errors import InputError
 from gradsketch.lockstep import Lockstep
 from gradsketch.walks import modules_of, parameters_of
 
-__all__ = ["conversions_heard", "is_split", "meeting", "team_of"]
+__all__ = ["are_added_up", "conversions_heard", "is_split", "meeting", "team_of"]
 
 # What makes a DTensor of a plain tensor, a plain tensor of a DTensor, or another DTensor with the same entries.
 _CONVERSIONS = ("from_local", "to_local", "redistribute", "full_tensor")
@@ -32,6 +32,16 @@ _CONVERSIONS = ("from_local", "to_local", "redistribute", "full_tensor")
 def is_split(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which each rank holds a part."""
     return hasattr(tensor, "device_mesh")
+
+
+def are_added_up(parameter: Tensor) -> bool:
+    """Whether each rank has a part of the gradient of a parameter that all hold whole, as of norms of split heads.
+
+    Transformers' own backward pass adds these parts up, by a hook that a forward pass registers.
+    """
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    names = [(getattr(hook, "__module__", ""), getattr(hook, "__name__", "")) for hook in hooks.values()]
+    return names == [("transformers.distributed.tensor_parallel", "_all_reduce_grad")]
 
 
 def team_of(model: nn.Module) -> Lockstep:

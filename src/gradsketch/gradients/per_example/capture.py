@@ -20,7 +20,7 @@ from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.fsdp import Gathered, Ranks, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
 from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
-from gradsketch.gradients.per_example.contributions import Consumer, Direct
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
 from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap, projections
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
@@ -52,7 +52,8 @@ from gradsketch.gradients.per_example.refusals import (
 from gradsketch.gradients.per_example.remembered import flags_of, recall
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
-from gradsketch.tensor_parallel import conversions_heard, meeting
+from gradsketch.sketches.block_sum import as_matrix
+from gradsketch.tensor_parallel import are_added_up, conversions_heard, meeting
 from gradsketch.transforms.precision import full_precision
 from gradsketch.walks import buffers_of, modules_of, parameters_of
 
@@ -221,7 +222,8 @@ class Capture:
         audits: list[Audit] = []
         copy = differentiable(batch)
 
-        def everybody(name: str, contribution: Any, which: slice) -> None:
+        def everybody(name: str, contribution: Contribution, which: slice) -> None:
+            contribution = self._added_up(name, contribution)
             consume(name, contribution, which)
             for audit in audits:
                 audit.add(name, contribution, which)
@@ -237,6 +239,14 @@ class Capture:
                 return self._attempt(tap, batch, losses, everybody, audits)
         finally:
             tap.close()
+
+    def _added_up(self, name: str, contribution: Contribution) -> Contribution:
+        """Return the whole of a contribution of which each rank of a team has a part."""
+        tensor = self.tensors[name]
+        if not (self.ranks.split and are_added_up(tensor)):
+            return contribution
+        part = contribution.dense(*as_matrix(tensor.shape))
+        return Direct(self.ranks.team.sums(part.flatten()).view(-1, *tensor.shape))
 
     def _attempt(
         self, tap: Interception, batch: Batch, losses: Tensor, consume: Consumer, audits: list[Audit]

@@ -15,6 +15,7 @@ from gradsketch.gradients.fingerprints import digest
 from gradsketch.gradients.tasks import Batch, Task
 from gradsketch.lockstep import Lockstep
 from gradsketch.stand_ins import read_instead
+from gradsketch.tensor_parallel import are_added_up
 from gradsketch.walks import parameters_of
 
 __all__ = [
@@ -238,7 +239,7 @@ def refuse_unsupported(tensors: Mapping[str, Tensor], *, sharded: bool = False) 
 
 
 def _unsupported(tensor: Tensor, sharded: bool) -> tuple[tuple[bool, str, str, str], ...]:
-    hooked = bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+    hooked = bool(getattr(tensor, "_post_accumulate_grad_hooks", None)) and not (sharded and are_added_up(tensor))
     return (
         (tensor.is_meta, "on the meta device", "parameters in memory", "Load the weights, or switch off offloading"),
         (
