@@ -98,7 +98,8 @@ class Capture:
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         self.ranks = Ranks(model)
         refuse_unsupported(self.tensors, sharded=self.ranks.several)
-        refuse_sharded(self.ranks.several and method not in ("auto", "outer"), f"method={method!r}")
+        known = ("auto", "outer", "loop") if self.ranks.split else ("auto", "outer")
+        refuse_sharded(self.ranks.several and method not in known, f"method={method!r}")
         self._gathered = Gathered(model, self.tensors)
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._drawn = self._chance = False  # whether this batch is to be audited; whether its losses are random
@@ -382,7 +383,7 @@ class Capture:
             return
         slow = {name: f"{reason} in {self._owner(name)}" for name, reason in slow.items()}
         listed = _listed(slow)
-        refuse_sharded(self.ranks.several, listed)
+        refuse_sharded(self.ranks.several and not self.ranks.split, listed)
         if self.method != "auto":
             raise InputError(
                 f"{listed}, used in a way that method={self.method!r} does not know",
@@ -418,7 +419,7 @@ class Capture:
         """Take the exact path for everything from now on."""
         if self.method == "outer":
             raise InputError(reason, "a loss that method='outer' can follow", "Type method='auto'")
-        refuse_sharded(self.ranks.several, reason)
+        refuse_sharded(self.ranks.several and not self.ranks.split, reason)
         self._known.exact = reason
         self._warn_of_exact()
         raise _TryAgainError
@@ -601,11 +602,12 @@ class Capture:
             return
         form = gradients_by_vmap if self.method == "vmap" else gradients_by_loop
         try:
-            for position, alone, gradients in form(self.model, self.task, batch, tensors):
-                self._compare(position, alone, losses, self._dtype)
-                with full_precision(losses.device):
-                    for name, gradient in gradients.items():
-                        consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
+            with meeting(self.model, self.ranks.team):
+                for position, alone, gradients in form(self.model, self.task, batch, tensors):
+                    self._compare(position, alone, losses, self._dtype)
+                    with full_precision(losses.device):
+                        for name, gradient in gradients.items():
+                            consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
         except RuntimeError as error:
             if self.method != "vmap":
                 raise
