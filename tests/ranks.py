@@ -182,7 +182,10 @@ def what_does_not_go_in_step_is_refused() -> None:
     assert torch.equal(gs.sketch_gradients(one, losses, batch, gs.BlockSum(gs.Parameters(one), 64)), wanted)
     phi = gs.BlockSum(gs.Parameters(model), 64)
     for method in ("loop", "vmap", "implicit"):
-        refused("of which ranks hold parts", lambda method=method: gs.sketch_gradients(model, losses, batch, phi, method=method))
+        refused(
+            "of which ranks hold parts",
+            lambda method=method: gs.sketch_gradients(model, losses, batch, phi, method=method),
+        )
     dense = gs.AFFD(gs.Parameters(model).n, 64)
     refused(
         "whole gradients", lambda: gs.sketch_gradients(model, losses, batch, dense, parameters=gs.Parameters(model))

@@ -3,7 +3,8 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -89,7 +91,10 @@ class Net(nn.Module):
 
 
 class Own(nn.Module):
-    """Multiplies with its DTensors itself: whole, in parts, or in parts that torch does not know of."""
+    """Multiplies with its DTensors itself: whole, in parts, or in parts that torch does not know of.
+
+    Or in parts whose sum has a backward pass that adds up once too often.
+    """
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -103,6 +108,8 @@ class Own(nn.Module):
             return h @ weight.full_tensor().T
         if self.how == "parts":
             return (DTensor.from_local(h, weight.device_mesh, [Replicate()]) @ weight.t()).full_tensor()
+        if self.how == "doubled":
+            return all_reduce(h.chunk(dist.get_world_size(), dim=2)[dist.get_rank()] @ weight.to_local().T)
         return DTensor.from_local(h @ weight.to_local().T, weight.device_mesh, [Shard(2)]).full_tensor()
 
 
@@ -228,6 +235,10 @@ def sketches() -> None:
         model = made(Own, how)
         parallelize_module(model, mesh(), {"head": ColwiseParallel()})
         check_own(made(Own, how), model)
+    whole, model = made(Own, "unknown"), parallelize_module(made(Own, "unknown"), mesh(), {"head": ColwiseParallel()})
+    with formed_alone():
+        check_own(whole, model, "head.weight")
+    check_own(made(Net), split(), method="loop")
     tied = split()
     tied.head.weight = tied.words.weight
     whole = made(Net)
@@ -249,10 +260,17 @@ def dropped() -> None:
     torch.testing.assert_close(*drawn, rtol=1e-12, atol=1e-12)
 
 
-def check_own(whole: nn.Module, model: nn.Module) -> None:
+@contextmanager
+def formed_alone() -> Iterator[None]:
+    """Some gradients are formed one example after another."""
+    with pytest.warns(GradsketchWarning, match="one example after another"):
+        yield
+
+
+def check_own(whole: nn.Module, model: nn.Module, include: str = "*weight", method: str = "auto") -> None:
     """The head's bias is not used."""
-    wanted = gs.sketch_gradients(whole, losses, BATCH, sketch(whole, "*weight"))
-    found = gs.sketch_gradients(model, losses, BATCH, sketch(model, "*weight"))
+    wanted = gs.sketch_gradients(whole, losses, BATCH, sketch(whole, include))
+    found = gs.sketch_gradients(model, losses, BATCH, sketch(model, include), method=method)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -273,7 +291,7 @@ def others_that_take_contributions() -> None:
 def refusals() -> None:
     model = split()
     phi = sketch(model)
-    for method in ("loop", "vmap", "implicit"):
+    for method in ("vmap", "implicit"):
         refused("ranks hold parts", lambda method=method: gs.sketch_gradients(model, losses, BATCH, phi, method=method))
     refused("curvature of a model that tensor", lambda: gs.hessian(model, losses, BATCH))
     refused("curvature of a model that tensor", lambda: gs.loss_gradient(model, losses, BATCH))
@@ -302,9 +320,12 @@ def parts_of_gradients_are_refused() -> None:
     plain = split({n: s for n, s in sequences().items() if "norm" not in n}, positions=False)
     refused("that differ by", lambda: gs.sketch_gradients(plain, losses, BATCH, sketch(plain)))
     model = parallelize_module(made(Own, "unknown"), mesh(), {"head": ColwiseParallel()})
-    for name, words in (("head.weight", "head.weight (a use"), ("words.weight", "words.weight that differ")):
-        chosen = sketch(model, name)
-        refused(words, lambda chosen=chosen: gs.sketch_gradients(model, losses, BATCH, chosen))
+    refused(
+        "words.weight that differ", lambda: gs.sketch_gradients(model, losses, BATCH, sketch(model, "words.weight"))
+    )
+    model = parallelize_module(made(Own, "doubled"), mesh(), {"head": RowwiseParallel()})
+    with formed_alone():
+        refused("off by", lambda: gs.sketch_gradients(model, losses, BATCH, sketch(model, "head.weight")))
     dropping = split(None, "dropped")
     torch.manual_seed(dist.get_rank())
     with warnings.catch_warnings():
@@ -314,14 +335,20 @@ def parts_of_gradients_are_refused() -> None:
 
 
 def a_wrong_contribution_is_noticed() -> None:
+    """What an audit finds wrong is formed one example after another."""
     from gradsketch.gradients.per_example.contributions import Outer
 
-    plain, model = Outer.weighted, split()
+    plain, model, whole = Outer.weighted, split(), made(Net)
+    wanted = gs.sketch_gradients(whole, losses, BATCH, sketch(whole))
+    sketcher = gs.GradientSketcher(model, losses, sketch(model))
     try:
         Outer.weighted = lambda self, *given: plain(self, *given).roll(1, 0)
-        refused("the audit found an error", lambda: gs.sketch_gradients(model, losses, BATCH, sketch(model)))
+        with pytest.warns(GradsketchWarning, match="the audit found an error"):
+            found = sketcher(BATCH).values
     finally:
         Outer.weighted = plain
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert "head.weight" in sketcher.slow
 
 
 def failures() -> None:

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.as_found import buffers_aside
+from gradsketch.as_found import RandomState, buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.fsdp import Gathered, Ranks, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
 from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
+from gradsketch.gradients.per_example.differences import error_of_differences
 from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap, projections
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
@@ -44,6 +45,7 @@ from gradsketch.gradients.per_example.refusals import (
     refuse_sharded,
     refuse_strangers,
     refuse_too_large,
+    refuse_underivable,
     refuse_unlike,
     refuse_unsupported,
     refuse_without_graph,
@@ -194,6 +196,7 @@ class Capture:
 
     def _losses_of(self, batch: Batch) -> Tensor:
         count, before = batch_length(batch), self._random_states()
+        self.ranks.team.meet(-1)  # before a pass, which may begin with exchanges of the model's own
         losses = whole(self.task.losses(self.model, batch))
         self._chance = not all(map(torch.equal, before, self._random_states()))
         if self._chance:
@@ -283,7 +286,9 @@ class Capture:
         slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}
         self._explicit(batch, slow, consume, losses.detach())
         for audit in audits:
-            self._judge(audit, own, other, tap.seen, known.slow, tap.dtype)
+            with self.ranks.team.together():
+                self._judge(audit, own, other, tap.seen, known.slow, tap.dtype)
+            self._hold_against_differences(batch, tap.dtype)
         return losses.detach()
 
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
@@ -357,7 +362,9 @@ class Capture:
         self._explicit(batch, self.tensors, everybody, losses.detach())
         ends = sorted({0, len(losses) - 1})
         self._warn_of_padding(batch, ends, losses[ends], self._dtype)
-        self._judge(audit, own, None, set(), self.tensors, self._dtype)
+        with self.ranks.team.together():
+            self._judge(audit, own, None, set(), self.tensors, self._dtype)
+        self._hold_against_differences(batch, self._dtype)
         return losses.detach()
 
     def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
@@ -587,6 +594,22 @@ class Capture:
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
         return {n: audit.seen(n, whole(g)) for n, g in accumulated(weighted, tensors, keep=keep).items()}
 
+    def _hold_against_differences(self, batch: Batch, dtype: torch.dtype) -> None:
+        """See once that what autograd returns for a split model is the derivative of its losses."""
+        if not self.ranks.split or self._known.derivative:
+            return
+        draws = RandomState(*{torch.device("cpu"), *(t.device for t in self.tensors.values())})
+        losses = self.losses(batch)
+        gradients = accumulated([(losses, torch.ones_like(losses))], self.tensors)
+
+        def loss() -> float:
+            draws.put_back()
+            return float(self.losses(batch).detach().double().sum())
+
+        error = error_of_differences(loss, self.model, self.tensors, gradients, dtype, self.ranks.team.all)
+        refuse_underivable(error)
+        self._known.derivative = True
+
     def _of_first(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the first rank of a team has seen of gradients.
 
@@ -604,8 +627,8 @@ class Capture:
         try:
             with meeting(self.model, self.ranks.team):
                 for position, alone, gradients in form(self.model, self.task, batch, tensors):
-                    self._compare(position, alone, losses, self._dtype)
-                    with full_precision(losses.device):
+                    with self.ranks.team.together(), full_precision(losses.device):
+                        self._compare(position, alone, losses, self._dtype)
                         for name, gradient in gradients.items():
                             consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
         except RuntimeError as error:

@@ -32,6 +32,7 @@ __all__ = [
     "refuse_sharded",
     "refuse_strangers",
     "refuse_too_large",
+    "refuse_underivable",
     "refuse_unlike",
     "refuse_unsupported",
     "refuse_without_graph",
@@ -216,6 +217,16 @@ def refuse_other_losses(team: Lockstep, losses: Tensor, dtype: torch.dtype) -> N
             f"the loss of example {place} of the batch, which is {losses[place].item():.6g} here and "
             f"{first[place].item():.6g} on the first rank of the team",
             *_SAME_ROWS,
+        )
+
+
+def refuse_underivable(error: float | None) -> None:
+    """Refuse a split model whose backward pass does not return the derivative of its losses, given the error."""
+    if error:
+        raise InputError(
+            f"gradients of a split model that are off by {error:.1e} of what differences of its losses say",
+            "layers whose own backward pass adds up what each rank has",
+            "Split other layers, with another plan, or load the model in one piece",
         )
 
 
