@@ -225,7 +225,7 @@ def refuse_underivable(error: float | None) -> None:
     if error:
         raise InputError(
             f"gradients of a split model that are off by {error:.1e} of what differences of its losses say",
-            "layers whose own backward pass adds up what each rank has",
+            "layers whose backward pass adds up what each rank has, and that detach nothing",
             "Split other layers, with another plan, or load the model in one piece",
         )
 
