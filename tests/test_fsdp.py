@@ -1,18 +1,8 @@
 """A model that FSDP2 shares out among ranks gives what it gives in one piece."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+from launch import run
 
 
 def test_sketches(tmp_path: Path) -> None:
@@ -25,21 +15,3 @@ def test_curvature(tmp_path: Path) -> None:
 
 def test_subspaces(tmp_path: Path) -> None:
     run("ranks_subspace", tmp_path)
-
-
-def run(module: str, folder: Path) -> None:
-    """Run a module of the tests on two ranks."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-    }
-    program = [sys.executable, "-m", module, str(folder)]
-    ranks = [
-        subprocess.Popen(program, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in (0, 1)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=300)
-        assert rank.returncode == 0, errors

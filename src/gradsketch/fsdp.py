@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError
+from gradsketch.lockstep import Lockstep
+from gradsketch.tensor_parallel import is_split, team_of
 from gradsketch.walks import modules_of, parameters_of
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "is_shard",
     "is_sharded",
     "own_share",
+    "require_unshared",
+    "require_unsplit",
     "require_whole",
     "resting",
     "states_of",
@@ -37,7 +41,7 @@ __all__ = [
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether ranks share out a tensor."""
-    return hasattr(tensor, "device_mesh")
+    return is_split(tensor)
 
 
 def units_of(model: nn.Module) -> list[Any]:
@@ -96,8 +100,21 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [value for value in torch.utils._pytree.tree_leaves(inputs) if isinstance(value, Tensor)]
 
 
-def require_whole(model: nn.Module, what: str, fix: str = "Load the model in one piece") -> None:
-    """Refuse a model that ranks share out, for work that does not go in step.
+_LOAD = "Load the model in one piece"
+
+
+def require_whole(model: nn.Module, what: str, fix: str = _LOAD) -> None:
+    """Refuse a model of which ranks hold parts, for work that does not go in step.
+
+    Raises:
+        InputError: it is one.
+    """
+    require_unshared(model, what, fix)
+    require_unsplit(model, what, fix)
+
+
+def require_unshared(model: nn.Module, what: str, fix: str = _LOAD) -> None:
+    """Refuse a model that FSDP2 shares out.
 
     Raises:
         InputError: it is one.
@@ -106,33 +123,77 @@ def require_whole(model: nn.Module, what: str, fix: str = "Load the model in one
         raise InputError(f"{what} of a model that FSDP2 shares out among ranks", "a model in one piece", fix)
 
 
+def require_unsplit(model: nn.Module, what: str, fix: str = _LOAD) -> None:
+    """Refuse a model whose layers tensor parallelism splits.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not is_sharded(model) and any(is_shard(parameter) for parameter in parameters_of(model)):
+        raise InputError(f"{what} of a model that tensor parallelism splits", "a model in one piece", fix)
+
+
 class Ranks:
-    """The ranks that share out a model; of a model in one piece, this process alone."""
+    """The ranks that hold parts of a model; of a model in one piece, this process alone.
+
+    Those among whom FSDP2 shares it out have rows of their own. Those over which tensor parallelism splits its layers
+    are a ``team``, all of whom see the same rows, and the model is ``split``.
+
+    Raises:
+        InputError: both at once, or tensor parallelism over more than one dim of one mesh.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         parameters: list[Any] = [p for p in parameters_of(model) if is_shard(p)]
         meshes = [parameter.device_mesh for parameter in parameters]
         self._meshes = list(dict.fromkeys(meshes)) if is_sharded(model) else []
+        _refuse_both(model)
+        self.split = bool(meshes) and not self._meshes
+        self.team = team_of(model) if self.split else Lockstep()
 
     @property
     def several(self) -> bool:
         """Whether there are others that have to keep in step."""
-        return bool(self._meshes)
+        return bool(self._meshes) or self.split
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks, and writes, for the others."""
+        return self.place[0] == 0 and self.team.rank == 0
 
     @property
     def place(self) -> tuple[int, int]:
-        """Return (i, n): this is rank i of n."""
+        """Return (i, n): of n ranks with rows of their own this is the i-th."""
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if self._meshes else (0, 1)
 
     def most(self, *numbers: int) -> tuple[int, ...]:
         """Return the largest of each number over all ranks, which all must call."""
         if not self._meshes:
-            return numbers
+            return self.team.most(*numbers)
         largest = torch.tensor(numbers, dtype=torch.int64, device=self._meshes[0].device_type)
         for mesh in self._meshes:
             for dim in range(mesh.ndim):
                 torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
         return tuple(largest.tolist())
+
+
+def _refuse_both(model: nn.Module) -> None:
+    """Refuse layers that were split before FSDP2 shared them out, or that it has left out."""
+    shared = [parameter for state in states_of(model) for group in _groups(state) for parameter in group.fsdp_params]
+    taken = {id(parameter.sharded_param) for parameter in shared}
+    left = [p for p in parameters_of(model) if is_shard(p) and id(p) not in taken] if shared else []
+    if left or any(parameter.is_dtensor for parameter in shared):
+        raise InputError(
+            "a model that FSDP2 shares out and tensor parallelism splits",
+            "one of them",
+            "Load the model with fully_shard alone, or with parallelize_module alone",
+        )
+
+
+def _groups(state: Any) -> list[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # until torch 2.12
 
 
 class Gathered:
@@ -149,7 +210,7 @@ class Gathered:
         self._modules = units_of(model)
         by_id = {id(tensor): name for name, tensor in tensors.items()}
         # What no call of fully_shard has taken stands in the graph itself.
-        self.every = {id(tensor): tensor for tensor in tensors.values() if not is_shard(tensor)}
+        self.every = {id(tensor): tensor for tensor in tensors.values() if not (self._modules and is_shard(tensor))}
         self.names = {key: by_id[key] for key in self.every}
         self._places = {
             (id(module), attribute): by_id.get(id(parameter))

@@ -36,8 +36,9 @@ class _Step(IntEnum):
     GATHER = 0
     SCATTER = 1
     COMPARE = 2
-    END = 3
-    FAIL = 4
+    MEET = 3
+    END = 4
+    FAIL = 5
 
 
 _KINDS = {kind.__name__: kind for kind in (FingerprintError, InputError, NonFiniteError, StoreError)}
@@ -45,6 +46,7 @@ _WORDS = {
     _Step.GATHER: "gathers tensor",
     _Step.SCATTER: "adds up gradient",
     _Step.COMPARE: "compares number",
+    _Step.MEET: "comes to layer",
     _Step.END: "is done with block",
 }
 
@@ -121,6 +123,21 @@ class Lockstep:
         self._meet(_Step.SCATTER, place)
         self._do(_collective("reduce_scatter_single", "reduce_scatter_tensor"), out, whole)
         return out
+
+    def meet(self, place: int) -> None:
+        """Wait for every rank to come to a place, from which they go on to exchanges of somebody else's."""
+        self._meet(_Step.MEET, place)
+
+    def most(self, *numbers: int) -> tuple[int, ...]:
+        """Return the largest of each number over all ranks."""
+        if not self.several:
+            return numbers
+        every = self.gather(torch.tensor(numbers, dtype=torch.int64, device=self._device), -2)
+        return tuple(every.view(self.ranks, -1).amax(0).tolist())
+
+    def first(self, values: Tensor) -> Tensor:
+        """Return what the first rank holds of a vector, of equal length on every rank."""
+        return self.gather(values, -3)[: len(values)]
 
     def any(self, condition: bool) -> bool:
         """Whether a condition holds on any rank."""

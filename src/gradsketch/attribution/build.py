@@ -31,7 +31,7 @@ from gradsketch.attribution.plan import Plan, bytes_free, size_text
 from gradsketch.attribution.writer import ShardWriter
 from gradsketch.durable import record_text
 from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
-from gradsketch.fsdp import Ranks, is_sharded, require_whole
+from gradsketch.fsdp import Ranks, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
@@ -86,11 +86,11 @@ class Build:
         # What a worker elsewhere makes the same build of.
         self.arguments = {n: v for n, v in locals().items() if n not in ("self", "worker", "engine", "progress")}
         self.engine = Local() if engine is None else engine
-        ranks = self._ranks(model, checkpoints)
-        worker = ranks.place if worker is None else worker
+        self.ranks = self._ranks(model, checkpoints)
+        worker = self.ranks.place if worker is None else worker
         if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
             raise InputError(f"worker={worker}", "(i, n) with 0 ≤ i < n", "Pass worker=(0, 2) and worker=(1, 2)")
-        self.worker, speaks = worker, sys.stderr.isatty() and ranks.place[0] == 0
+        self.worker, speaks = worker, sys.stderr.isatty() and self.ranks.speaks
         self.progress = speaks if progress is None else progress
         self.folder, self.model, self.task = open_folder(path), model, as_task(task)
         self.checkpoints = as_checkpoints(checkpoints, weights)
@@ -115,7 +115,7 @@ class Build:
         self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name)
 
     def _ranks(self, model: nn.Module, checkpoints: Any) -> Ranks:
-        """Return the ranks that share out the model and go in step, through one checkpoint."""
+        """Return the ranks that hold parts of the model and go in step, through one checkpoint."""
         if checkpoints is not None:
             require_whole(model, "checkpoints", "Build an index at each, or load the model in one piece")
         if not isinstance(self.engine, Local):
@@ -128,7 +128,7 @@ class Build:
 
     def _plan(self, missing: int, timed: bool) -> Plan:
         found = sample(self.examples, self.task, self.model)
-        timed = timed and missing > 0 and bool(found.encoded) and not is_sharded(self.model)
+        timed = timed and missing > 0 and bool(found.encoded) and not self.ranks.several
         sketch = self.sketch if self.description.precondition is None else timed_like(self.sketch)
         source = GradientSource(self.model, self.task, sketch, batch_tokens=self.batch_tokens, skip_bad=True)
         row_bytes = self._row_bytes() + _TEXT_BYTES_A_TOKEN * found.tokens_a_row
@@ -157,6 +157,11 @@ class Build:
 
         ``accepted`` is called once what lies in the folder is known to be of this very work, before anything long.
         """
+        with self.ranks.team.together():
+            self._run(accepted)
+        return Index(self.folder, self.description, self.task, self.checkpoints)
+
+    def _run(self, accepted: Callable[[], Any]) -> None:
         for start, count in self._missing(self.description.checkpoints[0].folder)[:1]:
             self.parts.read(start, count)  # data that cannot be used leaves no folder behind
         self._require_own_factors()  # before there is a folder
@@ -173,7 +178,6 @@ class Build:
                     ranges = writer.unfinished(self._own(self.shape.shard_ranges()))
                     self.engine.write(self, number, writer, ranges, bar.update)
                     writer.keep_up()
-        return Index(self.folder, self.description, self.task, self.checkpoints)
 
     def _require_own_factors(self) -> None:
         for checkpoint, given in zip(
@@ -229,6 +233,7 @@ class Build:
             FingerprintError: there is an index made of something else; it is left alone.
         """
         checkpoint, folder = self.checkpoints[number], self.description.checkpoints[number].folder
+        self.ranks.team.meet(number)  # before weights are gathered to be hashed
         with weights_of(self.model, checkpoint):
             factors = self._factors(folder, number)
             sketch = self.sketch if factors is None else factors.before(self.sketch)
@@ -266,6 +271,8 @@ class Build:
 
     def note(self, audits: Audits, number: int) -> None:
         """Keep beside the rows how often their gradients were held against autograd's own."""
+        if self.ranks.team.rank > 0:
+            return
         checkpoint = self.description.checkpoints[number].folder
         name = f"{AUDITS}{checkpoint}-{self.worker[0]}-of-{self.worker[1]}.json"
         self.folder.write(name, record_text(asdict(audits)).encode())
@@ -361,7 +368,8 @@ def build_index(*arguments: Any, **options: Any) -> Index:
         batch_tokens: tokens a batch, padding included; halved where memory runs out.
         skip_bad: leave out rows that cannot be used, instead of stopping.
         worker: (i, n): of n processes that run this at once, this is the i-th and takes every n-th shard. Ranks that
-            share out a model by FSDP2 are such processes by default, and go in step.
+            share out a model by FSDP2 are such processes by default, and go in step. Those over which tensor
+            parallelism splits its layers are one process, whose first rank writes.
         engine: who writes the shards: by default this process; ``gs.Ray(...)`` for the workers of a Ray cluster.
         progress: whether to say what is planned and show a bar; by default in a terminal.
 

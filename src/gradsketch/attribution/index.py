@@ -51,7 +51,7 @@ from gradsketch.attribution.select import (
 )
 from gradsketch.durable import damaged, record_of
 from gradsketch.errors import GradsketchWarning, InputError, StoreError
-from gradsketch.fsdp import require_whole
+from gradsketch.fsdp import require_unsplit, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.inverse import InverseFisher
 from gradsketch.gradients.per_example.audit import Audits
@@ -426,6 +426,7 @@ class Index:
     ) -> Reranker:
         if model is None:
             raise InputError("exact scores without a model", "the model of the index", "Pass the model")
+        require_unsplit(model, "exact scores", "Leave out rerank=, or load the model in one piece")
         data, kind = None if data is None else as_examples(data), exact_named(exact)
         return Reranker(
             model,

@@ -18,6 +18,7 @@ from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.gradients import GradientSource, Sketched
 from gradsketch.durable import require_same
 from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.fsdp import Ranks
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.tasks import Task
@@ -190,8 +191,10 @@ def sketch_queries(
     """
     began, sketched = time.perf_counter(), []
     rows, lengths = read_all(task, examples, _name)
+    team = Ranks(model).team
     for number, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
-        with weights_of(model, checkpoint):
+        with team.together(), weights_of(model, checkpoint):
+            team.meet(number)  # before weights are gathered to be hashed
             metric = factors(number)
             sketch = sketch_for(model, description, metric)
             facts = {name: value for name, value in store.manifest.facts.items() if name != "data"}

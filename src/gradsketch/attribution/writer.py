@@ -35,9 +35,9 @@ class ShardWriter:
         Raises:
             FingerprintError: a finished shard was made of other data.
         """
-        unfinished = set(self.store.unfinished())
+        unfinished, team = set(self.store.unfinished()), self.source.sketcher.ranks.team
         for start, count in ranges:
-            if (start, count) in unfinished:
+            if team.any((start, count) in unfinished):
                 yield start, count
             else:
                 self._require_same_data(start, count)
@@ -50,11 +50,15 @@ class ShardWriter:
             NonFiniteError: a loss or gradient is not finite.
             StoreError: no room, no permission.
         """
-        if self.store.is_sound(start, count):
+        team = self.source.sketcher.ranks.team
+        if team.all(self.store.is_sound(start, count)):
             advance(count)
             return
         try:
-            self.store.write(start, self._rows(start, count, advance))
+            with team.together():  # others wait until the shard is there
+                rows = self._rows(start, count, advance)
+                if team.rank == 0:
+                    self.store.write(start, rows)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside, uncompiled
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.fsdp import at_rest, is_shard, resting
+from gradsketch.fsdp import at_rest, is_shard, require_unsplit, resting
 from gradsketch.gradients.curvature.failures import reentrant
 from gradsketch.gradients.curvature.graph import REENTRANT, operations
 from gradsketch.gradients.curvature.sharing import in_step_over, sharing_of
@@ -58,6 +58,7 @@ class Objective:
         parameters: Selection = None,
         batch_size: int = 8,
     ) -> None:
+        require_unsplit(model, "curvature")
         self.model, self.ranks = model, in_step_over(model)
         with self.ranks.together():
             require_closed(model, "curvature")

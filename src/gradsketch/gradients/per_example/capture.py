@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.as_found import buffers_aside
+from gradsketch.as_found import RandomState, buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
-from gradsketch.fsdp import Gathered, Ranks
+from gradsketch.fsdp import Gathered, Ranks, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
 from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
-from gradsketch.gradients.per_example.contributions import Consumer, Direct
+from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
+from gradsketch.gradients.per_example.differences import error_of_differences
 from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap, projections
 from gradsketch.gradients.per_example.interception import (
     DifferentiatedError,
@@ -36,11 +37,16 @@ from gradsketch.gradients.per_example.refusals import (
     reentrant,
     refuse_coupling,
     refuse_none,
+    refuse_other_batches,
+    refuse_other_draws,
     refuse_other_gradients,
+    refuse_other_losses,
     refuse_replaced,
     refuse_sharded,
     refuse_strangers,
     refuse_too_large,
+    refuse_underivable,
+    refuse_unlike,
     refuse_unsupported,
     refuse_without_graph,
     running_alone,
@@ -48,6 +54,8 @@ from gradsketch.gradients.per_example.refusals import (
 from gradsketch.gradients.per_example.remembered import flags_of, recall
 from gradsketch.gradients.per_example.rules import RULES, TRANSPARENT
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.sketches.block_sum import as_matrix
+from gradsketch.tensor_parallel import are_added_up, conversions_heard, meeting
 from gradsketch.transforms.precision import full_precision
 from gradsketch.walks import buffers_of, modules_of, parameters_of
 
@@ -92,7 +100,8 @@ class Capture:
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         self.ranks = Ranks(model)
         refuse_unsupported(self.tensors, sharded=self.ranks.several)
-        refuse_sharded(self.ranks.several and method not in ("auto", "outer"), f"method={method!r}")
+        known = ("auto", "outer", "loop") if self.ranks.split else ("auto", "outer")
+        refuse_sharded(self.ranks.several and method not in known, f"method={method!r}")
         self._gathered = Gathered(model, self.tensors)
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._drawn = self._chance = False  # whether this batch is to be audited; whether its losses are random
@@ -132,9 +141,11 @@ class Capture:
         refuse_replaced(self.model, self.tensors)
         self.heed_hooks()
         self._begin()
-        self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
-        with refuse_too_large(self.ranks, batch):
-            return self._contributions(batch, begin)
+        with self.ranks.team.together():
+            self.ranks.most(1)  # hears who still has a batch, in step with ``keep_up``
+            refuse_other_batches(self.ranks.team, batch)
+            with refuse_too_large(self.ranks, batch):
+                return self._contributions(batch, begin)
 
     def keep_up(self, batch: Batch) -> None:
         """Run a batch, for nothing, as often as other ranks of a sharded model run theirs, until none has one left."""
@@ -180,14 +191,16 @@ class Capture:
         Every pass finds the same buffers, or the frequencies that a long batch left behind would make its rows agree
         when they run alone.
         """
-        with buffers_aside(self.model), self._gathered.noting():
+        with buffers_aside(self.model), self._gathered.noting(), meeting(self.model, self.ranks.team):
             return self._losses_of(differentiable(batch))
 
     def _losses_of(self, batch: Batch) -> Tensor:
         count, before = batch_length(batch), self._random_states()
-        losses = self.task.losses(self.model, batch)
+        self.ranks.team.meet(-1)  # before a pass, which may begin with exchanges of the model's own
+        losses = whole(self.task.losses(self.model, batch))
         self._chance = not all(map(torch.equal, before, self._random_states()))
         if self._chance:
+            refuse_other_draws(self.ranks.team, before)
             self._warn_once(
                 "the loss draws random numbers, as dropout does in training mode: each gradient is that of one draw "
                 "and changes with the batch and from run to run; call model.eval() for gradients of the model as it is "
@@ -199,6 +212,7 @@ class Capture:
                 f"one loss per example, shape [{count}]",
                 "Use reduction='none' and sum over everything but the first dim",
             )
+        refuse_other_losses(self.ranks.team, losses.detach(), self._dtype)
         return losses
 
     def _random_states(self) -> list[Tensor]:
@@ -212,7 +226,8 @@ class Capture:
         audits: list[Audit] = []
         copy = differentiable(batch)
 
-        def everybody(name: str, contribution: Any, which: slice) -> None:
+        def everybody(name: str, contribution: Contribution, which: slice) -> None:
+            contribution = self._added_up(name, contribution)
             consume(name, contribution, which)
             for audit in audits:
                 audit.add(name, contribution, which)
@@ -220,12 +235,22 @@ class Capture:
         own = {id(t): t for t in (*parameters_of(self.model), *buffers_of(self.model))}
         constants = ChainMap(own, self._gathered.every) if self.ranks.several else own
         provenance = Provenance(batch_length(copy), copy, constants)
-        tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT)
+        team = self.ranks.team
+        tap = Interception(RULES, self._gathered.names, provenance, self._dtype, everybody, TRANSPARENT, team)
         try:
-            losses = self._forward(tap, batch, copy)
-            return self._attempt(tap, batch, losses, everybody, audits)
+            with conversions_heard(tap.converted) if self.ranks.split else nullcontext():
+                losses = self._forward(tap, batch, copy)
+                return self._attempt(tap, batch, losses, everybody, audits)
         finally:
             tap.close()
+
+    def _added_up(self, name: str, contribution: Contribution) -> Contribution:
+        """Return the whole of a contribution of which each rank of a team has a part."""
+        tensor = self.tensors[name]
+        if not (self.ranks.split and are_added_up(tensor)):
+            return contribution
+        part = contribution.dense(*as_matrix(tensor.shape))
+        return Direct(self.ranks.team.sums(part.flatten()).view(-1, *tensor.shape))
 
     def _attempt(
         self, tap: Interception, batch: Batch, losses: Tensor, consume: Consumer, audits: list[Audit]
@@ -261,13 +286,16 @@ class Capture:
         slow = {name: tensor for name, tensor in self.tensors.items() if name in known.slow}
         self._explicit(batch, slow, consume, losses.detach())
         for audit in audits:
-            self._judge(audit, own, other, tap.seen, known.slow, tap.dtype)
+            with self.ranks.team.together():
+                self._judge(audit, own, other, tap.seen, known.slow, tap.dtype)
+            self._hold_against_differences(batch, tap.dtype)
         return losses.detach()
 
     def _forward(self, tap: Interception, batch: Batch, copy: Batch) -> Tensor:
         """Run the loss on a copy of the batch with its functions intercepted."""
         try:
-            with buffers_aside(self.model), self._gathered.noting(tap.provenance.same), tap:
+            gathered = self._gathered.noting(tap.provenance.same)
+            with buffers_aside(self.model), gathered, meeting(self.model, self.ranks.team), tap:
                 losses = self._losses_of(copy)
         except (DifferentiatedError, InputError):
             if not tap.differentiated:
@@ -292,7 +320,8 @@ class Capture:
         try:
             yield
         except (DifferentiatedError, RuntimeError) as error:
-            if is_out_of_memory(error):
+            # Of a team another rank may have failed, in whose words it is raised.
+            if is_out_of_memory(error) or (self.ranks.split and isinstance(error, RuntimeError)):
                 raise
             differentiated = "the loss differentiates a backward pass of its own"
             text = f"{type(error).__name__} in the captured backward pass: {str(error).splitlines()[0]}"
@@ -333,7 +362,9 @@ class Capture:
         self._explicit(batch, self.tensors, everybody, losses.detach())
         ends = sorted({0, len(losses) - 1})
         self._warn_of_padding(batch, ends, losses[ends], self._dtype)
-        self._judge(audit, own, None, set(), self.tensors, self._dtype)
+        with self.ranks.team.together():
+            self._judge(audit, own, None, set(), self.tensors, self._dtype)
+        self._hold_against_differences(batch, self._dtype)
         return losses.detach()
 
     def _learn_slow(self, tap: Interception, losses: Tensor) -> None:
@@ -359,7 +390,7 @@ class Capture:
             return
         slow = {name: f"{reason} in {self._owner(name)}" for name, reason in slow.items()}
         listed = _listed(slow)
-        refuse_sharded(self.ranks.several, listed)
+        refuse_sharded(self.ranks.several and not self.ranks.split, listed)
         if self.method != "auto":
             raise InputError(
                 f"{listed}, used in a way that method={self.method!r} does not know",
@@ -395,7 +426,7 @@ class Capture:
         """Take the exact path for everything from now on."""
         if self.method == "outer":
             raise InputError(reason, "a loss that method='outer' can follow", "Type method='auto'")
-        refuse_sharded(self.ranks.several, reason)
+        refuse_sharded(self.ranks.several and not self.ranks.split, reason)
         self._known.exact = reason
         self._warn_of_exact()
         raise _TryAgainError
@@ -452,7 +483,7 @@ class Capture:
         exact path, what depends on its company is refused, and what is rounding of other kernels has more room.
         """
         known, allowed = self._known, tolerance(dtype)
-        conclusive = all(audit.conclusive(seen) for seen in (own, other) if seen is not None)
+        conclusive = self.ranks.team.all(all(audit.conclusive(seen) for seen in (own, other) if seen is not None))
         errors = audit.errors((own or other) or {}, allowed) if conclusive else {}
         if self._chance:  # each example that ran alone drew random numbers of its own
             errors = {name: error for name, error in errors.items() if name not in slow}
@@ -462,6 +493,8 @@ class Capture:
             raise _TryAgainError
         if not conclusive:
             return
+        first = audit.errors(self._of_first((own or other) or {}), allowed)
+        refuse_unlike({name: error for name, error in failed(first, allowed).items() if name not in wrong})
         if any(name not in slow for name in wrong):
             self._go_slow({name: f"the audit found an error of {error:.1e}" for name, error in wrong.items()})
         refuse_other_gradients(wrong, self.model)
@@ -556,10 +589,35 @@ class Capture:
     ) -> dict[str, Tensor]:
         """Return what an audit sees of autograd's gradients of weighted losses; ``keep`` the graph if it is wanted."""
         weighted = ((losses, weights.to(losses)) for losses, weights in parts)
-        if self.ranks.several:  # nobody holds a whole gradient
+        if self.ranks.several and not self.ranks.split:  # nobody holds a whole gradient
             return projections(weighted, self._gathered, audit.seen, keep=keep)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
-        return {n: audit.seen(n, g) for n, g in accumulated(weighted, tensors, keep=keep).items()}
+        return {n: audit.seen(n, whole(g)) for n, g in accumulated(weighted, tensors, keep=keep).items()}
+
+    def _hold_against_differences(self, batch: Batch, dtype: torch.dtype) -> None:
+        """See once that what autograd returns for a split model is the derivative of its losses."""
+        if not self.ranks.split or self._known.derivative:
+            return
+        draws = RandomState(*{torch.device("cpu"), *(t.device for t in self.tensors.values())})
+        losses = self.losses(batch)
+        gradients = accumulated([(losses, torch.ones_like(losses))], self.tensors)
+
+        def loss() -> float:
+            draws.put_back()
+            return float(self.losses(batch).detach().double().sum())
+
+        error = error_of_differences(loss, self.model, self.tensors, gradients, dtype, self.ranks.team.all)
+        refuse_underivable(error)
+        self._known.derivative = True
+
+    def _of_first(self, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the first rank of a team has seen of gradients.
+
+        What every rank has captured is the same, unless a parameter that each holds whole is used for a part of a
+        split layer: each rank then has a part of the gradient, and nobody says how many make a whole.
+        """
+        team = self.ranks.team
+        return {n: team.first(part.flatten()).view_as(part) for n, part in seen.items()} if team.several else {}
 
     def _explicit(self, batch: Batch, tensors: Mapping[str, Tensor], consume: Consumer, losses: Tensor) -> None:
         """Hand over formed gradients, by vmap where that was asked for, else one example after another."""
@@ -567,11 +625,12 @@ class Capture:
             return
         form = gradients_by_vmap if self.method == "vmap" else gradients_by_loop
         try:
-            for position, alone, gradients in form(self.model, self.task, batch, tensors):
-                self._compare(position, alone, losses, self._dtype)
-                with full_precision(losses.device):
-                    for name, gradient in gradients.items():
-                        consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
+            with meeting(self.model, self.ranks.team):
+                for position, alone, gradients in form(self.model, self.task, batch, tensors):
+                    with self.ranks.team.together(), full_precision(losses.device):
+                        self._compare(position, alone, losses, self._dtype)
+                        for name, gradient in gradients.items():
+                            consume(name, Direct(gradient.detach()), slice(position, position + len(gradient)))
         except RuntimeError as error:
             if self.method != "vmap":
                 raise

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.as_found import buffers_aside
-from gradsketch.fsdp import Gathered
+from gradsketch.fsdp import Gathered, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable
 from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.gradients.per_example.refusals import running_alone
@@ -36,9 +36,9 @@ def gradients_by_loop(
     """
     for position in range(batch_length(batch)):
         with running_alone(position), buffers_aside(model):
-            losses = task.losses(model, differentiable(batch_slice(batch, position, position + 1)))
+            losses = whole(task.losses(model, differentiable(batch_slice(batch, position, position + 1))))
         parts = accumulated([(losses, torch.ones_like(losses))], tensors)
-        yield position, losses.detach(), {name: part[None] for name, part in parts.items()}
+        yield position, losses.detach(), {name: whole(part)[None] for name, part in parts.items()}
 
 
 def gradients_by_vmap(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from gradsketch.fsdp import whole
 from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct, IndexedRows, Placed
 from gradsketch.gradients.per_example.owners import (
@@ -26,6 +27,7 @@ from gradsketch.gradients.per_example.owners import (
     projected,
 )
 from gradsketch.gradients.per_example.provenance import SHARED, UNKNOWN, Axis, Provenance, function_name, tensors_in
+from gradsketch.lockstep import Lockstep
 from gradsketch.transforms.precision import full_precision, outside_autocast
 
 __all__ = ["DifferentiatedError", "Interception", "Kind", "Rule", "coarser", "is_foreign", "nodes_outside_rules"]
@@ -89,6 +91,7 @@ class Interception(TorchFunctionMode):
         dtype: of the parameters; becomes the coarsest that gradients pass through.
         consume: called with each parameter's name, a contribution, and the examples it is for.
         transparent: functions whose inner calls are intercepted, so that their results are followed already.
+        team: the ranks over which tensor parallelism splits layers; each is handed whole contributions.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class Interception(TorchFunctionMode):
         dtype: torch.dtype,
         consume: Consumer,
         transparent: Collection[Any] = (),
+        team: Lockstep | None = None,
     ) -> None:
         super().__init__()
+        self.team = team or Lockstep()
         self.rules, self.names, self.provenance, self.dtype, self.consume = rules, names, provenance, dtype, consume
         self.examples, self.transparent = provenance.examples, transparent
         self.slow: Mapping[str, str] = {}
@@ -228,6 +233,15 @@ class Interception(TorchFunctionMode):
         watched: Tensor = _Watch.apply(result, self.slot, self, call, *(t.detach() for t in keep))
         return watched
 
+    def converted(self, before: Tensor, after: Tensor) -> None:
+        """Follow a tensor that became another with the same entries, of which ranks hold other parts."""
+        self.provenance.same(before, after)
+        if not self.chosen(before) or before.shape != after.shape or not after.requires_grad:
+            return
+        passing = self._chained(before, _as_is(after, [before], (), {}))
+        if passing is not None:
+            self._derived[id(after)] = _Derived(after, after._version, after.grad_fn, self._origin(before), passing)
+
     # Backward.
 
     def close(self) -> None:
@@ -281,14 +295,15 @@ class Interception(TorchFunctionMode):
             before.remove()
             after.remove()
 
-    def _reached(self, call: _Call, gradient: Tensor, kept: tuple[Tensor, ...]) -> None:
+    def _reached(self, call: _Call, gradient: Tensor, kept: Sequence[Tensor]) -> None:
         """Take what a backward pass brought to a call: only the pass that was started here counts."""
         if torch.is_grad_enabled():
             self.differentiated = True
             raise DifferentiatedError
         if torch._C._current_graph_task_id() != self._pass or all(name in self.slow for name in call.parameters):
             return
-        with full_precision(gradient.device):
+        with full_precision(gradient.device), self.team.together():
+            gradient, *kept = map(whole, (gradient, *kept))
             if call.shape is not None:
                 gradient = gradient.reshape(*call.shape, gradient.shape[-1])
             if self._weights is not None:
@@ -529,7 +544,7 @@ def _reshaped(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Pas
 
 def _looked_up(result: Tensor, used: list[Tensor], args: Any, kwargs: Any) -> Passing | None:
     """Rows of an embedding that all examples share, as those of positions."""
-    index: Tensor = args[0] if args else kwargs["input"]
+    index = whole(args[0] if args else kwargs["input"])
     padding, renormalised, by_frequency = (
         args[place] if len(args) > place else kwargs.get(name)
         for place, name in ((2, "padding_idx"), (3, "max_norm"), (5, "scale_grad_by_freq"))

@@ -108,8 +108,10 @@ class Provenance:
         self._tag(tensor, axis)
 
     def same(self, before: Tensor, after: Tensor) -> None:
-        """Note that a tensor is another in the same place."""
-        self._tag(after, self.axis(before))
+        """Note that a tensor is another in the same place, of which a rank may hold a part."""
+        axis = self.axis(before)
+        cut = axis >= 0 and before.shape[axis] != after.shape[axis]
+        self._tag(after, UNKNOWN if cut else axis)
 
     def _tag(self, tensor: Tensor, axis: Axis) -> None:
         setattr(tensor, _TAG, (self._pass, axis))

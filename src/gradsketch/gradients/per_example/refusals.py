@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from gradsketch.errors import GradsketchError, InputError
 from gradsketch.fsdp import Ranks, is_shard
-from gradsketch.gradients.data import batch_length, is_out_of_memory
+from gradsketch.gradients.data import batch_length, is_out_of_memory, tensors_of
+from gradsketch.gradients.fingerprints import digest
 from gradsketch.gradients.tasks import Batch, Task
+from gradsketch.lockstep import Lockstep
 from gradsketch.stand_ins import read_instead
+from gradsketch.tensor_parallel import are_added_up
 from gradsketch.walks import parameters_of
 
 __all__ = [
@@ -20,16 +24,26 @@ __all__ = [
     "reentrant",
     "refuse_coupling",
     "refuse_none",
+    "refuse_other_batches",
+    "refuse_other_draws",
     "refuse_other_gradients",
+    "refuse_other_losses",
     "refuse_replaced",
     "refuse_sharded",
     "refuse_strangers",
     "refuse_too_large",
+    "refuse_underivable",
+    "refuse_unlike",
     "refuse_unsupported",
     "refuse_without_graph",
     "running_alone",
 ]
 
+# What was wanted where ranks that hold parts of a model's layers do not agree, and what to do.
+_SAME_ROWS = (
+    "the same rows and the same random numbers on every rank over which a model is split",
+    "Hand every rank the same batch, and call model.eval() or torch.manual_seed(0) first",
+)
 # What was wanted where examples depend on each other, and what to do.
 INDEPENDENT = (
     "a loss in which no example depends on its batch mates",
@@ -154,7 +168,7 @@ def refuse_sharded(refused: bool, came: str) -> None:
     """Refuse what takes other passes than those that all ranks of a sharded model make together."""
     if refused:
         raise InputError(
-            f"{came}, of a model that FSDP2 shares out among ranks",
+            f"{came}, of a model of which ranks hold parts",
             "gradients that one backward pass of the batch brings",
             "Leave such parameters out with Parameters(model, exclude=...), or load the model in one piece",
         )
@@ -170,9 +184,61 @@ def refuse_too_large(ranks: Ranks, batch: Batch) -> Iterator[None]:
             raise
         raise InputError(
             f"a batch of {batch_length(batch)} examples that does not fit into memory",
-            "batches that do, because all ranks of a sharded model go in step",
+            "batches that do, because all ranks that hold parts of a model go in step",
             "Pass a smaller batch_tokens, or more ranks",
         ) from error
+
+
+def refuse_other_batches(team: Lockstep, batch: Batch) -> None:
+    """Refuse ranks over which layers are split, but that were handed batches of other shapes."""
+    if not team.several:
+        return
+    shapes = digest([[list(tensor.shape), str(tensor.dtype)] for tensor in tensors_of(batch)])
+    if not team.same(int(shapes[:15], 16)):
+        raise InputError("batches of other shapes on each rank of one team", *_SAME_ROWS)
+
+
+def refuse_other_draws(team: Lockstep, states: Sequence[Tensor]) -> None:
+    """Refuse ranks over which layers are split, but that draw other random numbers in what each computes whole."""
+    if team.several and not team.same(int(digest(list(states))[:15], 16)):
+        raise InputError("random numbers that differ between the ranks over which a model is split", *_SAME_ROWS)
+
+
+def refuse_other_losses(team: Lockstep, losses: Tensor, dtype: torch.dtype) -> None:
+    """Refuse losses that are others on another of the ranks over which layers are split."""
+    if not team.several:
+        return
+    first = team.first(losses.double()).to(losses)
+    far = (losses - first).abs() > torch.finfo(dtype).eps ** 0.5 * (1 + first.abs())
+    far = far | (torch.isfinite(losses) != torch.isfinite(first))
+    if bool(far.any()):
+        place = int(far.int().argmax())
+        raise InputError(
+            f"the loss of example {place} of the batch, which is {losses[place].item():.6g} here and "
+            f"{first[place].item():.6g} on the first rank of the team",
+            *_SAME_ROWS,
+        )
+
+
+def refuse_underivable(error: float | None) -> None:
+    """Refuse a split model whose backward pass does not return the derivative of its losses, given the error."""
+    if error:
+        raise InputError(
+            f"gradients of a split model that are off by {error:.1e} of what differences of its losses say",
+            "layers whose backward pass adds up what each rank has, and that detach nothing",
+            "Split other layers, with another plan, or load the model in one piece",
+        )
+
+
+def refuse_unlike(failed: Mapping[str, float]) -> None:
+    """Refuse gradients that are others on another rank of a team, as where each has a part and none knows the whole."""
+    if failed:
+        raise InputError(
+            f"gradients of {', '.join(sorted(failed)[:3])} that differ by {max(failed.values()):.1e} between the ranks "
+            "over which a model is split",
+            "parameters that every rank uses alike, or that are DTensors",
+            "Name their module in the plan of parallelize_module, or leave them out with exclude=",
+        )
 
 
 def refuse_unsupported(tensors: Mapping[str, Tensor], *, sharded: bool = False) -> None:
@@ -184,7 +250,7 @@ def refuse_unsupported(tensors: Mapping[str, Tensor], *, sharded: bool = False) 
 
 
 def _unsupported(tensor: Tensor, sharded: bool) -> tuple[tuple[bool, str, str, str], ...]:
-    hooked = bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+    hooked = bool(getattr(tensor, "_post_accumulate_grad_hooks", None)) and not (sharded and are_added_up(tensor))
     return (
         (tensor.is_meta, "on the meta device", "parameters in memory", "Load the weights, or switch off offloading"),
         (
@@ -203,7 +269,7 @@ def _unsupported(tensor: Tensor, sharded: bool) -> tuple[tuple[bool, str, str, s
             type(tensor.detach()) is not Tensor and not (sharded and is_shard(tensor)),
             f"of type {type(tensor).__name__}",
             "plain tensors",
-            "Share the model out with fully_shard instead, or dequantise its parameters",
+            "Share the model out with fully_shard or parallelize_module, or dequantise its parameters",
         ),
         (
             hooked,

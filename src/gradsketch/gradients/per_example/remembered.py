@@ -32,6 +32,7 @@ class Known:
     exact: str = ""  # why the whole loss is on the exact path
     seen: set[Kind] = field(default_factory=set)  # kinds of calls that an audit has covered
     independent: bool = False  # rows were the same alone as in company
+    derivative: bool = False  # autograd's gradients of a split model were held against differences of losses
     apart: bool = False  # other kernels round so that other company proves too little
     audits: Audits = field(default_factory=Audits)
     draws: random.Random = field(default_factory=lambda: random.Random(0))

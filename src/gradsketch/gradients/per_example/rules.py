@@ -262,7 +262,7 @@ def _take_along_dim(tap: Interception, func: Any, input: Tensor, indices: Tensor
 
 def _rows_of(tap: Interception, result: Tensor, index: Tensor, table: Tensor, padding: int | None) -> Tensor:
     def contributions(rows: Grouping, gradient: Tensor, index: Tensor) -> Reports:
-        width = table[0].numel()
+        width = table.shape[1:].numel()
         places, errors = rows(index) % len(table), rows(gradient.reshape(*index.shape, width))
         if padding is not None:
             errors = errors.masked_fill((places == padding % len(table))[..., None], 0)

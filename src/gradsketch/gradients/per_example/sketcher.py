@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradsketch.errors import InputError, NonFiniteError
-from gradsketch.fsdp import Ranks, at_rest, require_whole
+from gradsketch.fsdp import Ranks, at_rest, require_unshared
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.parameters import Selection, bare, selected
@@ -25,6 +25,7 @@ from gradsketch.gradients.per_example.directions import Directions
 from gradsketch.gradients.per_example.explicit import gradients_by_loop, implicit_sketches
 from gradsketch.gradients.tasks import Batch, TaskLike, as_task
 from gradsketch.linear_map import widened
+from gradsketch.lockstep import Lockstep
 from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -99,7 +100,7 @@ class GradientSketcher:
         self.model = bare(model)
         self.task, self.sketch = as_task(task), sketch if precondition is None else precondition.before(sketch)
         if not isinstance(self.sketch, ByParameter):
-            require_whole(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
+            require_unshared(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
         self.method, self.on_non_finite = method, on_non_finite
         self._parameters, self._tensors = parameters, _tensors_of(self.model, self.sketch, parameters)
         self._capture = Capture(self.model, self.task, self._tensors, method)
@@ -107,7 +108,7 @@ class GradientSketcher:
     def __call__(self, batch: Batch) -> SketchedGradients:
         """Sketch one batch."""
         start = time.perf_counter()
-        with differentiating(self.model, self._tensors):
+        with self.ranks.team.together(), differentiating(self.model, self._tensors):
             values, losses = self._sketch(batch)
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
@@ -118,7 +119,7 @@ class GradientSketcher:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that share out the model and go in step: each call is one call on every rank."""
+        """The ranks that hold parts of the model and go in step: each call is one call on every rank."""
         return self._capture.ranks
 
     def keep_up(self, batch: Batch) -> None:
@@ -143,7 +144,7 @@ class GradientSketcher:
             rows = [s for _, s in implicit_sketches(self.model, self.task, batch, self._tensors, self.sketch)]
             return torch.cat(rows), self._capture.losses(batch).detach()
         if isinstance(self.sketch, ByParameter):
-            return self._into(batch, _Sketches(self.sketch))
+            return self._into(batch, _Sketches(self.sketch, self._tensors, self.ranks.team))
         size = self.sketch.n * 4
         step = max(1, _FORMED_BYTES // size)
         parts = []
@@ -218,10 +219,15 @@ def sketch_gradients(
 
 
 class _Sketches:
-    """Adds contributions up into sketches; those of vectors, biases above all, together at the end."""
+    """Adds contributions up into sketches; those of vectors, biases above all, together at the end.
 
-    def __init__(self, phi: ByParameter) -> None:
-        self.phi = phi
+    Of a team each rank sketches some of the parameters, large and small ones in turn, and what all have is added up.
+    """
+
+    def __init__(self, phi: ByParameter, tensors: Mapping[str, Tensor], team: Lockstep) -> None:
+        self.phi, self.team = phi, team
+        by_size = sorted(tensors, key=lambda name: tensors[name].numel())
+        self.own = frozenset(by_size[team.rank :: team.ranks])
 
     def begin(self, b: int, like: Tensor) -> None:
         dtype = widened(like.dtype)
@@ -229,6 +235,8 @@ class _Sketches:
         self.vectors: dict[str, Tensor] = {}
 
     def add(self, name: str, contribution: Contribution, rows: slice) -> None:
+        if name not in self.own:
+            return
         formed = contribution.formed() if len(self.phi.shapes[name]) == 1 and rows == slice(None) else None
         if formed is None:
             contribution.sketch(self.phi, name, self.out[rows])
@@ -237,7 +245,7 @@ class _Sketches:
 
     def result(self) -> Tensor:
         self.phi.add_vectors(self.out, self.vectors)
-        return self.out
+        return self.team.sums(self.out.flatten()).view_as(self.out)
 
 
 def _made(

@@ -1,0 +1,12 @@
+"""A model whose layers tensor parallelism splits over ranks gives what it gives in one piece."""
+
+from pathlib import Path
+
+import pytest
+
+from launch import run
+
+
+@pytest.mark.parametrize("part", ["sketches", "refusals", "failures", "indexes", "transformers"])
+def test_ranks(part: str, tmp_path: Path) -> None:
+    run("ranks_tensor_parallel", part, tmp_path)
