@@ -39,7 +39,7 @@ from gradsketch.evaluation import mislabelled_auc, removal_check, retrain_on_sub
 from gradsketch.evaluation.lds import linear_datamodeling_score
 from gradsketch.random import Stream
 
-TRAIN, QUERIES, RATE, EPOCHS, BATCH, DAMPING = 600, 50, 3e-3, 15, 50, 0.1
+TRAIN, QUERIES, RATE, EPOCHS, BATCH, DAMPING = 600, 50, 3e-3, 15, 50, 1.0
 PEER_SETTINGS = ((TRAIN // 2, 0.0), *((1024, 10.0**e) for e in range(-2, 4)))  # (d, λ in a peer's own units)
 TASK = gs.Classification()
 Scores = Float[Tensor, "q n"]

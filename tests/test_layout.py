@@ -1,6 +1,7 @@
 """Modules import one another in no circle, however an import is written, and the public names are all there."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,9 @@ def test_every_public_name_resolves_to_where_it_is_said_to_be():
     for name in gs.__all__:
         assert getattr(gs, name) is not None
         assert gs._HOME[name] in MODULES
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Pytest imports each by its name alone, and would stop at the second of one name."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, often in names.items() if often > 1] == []

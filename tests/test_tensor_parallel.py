@@ -7,6 +7,9 @@ import pytest
 from launch import run
 
 
-@pytest.mark.parametrize("part", ["sketches", "refusals", "failures", "indexes", "transformers"])
+MODELS = pytest.param("transformers", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("part", ["sketches", "refusals", "failures", "indexes", MODELS])
 def test_ranks(part: str, tmp_path: Path) -> None:
     run("ranks_tensor_parallel", part, tmp_path)
