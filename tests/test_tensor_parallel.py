@@ -6,7 +6,6 @@ import pytest
 
 from launch import run
 
-
 MODELS = pytest.param("transformers", marks=pytest.mark.slow)
 
 
