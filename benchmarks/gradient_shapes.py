@@ -194,6 +194,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
+    lengths = [row["tokens"] for row in results["curves"]["tokens"]]
+    axes[1].set_xticks(lengths, [str(length) for length in lengths])
+    axes[1].minorticks_off()
     axes[0].set(yscale="linear", ylim=(0, None), ylabel="milliseconds a row")
     figure.savefig(path, dpi=150)
     plt.close(figure)

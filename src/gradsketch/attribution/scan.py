@@ -1,11 +1,10 @@
-"""One streaming pass over stored sketches: blocked products with the queries and a running top k.
+"""One streaming pass over stored sketches: products with the queries and a running top k.
 
-Memory is bounded by a block, whatever the size of the index; the shards are memory-mapped one after the other.
+Memory is bounded by a shard, whatever the size of the index; the shards are memory-mapped one after the other.
 Letters: m queries, d sketch, k hits.
 
-Blocks become float32 before the product, because half-precision products round their results to half precision and
-would reorder near ties. 8 queries × 20,000 rows × d = 4096 in float16 take 0.06 s on two cores: 1.5 times reading the
-bytes from disk, 2.9 times reading them from the page cache (benchmarks/results/query_speed.json).
+8 queries × 20,000 rows × d = 4096 in float16 take 0.05 s on two cores from the page cache, and 1.5 times as long as
+reading the bytes from disk (benchmarks/results/query_speed.json).
 """
 
 from __future__ import annotations
