@@ -12,6 +12,7 @@
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(32)));
 typedef float loose __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t bits_t __attribute__((may_alias)); /* of a float */
 
 /* One side of a matrix: entry e of a vector goes to place[e] with sign[e]; coordinate c is entry pick[c] of the
  * transform of length count. Where `adds`, several entries share a place. */
@@ -93,13 +94,24 @@ static void hadamard(vec *y, int64_t n) {
     passes(y, n, stretch);
 }
 
-/* Coordinates of one-hot vectors: a sign for each. */
+/* Coordinates of one-hot vectors: a sign for each, by the parity of the bits that place and coordinate share. It is
+ * spelt out, because compilers take no builtin eight at a time. */
 static void one_hot(const side_t *side, const int64_t *index, int64_t token, int tokens, float *out, int64_t stride) {
+    const int32_t *restrict pick = side->pick;
+    const int64_t needed = side->needed;
     for (int t = 0; t < tokens; t++) {
         const int32_t place = side->place[index[t * token]];
-        const float sign = side->sign[index[t * token]];
-        for (int64_t c = 0; c < side->needed; c++)
-            out[t * stride + c] = __builtin_parity(place & side->pick[c]) ? -sign : sign;
+        const bits_t sign = ((const bits_t *)side->sign)[index[t * token]];
+        bits_t *restrict to = (bits_t *)(out + t * stride);
+        for (int64_t c = 0; c < needed; c++) {
+            uint32_t bits = (uint32_t)(place & pick[c]);
+            bits ^= bits >> 16;
+            bits ^= bits >> 8;
+            bits ^= bits >> 4;
+            bits ^= bits >> 2;
+            bits ^= bits >> 1;
+            to[c] = sign ^ bits << 31;
+        }
     }
 }
 
