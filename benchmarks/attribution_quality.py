@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from record import write
+from record import table, write
 from torch import Tensor, nn
 
 import gradsketch as gs
@@ -58,10 +58,7 @@ def sketched(models: list[nn.Module], train: list[Any], queries: list[Any], d: i
         index = gs.build_index(folder, models[0], TASK, train, d=d, checkpoints=states, progress=False)
         found = {}
         for kind in KINDS:
-            hits = index.query(models[0], queries, k=len(train), score=kind, damping=DAMPING)
-            found[kind] = torch.zeros(len(queries), len(train), dtype=torch.float64)
-            for row, query in zip(found[kind], hits, strict=True):
-                row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
+            found[kind] = table(index.query(models[0], queries, k=len(train), score=kind, damping=DAMPING))
         return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import attribution_quality as digits
 import torch
-from record import write
+from record import table, write
 from torch import Tensor, nn
 
 import gradsketch as gs
@@ -41,7 +41,7 @@ def main() -> None:
     def lds(scores: Tensor) -> float:
         return gs.linear_datamodeling_score(scores.double(), retrained).value
 
-    models, table = [digits.trained(train, seed) for seed in range(MODELS)], []
+    models, entries = [digits.trained(train, seed) for seed in range(MODELS)], []
     for group in (models[:1], models):
         for metric in (None, "kfac"):
             with tempfile.TemporaryDirectory() as folder:
@@ -51,15 +51,15 @@ def main() -> None:
                         f"{rate:g}": lds(index.scores(group[0], questions, score=score, damping=rate))
                         for rate in LAMBDAS
                     }
-                    table.append({"models": len(group), "metric": metric, "score": score, "lds": found})
-                    print(json.dumps(table[-1]), flush=True)
+                    entries.append({"models": len(group), "metric": metric, "score": score, "lds": found})
+                    print(json.dumps(entries[-1]), flush=True)
     for exact in ("ekfac", "empirical-ekfac"):
         with tempfile.TemporaryDirectory() as folder:
             index = built(folder, models[:1], train, None, 256)
             found = {f"{rate:g}": lds(whole(index, models[0], questions, train, exact, rate)) for rate in EXACT}
-        table.append({"models": 1, "metric": None, "score": exact, "lds": found})
-        print(json.dumps(table[-1]), flush=True)
-    print(write("damping", {"rows": len(train), "questions": len(questions), "halves": SUBSETS, "table": table}))
+        entries.append({"models": 1, "metric": None, "score": exact, "lds": found})
+        print(json.dumps(entries[-1]), flush=True)
+    print(write("damping", {"rows": len(train), "questions": len(questions), "halves": SUBSETS, "table": entries}))
 
 
 def built(folder: str, models: list[nn.Module], train: list[Any], metric: str | None, d: int) -> gs.Index:
@@ -71,11 +71,7 @@ def built(folder: str, models: list[nn.Module], train: list[Any], metric: str | 
 def whole(index: gs.Index, model: nn.Module, questions: list[Any], train: list[Any], exact: str, rate: float) -> Tensor:
     """Return the exact scores of all rows."""
     every = len(train)
-    hits = index.query(model, questions, k=every, rerank=every, exact=exact, damping=rate, data=train)
-    scores = torch.zeros(len(questions), every, dtype=torch.float64)
-    for row, query in zip(scores, hits, strict=True):
-        row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
-    return scores
+    return table(index.query(model, questions, k=every, rerank=every, exact=exact, damping=rate, data=train))
 
 
 if __name__ == "__main__":

@@ -69,9 +69,14 @@ def hidden(model: nn.Module, rows: Sequence[Row]) -> Tensor:
     return nn.functional.normalize(torch.stack(states))
 
 
+def sentences() -> tuple[list[Row], list[Row]]:
+    """Return the rows and the questions of facts_lm.py, with their texts."""
+    train, reference = ([{**row, "text": lm_attribution.text_of(row)} for row in part] for part in facts_lm.facts()[:2])
+    return train, reference
+
+
 def facts(kept: Path) -> dict[str, Any]:
-    train, reference = ([{**row, "text": f"{row['prompt']} {row['answer']}"} for row in part]
-                        for part in facts_lm.facts()[:2])  # fmt: skip
+    train, reference = sentences()
     model, _ = facts_lm.trained(list(range(len(train))))
     wanted = torch.tensor([[row["fact"] == question["fact"] for row in train] for question in reference])
     results = {}
@@ -111,8 +116,7 @@ def mails(tokenizer: Callable[..., Any]) -> tuple[list[Row], list[Row]]:
 
 
 def chosen(kept: Path) -> dict[str, Any]:
-    train, reference = ([{**row, "text": f"{row['prompt']} {row['answer']}"} for row in part]
-                        for part in facts_lm.facts()[:2])  # fmt: skip
+    train, reference = sentences()
     count, scoring = len(train) // 10, facts_lm.untrained()
     scoring.load_state_dict(facts_lm.trained(list(range(len(train))))[1][0])
     choices = {name: [scores.mean(0).topk(count).indices.tolist()] * SEEDS

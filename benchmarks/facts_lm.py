@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 import gradsketch as gs
@@ -27,7 +26,6 @@ __all__ = [
     "facts",
     "question_losses",
     "retrained",
-    "table",
     "trained",
     "trained_with_optimizer",
     "untrained",
@@ -165,11 +163,3 @@ def retrained(halves: int, path: Path | None) -> gs.Retrainings:
     """Return the questions' losses after training on random halves; finished halves are kept in a file."""
     rows = len(facts()[0])
     return gs.retrain_on_subsets(lambda chosen: trained(chosen)[0], question_losses, rows, subsets=halves, path=path)
-
-
-def table(hits: gs.Hits) -> Float[Tensor, "q n"]:
-    """Return the scores of every question with every row; rows that are no hits have zero."""
-    scores = torch.zeros(len(hits), len(facts()[0]), dtype=torch.float64)
-    for row, query in zip(scores, hits, strict=True):
-        row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
-    return scores

@@ -17,6 +17,7 @@ from gradient_workloads import WORKLOADS, Workload
 from record import interleaved_seconds, peak_bytes, write
 
 import gradsketch as gs
+from gradsketch.as_found import Trainability
 
 SIZES = {"w1": (4096, 32768, 65536), "smollm2": (4096, 65536)}
 BATCHES = {"w1": (4, 8, 16), "smollm2": (4, 8)}
@@ -72,12 +73,12 @@ def best(name: str, batches: tuple[int, ...], seconds: dict[str, Any], jobs: dic
 
 def floor(work: Workload, batches: list[dict[str, Any]]) -> None:
     """Run forward and backward without a single weight gradient."""
-    work.model.requires_grad_(False)
     handle = work.model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
-    for batch in batches:
-        work.task.losses(work.model, batch).sum().backward()
+    with Trainability(work.model) as found:
+        found.only([])
+        for batch in batches:
+            work.task.losses(work.model, batch).sum().backward()
     handle.remove()
-    work.model.requires_grad_(True)
 
 
 if __name__ == "__main__":

@@ -114,26 +114,13 @@ def experts(quick: bool) -> Shape:
 SHAPES = (long_rows, short_rows, lora, classifier, experts)
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def without_weight_gradients(work: Workload, batches: list[dict[str, Tensor]]) -> None:
-    """Run the floor, and leave frozen what was frozen."""
-    chosen = trainable(work.model)
-    floor(work, batches)
-    work.model.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-
-
 def measured(shape: Shape, repeats: int, **about: Any) -> dict[str, Any]:
     """Return seconds of every job, shares of the plain pass, and peak memory of one batch."""
     work, batches = shape.work, shape.work.batches(shape.batch)
     chosen = gs.Parameters(work.model)
     jobs: dict[str, Callable[[], Any]] = {
         "plain": lambda: work.plain(batches),
-        "floor": lambda: without_weight_gradients(work, batches),
+        "floor": lambda: floor(work, batches),
     }
     for d in shape.sizes:
         sketcher = gs.GradientSketcher(work.model, work.task, gs.BlockSum(chosen, d))

@@ -33,7 +33,7 @@ import numpy as np
 import selection
 import torch
 from jaxtyping import Float
-from record import write
+from record import table, write
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def scored(states: list[dict[str, Tensor]], variant: str, d: int, seed: int) -> 
         for name, damping in SCORES:
             options = {} if damping is None else {"damping": damping}
             hits = index.query(model, questions, k=len(rows), score=name, **options)
-            found[name if damping is None else f"{name}, λ={damping}"] = facts_lm.table(hits)
+            found[name if damping is None else f"{name}, λ={damping}"] = table(hits)
     return found, cost
 
 
@@ -107,9 +107,21 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(np.quantile(values, share)) for share in (0.025, 0.975)]
 
 
+def about_the_task(model: torch.nn.Module, retrained: gs.Retrainings) -> dict[str, Any]:
+    rows, questions, _ = facts_lm.facts()
+    return {
+        "rows": len(rows),
+        "questions": len(questions),
+        "halves": len(retrained.kept),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "question_loss": float(facts_lm.question_losses(model).mean()),
+        "question_loss_of_halves": float(retrained.losses.mean()),
+    }
+
+
 def measured(retrained: gs.Retrainings, d: int, seeds: int) -> dict[str, Any]:
     model, states = facts_lm.trained(list(range(len(facts_lm.facts()[0]))))
-    bootstrap, table, costs = Bootstrap(retrained), [], []
+    bootstrap, entries, costs = Bootstrap(retrained), [], []
     fact = [[float(row["fact"] == question["fact"]) for row in facts_lm.facts()[0]] for question in facts_lm.facts()[1]]
     oracle = torch.tensor(fact, dtype=torch.float64)
     for weights, epochs in WEIGHTS.items():
@@ -127,18 +139,12 @@ def measured(retrained: gs.Retrainings, d: int, seeds: int) -> dict[str, Any]:
                         plain[name] = draws
                     else:
                         entry["gain_interval"] = interval(draws - plain[name])
-                    table.append(entry)
+                    entries.append(entry)
                     print(json.dumps(entry), flush=True)
-    return {
-        "rows": oracle.shape[1],
-        "questions": len(oracle),
-        "halves": len(retrained.kept),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "question_loss": float(facts_lm.question_losses(model).mean()),
-        "question_loss_of_halves": float(retrained.losses.mean()),
+    return about_the_task(model, retrained) | {
         "d": d,
         "oracle": {"lds": gs.linear_datamodeling_score(oracle, retrained).value, "is": "states the same fact"},
-        "scores": table,
+        "scores": entries,
         "builds": costs,
     }
 
@@ -208,32 +214,24 @@ def ladder(retrained: gs.Retrainings, kept: Path) -> dict[str, Any]:
         print(json.dumps(about | judged), flush=True)
         return about | judged
 
-    table = [entry({"states the same fact": fact}, {"scores": "oracle"})]
-    table += [entry(once(kept / f"{name}.pt", make), {"scores": name}) for name, make in TEXTS.items()]
+    entries = [entry({"states the same fact": fact}, {"scores": "oracle"})]
+    entries += [entry(once(kept / f"{name}.pt", make), {"scores": name}) for name, make in TEXTS.items()]
     for weights, epochs in EVERY_EPOCH.items():
         checkpoints, exact = [states[epoch] for epoch in epochs], None
         if len(epochs) < 8:
             exact = once(kept / f"exact-{len(epochs)}-{epochs[0]}.pt", lambda c=checkpoints: every_exact(model, c))
-            table.append(entry(exact, {"scores": "exact EK-FAC over all rows", "weights": weights}))
+            entries.append(entry(exact, {"scores": "exact EK-FAC over all rows", "weights": weights}))
         for metric_, d, stores in RUNGS:
             for store in stores:
                 about: dict[str, Any] = {"weights": weights, "metric": metric_, "d": d, "store": store}
                 name = "-".join(map(str, (*about.values(),))).replace(" ", "_").replace(",", "")
                 got = once(kept / f"{name}.pt", lambda a=(checkpoints, metric_, d, store): sketched(model, *a))
                 about |= {key: got[key] for key in ("bytes_a_row", "build_seconds")}
-                table.append(entry(got["sketches"], {"scores": "sketches", **about}))
+                entries.append(entry(got["sketches"], {"scores": "sketches", **about}))
                 if exact and (metric_, d, store) == ("kfac", 4096, "float16"):
                     again = {name: looked_at_again(scores, got["sketches"]) for name, scores in exact.items()}
-                    table.append(entry(again, {"scores": f"EK-FAC over {RERANKED} rows found", **about}))
-    return {
-        "rows": len(rows),
-        "questions": len(questions),
-        "halves": len(retrained.kept),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "question_loss": float(facts_lm.question_losses(model).mean()),
-        "question_loss_of_halves": float(retrained.losses.mean()),
-        "table": table,
-    }
+                    entries.append(entry(again, {"scores": f"EK-FAC over {RERANKED} rows found", **about}))
+    return about_the_task(model, retrained) | {"table": entries}
 
 
 def once(file: Path, make: Any) -> Any:
@@ -257,7 +255,7 @@ def sketched(
         seconds = time.perf_counter() - began
 
         def asked(**choice: Any) -> Scores:
-            return facts_lm.table(index.query(model, questions, k=len(rows), **choice))
+            return table(index.query(model, questions, k=len(rows), **choice))
 
         found = {"dot": asked(score="dot")}
         for score in ("influence", "ridge"):
@@ -280,7 +278,7 @@ def every_exact(model: torch.nn.Module, checkpoints: list[dict[str, Tensor]]) ->
         index = gs.build_index(folder, model, facts_lm.TASK, rows, d=256, checkpoints=checkpoints, progress=False)
         for rate in (1e-3, 1e-2, 1e-1):
             hits = index.query(model, questions, k=every, rerank=every, score="dot", damping=rate, data=rows)
-            found[f"EK-FAC, λ={rate:g}"] = facts_lm.table(hits)
+            found[f"EK-FAC, λ={rate:g}"] = table(hits)
     return found
 
 
@@ -308,13 +306,13 @@ def tail_patch() -> Scores:
 def words() -> Found:
     """Return Okapi's BM25 of the words of question and row."""
     rows, questions, _ = facts_lm.facts()
-    return {"BM25": selection.bm25(*([{"text": _text(row)} for row in part] for part in (rows, questions))).T}
+    return {"BM25": selection.bm25(*([{"text": text_of(row)} for row in part] for part in (rows, questions))).T}
 
 
 def embeddings() -> Found:
     """Return cosines of MiniLM's sentence embeddings of question and row."""
     rows, questions, _ = facts_lm.facts()
-    return {"cosine": cosines([_text(row) for row in questions], [_text(row) for row in rows])}
+    return {"cosine": cosines([text_of(row) for row in questions], [text_of(row) for row in rows])}
 
 
 @torch.no_grad()
@@ -333,7 +331,7 @@ def cosines(asked: list[str], texts: list[str]) -> Scores:
     return of(asked) @ of(texts).T
 
 
-def _text(row: dict[str, Any]) -> str:
+def text_of(row: dict[str, Any]) -> str:
     return f"{row['prompt']} {row['answer']}"
 
 

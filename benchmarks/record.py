@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+import gradsketch as gs
 from gradsketch.durable import write_file
 from gradsketch.evaluation.cost import interleaved_rounds, interleaved_seconds, peak_bytes
 
-__all__ = ["environment", "interleaved_rounds", "interleaved_seconds", "peak_bytes", "write"]
+__all__ = ["environment", "interleaved_rounds", "interleaved_seconds", "peak_bytes", "table", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,6 +27,14 @@ def write(name: str, results: Any, **about: Any) -> Path:
     path = RESULTS / f"{name}.json"
     write_file(path, json.dumps({"environment": environment(), **about, "results": results}, indent=1) + "\n")
     return path
+
+
+def table(hits: gs.Hits) -> Float[Tensor, "q n"]:
+    """Return the scores of every question with every row; rows that are no hits have zero."""
+    scores = torch.zeros(len(hits), hits.rows, dtype=torch.float64)
+    for row, query in zip(scores, hits, strict=True):
+        row[[hit.row for hit in query]] = torch.tensor([hit.score for hit in query], dtype=torch.float64)
+    return scores
 
 
 def environment() -> dict[str, Any]:

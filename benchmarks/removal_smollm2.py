@@ -26,7 +26,6 @@ import selection
 import torch
 from jaxtyping import Float
 from record import write
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 import gradsketch as gs
@@ -152,8 +151,8 @@ def measured(size: Size, kept: Path | None) -> dict[str, Any]:
         "loss_before_training": statistics.fmean(untrained), "loss": statistics.fmean(before),
         "loss_without_random_rows": statistics.fmean(random), "spread_of_random": statistics.stdev(spread),
         "methods": {
-            name: {"rise": statistics.fmean(values), "interval": interval(values), "rises": values,
-                   "gain_over_bm25": interval([a - b for a, b in zip(values, rises["BM25"], strict=True)])}
+            name: {"rise": statistics.fmean(values), "interval": selection.interval(values), "rises": values,
+                   "gain_over_bm25": selection.interval([a - b for a, b in zip(values, rises["BM25"], strict=True)])}
             for name, values in rises.items()
         },
         "shared_with_bm25": {
@@ -161,12 +160,6 @@ def measured(size: Size, kept: Path | None) -> dict[str, Any]:
             for name, groups in chosen.items()
         },
     }  # fmt: skip
-
-
-def interval(values: list[float]) -> list[float]:
-    """Return Student's 95 % interval of a mean."""
-    reach = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.fmean(values) - reach, statistics.fmean(values) + reach]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import facts_lm
 import torch
 from jaxtyping import Float
 from lm_attribution import WEIGHTS, Bootstrap, interval
-from record import write
+from record import table, write
 from torch import Tensor
 
 import gradsketch as gs
@@ -34,7 +34,7 @@ Scores = Float[Tensor, "q n"]
 def asked(index: gs.Index, model: torch.nn.Module, **options: Any) -> tuple[Scores, gs.Hits]:
     rows, questions, _ = facts_lm.facts()
     hits = index.query(model, questions, k=len(rows), score="ridge", damping=LAMBDA, **options)
-    return facts_lm.table(hits), hits
+    return table(hits), hits
 
 
 def exact(index: gs.Index, model: torch.nn.Module, damping: float) -> tuple[Scores, float]:
@@ -42,7 +42,7 @@ def exact(index: gs.Index, model: torch.nn.Module, damping: float) -> tuple[Scor
     rows, questions, _ = facts_lm.facts()
     every = len(rows)
     hits = index.query(model, questions, k=every, rerank=every, score="dot", damping=damping, data=rows)
-    return facts_lm.table(hits), hits.cost.rerank
+    return table(hits), hits.cost.rerank
 
 
 def measured(retrained: gs.Retrainings, d: int) -> dict[str, Any]:

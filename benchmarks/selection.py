@@ -265,10 +265,15 @@ def compared(accuracies: dict[str, list[float]], ours: str) -> dict[str, Any]:
     return {"accuracy": {name: _interval(values) for name, values in accuracies.items()}, "gain_over": gains}
 
 
-def _interval(values: list[float]) -> dict[str, Any]:
+def interval(values: list[float]) -> list[float]:
+    """Return Student's 95 % interval of a mean."""
     mean = statistics.mean(values)
     half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "interval": [mean - half, mean + half], "seeds": values}
+    return [mean - half, mean + half]
+
+
+def _interval(values: list[float]) -> dict[str, Any]:
+    return {"mean": statistics.mean(values), "interval": interval(values), "seeds": values}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradsketch.errors import InputError
 from gradsketch.lockstep import Lockstep
-from gradsketch.tensor_parallel import is_split, team_of
+from gradsketch.tensor_parallel import is_shard, team_of
 from gradsketch.walks import modules_of, parameters_of
 
 __all__ = [
@@ -37,11 +37,6 @@ __all__ = [
     "units_of",
     "whole",
 ]
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether ranks share out a tensor."""
-    return is_split(tensor)
 
 
 def units_of(model: nn.Module) -> list[Any]:

@@ -23,13 +23,13 @@ from gradsketch.errors import InputError
 from gradsketch.lockstep import Lockstep
 from gradsketch.walks import modules_of, parameters_of
 
-__all__ = ["are_added_up", "conversions_heard", "is_split", "meeting", "team_of"]
+__all__ = ["are_added_up", "conversions_heard", "is_shard", "meeting", "team_of"]
 
 # What makes a DTensor of a plain tensor, a plain tensor of a DTensor, or another DTensor with the same entries.
 _CONVERSIONS = ("from_local", "to_local", "redistribute", "full_tensor")
 
 
-def is_split(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which each rank holds a part."""
     return hasattr(tensor, "device_mesh")
 
@@ -50,7 +50,7 @@ def team_of(model: nn.Module) -> Lockstep:
     Raises:
         InputError: parameters are split over several meshes, or over one of several dims.
     """
-    parameters: list[Any] = [p for p in parameters_of(model) if is_split(p)]
+    parameters: list[Any] = [p for p in parameters_of(model) if is_shard(p)]
     meshes = list(dict.fromkeys(parameter.device_mesh for parameter in parameters))
     if not meshes:
         return Lockstep()
@@ -68,7 +68,7 @@ def meeting(model: nn.Module, team: Lockstep) -> Iterator[None]:
     """Have the team meet before each layer that it holds in parts, where a rank that has failed is heard."""
     with ExitStack() as stack:
         for place, module in enumerate(modules_of(model) if team.several else ()):
-            if any(p is not None and is_split(p) for p in module._parameters.values()):
+            if any(p is not None and is_shard(p) for p in module._parameters.values()):
                 meet = functools.partial(_meet, team, place)
                 stack.enter_context(module.register_forward_pre_hook(meet, prepend=True))
         yield
