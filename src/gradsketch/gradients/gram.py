@@ -71,7 +71,7 @@ def gradient_gram(
     with torch.no_grad(), full_precision(gram.device):
         for name, tensor in tensors.items():
             if name in x and name in y:
-                gram += inner_products(x[name], y[name], tensor.shape)
+                gram += inner_products(x[name], y[name], tensor.shape).to(gram.device)
     if not torch.isfinite(gram).all():
         i, j = (int(place) for place in (~torch.isfinite(gram)).nonzero()[0])
         raise NonFiniteError(

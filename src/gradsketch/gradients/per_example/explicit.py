@@ -79,7 +79,7 @@ def implicit_sketches(
         w = torch.zeros(sketch.d, dtype=dtype, device=like.device, requires_grad=True)
         steps = sketch.lift(w).split([t.numel() for t in tensors.values()])
         moved = {
-            f"model.{name}": tensor.detach() + step.view_as(tensor).to(tensor.dtype)
+            f"model.{name}": tensor.detach() + step.view_as(tensor).to(tensor)
             for (name, tensor), step in zip(tensors.items(), steps, strict=True)
         }
         example = differentiable(batch_slice(batch, position, position + 1))

@@ -110,6 +110,7 @@ class GradientSketcher:
         start = time.perf_counter()
         with self.ranks.team.together(), differentiating(self.model, self._tensors):
             values, losses = self._sketch(batch)
+            losses = losses.to(values.device)  # a spread model's come from the device that holds its last layer
             skipped = self._check_finite(batch, values, losses)
         return SketchedGradients(values, losses, skipped, time.perf_counter() - start)
 
@@ -221,31 +222,38 @@ def sketch_gradients(
 class _Sketches:
     """Adds contributions up into sketches; those of vectors, biases above all, together at the end.
 
-    Of a team each rank sketches some of the parameters, large and small ones in turn, and what all have is added up.
+    Each device of a model adds up what it holds. Of a team each rank sketches some of the parameters, large and small
+    ones in turn, and what all have is added up.
     """
 
     def __init__(self, phi: ByParameter, tensors: Mapping[str, Tensor], team: Lockstep) -> None:
         self.phi, self.team = phi, team
+        self.devices = {name: tensor.device for name, tensor in tensors.items()}
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         self.own = frozenset(by_size[team.rank :: team.ranks])
 
     def begin(self, b: int, like: Tensor) -> None:
-        dtype = widened(like.dtype)
-        self.out = torch.zeros(b, self.phi.d, dtype=dtype, device=like.device)
-        self.vectors: dict[str, Tensor] = {}
+        devices = dict.fromkeys([like.device, *self.devices.values()])
+        self.outs = {at: torch.zeros(b, self.phi.d, dtype=widened(like.dtype), device=at) for at in devices}
+        self.vectors: dict[torch.device, dict[str, Tensor]] = {at: {} for at in devices}
 
     def add(self, name: str, contribution: Contribution, rows: slice) -> None:
         if name not in self.own:
             return
+        out, vectors = self.outs[self.devices[name]], self.vectors[self.devices[name]]
         formed = contribution.formed() if len(self.phi.shapes[name]) == 1 and rows == slice(None) else None
         if formed is None:
-            contribution.sketch(self.phi, name, self.out[rows])
+            contribution.sketch(self.phi, name, out[rows])
         else:
-            self.vectors[name] = self.vectors[name] + formed if name in self.vectors else formed
+            vectors[name] = vectors[name] + formed if name in vectors else formed
 
     def result(self) -> Tensor:
-        self.phi.add_vectors(self.out, self.vectors)
-        return self.team.sums(self.out.flatten()).view_as(self.out)
+        first, *others = self.outs.values()
+        for at, out in self.outs.items():
+            self.phi.add_vectors(out, self.vectors[at])
+        for other in others:
+            first += other.to(first.device)
+        return self.team.sums(first.flatten()).view_as(first)
 
 
 def _made(
@@ -274,7 +282,7 @@ class _Formed:
     def add(self, name: str, contribution: Contribution, rows: slice) -> None:
         shape = self.shapes[name]
         first = shape[0] if len(shape) > 1 else 1
-        self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1)
+        self.parts[name][rows] += contribution.dense(first, shape.numel() // first).flatten(1).to(self.out.device)
 
     def result(self) -> Tensor:
         return self.out
