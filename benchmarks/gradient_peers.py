@@ -36,7 +36,6 @@ from gradsketch.evaluation.quality import sketch_quality
 from gradsketch.gradients.gram import gradient_gram
 
 BATCH = 8
-LAYERS = 24  # linear layers inside the blocks of W1
 LIMIT = 120  # seconds a library gets, start included
 Sketches = Callable[[], Tensor]
 
@@ -222,8 +221,8 @@ def dattri_llm(work: Workload, d: int) -> Sketches:
     from dattri_llm import HookManager, HookManagerConfig
 
     blocks = r"transformer\.h\.\d+\.(attn|mlp)\.c_"
-    names = [name for name, _ in work.model.named_modules() if ".c_" in name]
-    options = {"style": "logra", "proj_dim": side(d), "proj_max_batch_size": BATCH}
+    names = block_layers(work.model)
+    options = {"style": "logra", "proj_dim": side(work, d), "proj_max_batch_size": BATCH}
     # The default seed would give layers of one shape one matrix, which costs quality.
     seeds = {name: {**options, "proj_seed": 2 * i} for i, name in enumerate(names)}
     config = HookManagerConfig(linear_io=[blocks], capture_style="materialized", projection_kwargs=seeds)
@@ -247,8 +246,8 @@ def bergson(work: Workload, d: int) -> Sketches:
     from datasets import Dataset
 
     data = Dataset.from_dict({"input_ids": work.ids.tolist()})
-    targets = {name for name, _ in work.model.named_modules() if ".c_" in name}
-    config = IndexConfig(run_path="unused", projection_dim=side(d), include_bias=True)
+    targets, p = set(block_layers(work.model)), side(work, d)
+    config = IndexConfig(run_path="unused", projection_dim=p, include_bias=True)
     work.model.requires_grad_(False)  # as its own loader does: no weight gradient is computed
     work.model.get_input_embeddings().requires_grad_(True)
 
@@ -258,7 +257,7 @@ def bergson(work: Workload, d: int) -> Sketches:
             data=data,
             cfg=config,
             target_modules=targets,
-            processor=GradientProcessor(projection_dim=side(d), include_bias=True, projection_seed=0),
+            processor=GradientProcessor(projection_dim=p, include_bias=True, projection_seed=0),
         )
         with collector:
             for i, batch in enumerate(work.batches(BATCH)):
@@ -279,7 +278,7 @@ def logix(work: Workload, d: int) -> Sketches:
     linear_layers(work.model)  # it knows no Conv1D of transformers
     run = LogIX(project="w1")
     run.watch(work.model, name_filter=["c_attn", "c_proj", "c_fc"])
-    run.add_lora(lora_config=LoRAConfig(init="random", rank=side(d)))
+    run.add_lora(lora_config=LoRAConfig(init="random", rank=side(work, d)))
     run.setup({"grad": ["log"]})
 
     def sketch() -> Tensor:
@@ -307,9 +306,14 @@ def linear_layers(model: nn.Module) -> None:
                 setattr(module, name, linear)
 
 
-def side(d: int) -> int:
+def block_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers inside the blocks."""
+    return [name for name, _ in model.named_modules() if ".c_" in name]
+
+
+def side(work: Workload, d: int) -> int:
     """Return p of the p × p numbers a layer gets."""
-    return math.isqrt(d // LAYERS)
+    return math.isqrt(d // len(block_layers(work.model)))
 
 
 # Name → (package, what makes its sketches, the sizes asked for).

@@ -175,16 +175,22 @@ class Judge:
         self.draws = [(rows, generator.integers(0, q, q)) for rows, q in draws]
 
     def __call__(self, found: Found) -> dict[str, Any]:
+        return self.drawn(found)[0]
+
+    def drawn(self, found: Found) -> tuple[dict[str, Any], np.ndarray]:
+        """Return the LDS with its interval and what was chosen, and its draws, to be compared with those of others."""
         predicted = {name: self.kept @ scores.numpy().T for name, scores in found.items()}
         values = [{name: self._value(p, fold) for name, p in predicted.items()} for fold in self.folds]
         best = [max(fold, key=fold.__getitem__) for fold in values]
         chosen = best[::-1]  # for each fold, what the other chose
-        drawn = [
-            np.mean([self._value(predicted[name], rows[f], c) for f, name in enumerate(chosen)])
-            for rows, c in self.draws
-        ]
+        drawn = np.array(
+            [
+                np.mean([self._value(predicted[name], rows[f], c) for f, name in enumerate(chosen)])
+                for rows, c in self.draws
+            ]
+        )
         value = float(np.mean([values[f][name] for f, name in enumerate(chosen)]))
-        return {"lds": value, "interval": interval(np.array(drawn)), "chosen": chosen}
+        return {"lds": value, "interval": interval(drawn), "chosen": chosen}, drawn
 
     def _value(self, predicted: np.ndarray, rows: np.ndarray, columns: Any = slice(None)) -> float:
         return float(np.nanmean(_spearman(predicted[rows][:, columns], self.losses[rows][:, columns])))
