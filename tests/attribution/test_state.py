@@ -355,3 +355,18 @@ def test_memory_that_runs_out_while_a_shard_is_made_is_told(tmp_path, monkeypatc
     monkeypatch.setattr("gradsketch.store.store.encode_shard", out_of_memory)
     with pytest.raises(InputError, match=r"a shard of 8 rows of d = 96 does not fit .*smaller shard_rows"):
         build(tmp_path / "i")
+
+
+def test_weights_that_change_during_a_build_are_refused_before_their_rows_are_written(tmp_path):
+    model, task, data = toys.classifier(), toys.vector_task(), toys.vectors(40)
+
+    def trained_meanwhile(rows):
+        if any(torch.equal(row["x"], data["x"][20]) for row in rows):
+            next(model.parameters()).data.mul_(1.5)  # past the version counter, as fused optimisers do
+        return task.collate(rows)
+
+    function = gs.Function(task.losses, collate=trained_meanwhile)
+    options = {"d": 16, "shard_rows": 8, "batch_tokens": 4, "progress": False}
+    with pytest.raises(FingerprintError, match=r"weights that changed while rows .* were sketched"):
+        gs.build_index(tmp_path, model, function, data, **options)
+    assert len(list((tmp_path / "checkpoint-0").glob("*.arrow"))) == 2

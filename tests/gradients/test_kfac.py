@@ -9,7 +9,7 @@ from torch.nn import functional
 from zoo import CASES
 
 import gradsketch as gs
-from gradsketch.errors import DamageError, GradsketchWarning, InputError, NonFiniteError
+from gradsketch.errors import DamageError, FingerprintError, GradsketchWarning, InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.tasks import as_task
 from sampled import a_third
@@ -394,6 +394,18 @@ def test_factors_and_sketches_must_fit():
         gs.GradientSketcher(
             model, gs.Classification(), gs.AFFD(15, 8), parameters=gs.Parameters(model), precondition=factors
         )
+
+
+def test_factors_of_other_weights_are_refused():
+    model, task = nn.Linear(4, 3), gs.Classification()
+    factors = gs.kfac(model, task, [(torch.randn(4), i % 3) for i in range(6)])
+    phi = gs.BlockSum(gs.Parameters(model), 8)
+    gs.GradientSketcher(model, task, phi, precondition=factors)
+    model.weight.data[0, 0] += 1e-3
+    with pytest.raises(FingerprintError, match=r"model is now .* Make the factors with the weights that are sketched"):
+        gs.GradientSketcher(model, task, phi, precondition=factors)
+    with pytest.raises(FingerprintError, match="model is now"):
+        gs.sketch_gradients(model, task, (torch.randn(2, 4), torch.tensor([0, 1])), phi, precondition=factors)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error():

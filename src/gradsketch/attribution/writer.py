@@ -11,6 +11,7 @@ from gradsketch.attribution.examples import where
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.parts import PartReader
 from gradsketch.errors import FingerprintError, InputError
+from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.data import is_out_of_memory
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.store import Rows, Store
@@ -23,6 +24,7 @@ class ShardWriter:
 
     def __init__(self, store: Store, parts: PartReader, source: GradientSource, *, with_metadata: bool) -> None:
         self.store, self.parts, self.source, self.with_metadata = store, parts, source, with_metadata
+        self._weights = self._weights_now()
 
     @property
     def audits(self) -> Audits:
@@ -46,6 +48,7 @@ class ShardWriter:
         """Write one shard, unless another process did so meanwhile; ``advance`` hears of every row done.
 
         Raises:
+            FingerprintError: the weights are others than when the index was begun.
             InputError: rows that cannot be used.
             NonFiniteError: a loss or gradient is not finite.
             StoreError: no room, no permission.
@@ -57,6 +60,7 @@ class ShardWriter:
         try:
             with team.together():  # others wait until the shard is there
                 rows = self._rows(start, count, advance)
+                self._require_same_weights(start, count)
                 if team.rank == 0:
                     self.store.write(start, rows)
         except (RuntimeError, MemoryError) as error:
@@ -90,6 +94,20 @@ class ShardWriter:
 
     def _where(self, place: int) -> str:
         return where(self.parts.examples, place)
+
+    def _weights_now(self) -> Any:
+        """Return what tells weights apart, read in one pass; ranks that hold parts would have to meet for it."""
+        sketcher = self.source.sketcher
+        return None if sketcher.ranks.several else content_of(dict(sketcher.model.named_parameters()))
+
+    def _require_same_weights(self, start: int, count: int) -> None:
+        """Refuse rows that were made while something trained the model, before they are written."""
+        if self._weights_now() != self._weights:
+            raise FingerprintError(
+                f"weights that changed while rows {start} to {start + count - 1} were sketched",
+                f"those that {self.store.folder.uri} was begun with",
+                "Index a copy of a model that is being trained: copy.deepcopy(model)",
+            )
 
     def _require_same_data(self, start: int, count: int) -> None:
         if self.store.shard(start, count).digest != self.parts.digest(start, count):
