@@ -194,6 +194,27 @@ def test_a_small_gradient_counts_in_any_company(method, dtype):
             torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [gs.kfac, gs.ekfac])
+def test_gradients_whose_squares_vanish_are_refused(method):
+    """Their factors would be those of no gradient at all: the metric would be the identity."""
+    torch.manual_seed(0)
+    model, data = nn.Linear(5, 3), [(torch.randn(5), i % 3) for i in range(12)]
+
+    def estimated(scale, dtype=torch.float32):
+        def losses(model, batch):
+            return functional.cross_entropy(model(batch[0].to(dtype)), batch[1], reduction="none") * scale
+
+        rows = whole(method(model.to(dtype), losses, data, labels="empirical").roots["weight"].rows, 3).double()
+        return rows / rows.norm()
+
+    want = estimated(1.0)
+    for scale, dtype in ((1e-16, torch.float32), (1e-30, torch.float64)):
+        torch.testing.assert_close(estimated(scale, dtype), want, rtol=1e-4, atol=1e-5)
+    for scale in (1e-25, 1e-30):
+        with pytest.raises(InputError, match="Multiply the loss by a constant"):
+            estimated(scale)
+
+
 class Mixed(nn.Module):
     """A body in float32 and a head in float64."""
 
