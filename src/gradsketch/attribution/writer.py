@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from gradsketch.attribution.parts import PartReader
 from gradsketch.errors import FingerprintError, InputError
 from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.data import is_out_of_memory
-from gradsketch.gradients.per_example.audit import Audits
+from gradsketch.gradients.per_example.audit import Audits, tolerance
 from gradsketch.store import Rows, Store
 
 __all__ = ["ShardWriter"]
+
+_COMPARED = 8  # rows of a finished shard
 
 
 class ShardWriter:
@@ -35,14 +38,16 @@ class ShardWriter:
         """Yield those of the ranges, in order, whose shards are missing or damaged; compare the data of the others.
 
         Raises:
-            FingerprintError: a finished shard was made of other data.
+            FingerprintError: a finished shard was made of other data, or by a model that computes something else.
         """
-        unfinished, team = set(self.store.unfinished()), self.source.sketcher.ranks.team
+        unfinished, ranks, compared = set(self.store.unfinished()), self.source.sketcher.ranks, False
         for start, count in ranges:
-            if team.any((start, count) in unfinished):
+            if ranks.team.any((start, count) in unfinished):
                 yield start, count
-            else:
-                self._require_same_data(start, count)
+                continue
+            self._require_same_data(start, count)
+            if not (compared or ranks.several):
+                compared = self._require_same_loss(start, count)
 
     def write(self, start: int, count: int, advance: Callable[[int], Any] = lambda count: None) -> None:
         """Write one shard, unless another process did so meanwhile; ``advance`` hears of every row done.
@@ -108,6 +113,30 @@ class ShardWriter:
                 f"those that {self.store.folder.uri} was begun with",
                 "Index a copy of a model that is being trained: copy.deepcopy(model)",
             )
+
+    def _require_same_loss(self, start: int, count: int) -> bool:
+        """Hold a few rows' losses against the stored ones: they tell what no tensor does, as the scale of an adapter.
+
+        Returns whether there was a row.
+        """
+        part = self.parts.read(start, count)
+        stored = [float(record["loss"]) for record in self.store.records(part.places)]
+        rows = [row for row, loss in enumerate(stored) if math.isfinite(loss)][:_COMPARED]
+        found = self.source([part.encoded[row] for row in rows], [part.lengths[row] for row in rows]).losses.tolist()
+        for row, now in zip(rows, found, strict=True):
+            if not abs(now - stored[row]) <= self._allowed * (1 + abs(stored[row])):
+                raise FingerprintError(
+                    f"a loss of {now:.4g} of {self._where(part.places[row])}",
+                    f"{stored[row]:.4g}, with which it stands in {self.store.folder.uri}",
+                    "Set the model as it was then (adapters and their scales, temperature), or choose another path",
+                )
+        return bool(rows)
+
+    @property
+    def _allowed(self) -> float:
+        """By how much a loss may differ in other company or on another device: in half precision, by a twentieth."""
+        dtypes = {t.dtype for t in self.source.sketcher.model.parameters() if t.is_floating_point()}
+        return min(0.05, 10 * max(map(tolerance, dtypes)))
 
     def _require_same_data(self, start: int, count: int) -> None:
         if self.store.shard(start, count).digest != self.parts.digest(start, count):
