@@ -118,6 +118,28 @@ def test_the_roots_are_those_of_the_formula():
     assert factors.examples == 6
 
 
+def test_the_roots_of_a_grouped_convolution_are_those_of_whole_gradients():
+    """Its gradients are formed: each is one term, with the second moments of the whole over either side."""
+    torch.manual_seed(0)
+    layer, damping = nn.Conv2d(4, 6, 2, groups=2, bias=False).double(), 0.2
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(24, 3).double())
+    data = [(torch.randn(4, 3, 3).double(), i % 3) for i in range(9)]
+    pair = gs.kfac(model, gs.Classification(), data, labels="empirical", damping=damping).roots["0.weight"]
+    outputs, inputs = torch.zeros(6, 6).double(), torch.zeros(8, 8).double()
+    for x, y in data:
+        loss = functional.cross_entropy(model(x[None]), torch.tensor([y]))
+        gradient = torch.autograd.grad(loss, layer.weight)[0].view(6, 8)
+        outputs += gradient @ gradient.T / 9
+        inputs += gradient.T @ gradient / 9
+
+    def damped(m):
+        return m + damping**0.5 * m.trace() / len(m) * torch.eye(len(m)).double()
+
+    expected = torch.linalg.inv(torch.kron(damped(outputs), damped(inputs)) / outputs.trace())
+    found = torch.kron(whole(pair.rows, 6) @ whole(pair.rows, 6), whole(pair.columns, 8) @ whole(pair.columns, 8))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_it_is_the_fisher_matrix_where_inputs_and_errors_are_independent():
     """Every input with every label, and the same probabilities everywhere."""
     model = nn.Linear(3, 4, bias=False).double()
