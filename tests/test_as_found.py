@@ -1,5 +1,6 @@
 """The user's model is left exactly as found: every keeper, and the work that uses it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from gradsketch.as_found import (
     seeded,
 )
 from gradsketch.dimension.metrics import evaluated
+from gradsketch.errors import GradsketchWarning
 
 
 class Counting(nn.Module):
@@ -73,11 +75,13 @@ def sketched(model: nn.Module) -> None:
 WORK: dict[str, Callable[[nn.Module], Any]] = {
     "sketches": sketched,
     "gram": lambda model: gs.gradient_gram(model, losses, BATCH),
-    "hessian": lambda model: gs.hessian(model, losses, BATCH)(torch.ones(35)),
-    "differences": lambda model: gs.hessian(model, losses, BATCH, mode="central-difference")(torch.ones(35)),
+    "hessian": lambda model: gs.hessian(model, losses, BATCH)(torch.ones(gs.Parameters(model).n)),
+    "differences": lambda model: gs.hessian(model, losses, BATCH, mode="central-difference")(
+        torch.ones(gs.Parameters(model).n)
+    ),
     "gradient": lambda model: gs.loss_gradient(model, losses, BATCH),
-    "fisher": lambda model: gs.fisher(model, losses, BATCH)(torch.ones(35)),
-    "gauss-newton": lambda model: gs.gauss_newton(model, losses, BATCH)(torch.ones(35)),
+    "fisher": lambda model: gs.fisher(model, losses, BATCH)(torch.ones(gs.Parameters(model).n)),
+    "gauss-newton": lambda model: gs.gauss_newton(model, losses, BATCH)(torch.ones(gs.Parameters(model).n)),
     "metric": lambda model: evaluated(lambda m: float(losses(m, BATCH).mean()), model, "here"),
 }
 
@@ -100,6 +104,53 @@ def test_what_a_forward_pass_writes_is_put_back(work: str, fails: bool) -> None:
     else:
         WORK[work](model)
     assert str(state(model)) == str(before)
+
+
+class Renormalising(nn.Module):
+    """Its forward pass writes to parameters: a table with max_norm, and a prompt that projects its own ``.data``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.prompt, self.last = (
+            nn.Embedding(5, 4, max_norm=0.5),
+            nn.Parameter(torch.ones(4)),
+            nn.Linear(4, 3),
+        )
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.prompt.data /= self.prompt.data.norm().clamp(min=1.0)
+        return self.last(torch.tanh(self.table(x.argmax(1)) + self.prompt))
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 22])
+@pytest.mark.parametrize("work", WORK)
+def test_what_a_forward_pass_writes_to_parameters_is_put_back(
+    monkeypatch: pytest.MonkeyPatch, work: str, limit: int
+) -> None:
+    monkeypatch.setattr(as_found, "_WRITTEN_BYTES", limit)  # a table that is renormalised is copied whatever its size
+    model = Renormalising()
+    if limit == 0:
+        model.prompt.data.zero_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradsketchWarning)  # of what is slow
+        WORK[work](model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_parameters_too_large_to_copy_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(as_found, "_WRITTEN_BYTES", 0)
+    model = nn.Linear(4, 3)
+
+    def clipping(model: nn.Module) -> float:
+        with torch.no_grad():
+            model.weight.clamp_(-0.1, 0.1)
+        return 0.0
+
+    with pytest.warns(GradsketchWarning, match="wrote to weight, too large to be copied"):
+        evaluated(clipping, model, "here")
 
 
 def test_a_loss_that_runs_backward_itself_leaves_grad_alone() -> None:

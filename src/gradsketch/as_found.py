@@ -11,7 +11,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = [
     "RandomState",
     "Trainability",
     "Weights",
+    "Written",
     "buffers_aside",
     "evaluating",
     "seeded",
@@ -135,6 +136,46 @@ class Buffers(Keeper):
             self._model.get_buffer(name).copy_(self._copies[name])
 
 
+class Written(Keeper):
+    """The parameters that a forward pass may write to: embeddings with ``max_norm``, prompts that project themselves.
+
+    Tables that are known to be renormalised are copied, and of the others the smallest, 4 MiB in all, as are adapters;
+    nobody knows beforehand which of them a forward pass writes to, and ``.data`` tells no version. A larger one that
+    was written to is named in a warning.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = {
+            id(parameter): (name, parameter) for name, parameter in model.named_parameters() if _is_plain(parameter)
+        }
+        tables = [m._parameters.get("weight") for m in modules_of(model) if getattr(m, "max_norm", None) is not None]
+        known = {id(table) for table in tables}
+        own = sorted(named.values(), key=lambda item: (id(item[1]) not in known, _bytes(item[1])))
+        sums = accumulate(0 if id(parameter) in known else _bytes(parameter) for _, parameter in own)
+        small = sum(bytes_so_far <= _WRITTEN_BYTES for bytes_so_far in sums)
+        with torch._C.DisableTorchFunction():
+            self._copies = [(parameter, parameter.detach().clone()) for _, parameter in own[:small]]
+        self._watched = [(name, parameter, _version(parameter)) for name, parameter in own[small:]]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self._copies:
+            device = self._copies[0][1].device
+            # One look at all of them, because each would stop a GPU.
+            changed = torch.stack([(p != old).any().to(device) for p, old in self._copies]).tolist()
+            for (parameter, old), differs in zip(self._copies, changed, strict=True):
+                if differs:
+                    parameter.copy_(old)
+        written = [name for name, parameter, version in self._watched if _version(parameter) != version]
+        self._watched = []
+        if written:
+            warnings.warn(
+                f"the forward pass wrote to {', '.join(written)}, too large to be copied for each pass: not as found",
+                GradsketchWarning,
+                stacklevel=4,
+            )
+
+
 class RandomState(Keeper):
     """The state of the generators from which operations on these devices draw; by default the CPU's."""
 
@@ -153,9 +194,12 @@ class RandomState(Keeper):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode meanwhile; forward passes write to copies of its buffers."""
-    with Modes(model), buffers_aside(model):
+def evaluating(model: nn.Module, *, of_gradients: bool = False) -> Iterator[None]:
+    """Put the model into evaluation mode meanwhile; what forward passes write to buffers and parameters is undone.
+
+    A block ``of_gradients`` leaves the parameters to each of its calls, so that it can see what else changed them.
+    """
+    with Modes(model), nullcontext() if of_gradients else Written(model), buffers_aside(model):
         model.eval()
         yield
 
@@ -183,6 +227,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 # twelve causal masks of 1 MiB. Comparing afterwards instead would stop a GPU once per buffer, and writing old values
 # back would raise the version counter of buffers that a graph of the user's may have saved.
 _ASIDE_BYTES = 1 << 26
+# Of parameters less, because each call compares them too.
+_WRITTEN_BYTES = 1 << 22
 
 
 @contextmanager
@@ -249,6 +295,11 @@ class _Notes(NamedTuple):
             for name, old in self.buffers.items()
             if now.get(name) is not old and (moved or not _is_moved(now.get(name), old))
         }
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are here and can be compared without asking other processes."""
+    return type(tensor.detach()) is Tensor and not tensor.is_meta and not tensor.is_inference() and tensor.numel() > 0
 
 
 def _is_moved(now: Tensor | None, old: Tensor | None) -> bool:

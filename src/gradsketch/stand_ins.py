@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -266,7 +266,11 @@ def _check_at_rest(model: nn.Module) -> None:
 
 @cache
 def _answering(cls: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {attribute: property(partial(_read, attribute=attribute)) for attribute in attributes}
+    body: dict[str, Any] = {
+        attribute: property(partial(_read, attribute=attribute), partial(_refuse_other, attribute=attribute))
+        for attribute in attributes
+    }
+    body["register_parameter"] = _register
     if issubclass(cls, nn.RNNBase):  # hands its kernels a list of Parameters made beforehand
         body["_flat_weights"] = property(_flat_weights, lambda self, value: vars(self).update(_flat_weights=value))
     body["__reduce_ex__"] = lambda self, protocol: made_again(
@@ -300,6 +304,22 @@ def _read(module: nn.Module, attribute: str) -> Tensor | None:
         return reading.source.value(reading.name)
     except AttributeError as error:  # would send Python to Module.__getattr__, which answers with the parameter
         raise RuntimeError(f"no value for the parameter {reading.name!r}") from error
+
+
+def _refuse_other(module: nn.Module, value: Any, attribute: str) -> None:
+    """Refuse to put a tensor where a parameter was taken out, as weight norm and spectral norm do by hooks."""
+    raise _taken_out(vars(module)[_KEY][attribute], f"a {type(module).__name__}")
+
+
+def _register(module: nn.Module, name: str, value: Any) -> None:
+    """Register a parameter, but not a chosen one, or what was read there, under another name, as pruning does."""
+    for attribute, reading in vars(module)[_KEY].items():
+        if value is not None and name != attribute and (value is reading.parameter or name == f"{attribute}_orig"):
+            module._parameters.setdefault(
+                attribute, cast(nn.Parameter, reading.parameter)
+            )  # spectral norm takes it out first
+            raise _taken_out(reading, f"a {type(module).__name__}")
+    nn.Module.register_parameter(module, name, value)
 
 
 def _taken_out(reading: Reading, where: str) -> InputError:

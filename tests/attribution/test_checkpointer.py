@@ -187,22 +187,23 @@ def net_losses(model, batch):
     return nn.functional.cross_entropy(model.net(batch["x"]), batch["labels"], reduction="none")
 
 
-def train(path, callback, *, steps=12):
+def train(path, callback, *others, steps=12, model=None, resume=None, **options):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         str(path),
         max_steps=steps,
-        learning_rate=0.1,
         per_device_train_batch_size=8,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        save_strategy="no",
+        **{"learning_rate": 0.1, "save_strategy": "no", **options},
     )
-    model, table = Net(), toys.vectors(24)
+    model, table = model or Net(), toys.vectors(24)
     rows = [{"x": x, "labels": y} for x, y in zip(table["x"], table["labels"], strict=True)]
-    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *others]).train(
+        resume_from_checkpoint=resume
+    )
     return model, rows
 
 
@@ -237,6 +238,66 @@ def test_a_loss_that_is_infinite_does_not_end_the_training(tmp_path):
 def test_what_cannot_be_built_is_told_before_the_training(tmp_path):
     with pytest.raises(InputError, match="d=100000"):
         train(tmp_path / "out", gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), d=100_000))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_best_weights_are_not_taken_for_the_last(tmp_path, early):
+    """The Trainer loads them before it says that training has ended."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    class Walk(TrainerCallback):
+        """Put the weights where the loss is known: it is least after two steps, and then grows."""
+
+        def __init__(self):
+            self.weights = {}
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(0.0 if state.global_step == 2 else 0.5 * state.global_step)
+                next(iter(model.parameters()))[0] *= -1
+            self.weights[state.global_step] = {n: t.clone() for n, t in model.state_dict().items()}
+
+    walk = Walk()
+    callback = gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), every=3, d=16, progress=False)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    steps = {"eval_steps": 2, "save_steps": 2}
+    stops = [EarlyStoppingCallback(1)] if early else []
+    model, _ = train(tmp_path / "out", walk, callback, *stops, steps=5, **best, **steps)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in walk.weights[2].items())  # the best are loaded
+    kept = callback.index.description.checkpoints
+    assert [checkpoint.name for checkpoint in kept] == (["step-3"] if early else ["step-3", "step-5"])
+    for checkpoint in kept:
+        found = torch.load(tmp_path / "out" / "sketched" / f"{checkpoint.name}.pt")
+        want = walk.weights[int(checkpoint.name.removeprefix("step-"))]
+        assert all(torch.equal(found[n], t) for n, t in want.items())
+
+
+def test_a_run_that_goes_on_with_the_weights_of_another_is_refused(tmp_path):
+    def callback():
+        return gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), keep=2, d=16, progress=False)
+
+    save = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path / "one", callback(), steps=6, **save)
+    other = gs.SketchCallback(tmp_path / "other", net_losses, trainer_rows(), keep=2, d=16, progress=False)
+    train(tmp_path / "two", other, steps=6, learning_rate=0.3, **save)
+    before = (tmp_path / "one" / "sketched" / "checkpoints.json").read_bytes()
+    with pytest.raises(FingerprintError, match="step 4 is now"):
+        train(tmp_path / "one", callback(), steps=8, resume=str(tmp_path / "two" / "checkpoint-4"))
+    assert (tmp_path / "one" / "sketched" / "checkpoints.json").read_bytes() == before
+    own = gs.SketchCallback(tmp_path / "again", net_losses, trainer_rows(), keep=2, d=16, progress=False)
+    train(tmp_path / "one", own, steps=8, resume=str(tmp_path / "one" / "checkpoint-4"))
+    assert [c.name for c in own.index.description.checkpoints][-1] == "step-8"
+
+
+def test_a_callback_does_not_hand_out_the_index_of_an_earlier_training(tmp_path):
+    callback = gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), keep=2, d=16, progress=False)
+    train(tmp_path / "out", callback, steps=2)
+    assert len(callback.index) == 24
+    with pytest.warns(GradsketchWarning, match="weights"):  # the folder holds the first
+        train(tmp_path / "out", callback, steps=2, learning_rate=0.5)
+    with pytest.raises(InputError, match="train"):
+        _ = callback.index
 
 
 def test_a_model_of_other_shapes_does_not_go_on_with_a_run(tmp_path):

@@ -355,3 +355,39 @@ def test_memory_that_runs_out_while_a_shard_is_made_is_told(tmp_path, monkeypatc
     monkeypatch.setattr("gradsketch.store.store.encode_shard", out_of_memory)
     with pytest.raises(InputError, match=r"a shard of 8 rows of d = 96 does not fit .*smaller shard_rows"):
         build(tmp_path / "i")
+
+
+def test_weights_that_change_during_a_build_are_refused_before_their_rows_are_written(tmp_path):
+    model, task, data = toys.classifier(), toys.vector_task(), toys.vectors(40)
+
+    def trained_meanwhile(rows):
+        if any(torch.equal(row["x"], data["x"][20]) for row in rows):
+            next(model.parameters()).data.mul_(1.5)  # past the version counter, as fused optimisers do
+        return task.collate(rows)
+
+    function = gs.Function(task.losses, collate=trained_meanwhile)
+    options = {"d": 16, "shard_rows": 8, "batch_tokens": 4, "progress": False}
+    with pytest.raises(FingerprintError, match=r"weights that changed while rows .* were sketched"):
+        gs.build_index(tmp_path, model, function, data, **options)
+    assert len(list((tmp_path / "checkpoint-0").glob("*.arrow"))) == 2
+
+
+class Tempered(torch.nn.Module):
+    """What it computes depends on a number that is no tensor."""
+
+    def __init__(self, temperature):
+        super().__init__()
+        self.inner, self.temperature = toys.classifier(), temperature
+
+    def forward(self, x):
+        return self.inner(x) / self.temperature
+
+
+@pytest.mark.parametrize("worker", [(0, 2), (0, 1)], ids=["half-done", "done"])
+def test_a_model_that_computes_something_else_does_not_go_on_with_an_index(tmp_path, worker):
+    task, data = toys.vector_task(), toys.vectors(40)
+    options = {"d": 16, "shard_rows": 8, "progress": False}
+    gs.build_index(tmp_path, Tempered(1.0), task, data, worker=worker, **options)
+    with pytest.raises(FingerprintError, match=r"a loss of .* with which it stands in .*adapters and their scales"):
+        gs.build_index(tmp_path, Tempered(1.5), task, data, **options)
+    assert len(gs.build_index(tmp_path, Tempered(1.0), task, data, **options)) == 40

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
 
 import gradsketch as gs
 
@@ -254,6 +256,26 @@ def test_a_layer_that_was_replaced_is_named() -> None:
     torch.testing.assert_close(subspace(X), at(subspace.w)(X))
     subspace.close()
     assert own.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        torch.nn.utils.spectral_norm,
+    ],
+    ids=["prune", "prune-l1", "spectral-norm"],
+)
+def test_pruning_and_norms_of_an_open_layer_are_refused(change: Callable[[nn.Module], Any]) -> None:
+    model = net()
+    subspace = opened(model, moved=0.3)
+    subspace(X)
+    with pytest.raises(gs.InputError, match=r"'0\.weight', which was taken out .* Call merge\(\) or close\(\) first"):
+        change(model[0])
+    torch.testing.assert_close(subspace(X), at(subspace.w)(X))
+    subspace.close()
+    change(model[0])
 
 
 def test_a_w_of_another_size_is_refused() -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from zoo import CASES
 
 import gradsketch as gs
-from gradsketch.errors import DamageError, GradsketchWarning, InputError, NonFiniteError
+from gradsketch.errors import DamageError, FingerprintError, GradsketchWarning, InputError, NonFiniteError
 from gradsketch.gradients.data import batch_length, batch_slice
 from gradsketch.gradients.tasks import as_task
 from sampled import a_third
@@ -118,6 +118,28 @@ def test_the_roots_are_those_of_the_formula():
     assert factors.examples == 6
 
 
+def test_the_roots_of_a_grouped_convolution_are_those_of_whole_gradients():
+    """Its gradients are formed: each is one term, with the second moments of the whole over either side."""
+    torch.manual_seed(0)
+    layer, damping = nn.Conv2d(4, 6, 2, groups=2, bias=False).double(), 0.2
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(24, 3).double())
+    data = [(torch.randn(4, 3, 3).double(), i % 3) for i in range(9)]
+    pair = gs.kfac(model, gs.Classification(), data, labels="empirical", damping=damping).roots["0.weight"]
+    outputs, inputs = torch.zeros(6, 6).double(), torch.zeros(8, 8).double()
+    for x, y in data:
+        loss = functional.cross_entropy(model(x[None]), torch.tensor([y]))
+        gradient = torch.autograd.grad(loss, layer.weight)[0].view(6, 8)
+        outputs += gradient @ gradient.T / 9
+        inputs += gradient.T @ gradient / 9
+
+    def damped(m):
+        return m + damping**0.5 * m.trace() / len(m) * torch.eye(len(m)).double()
+
+    expected = torch.linalg.inv(torch.kron(damped(outputs), damped(inputs)) / outputs.trace())
+    found = torch.kron(whole(pair.rows, 6) @ whole(pair.rows, 6), whole(pair.columns, 8) @ whole(pair.columns, 8))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_it_is_the_fisher_matrix_where_inputs_and_errors_are_independent():
     """Every input with every label, and the same probabilities everywhere."""
     model = nn.Linear(3, 4, bias=False).double()
@@ -192,6 +214,27 @@ def test_a_small_gradient_counts_in_any_company(method, dtype):
         together = method(model, losses, other, labels="empirical", batch_tokens=100).roots["weight"]
         for one, two in ((alone.rows, together.rows), (alone.columns, together.columns)):
             torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [gs.kfac, gs.ekfac])
+def test_gradients_whose_squares_vanish_are_refused(method):
+    """Their factors would be those of no gradient at all: the metric would be the identity."""
+    torch.manual_seed(0)
+    model, data = nn.Linear(5, 3), [(torch.randn(5), i % 3) for i in range(12)]
+
+    def estimated(scale, dtype=torch.float32):
+        def losses(model, batch):
+            return functional.cross_entropy(model(batch[0].to(dtype)), batch[1], reduction="none") * scale
+
+        rows = whole(method(model.to(dtype), losses, data, labels="empirical").roots["weight"].rows, 3).double()
+        return rows / rows.norm()
+
+    want = estimated(1.0)
+    for scale, dtype in ((1e-16, torch.float32), (1e-30, torch.float64)):
+        torch.testing.assert_close(estimated(scale, dtype), want, rtol=1e-4, atol=1e-5)
+    for scale in (1e-25, 1e-30):
+        with pytest.raises(InputError, match="Multiply the loss by a constant"):
+            estimated(scale)
 
 
 class Mixed(nn.Module):
@@ -394,6 +437,18 @@ def test_factors_and_sketches_must_fit():
         gs.GradientSketcher(
             model, gs.Classification(), gs.AFFD(15, 8), parameters=gs.Parameters(model), precondition=factors
         )
+
+
+def test_factors_of_other_weights_are_refused():
+    model, task = nn.Linear(4, 3), gs.Classification()
+    factors = gs.kfac(model, task, [(torch.randn(4), i % 3) for i in range(6)])
+    phi = gs.BlockSum(gs.Parameters(model), 8)
+    gs.GradientSketcher(model, task, phi, precondition=factors)
+    model.weight.data[0, 0] += 1e-3
+    with pytest.raises(FingerprintError, match=r"model is now .* Make the factors with the weights that are sketched"):
+        gs.GradientSketcher(model, task, phi, precondition=factors)
+    with pytest.raises(FingerprintError, match="model is now"):
+        gs.sketch_gradients(model, task, (torch.randn(2, 4), torch.tensor([0, 1])), phi, precondition=factors)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error():

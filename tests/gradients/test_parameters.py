@@ -67,6 +67,11 @@ def test_a_model_without_parameters():
         Parameters(nn.ReLU())
 
 
+def test_a_lazy_module_without_shapes():
+    with pytest.raises(InputError, match=r"'0.weight' of a lazy module.* Call the model on a batch once"):
+        Parameters(nn.Sequential(nn.LazyLinear(4)))
+
+
 def test_flatten_and_unflatten_are_inverse():
     parameters = Parameters(Tied())
     vectors = torch.randn(2, 4, parameters.n)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from gradsketch.attribution.build import Build
 from gradsketch.attribution.checkpointer import Checkpointer
 from gradsketch.attribution.index import Index
-from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
+from gradsketch.errors import GradsketchError, GradsketchWarning, InputError, NonFiniteError
 from gradsketch.gradients.tasks import TaskLike
 
 __all__ = ["SketchCallback"]
@@ -81,12 +81,16 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         """Measure the loss before the first step, or take up what is there of the steps before this one."""
         if not state.is_world_process_zero:
             return
+        self._checkpointer = self._index = None  # of a training before this one
         every = self.every or max(1, int(state.max_steps) // _MEASURED)
         directory = self.directory or Path(args.output_dir) / "sketched"
-        self._checkpointer = Checkpointer(directory, self.task, self.data, keep=self.keep, every=every, adam=self.adam)
+        checkpointer = Checkpointer(directory, self.task, self.data, keep=self.keep, every=every, adam=self.adam)
         Build(self.path, kwargs["model"], self.task, self.data, **self.options)  # refuses what cannot be built
-        with _watching():
-            self._checkpointer.begin(kwargs["model"], int(state.global_step))
+        try:
+            checkpointer.begin(kwargs["model"], int(state.global_step))
+        except NonFiniteError as error:  # a loss that is infinite at first need not stay so
+            _tell(error)
+        self._checkpointer = checkpointer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the learning rate, which the end of a step has changed already."""
@@ -97,13 +101,29 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         if self._checkpointer is not None:
             with _watching():
                 self._checkpointer.step(kwargs["model"], kwargs["optimizer"], rate=self._rate)
+                if state.global_step >= state.max_steps:  # what comes next may load the best weights instead
+                    self._checkpointer.finish(kwargs["model"], kwargs["optimizer"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note which weights the Trainer saved, from which a run may go on."""
+        if self._checkpointer is not None:
+            with _watching():
+                self._checkpointer.saved(kwargs["model"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sketch the data at every checkpoint."""
         if self._checkpointer is not None:
-            model, optimizer = kwargs["model"], kwargs["optimizer"]
+            model = kwargs["model"]
             with _watching():
-                self._index = self._checkpointer.build(self.path, model, optimizer, **self.options)
+                if not _is_replaced(args, state):
+                    self._checkpointer.finish(model, kwargs["optimizer"])
+                self._index = self._checkpointer.index(self.path, model, **self.options)
+
+
+def _is_replaced(args: Any, state: Any) -> bool:
+    """Whether the model has got the best weights of the run in the place of the last."""
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    return best is not None and not str(best).endswith(f"-{state.global_step}")
 
 
 @contextmanager
@@ -112,4 +132,8 @@ def _watching() -> Iterator[None]:
     try:
         yield
     except GradsketchError as error:
-        warnings.warn(f"SketchCallback: {error}", GradsketchWarning, stacklevel=3)
+        _tell(error)
+
+
+def _tell(error: GradsketchError) -> None:
+    warnings.warn(f"SketchCallback: {error}", GradsketchWarning, stacklevel=4)

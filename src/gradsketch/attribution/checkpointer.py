@@ -25,7 +25,7 @@ from gradsketch.errors import InputError, NonFiniteError, StoreError
 from gradsketch.gradients.data import Batcher
 from gradsketch.gradients.factors.adafactor import adafactor
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.fingerprints import digest, task_facts
+from gradsketch.gradients.fingerprints import digest, model_facts, task_facts
 from gradsketch.gradients.parameters import bare
 from gradsketch.gradients.tasks import TaskLike, as_task
 
@@ -96,6 +96,7 @@ class Checkpointer:
         self._begun = False
         self._first: float | None = None  # the loss before the first step, where it is known
         self._measured: list[tuple[int, float]] = []  # steps, and the learning rates up to them
+        self._saved: dict[str, str] = {}  # steps at which somebody saved the weights, and a hash of them
         step = max(1, -(-len(self.data) // _ROWS))
         self._rows = [self.data[row] for row in range(0, len(self.data), step)]
         self._facts: dict[str, Any] = {"task": task_facts(self.task), "rows": digest(self._rows), "adam": adam}
@@ -106,7 +107,8 @@ class Checkpointer:
         What an earlier run kept up to this step is taken up, and what it kept later is removed.
 
         Raises:
-            FingerprintError: the folder is of another task, other data or a model of other shapes.
+            FingerprintError: the folder is of another task, other data or a model of other shapes, or of another run:
+                its notes by ``saved`` know no such weights at this step.
             StoreError: it is damaged.
         """
         self._begin(model, step)
@@ -127,6 +129,15 @@ class Checkpointer:
             self._measured.append((self.steps, self.rates))
             self._consider(model, optimizer)
 
+    def saved(self, model: nn.Module) -> None:
+        """Note that somebody saved the weights now, so that a run that begins again with them is known for the same.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        self._saved[str(self.steps)] = model_facts(bare(model))["weights"]
+        self._note(self.kept)
+
     def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the weights that training ended with."""
         if not self.kept or self.kept[-1].step < self.steps:
@@ -146,6 +157,16 @@ class Checkpointer:
     def build(self, path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Index:
         """Finish, and sketch the data at every checkpoint; options are those of :func:`build_index`."""
         self.finish(model, optimizer)
+        return self.index(path, model, **options)
+
+    def index(self, path: str | Path, model: nn.Module, **options: Any) -> Index:
+        """Sketch the data at every checkpoint that was kept so far; ``build`` keeps the last weights first.
+
+        Raises:
+            InputError: none was kept.
+        """
+        if not self.kept:
+            raise InputError("a run of which no checkpoint was kept", "one", "Measure more often, with a smaller every")
         if self.adam:
             options["precondition"] = [Factors.load(self._factors(kept)) for kept in self.kept]
         return build_index(
@@ -187,7 +208,7 @@ class Checkpointer:
         gone = [kept for kept in self.kept if kept not in left]
         self.kept = left
         record = {"kept": [asdict(kept) for kept in left], "first": self._first, "measured": self._measured}
-        write_record(self.directory / _FILE, {"facts": self._facts, **record})
+        write_record(self.directory / _FILE, {"facts": self._facts, **record, "saved": self._saved})
         for kept in gone:
             self._weights(kept).unlink(missing_ok=True)
             self._factors(kept).unlink(missing_ok=True)
@@ -204,8 +225,13 @@ class Checkpointer:
             self.kept = [Kept(**kept) for kept in record["kept"]]
             measured = [(int(at), float(rates)) for at, rates in record["measured"]]
             self._first = None if record["first"] is None else float(record["first"])
+            saved = {str(at): str(weights) for at, weights in record.get("saved", {}).items()}
         except (LookupError, TypeError, ValueError) as error:
             raise damaged(file, f"{type(error).__name__}: {error}") from error
+        if step and saved:
+            weights = {"weights": model_facts(bare(model))["weights"]}
+            require_same({f"step {step}": weights}, {f"step {step}": {"weights": saved.get(str(step))}}, file)
+        self._saved = {at: weights for at, weights in saved.items() if int(at) <= step}
         self._measured = [(at, rates) for at, rates in measured if at <= step]
         # Between two measurements the learning rate hardly changes.
         steps, rates = ([0.0, *(float(pair[i]) for pair in measured)] for i in (0, 1))

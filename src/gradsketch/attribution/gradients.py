@@ -58,7 +58,7 @@ class GradientSource:
         sketches = torch.empty(len(examples), self.d, dtype=torch.float32, device="cpu")
         losses = sketches.new_empty(len(examples))
         skipped: dict[int, str] = {}
-        with evaluating(self.model):
+        with evaluating(self.model, of_gradients=True):
             for places, result in self.batcher.map(self.sketcher, examples, lengths, name):
                 sketches[places] = result.values.float().cpu()
                 losses[places] = result.losses.float().cpu()
@@ -71,7 +71,7 @@ class GradientSource:
 
     def keep_up(self, example: Any) -> None:
         """Sketch an encoded example, for nothing, until no rank of a sharded model has one of its own left."""
-        with evaluating(self.model):
+        with evaluating(self.model, of_gradients=True):
             self.sketcher.keep_up(self.batcher.batch([example]))
 
 

@@ -20,8 +20,7 @@ from gradsketch.gradients.factors.estimation import Options, factor_facts
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.kfac import ekfac, kfac
 from gradsketch.gradients.factors.moments import WHOLE, whole_rows
-from gradsketch.gradients.fingerprints import model_facts
-from gradsketch.gradients.parameters import Parameters, bare
+from gradsketch.gradients.parameters import Parameters
 from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum, as_matrix
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -130,13 +129,8 @@ def require_of(model: nn.Module, given: Factors, checkpoint: str) -> None:
     Raises:
         FingerprintError: they are; the message names the checkpoint.
     """
-    if "model" in given.facts:
-        require_same(
-            {"model": model_facts(bare(model))},
-            {"model": given.facts["model"]},
-            f"precondition= for {checkpoint!r}",
-            fix="Make the factors with the weights that are indexed, one for each checkpoint and in their order",
-        )
+    fix = "Make the factors with the weights that are indexed, one for each checkpoint and in their order"
+    given.require_of(model, f"precondition= for {checkpoint!r}", fix)
 
 
 def made_factors(

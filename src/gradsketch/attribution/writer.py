@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,11 +12,14 @@ from gradsketch.attribution.examples import where
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.parts import PartReader
 from gradsketch.errors import FingerprintError, InputError
+from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.data import is_out_of_memory
-from gradsketch.gradients.per_example.audit import Audits
+from gradsketch.gradients.per_example.audit import Audits, tolerance
 from gradsketch.store import Rows, Store
 
 __all__ = ["ShardWriter"]
+
+_COMPARED = 8  # rows of a finished shard
 
 
 class ShardWriter:
@@ -23,6 +27,7 @@ class ShardWriter:
 
     def __init__(self, store: Store, parts: PartReader, source: GradientSource, *, with_metadata: bool) -> None:
         self.store, self.parts, self.source, self.with_metadata = store, parts, source, with_metadata
+        self._weights = self._weights_now()
 
     @property
     def audits(self) -> Audits:
@@ -33,19 +38,22 @@ class ShardWriter:
         """Yield those of the ranges, in order, whose shards are missing or damaged; compare the data of the others.
 
         Raises:
-            FingerprintError: a finished shard was made of other data.
+            FingerprintError: a finished shard was made of other data, or by a model that computes something else.
         """
-        unfinished, team = set(self.store.unfinished()), self.source.sketcher.ranks.team
+        unfinished, ranks, compared = set(self.store.unfinished()), self.source.sketcher.ranks, False
         for start, count in ranges:
-            if team.any((start, count) in unfinished):
+            if ranks.team.any((start, count) in unfinished):
                 yield start, count
-            else:
-                self._require_same_data(start, count)
+                continue
+            self._require_same_data(start, count)
+            if not (compared or ranks.several):
+                compared = self._require_same_loss(start, count)
 
     def write(self, start: int, count: int, advance: Callable[[int], Any] = lambda count: None) -> None:
         """Write one shard, unless another process did so meanwhile; ``advance`` hears of every row done.
 
         Raises:
+            FingerprintError: the weights are others than when the index was begun.
             InputError: rows that cannot be used.
             NonFiniteError: a loss or gradient is not finite.
             StoreError: no room, no permission.
@@ -57,6 +65,7 @@ class ShardWriter:
         try:
             with team.together():  # others wait until the shard is there
                 rows = self._rows(start, count, advance)
+                self._require_same_weights(start, count)
                 if team.rank == 0:
                     self.store.write(start, rows)
         except (RuntimeError, MemoryError) as error:
@@ -90,6 +99,44 @@ class ShardWriter:
 
     def _where(self, place: int) -> str:
         return where(self.parts.examples, place)
+
+    def _weights_now(self) -> Any:
+        """Return what tells weights apart, read in one pass; ranks that hold parts would have to meet for it."""
+        sketcher = self.source.sketcher
+        return None if sketcher.ranks.several else content_of(dict(sketcher.model.named_parameters()))
+
+    def _require_same_weights(self, start: int, count: int) -> None:
+        """Refuse rows that were made while something trained the model, before they are written."""
+        if self._weights_now() != self._weights:
+            raise FingerprintError(
+                f"weights that changed while rows {start} to {start + count - 1} were sketched",
+                f"those that {self.store.folder.uri} was begun with",
+                "Index a copy of a model that is being trained: copy.deepcopy(model)",
+            )
+
+    def _require_same_loss(self, start: int, count: int) -> bool:
+        """Hold a few rows' losses against the stored ones: they tell what no tensor does, as the scale of an adapter.
+
+        Returns whether there was a row.
+        """
+        part = self.parts.read(start, count)
+        stored = [float(record["loss"]) for record in self.store.records(part.places)]
+        rows = [row for row, loss in enumerate(stored) if math.isfinite(loss)][:_COMPARED]
+        found = self.source([part.encoded[row] for row in rows], [part.lengths[row] for row in rows]).losses.tolist()
+        for row, now in zip(rows, found, strict=True):
+            if not abs(now - stored[row]) <= self._allowed * (1 + abs(stored[row])):
+                raise FingerprintError(
+                    f"a loss of {now:.4g} of {self._where(part.places[row])}",
+                    f"{stored[row]:.4g}, with which it stands in {self.store.folder.uri}",
+                    "Set the model as it was then (adapters and their scales, temperature), or choose another path",
+                )
+        return bool(rows)
+
+    @property
+    def _allowed(self) -> float:
+        """By how much a loss may differ in other company or on another device: in half precision, by a twentieth."""
+        dtypes = {t.dtype for t in self.source.sketcher.model.parameters() if t.is_floating_point()}
+        return min(0.05, 10 * max(map(tolerance, dtypes)))
 
     def _require_same_data(self, start: int, count: int) -> None:
         if self.store.shard(start, count).digest != self.parts.digest(start, count):

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradsketch.errors import InputError
 from gradsketch.fsdp import at_rest, whole
@@ -49,6 +50,7 @@ class Parameters:
         with ALONE:
             at_rest(model)
             named = list(model.named_parameters(remove_duplicate=False))
+        _refuse_uninitialised(named)
         for name, tensor in named:
             aliases.setdefault(tensor, []).append(name)
         for glob in (*include, *exclude):
@@ -155,6 +157,16 @@ def bare(model: nn.Module) -> nn.Module:
 
 def _as_tuple(globs: str | Iterable[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
+def _refuse_uninitialised(named: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in named:
+        if is_lazy(tensor):
+            raise InputError(
+                f"parameter {name!r} of a lazy module, which has no shape yet",
+                "parameters in memory",
+                "Call the model on a batch once, which makes them",
+            )
 
 
 def _check_glob(model: nn.Module, glob: str, aliases: Mapping[Tensor, list[str]], frozen: bool) -> None:

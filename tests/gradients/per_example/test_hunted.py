@@ -460,3 +460,30 @@ def test_inside_a_transform_of_torch_func_one_sentence_says_so(method):
     for transformed in (torch.vmap(scaled), torch.func.grad(lambda x: scaled(x[0]))):
         with pytest.raises(InputError, match=r"inside torch\.vmap"):
             transformed(torch.randn(3))
+
+
+class Without(nn.Module):
+    """Of some batches it uses one layer where no gradient is recorded: a call fewer, and none that is new."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = (nn.Linear(3, 3).double() for _ in range(3))
+
+    def forward(self, x):
+        scale = 1.0
+        if len(x) == 4:  # as where a model looks at the whole batch before it takes a way
+            scale = x.norm().detach()
+        return self.head(self.second(x) * scale + (0 if len(x) == 4 else self.first(x)))
+
+
+def test_a_batch_without_a_usual_use_is_audited():
+    model = Without()
+    sketcher = sketcher_of(model)
+    sketcher(some(5, 3))
+    with pytest.raises(InputError, match="together"):
+        sketcher(some(4, 3))
+    audited = sketcher.audits.audited
+    for _ in range(3):
+        sketcher(some(6, 3))
+    assert sketcher.audits.audited - audited <= 1

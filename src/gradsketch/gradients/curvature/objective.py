@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsketch.as_found import buffers_aside, uncompiled
+from gradsketch.as_found import Written, buffers_aside, uncompiled
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.fsdp import at_rest, is_shard, require_unsplit, resting
 from gradsketch.gradients.curvature.failures import reentrant
@@ -142,6 +142,7 @@ class Objective:
             self.ranks.together(),
             ALONE,
             resting(self.model),
+            Written(self.model),
             stand_ins(self.model, self._constants(wider) | chosen),
             buffers_aside(self.model),
             uncompiled(self.model),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -91,8 +91,19 @@ class Estimation:
     def spectra(self) -> dict[str, ParameterSpectrum]:
         """Return eigenvalues and eigenvectors of both sides of every parameter: one pass."""
         moments = self._pass(lambda: {n: SideMoments(*as_matrix(t.shape)) for n, t in self.capture.tensors.items()})
+        self._refuse_vanishing(moments.values())
         with torch.no_grad():
             return {name: spectrum_of(part, self.examples) for name, part in moments.items()}
+
+    def _refuse_vanishing(self, moments: Iterable[SideMoments]) -> None:
+        """Refuse gradients whose squares are all zero, as if there were none; beside larger ones they hardly count."""
+        shares = [share for part in moments if (share := part.share_of_least) is not None]
+        if shares and max(shares) < 1:
+            raise InputError(
+                "gradients so small that their squares have no digits in this precision",
+                "a loss on the scale of its model's numbers",
+                "Multiply the loss by a constant, which leaves a metric's scores as they are, or compute in float64",
+            )
 
     def squares(
         self, spectra: dict[str, ParameterSpectrum], keep: Callable[[int, int, Tensor], _Kept]

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradsketch.durable import damaged, packed_tensors, read_bytes, unpacked_tensors, write_file
+from gradsketch.durable import damaged, packed_tensors, read_bytes, require_same, unpacked_tensors, write_file
 from gradsketch.errors import InputError
+from gradsketch.gradients.fingerprints import model_facts
+from gradsketch.gradients.parameters import bare
 from gradsketch.linear_map import LinearMap
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
@@ -82,6 +84,16 @@ class Factors:
                 "Make both from one selection: parameters=...",
             )
         return Preconditioned(sketch, {name: self.roots[name] for name in sketch.blocks})
+
+    def require_of(self, model: nn.Module, source: str = "precondition=", fix: str | None = None) -> None:
+        """Refuse factors of other weights than the model has now, which its shapes alone do not tell.
+
+        Raises:
+            FingerprintError: they are.
+        """
+        if "model" in self.facts:
+            fix = fix or "Make the factors with the weights that are sketched"
+            require_same({"model": model_facts(bare(model))}, {"model": self.facts["model"]}, source, fix=fix)
 
     def save(self, path: str | Path) -> None:
         """Write everything to a file, whole or not at all, with its checksum.

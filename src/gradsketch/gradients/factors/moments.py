@@ -84,15 +84,18 @@ class SideMoments:
         self.rows, self.columns = rows, columns
         self.parts: dict[int, SideMoments] = {}
         self._ways: dict[str, _Way] = {}
+        self._largest: Tensor | None = None
 
     def add_outer(self, left: Float[Tensor, "b t rows"], right: Float[Tensor, "b t columns"]) -> None:
         """Take gradients Σ_t left_t right_tᵀ into account."""
+        self._note(left, right)
         counted = _is_there(left) & _is_there(right)
         left, right = _wide(left[counted]), _wide(right[counted])
         self._add("outer", _products(left, self._rows_are_whole), _products(right, self.columns <= WHOLE), len(left))
 
     def add_rows(self, index: Int[Tensor, "b t"], right: Float[Tensor, "b t columns"]) -> None:
         """Take gradients whose row ``index_t`` gets ``right_t`` into account: one-hot vectors are the other factor."""
+        self._note(right)
         counted = _is_there(right)
         index, right = index[counted].long(), _wide(right[counted])
         rows = torch.bincount(index, minlength=self.rows).to(right)
@@ -104,6 +107,7 @@ class SideMoments:
         Those of a single row, as of a bias, keep their squares alone.
         """
         x = _wide(gradient).reshape(-1, self.rows, self.columns)
+        self._note(x)
         squares = x.square()
         rows = torch.einsum("bij,bkj->ik", x, x) if self._rows_are_whole else squares.sum((0, 2))
         columns = torch.einsum("bji,bjk->ik", x, x) if self.rows > 1 and self.columns <= WHOLE else squares.sum((0, 1))
@@ -124,8 +128,17 @@ class SideMoments:
                 self._ways[name].merge(way)
             else:
                 self._ways[name] = way
+        self._keep(other._largest)
         for index, part in other.parts.items():
             self.part(index, part.rows).merge(part)
+
+    @property
+    def share_of_least(self) -> float | None:
+        """The largest entry of a gradient's factors over the least whose square has digits; None without a gradient."""
+        shares = [part.share_of_least for part in self.parts.values()]
+        if self._largest is not None and float(self._largest) > 0:
+            shares.append(float(self._largest) / torch.finfo(self._largest.dtype).tiny ** 0.5)
+        return max((share for share in shares if share is not None), default=None)
 
     @property
     def is_finite(self) -> bool:
@@ -143,6 +156,15 @@ class SideMoments:
             return None
         rows, columns, traces = zip(*found, strict=True)
         return Sides(_sum(rows), _sum(columns), sum(traces))
+
+    def _note(self, *factors: Tensor) -> None:
+        """Keep how large the smaller of two factors was at most, as a tensor, so that no GPU is waited for."""
+        if all(factor.numel() for factor in factors):
+            self._keep(torch.stack([_wide(factor.detach().abs().amax()) for factor in factors]).amin())
+
+    def _keep(self, largest: Tensor | None) -> None:
+        if largest is not None:
+            self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
     def _add(self, name: str, rows: Tensor, columns: Tensor, terms: int) -> None:
         way = _Way(rows, columns, terms)

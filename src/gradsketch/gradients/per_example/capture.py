@@ -444,8 +444,10 @@ class Capture:
     # Proofs.
 
     def _is_due(self, kinds: set[Kind], losses: Tensor, *, proved: bool) -> bool:
-        """Whether this batch is audited: the first, one with new kinds of calls, or by chance."""
-        new = not proved or not self._known.audits.audited or not kinds <= self._known.seen
+        """Whether this batch is audited: the first, one with new kinds of calls or without usual ones, or by chance."""
+        known = self._known
+        new = not proved or not known.audits.audited or not kinds <= known.seen
+        new = new or bool(kinds and not known.usual.get(len(losses) > 1, set()) <= kinds)
         return (new or self._drawn) and bool(torch.isfinite(losses).all())
 
     def _compare_with_plain(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
@@ -501,7 +503,7 @@ class Capture:
         if own is not None and other is not None and not self._chance:
             room = float(torch.finfo(dtype).eps ** 0.4)
             refuse_other_gradients(failed(audit.errors(other, room), room), self.model, "in parts of it")
-        known.seen |= kinds
+        known.covered(kinds)
         known.independent |= other is not None and len(audit.weights) > 1
         known.audits = replace(
             known.audits,

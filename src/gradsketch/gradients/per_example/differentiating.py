@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
-from gradsketch.as_found import Gradients, Trainability, buffers_aside, uncompiled
+from gradsketch.as_found import Gradients, Trainability, Written, buffers_aside, uncompiled
 from gradsketch.errors import InputError
 from gradsketch.fsdp import resting
 from gradsketch.gradients.gathering import require_closed
@@ -37,6 +37,7 @@ def differentiating(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator
             torch.inference_mode(False),
             Trainability(model, tensors.values()) as trainability,
             Gradients(model),
+            Written(model),
             buffers_aside(model),
             uncompiled(model),
             torch.enable_grad(),

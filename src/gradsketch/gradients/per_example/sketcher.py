@@ -83,6 +83,7 @@ class GradientSketcher:
     Raises:
         InputError: parameters the model lacks, a sketch of another length, losses not of shape [b], BatchNorm in
             training mode, a method that cannot do this model.
+        FingerprintError: ``precondition`` was made with other weights.
         NonFiniteError: a loss or gradient is not finite.
     """
 
@@ -98,6 +99,8 @@ class GradientSketcher:
         on_non_finite: Literal["raise", "skip"] = "raise",
     ) -> None:
         self.model = bare(model)
+        if precondition is not None and not Ranks(self.model).several:  # ranks would have to gather all weights
+            precondition.require_of(self.model)
         self.task, self.sketch = as_task(task), sketch if precondition is None else precondition.before(sketch)
         if not isinstance(self.sketch, ByParameter):
             require_unshared(self.model, f"{self.sketch!r}, which wants whole gradients,", "Pass a BlockSum")
