@@ -85,7 +85,7 @@ def picture(each: Table) -> Path:
 
 def _source(each: Table, record: dict[str, Any]) -> str:
     about, load = record["environment"], record["load_average"]
-    device = about["gpu"] or f"{about['processor']}, {about['threads']} threads"
+    device = about["gpu"] or f"{about['processor']}, {about['threads']} thread{'s' * (about['threads'] > 1)}"
     busy = f", load average {load['before']} – {load['after']}" if load["before"] is not None else ""
     size = "" if record["size"] == "full" else f", the {record['size']} size"
     file = kept.path(each, record["size"]).relative_to(ROOT)

@@ -312,12 +312,13 @@ def _refuse_other(module: nn.Module, value: Any, attribute: str) -> None:
 
 
 def _register(module: nn.Module, name: str, value: Any) -> None:
-    """Register a parameter, but not a chosen one, or what was read there, under another name, as pruning does."""
+    """Register a parameter, but nothing else in the place of a chosen one, nor that one elsewhere, as pruning does."""
     for attribute, reading in vars(module)[_KEY].items():
-        if value is not None and name != attribute and (value is reading.parameter or name == f"{attribute}_orig"):
-            module._parameters.setdefault(
-                attribute, cast(nn.Parameter, reading.parameter)
-            )  # spectral norm takes it out first
+        replaced = name == attribute and value is not reading.parameter
+        parts = {f"{attribute}_{part}" for part in ("orig", "g", "v")}  # of pruning, spectral norm and weight norm
+        if replaced or (name != attribute and value is not None and (value is reading.parameter or name in parts)):
+            # The norms take it out first.
+            module._parameters.setdefault(attribute, cast(nn.Parameter, reading.parameter))
             raise _taken_out(reading, f"a {type(module).__name__}")
     nn.Module.register_parameter(module, name, value)
 
