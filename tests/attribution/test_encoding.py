@@ -58,14 +58,16 @@ def test_once_a_resumed_build(tmp_path, counting):
     before = sketches(index)
     (tmp_path / "checkpoint-0/part-000000000008-000008.arrow").unlink()
     assert torch.equal(sketches(build(tmp_path, counting)), before)
-    assert counting.tokenizer.seen == TEXTS[8:16]
+    assert (
+        counting.tokenizer.seen == TEXTS[8:16] + TEXTS[:8]
+    )  # what is missing, and eight rows whose losses are compared
 
 
 def test_once_a_query(tmp_path, counting):
     states = two_states()
     build(tmp_path, toys.language_task(), checkpoints=states)
     Index.open(tmp_path, task=counting, checkpoints=states).query(toys.TinyLM(), TEXTS[:3], opponents=2)
-    assert counting.tokenizer.seen == TEXTS[:3]
+    assert counting.tokenizer.seen == [*TEXTS[:3], TEXTS[0]]  # and a row whose loss is compared
 
 
 def test_rows_beyond_the_memory_kept_for_them_are_read_again(tmp_path, counting, monkeypatch):

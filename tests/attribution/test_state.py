@@ -383,11 +383,39 @@ class Tempered(torch.nn.Module):
         return self.inner(x) / self.temperature
 
 
-@pytest.mark.parametrize("worker", [(0, 2), (0, 1)], ids=["half-done", "done"])
+@pytest.mark.parametrize("worker", [(0, 2), (1, 2), (0, 1)], ids=["half-done", "the-other-half", "done"])
 def test_a_model_that_computes_something_else_does_not_go_on_with_an_index(tmp_path, worker):
     task, data = toys.vector_task(), toys.vectors(40)
     options = {"d": 16, "shard_rows": 8, "progress": False}
     gs.build_index(tmp_path, Tempered(1.0), task, data, worker=worker, **options)
+    there = sorted((tmp_path / "checkpoint-0").iterdir())
     with pytest.raises(FingerprintError, match=r"a loss of .* with which it stands in .*adapters and their scales"):
         gs.build_index(tmp_path, Tempered(1.5), task, data, **options)
+    assert sorted((tmp_path / "checkpoint-0").iterdir()) == there  # nothing of another function was written
     assert len(gs.build_index(tmp_path, Tempered(1.0), task, data, **options)) == 40
+
+
+def test_other_data_is_refused_before_anything_is_written(tmp_path):
+    build(tmp_path)
+    (tmp_path / "checkpoint-0/part-000000000000-000008.arrow").unlink()
+    there = sorted((tmp_path / "checkpoint-0").iterdir())
+    data = toys.texts(ROWS)
+    data[12] += " or so"
+    with pytest.raises(FingerprintError, match="rows 8 to 15"):
+        build(tmp_path, data)
+    assert sorted((tmp_path / "checkpoint-0").iterdir()) == there
+
+
+class TemperedLM(toys.TinyLM):
+    temperature = 1.0
+
+    def forward(self, input_ids):
+        return super().forward(input_ids) / self.temperature
+
+
+def test_a_question_to_a_model_that_computes_something_else_says_so(tmp_path):
+    index, model = build(tmp_path, model=TemperedLM()), TemperedLM()
+    index.query(model, toys.texts(1))
+    model.temperature = 0.02
+    with pytest.warns(GradsketchWarning, match=r"the loss of its row '0' is .*, not .* temperature"):
+        index.query(model, toys.texts(1))

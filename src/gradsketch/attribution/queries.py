@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +16,10 @@ from torch import Tensor, nn
 
 from gradsketch.attribution.checkpoints import Checkpoint, weights_of
 from gradsketch.attribution.description import Description, comparable_facts, sketch_facts, sketch_for
-from gradsketch.attribution.examples import as_examples
+from gradsketch.attribution.examples import as_examples, rebuild
 from gradsketch.attribution.gradients import GradientSource, Sketched
 from gradsketch.durable import require_same
-from gradsketch.errors import InputError, NonFiniteError
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.fsdp import Ranks
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.factors import Factors
@@ -25,6 +27,8 @@ from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
+# Rows in which a text is looked for, and by how much its loss may be another: autocast changes it by some thousandths.
+_LOOKED_AT, _ANOTHER = 8, 0.05
 # Entries a millionth of the largest are then still normal numbers of float32.
 _SMALLEST = 1e-30
 
@@ -201,8 +205,35 @@ def sketch_queries(
             fix = "Query with the model, task and parameters of the index, or build an index for these"
             require_same(comparable_facts(model, task, sketch, description, metric), facts, index, fix=fix)
             source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
+            _warn_of_another_loss(source, store)
             sketched.append(source(rows, lengths, name=_name))
     return Queries(examples, groups, sketched, time.perf_counter() - began)
+
+
+def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
+    """Warn where a training row's loss is not the stored one: some settings of a model are in none of its tensors.
+
+    The first checkpoint has the texts of rows; where it has none, nothing is compared.
+    """
+    if source.sketcher.ranks.several or not (ranges := store.ranges()):
+        return
+    start, count = ranges[0]
+    records = store.records(range(start, start + min(count, _LOOKED_AT)))
+    texts = (record for record in records if math.isfinite(record["loss"]) and rebuild(record) is not None)
+    if (record := next(texts, None)) is None:
+        return
+    try:
+        (row,), _ = read_all(source.sketcher.task, [rebuild(record)])
+        (now,), then = source.losses([row]), float(record["loss"])
+    except Exception:  # a task of the user's own need not take rows as the index rebuilds them
+        return
+    if not abs(now - then) <= _ANOTHER * (1 + abs(then)):
+        warnings.warn(
+            f"{store.folder.uri}: the loss of its row {record['id']!r} is {now:.4g} with this model, not {then:.4g} as "
+            "when it was built; set the model as it was then (an adapter's scale, a temperature), or index it anew",
+            GradsketchWarning,
+            stacklevel=5,
+        )
 
 
 def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:

@@ -10,7 +10,7 @@ import torch
 
 from gradsketch.attribution.examples import where
 from gradsketch.attribution.gradients import GradientSource
-from gradsketch.attribution.parts import PartReader
+from gradsketch.attribution.parts import PartReader, read_part
 from gradsketch.errors import FingerprintError, InputError
 from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.data import is_out_of_memory
@@ -40,14 +40,14 @@ class ShardWriter:
         Raises:
             FingerprintError: a finished shard was made of other data, or by a model that computes something else.
         """
-        unfinished, ranks, compared = set(self.store.unfinished()), self.source.sketcher.ranks, False
-        for start, count in ranges:
-            if ranks.team.any((start, count) in unfinished):
-                yield start, count
-                continue
-            self._require_same_data(start, count)
-            if not (compared or ranks.several):
-                compared = self._require_same_loss(start, count)
+        unfinished, ranks, every = set(self.store.unfinished()), self.source.sketcher.ranks, list(ranges)
+        missing = [each for each in every if ranks.team.any(each in unfinished)]
+        for start, count in every:  # before anything is written
+            if (start, count) not in missing:
+                self._require_same_data(start, count)
+        if not ranks.several:
+            self._require_same_losses(each for each in self.store.ranges() if each not in unfinished)
+        yield from missing
 
     def write(self, start: int, count: int, advance: Callable[[int], Any] = lambda count: None) -> None:
         """Write one shard, unless another process did so meanwhile; ``advance`` hears of every row done.
@@ -114,23 +114,21 @@ class ShardWriter:
                 "Index a copy of a model that is being trained: copy.deepcopy(model)",
             )
 
-    def _require_same_loss(self, start: int, count: int) -> bool:
-        """Hold a few rows' losses against the stored ones: they tell what no tensor does, as the scale of an adapter.
-
-        Returns whether there was a row.
-        """
-        part = self.parts.read(start, count)
-        stored = [float(record["loss"]) for record in self.store.records(part.places)]
-        rows = [row for row, loss in enumerate(stored) if math.isfinite(loss)][:_COMPARED]
-        found = self.source([part.encoded[row] for row in rows], [part.lengths[row] for row in rows]).losses.tolist()
-        for row, now in zip(rows, found, strict=True):
-            if not abs(now - stored[row]) <= self._allowed * (1 + abs(stored[row])):
-                raise FingerprintError(
-                    f"a loss of {now:.4g} of {self._where(part.places[row])}",
-                    f"{stored[row]:.4g}, with which it stands in {self.store.folder.uri}",
-                    "Set the model as it was then (adapters and their scales, temperature), or choose another path",
-                )
-        return bool(rows)
+    def _require_same_losses(self, finished: Iterable[tuple[int, int]]) -> None:
+        """Hold a few rows' losses against the stored ones: they tell what no tensor does, as an adapter's scale."""
+        for start, count in finished:
+            part = read_part(self.parts.examples, start, min(count, _COMPARED), self.parts.task, self.parts.model)
+            stored = [float(record["loss"]) for record in self.store.records(part.places)]
+            rows = [row for row, loss in enumerate(stored) if math.isfinite(loss)]
+            for row, now in zip(rows, self.source.losses([part.encoded[row] for row in rows]), strict=True):
+                if not abs(now - stored[row]) <= self._allowed * (1 + abs(stored[row])):
+                    raise FingerprintError(
+                        f"a loss of {now:.4g} of {self._where(part.places[row])}",
+                        f"{stored[row]:.4g}, with which it stands in {self.store.folder.uri}",
+                        "Set the model as it was then (adapters and their scales, temperature), or choose another path",
+                    )
+            if rows:
+                return
 
     @property
     def _allowed(self) -> float:

@@ -447,8 +447,7 @@ class Capture:
         """Whether this batch is audited: the first, one with new kinds of calls or without usual ones, or by chance."""
         known = self._known
         new = not proved or not known.audits.audited or not kinds <= known.seen
-        new = new or bool(kinds and not known.usual.get(len(losses) > 1, set()) <= kinds)
-        return (new or self._drawn) and bool(torch.isfinite(losses).all())
+        return (new or known.lacks(kinds) or self._drawn) and bool(torch.isfinite(losses).all())
 
     def _compare_with_plain(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
         """Hold the losses against those where nothing is intercepted, for a model may choose other kernels there."""

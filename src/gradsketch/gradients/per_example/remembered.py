@@ -31,7 +31,7 @@ class Known:
     slow: dict[str, str] = field(default_factory=dict)  # parameters on the exact path, and why
     exact: str = ""  # why the whole loss is on the exact path
     seen: set[Kind] = field(default_factory=set)  # kinds of calls that an audit has covered
-    usual: dict[bool, set[Kind]] = field(default_factory=dict)  # those in every audited batch, of one and of several
+    usual: dict[bool, set[str]] = field(default_factory=dict)  # calls in every audited batch, of one and of several
     independent: bool = False  # rows were the same alone as in company
     derivative: bool = False  # autograd's gradients of a split model were held against differences of losses
     apart: bool = False  # other kernels round so that other company proves too little
@@ -42,7 +42,13 @@ class Known:
         """Take up the kinds of calls of a batch whose audit was passed."""
         self.seen |= kinds
         for several in {kind[3] for kind in kinds}:
-            self.usual[several] = self.usual.get(several, kinds) & kinds
+            calls = {kind[0] for kind in kinds}
+            self.usual[several] = self.usual.get(several, calls) & calls
+
+    def lacks(self, kinds: set[Kind]) -> bool:
+        """Whether a batch is without a call that all audited batches had."""
+        calls = {kind[0] for kind in kinds}
+        return any(not self.usual.get(several, set()) <= calls for several in {kind[3] for kind in kinds})
 
 
 # By model, then by what else decides: task, selection, method.
