@@ -50,7 +50,8 @@ def test_a_process_reads_its_own_shards(tmp_path):
     for number in range(2):
         build(tmp_path / "a", data[number], worker=(number, 2))
     assert sorted({*data[0].read} - {ROWS - 1}) == [*range(0, 8), *range(16, 24), *range(32, 39)]
-    assert sorted({*data[1].read} - {0, ROWS - 1}) == [*range(8, 16), *range(24, 32)]
+    compared = range(8)  # rows that the other has done, whose losses show whether the model is the same
+    assert sorted({*data[1].read} - {*compared, ROWS - 1}) == [*range(8, 16), *range(24, 32)]
     assert torch.equal(sketches(gs.Index.open(tmp_path / "a")), sketches(build(tmp_path / "b", toys.texts(ROWS))))
 
 
