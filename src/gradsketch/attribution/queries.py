@@ -227,10 +227,11 @@ def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
     except Exception:  # a task of the user's own need not take rows as the index rebuilds them
         return
     if (apart := first_apart(losses, store, [row])) is not None:
+        _, now, then = apart
         warnings.warn(
-            f"{store.folder.uri}: the loss of its row {row} is {apart[1]:.4g} with this model, not {apart[2]:.4g} as when "
-            "it was built. The model computes something else now (an adapter's scale, a temperature), or the row was not "
-            "made of its text alone",
+            f"{store.folder.uri}: the loss of its row {row} is {now:.4g} with this model, not {then:.4g} as when it was "
+            "built. The model computes something else now (an adapter's scale, a temperature), or the row was not made "
+            "of its text alone",
             GradsketchWarning,
             stacklevel=5,
         )
