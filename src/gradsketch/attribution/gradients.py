@@ -69,12 +69,6 @@ class GradientSource:
         losses[list(skipped)] = torch.nan
         return Sketched(sketches, losses, skipped)
 
-    @torch.no_grad()
-    def losses(self, examples: Sequence[Any]) -> list[float]:
-        """Return the losses of encoded examples, each alone, without their gradients."""
-        with evaluating(self.model):
-            return [float(self.sketcher.task.losses(self.model, self.batcher.batch([each]))) for each in examples]
-
     def keep_up(self, example: Any) -> None:
         """Sketch an encoded example, for nothing, until no rank of a sharded model has one of its own left."""
         with evaluating(self.model, of_gradients=True):

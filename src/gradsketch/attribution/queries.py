@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from gradsketch.attribution.checkpoints import Checkpoint, weights_of
 from gradsketch.attribution.description import Description, comparable_facts, sketch_facts, sketch_for
 from gradsketch.attribution.examples import as_examples, rebuild
 from gradsketch.attribution.gradients import GradientSource, Sketched
+from gradsketch.attribution.stored_losses import first_apart, losses_of
 from gradsketch.durable import require_same
 from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.fsdp import Ranks
@@ -27,8 +27,7 @@ from gradsketch.gradients.tasks import Task
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
-# Rows in which a text is looked for, and by how much its loss may be another: autocast changes it by some thousandths.
-_LOOKED_AT, _ANOTHER = 8, 0.05
+_LOOKED_AT = 8  # rows in which a text is looked for
 # Entries a millionth of the largest are then still normal numbers of float32.
 _SMALLEST = 1e-30
 
@@ -218,19 +217,21 @@ def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
     if source.sketcher.ranks.several or not (ranges := store.ranges()):
         return
     start, count = ranges[0]
-    records = store.records(range(start, start + min(count, _LOOKED_AT)))
-    texts = (record for record in records if math.isfinite(record["loss"]) and rebuild(record) is not None)
-    if (record := next(texts, None)) is None:
+    rows = range(start, start + min(count, _LOOKED_AT))
+    texts = ((row, rebuild(record)) for row, record in zip(rows, store.records(rows), strict=True))
+    row, example = next(((row, example) for row, example in texts if example is not None), (None, None))
+    if row is None:
         return
     try:
-        (row,), _ = read_all(source.sketcher.task, [rebuild(record)])
-        (now,), then = source.losses([row]), float(record["loss"])
+        losses = losses_of(source.model, source.sketcher.task, [example])
     except Exception:  # a task of the user's own need not take rows as the index rebuilds them
         return
-    if not abs(now - then) <= _ANOTHER * (1 + abs(then)):
+    if (apart := first_apart(losses, store, [row])) is not None:
+        _, now, then = apart
         warnings.warn(
-            f"{store.folder.uri}: the loss of its row {record['id']!r} is {now:.4g} with this model, not {then:.4g} as "
-            "when it was built; set the model as it was then (an adapter's scale, a temperature), or index it anew",
+            f"{store.folder.uri}: the loss of its row {row} is {now:.4g} with this model, not {then:.4g} as when it was "
+            "built. The model computes something else now (an adapter's scale, a temperature), or the row was not made "
+            "of its text alone",
             GradsketchWarning,
             stacklevel=5,
         )

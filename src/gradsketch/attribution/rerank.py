@@ -23,10 +23,11 @@ from gradsketch.attribution.checkpoints import Checkpoint, weights_of
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.results import Score
 from gradsketch.attribution.scan import Top
+from gradsketch.attribution.stored_losses import first_apart, losses_of
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.gradients.curvature import gauss_newton, loss_gradient
 from gradsketch.gradients.curvature.solve import DampedInverse
-from gradsketch.gradients.data import Batcher, read_all
+from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.estimation import Labels
 from gradsketch.gradients.factors.inverse import InverseFisher, inverse_fisher
 from gradsketch.gradients.parameters import Parameters
@@ -42,8 +43,6 @@ __all__ = ["Exact", "Reranker", "exact_named", "is_exact"]
 # Entries of questions' directions that are held at once.
 _HELD = 1 << 28
 _EXAMPLES = 8  # a batch of second derivatives
-# By so much, and so much of itself, may a loss differ from the one that was stored: half precision in another batch.
-_SAME_LOSS = 0.05
 
 Advance = Callable[[int], Any]
 Make = Callable[[nn.Module, Task, Sequence[Any], Parameters, float, Advance], LinearMap]
@@ -212,15 +211,8 @@ class Reranker:
     def _require_of_index(self, rows: Sequence[int], examples: Sequence[Any]) -> None:
         """Refuse other examples than those of these rows, whose losses were stored at the first checkpoint."""
         with weights_of(self.model, self.checkpoints[0]):
-            self._require_same_losses(rows, self._losses(examples))
-
-    def _losses(self, rows: Sequence[Any]) -> Float[Tensor, " rows"]:
-        batcher = Batcher(self.task, tokens=self.batch_tokens, device=next(self.model.parameters()).device)
-        losses = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
-        with evaluating(self.model), torch.no_grad():
-            for places, found in batcher.map(lambda batch: self.task.losses(self.model, batch), rows):
-                losses[places] = found.float().cpu()
-        return losses
+            losses = losses_of(self.model, self.task, examples, batch_tokens=self.batch_tokens)
+            self._require_same_losses(rows, losses)
 
     @cached_property
     def _sampled(self) -> list[Any]:
@@ -286,14 +278,11 @@ class Reranker:
         Raises:
             InputError: they are.
         """
-        stored = torch.tensor(
-            [record["loss"] for record in self.store.records(rows)], dtype=torch.float32, device="cpu"
-        )
-        apart = (losses - stored).abs() > _SAME_LOSS * torch.maximum(losses.abs(), stored.abs()) + _SAME_LOSS
-        for place in apart.nonzero()[:1, 0].tolist():
+        if (apart := first_apart(losses, self.store, rows)) is not None:
+            row, now, then = apart
             raise InputError(
-                f"an example of row {rows[place]} whose loss is {float(losses[place]):.4g}",
-                f"{float(stored[place]):.4g}, with which it was indexed",
+                f"an example of row {row} whose loss is {now:.4g}",
+                f"{then:.4g}, with which it was indexed",
                 "Pass the data that the index was built of, in its order",
             )
 

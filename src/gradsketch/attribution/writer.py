@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from gradsketch.attribution.examples import where
 from gradsketch.attribution.gradients import GradientSource
 from gradsketch.attribution.parts import PartReader, read_part
+from gradsketch.attribution.stored_losses import first_apart, losses_of
 from gradsketch.errors import FingerprintError, InputError
 from gradsketch.gradients.curvature.state import content_of
 from gradsketch.gradients.data import is_out_of_memory
@@ -116,18 +116,18 @@ class ShardWriter:
 
     def _require_same_losses(self, finished: Iterable[tuple[int, int]]) -> None:
         """Hold a few rows' losses against the stored ones: they tell what no tensor does, as an adapter's scale."""
+        model, task = self.source.model, self.parts.task
         for start, count in finished:
-            part = read_part(self.parts.examples, start, min(count, _COMPARED), self.parts.task, self.parts.model)
-            stored = [float(record["loss"]) for record in self.store.records(part.places)]
-            rows = [row for row, loss in enumerate(stored) if math.isfinite(loss)]
-            for row, now in zip(rows, self.source.losses([part.encoded[row] for row in rows]), strict=True):
-                if not abs(now - stored[row]) <= self._allowed * (1 + abs(stored[row])):
-                    raise FingerprintError(
-                        f"a loss of {now:.4g} of {self._where(part.places[row])}",
-                        f"{stored[row]:.4g}, with which it stands in {self.store.folder.uri}",
-                        "Set the model as it was then (adapters and their scales, temperature), or choose another path",
-                    )
-            if rows:
+            part = read_part(self.parts.examples, start, min(count, _COMPARED), task, model)
+            losses = losses_of(model, task, part.encoded)
+            if (apart := first_apart(losses, self.store, part.places, alike=self._allowed)) is not None:
+                row, now, then = apart
+                raise FingerprintError(
+                    f"a loss of {now:.4g} of {self._where(row)}",
+                    f"{then:.4g}, with which it stands in {self.store.folder.uri}",
+                    "Set the model as it was then (adapters and their scales, temperature), or choose another path",
+                )
+            if part.places:
                 return
 
     @property
