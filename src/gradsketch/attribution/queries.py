@@ -230,8 +230,8 @@ def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
         _, now, then = apart
         warnings.warn(
             f"{store.folder.uri}: the loss of its row {row} is {now:.4g} with this model, not {then:.4g} as when "
-            "it was built. The model computes something else now (an adapter's scale, a temperature), or the row was not "
-            "made of its text alone",
+            "it was built. The model computes something else now (an adapter's scale, a temperature), or the "
+            "row is not of its text alone",
             GradsketchWarning,
             stacklevel=5,
         )
