@@ -474,6 +474,7 @@ def main(part: str, folder: Path) -> None:
             indexes(folder)
         case "transformers":
             of_transformers(folder)
+    dist.barrier()  # nobody takes the group down while another's thread still uses it
     dist.destroy_process_group()
 
 
