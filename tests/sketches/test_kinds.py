@@ -24,6 +24,20 @@ def test_qk_is_a_kronecker_product_of_partial_isometries():
         assert float(torch.linalg.svdvals(unfolded)[1]) < 1e-10 * float(unfolded.norm())  # still rank one
 
 
+@pytest.mark.parametrize(("n", "factors"), [(1_063_680, 4), (6_900_000, 3)])
+def test_qk_where_pieces_of_the_vector_are_all_padding(n, factors):
+    """The first factor's columns are a multiple of 16, so that the last of them may begin beyond the vector's end."""
+    phi, x = gs.QK(n, 64, factors=factors), torch.randn(n, generator=torch.Generator().manual_seed(0))
+    columns = [b for _, b in phi.sizes]
+    product = torch.nn.functional.pad(x.double(), (0, math.prod(columns) - n)).view(columns)
+    for axis, matrix in enumerate(phi.matrices):
+        product = torch.tensordot(matrix, product, dims=([1], [axis])).movedim(0, axis)
+    want = product.flatten() * (math.prod(columns) / 64) ** 0.5
+    torch.testing.assert_close(phi(x).double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    w = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    assert float(phi.lift(w) @ x) == pytest.approx(float(w.double() @ want), rel=1e-3, abs=1e-3 * float(want.norm()))
+
+
 @pytest.mark.parametrize(("n", "d"), [(1 << 20, 1 << 12), (1 << 24, 1 << 20), (1 << 27, 1 << 22), (10**6 + 1, 1 << 10)])
 def test_qk_balances_its_factors(n, d):
     sizes = gs.QK(n, d).sizes

@@ -116,7 +116,10 @@ class QK(Sketch):
         b1, step = self.sizes[0][1], max(1, piece_length(device) // inner)
         for top in range(0, b1, step):
             rows = slice(top, min(top + step, b1))
-            yield rows, min(rows.stop * inner, self.n) - top * inner
+            yield (
+                rows,
+                max(0, min(rows.stop * inner, self.n) - top * inner),
+            )  # b1 was rounded up: the last may hold none
 
     def _scratch(self, like: Tensor) -> tuple[Tensor, Tensor]:
         inner, _ = self._inner_lengths()
