@@ -42,9 +42,8 @@ class ShardWriter:
         """
         unfinished, ranks, every = set(self.store.unfinished()), self.source.sketcher.ranks, list(ranges)
         missing = [each for each in every if ranks.team.any(each in unfinished)]
-        for start, count in every:  # before anything is written
-            if (start, count) not in missing:
-                self._require_same_data(start, count)
+        for start, count in sorted({*every} - {*missing}):  # before anything is written
+            self._require_same_data(start, count)
         if not ranks.several:
             self._require_same_losses(each for each in self.store.ranges() if each not in unfinished)
         yield from missing
