@@ -4,7 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from gradsketch.errors import GradsketchWarning
 
 TESTS = Path(__file__).parent
 
@@ -35,3 +43,15 @@ def run(module: str, *arguments: object) -> None:
     finally:
         for rank in ranks:  # none waits for another that has failed
             rank.kill()
+
+
+def as_rank(work: Callable[[], None]) -> NoReturn:
+    """Do the work of one rank, in the process that runs the module."""
+    warnings.simplefilter("error", GradsketchWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    work()
+    dist.barrier()  # nobody takes the group down while another's thread still uses it
+    dist.destroy_process_group()
+    # At the end of the interpreter a thread of Gloo that lets go of its last tensors aborts the process.
+    os._exit(0)

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import gradsketch as gs
-from gradsketch.errors import GradsketchWarning
+from launch import as_rank
 
 IDS = torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(1))
 
@@ -231,17 +230,13 @@ def an_index_is_that_of_one_process(folder: Path) -> None:
 
 
 def main() -> None:
-    warnings.simplefilter("error", GradsketchWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     sketches_are_those_of_one_process()
     a_row_that_is_not_finite_holds_nobody_up()
     tied_weights_may_be_gathered_apart()
     a_wrong_contribution_is_noticed()
     what_does_not_go_in_step_is_refused()
     an_index_is_that_of_one_process(Path(sys.argv[1]))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

@@ -1,6 +1,5 @@
 """Curvature of a model that FSDP2 shares out between two ranks; run as a module with the variables torchrun sets."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 import gradsketch as gs
-from gradsketch.errors import GradsketchWarning
+from launch import as_rank
 from ranks import IDS, Net, as_found, losses, net, refused
 
 BATCH = {"ids": IDS}
@@ -210,9 +209,6 @@ def spectra_are_those_of_one_process() -> None:
 
 
 def main() -> None:
-    warnings.simplefilter("error", GradsketchWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     products_are_those_of_one_process()
     every_kind_and_mode_is_right()
     changed_weights_are_seen_by_all()
@@ -220,8 +216,7 @@ def main() -> None:
     raw_rows_are_shared_out_unevenly()
     what_cannot_be_right_is_refused()
     spectra_are_those_of_one_process()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

@@ -1,7 +1,6 @@
 """A Subspace over a model that FSDP2 shares out between two ranks; run as a module with the variables torchrun sets."""
 
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsketch as gs
 from dimension.test_subspace import Allocations
-from gradsketch.errors import GradsketchWarning
+from launch import as_rank
 from ranks import IDS, Net, as_found, losses, net, refused
 from ranks_curvature import error, rank, sharded
 
@@ -319,9 +318,6 @@ def a_rank_holds_its_share() -> None:
 
 
 def main() -> None:
-    warnings.simplefilter("error", GradsketchWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     training_is_that_of_one_process()
     graphs_layers_and_casts_are_at_their_point()
     a_step_on_one_rank_is_noticed()
@@ -330,8 +326,7 @@ def main() -> None:
     it_is_saved_loaded_and_merged_as_in_one_process(Path(sys.argv[1]))
     what_cannot_be_right_is_refused()
     a_rank_holds_its_share()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

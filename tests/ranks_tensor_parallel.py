@@ -1,6 +1,5 @@
 """What each of two ranks does with a model that tensor parallelism splits; run with the variables torchrun sets."""
 
-import os
 import re
 import sys
 import warnings
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import gradsketch as gs
 from gradsketch.errors import GradsketchWarning
 from gradsketch.store import Store
+from launch import as_rank
 
 IDS = torch.randint(0, 40, (6, 8), generator=torch.Generator().manual_seed(1))
 BATCH = {"input_ids": IDS}
@@ -461,9 +461,6 @@ def of_transformers(folder: Path) -> None:
 
 
 def main(part: str, folder: Path) -> None:
-    warnings.simplefilter("error", GradsketchWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     match part:
         case "sketches":
             sketches()
@@ -475,11 +472,7 @@ def main(part: str, folder: Path) -> None:
             indexes(folder)
         case "transformers":
             of_transformers(folder)
-    dist.barrier()  # nobody takes the group down while another's thread still uses it
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
-    # After exchanges that failed, the end of the interpreter at times meets a thread of torch that nobody joined.
-    os._exit(0)
+    as_rank(partial(main, sys.argv[1], Path(sys.argv[2])))

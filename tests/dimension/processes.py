@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradsketch as gs
 from dimension.test_daily_use import X, Y, at, net, opened, train
+from launch import as_rank
 
 
 def refused(words: str, make: Callable[[], object]) -> None:
@@ -39,8 +40,6 @@ def trained(*, steps: int = 4, parts: int = 1, **options: bool) -> torch.Tensor:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     alone = opened()
     train(alone, torch.optim.Adam(alone.parameters(), lr=0.02))
     for options in ({}, {"static_graph": True}, {"find_unused_parameters": True}, {"parts": 2}):
@@ -60,8 +59,7 @@ def main() -> None:
     merged = opened(moved=0.3)
     wanted = at(merged.w)(X)
     torch.testing.assert_close(fully_shard(merged.merge(), mesh=mesh)(X), wanted)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    as_rank(main)

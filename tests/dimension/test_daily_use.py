@@ -4,7 +4,6 @@ import copy
 import io
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
 import gradsketch as gs
+from launch import run
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(32) % 3
@@ -407,19 +407,5 @@ _PATH = {
 _PATH["PYTHONPATH"] = f"{Path(__file__).parents[2] / 'src'}{os.pathsep}{_PATH['PYTHONPATH']}"
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_processes_train_together_or_are_refused() -> None:
-    environment = os.environ | _PATH | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    program = [sys.executable, "-m", "dimension.processes"]
-    ranks = [
-        subprocess.Popen(program, env=environment | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in (0, 1)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=300)
-        assert rank.returncode == 0, errors
+    run("dimension.processes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from typing import Any
 
 from gradsketch.cli.pretrained import pretrained
@@ -11,6 +12,7 @@ from gradsketch.errors import InputError
 
 __all__ = ["layers_of", "shared_out"]
 
+_LAST_TENSORS = 0.1  # seconds
 _NO_PLAN = "has no `fsdp_plan`"  # what transformers says of models that it does not know how to share out
 
 
@@ -66,8 +68,17 @@ def _joined() -> int:
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
+        atexit.register(_left)
     return torch.distributed.get_world_size()
+
+
+def _left() -> None:
+    """Leave the other ranks."""
+    import torch
+
+    torch.distributed.destroy_process_group()
+    # A thread of Gloo that lets go of its last tensors needs the interpreter, and aborts the process if that has ended.
+    time.sleep(_LAST_TENSORS)
 
 
 def _sharded(model: Any) -> Any:
