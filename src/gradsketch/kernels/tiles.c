@@ -12,7 +12,6 @@
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(32)));
 typedef float loose __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t bits_t __attribute__((may_alias)); /* of a float */
 
 /* One side of a matrix: entry e of a vector goes to place[e] with sign[e]; coordinate c is entry pick[c] of the
  * transform of length count. Where `adds`, several entries share a place. */
@@ -22,8 +21,17 @@ typedef struct {
     const float *sign;
 } side_t;
 
-/* One factor: the vector of token t of example e begins at data + e * example + t * token. Without data it is the
- * one-hot vector of index[e * example + t * token]. */
+/* A side of one-hot vectors, whose transform goes in two stages, across blocks of `length` entries and within them: that
+ * of e has its one at place[e], with sign[e]. Column c of the other side meets `stack` blocks of coordinates; the second
+ * stage gives the i-th of them flips[block of e][i][c]. Coordinate c of a block is entry within[c] of the first stage. */
+typedef struct {
+    int64_t length, stack;
+    const int32_t *place, *within;
+    const float *sign, *flips;
+} rows_t;
+
+/* One factor: the vector of token t of example e begins at data + e * example + t * token, or it is the one-hot vector
+ * of index[e * example + t * token]. */
 typedef struct {
     const float *data;
     const int64_t *index;
@@ -94,35 +102,10 @@ static void hadamard(vec *y, int64_t n) {
     passes(y, n, stretch);
 }
 
-/* Coordinates of one-hot vectors: a sign for each, by the parity of the bits that place and coordinate share. It is
- * spelt out, because compilers take no builtin eight at a time. */
-static void one_hot(const side_t *side, const int64_t *index, int64_t token, int tokens, float *out, int64_t stride) {
-    const int32_t *restrict pick = side->pick;
-    const int64_t needed = side->needed;
-    for (int t = 0; t < tokens; t++) {
-        const int32_t place = side->place[index[t * token]];
-        const bits_t sign = ((const bits_t *)side->sign)[index[t * token]];
-        bits_t *restrict to = (bits_t *)(out + t * stride);
-        for (int64_t c = 0; c < needed; c++) {
-            uint32_t bits = (uint32_t)(place & pick[c]);
-            bits ^= bits >> 16;
-            bits ^= bits >> 8;
-            bits ^= bits >> 4;
-            bits ^= bits >> 2;
-            bits ^= bits >> 1;
-            to[c] = sign ^ bits << 31;
-        }
-    }
-}
-
 /* Coordinates of up to eight tokens: out[t * stride + c]. */
 static void coordinates(const side_t *side, const factor_t *factor, int64_t offset, int tokens, vec *y, float *out,
                         int64_t stride) {
     const int64_t token = factor->token;
-    if (!factor->data) {
-        one_hot(side, factor->index + offset, token, tokens, out, stride);
-        return;
-    }
     const float *x = factor->data + offset;
     const float *rows[LANES];
     for (int t = 0; t < LANES; t++) rows[t] = x + (t < tokens ? t : 0) * token;
@@ -234,6 +217,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
  * tile products, [tile][row][column], make up a row of `out`; `turned` says that rows and columns changed places. */
 typedef struct {
     const side_t *left, *right;
+    const rows_t *one_hot; /* in the place of left */
     const factor_t *l, *r;
     const sums_t *sums;
     int64_t tokens, length, chunk, rows, columns, tiles, in_lanes, turned;
@@ -243,9 +227,70 @@ typedef struct {
 
 static int64_t entries(const work_t *w) { return w->tiles * w->rows * w->columns; }
 
+/* Columns of the sums of one-hot vectors, in whole vectors. */
+static int64_t padded(const work_t *w) { return larger(w->right->needed, LANES); }
+
+/* Numbers of memory that a piece takes. */
+static int64_t scratch(const work_t *w) {
+    const int64_t v = w->chunk * (w->right->needed + LANES);
+    if (w->one_hot) return w->right->count * LANES + v + w->one_hot->stack * w->one_hot->length * padded(w);
+    return larger(w->left->count, w->right->count) * LANES + w->chunk * (w->left->needed + LANES) + v;
+}
+
+/* Add vectors of one-hot rows to place[row] of a block, as the second stage's signs have it: all[stack][length][c]. */
+static void scatter(const work_t *w, const int64_t *index, const float *v, int64_t tokens, int64_t v_stride, vec *all) {
+    const rows_t *rows = w->one_hot;
+    const int64_t width = padded(w) / LANES;
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t row = index[t * w->l->token];
+        const int64_t block = rows->place[row] / rows->length, entry = rows->place[row] % rows->length;
+        const vec sign = SPREAD(rows->sign[row]);
+        const loose *from = (const loose *)(v + t * v_stride);
+        for (int64_t i = 0; i < rows->stack; i++) {
+            const loose *flips = (const loose *)rows->flips + (block * rows->stack + i) * width;
+            vec *to = all + (i * rows->length + entry) * width;
+            for (int64_t c = 0; c < width; c++) to[c] += sign * flips[c] * from[c];
+        }
+    }
+}
+
+/* Take the products out of the transformed sums, `columns` of a tile at a time. */
+INLINE void gather(const work_t *w, const float *all, float *sums, const int64_t columns) {
+    const rows_t *rows = w->one_hot;
+    for (int64_t tile = 0; tile < w->tiles; tile++)
+        for (int64_t row = 0; row < w->rows; row++, sums += columns) {
+            const int64_t c = rows->stack > 1 ? row : tile * w->rows + row;
+            const int64_t block = rows->stack > 1 ? c / rows->length : 0;
+            const float *from = all + (block * rows->length + rows->within[c % rows->length]) * padded(w);
+            for (int64_t k = 0; k < columns; k++) sums[k] = from[tile * columns + k];
+        }
+}
+
+/* Sum up the products of a piece of one-hot rows, as [tile][row][column]: one transform for all tokens. */
+static void piece_of_rows(const work_t *w, int64_t example, int64_t begin, int64_t end, float *sums, float *memory) {
+    const int64_t stride = w->right->needed + LANES, width = padded(w) / LANES, length = w->one_hot->length;
+    vec *all = (vec *)memory + w->right->count;
+    float *v = (float *)(all + w->one_hot->stack * length * width);
+    memset(all, 0, sizeof(vec) * w->one_hot->stack * length * width);
+    for (int64_t at = begin; at < end; at += w->chunk) {
+        const int64_t some = smaller(w->chunk, end - at);
+        for (int64_t t = 0; t < some; t += LANES)
+            coordinates(w->right, w->r, example * w->r->example + (at + t) * w->r->token,
+                        (int)smaller(some - t, LANES), (vec *)memory, v + t * stride, stride);
+        scatter(w, w->l->index + example * w->l->example + at * w->l->token, v, some, stride, all);
+    }
+    for (int64_t i = 0; i < w->one_hot->stack; i++) passes(all + i * length * width, length * width, width);
+    if (w->columns == 4) gather(w, (const float *)all, sums, 4);
+    else gather(w, (const float *)all, sums, w->columns);
+}
+
 /* Sum up the products of a piece, as [tile][row][column], or [row][column][tile] with tiles in the lanes. */
 static void piece(const work_t *w, int64_t example, int64_t number, float *sums, float *memory) {
     const int64_t begin = number * w->length, end = smaller(begin + w->length, w->tokens);
+    if (w->one_hot) {
+        piece_of_rows(w, example, begin, end, sums, memory);
+        return;
+    }
     const int64_t u_stride = w->left->needed + LANES, v_stride = w->right->needed + LANES;
     float *u = memory + larger(w->left->count, w->right->count) * LANES, *v = u + w->chunk * u_stride;
     memset(sums, 0, sizeof(float) * entries(w));
@@ -311,8 +356,7 @@ static float *room(int64_t numbers) { return aligned_alloc(64, sizeof(float) * (
 /* Add the sketches of all examples. Returns 0, or 1 where there is no memory. */
 int add_tiles(const work_t *w, int64_t examples, int threads) {
     const int64_t pieces = (w->tokens + w->length - 1) / w->length, size = entries(w);
-    const int64_t scratch = larger(w->left->count, w->right->count) * LANES +
-                            w->chunk * (w->left->needed + w->right->needed + 2 * LANES);
+    const int64_t working = scratch(w);
     /* Examples of several pieces are shared by threads, some examples at a time. */
     const int64_t together = pieces == 1 ? examples : larger(1, smaller(examples, SHARED / (pieces * size)));
     float *shared = pieces == 1 ? 0 : room(together * pieces * size);
@@ -320,7 +364,7 @@ int add_tiles(const work_t *w, int64_t examples, int threads) {
     (void)threads; /* a compiler without OpenMP has one */
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *memory = room(scratch + 2 * size), *own = memory + scratch, *other = own + size;
+        float *memory = room(working + 2 * size), *own = memory + working, *other = own + size;
         failed |= !memory;
         if (pieces == 1) {
 #pragma omp for schedule(dynamic)

@@ -50,28 +50,36 @@ class FusedTiles:
     ) -> None:
         height, width, number = groups
         self._rows, self._columns, self._groups, self._sums, self._order = rows, columns, groups, sums, order
-        self._turned = height > width
-        self._tile = (width, height) if self._turned else (height, width)
-        self._number, self._in_lanes = number, max(height, width) < _WIDE
-        self._applies = not self._in_lanes or number % _LANES == 0
+        self._takes_outer = max(height, width) >= _WIDE or number % _LANES == 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._rows, self._columns, self._groups, self._sums, self._order)  # addresses stay here
 
     @cached_property
-    def _tables(self) -> tuple[_Table, _Table, _SumsTable]:
-        sides = (self._columns, self._rows) if self._turned else (self._rows, self._columns)
-        first, second = (
-            _Table(side, g, self._number, self._in_lanes) for side, g in zip(sides, self._tile, strict=True)
-        )
-        return first, second, _SumsTable(self._sums, self._order, self._sums.scale)
+    def _of_outer(self) -> _Plan:
+        height, width, number = self._groups
+        turned, in_lanes = height > width, max(height, width) < _WIDE
+        left, right = _Table(self._rows, height, number, in_lanes), _Table(self._columns, width, number, in_lanes)
+        return _Plan(*((right, left) if turned else (left, right)), self._sums_table, turned, in_lanes)
+
+    @cached_property
+    def _of_rows(self) -> _Plan:
+        _, width, number = self._groups
+        columns = _Table(self._columns, width, number, in_lanes=False)
+        return _Plan(_RowsTable(self._rows, self._groups), columns, self._sums_table, turned=False, in_lanes=False)
+
+    @cached_property
+    def _sums_table(self) -> _SumsTable:
+        return _SumsTable(self._sums, self._order, self._sums.scale)
 
     def serves(self, out: Float[Tensor, "b d"], left: Factor, right: Factor) -> bool:
         """Whether there is a kernel for these tensors, after a trial at the first use of such a layout."""
-        fit = self._applies and _fits(left, self._rows.size) and _fits(right, self._columns.size)
-        if not fit or not _takes(out) or left.shape[:2] != right.shape[:2] or compiled("tiles") is None:
-            return False
         one_hot = left.ndim == 2
+        if not (one_hot or self._takes_outer) or not _takes(out) or compiled("tiles") is None:
+            return False
+        fit = _fits(left, self._rows.size) and _fits(right, self._columns.size)
+        if not fit or left.shape[:2] != right.shape[:2]:
+            return False
         sides = tuple(_layout(side) for side in (self._rows, self._columns))
         variant = *sides, self._groups, _added(self._sums), one_hot
         return trusted("tiles", out.new_empty(0), variant, lambda: self._error(one_hot))
@@ -80,24 +88,27 @@ class FusedTiles:
         """Add the sketches of each example, of tensors that it serves; ``piece`` tokens are summed up at a time."""
         library = compiled("tiles")
         assert library is not None
-        (b, t), (first, second, sums) = left.shape[:2], self._tables
-        left, right = (_rows(factor) for factor in ((right, left) if self._turned else (left, right)))
-        chunk = min(_CHUNK, max(_LANES, _HELD // (first.shape.needed + second.shape.needed) // _LANES * _LANES))
+        (b, t), plan = left.shape[:2], self._of_rows if left.ndim == 2 else self._of_outer
+        tile, number = self._groups[:2], self._groups[2]
+        if plan.turned:
+            left, right, tile = right, left, tile[::-1]
+        left, right = _rows(left), _rows(right)
         factors = _factor(left), _factor(right)
         work = _Work(
-            *map(ctypes.addressof, (first.shape, second.shape, *factors, sums.shape)),
+            *plan.sides(),
+            *map(ctypes.addressof, (*factors, plan.sums.shape)),
             t,
             min(t, piece),
-            chunk,
-            *self._tile,
-            self._number,
-            self._in_lanes,
-            self._turned,
+            plan.chunk,
+            *tile,
+            number,
+            plan.in_lanes,
+            plan.turned,
             out.data_ptr(),
             out.stride(0),
         )
         if library.add_tiles(ctypes.byref(work), ctypes.c_int64(b), ctypes.c_int(torch.get_num_threads())):
-            raise MemoryError(f"no memory for {self._number} tiles of {self._tile}")
+            raise MemoryError(f"no memory for {number} tiles of {tile}")
 
     def _error(self, one_hot: bool) -> float:
         """Return the relative error for vectors of signs, or rows of the matrix, against the sides' own arithmetic."""
@@ -197,6 +208,43 @@ class _Table:
         )
 
 
+class _RowsTable:
+    """A side of one-hot vectors as the kernel takes it, for tiles of these groups; see ``rows_t`` there."""
+
+    def __init__(self, side: Side, groups: tuple[int, int, int]) -> None:
+        height, width, number = groups
+        place, sign, _ = side.plan()
+        stack = max(1, height // side.length)
+        tile = torch.arange(number, device="cpu").repeat_interleave(width)
+        blocks = (tile * height // side.length) + torch.arange(stack, device="cpu")[:, None]
+        flips = side.second_stage[blocks].movedim(2, 0).to(torch.float32)
+        flips = functional.pad(flips, (0, max(0, _LANES - flips.shape[2]))).contiguous()
+        self._held = place.to(torch.int32), side.within.to(torch.int32), sign, flips
+        self.shape = _OneHot(side.length, stack, *(t.data_ptr() for t in self._held))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the kernel goes about products: which side comes first, and what lies in the lanes of a vector."""
+
+    first: _Table | _RowsTable
+    second: _Table
+    sums: _SumsTable
+    turned: bool
+    in_lanes: bool
+
+    def sides(self) -> tuple[int | None, int, int | None]:
+        """Return where a first side, the second and a first side of one-hot vectors are."""
+        first, second = ctypes.addressof(self.first.shape), ctypes.addressof(self.second.shape)
+        return (None, second, first) if isinstance(self.first, _RowsTable) else (first, second, None)
+
+    @property
+    def chunk(self) -> int:
+        """How many tokens' coordinates are held at once."""
+        held: int = self.second.shape.needed + (self.first.shape.needed if isinstance(self.first, _Table) else 0)
+        return min(_CHUNK, max(_LANES, _HELD // held // _LANES * _LANES))
+
+
 class _SumsTable:
     """How entries are added up, as the kernel takes it; see ``sums_t`` there."""
 
@@ -213,6 +261,13 @@ class _Side(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("size", "count", "needed", "adds")),
         *((name, ctypes.c_void_p) for name in ("place", "pick", "sign")),
+    )
+
+
+class _OneHot(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("length", "stack")),
+        *((name, ctypes.c_void_p) for name in ("place", "within", "sign", "flips")),
     )
 
 
@@ -238,7 +293,7 @@ class _Factor(ctypes.Structure):
 
 class _Work(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("left", "right", "l", "r", "sums")),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "one_hot", "l", "r", "sums")),
         *((n, ctypes.c_int64) for n in ("tokens", "length", "chunk", "rows", "columns", "tiles", "in_lanes", "turned")),
         ("out", ctypes.c_void_p),
         ("row", ctypes.c_int64),

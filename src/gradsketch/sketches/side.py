@@ -64,6 +64,11 @@ class Side:
         stretches = -(-self.size // self.count)
         return self.stream.child("rotations").integers(0, stretches, self.count)
 
+    @property
+    def second_stage(self) -> Num[Tensor, "blocks blocks"]:
+        """The second stage's signs, of rows in the order of the coordinates."""
+        return self._second_stage(torch.empty(0, dtype=torch.int8, device="cpu"))
+
     def plan(self) -> tuple[Int64[Tensor, " size"], Float[Tensor, " size"], Int64[Tensor, " count"]]:
         """Return it as moves around one Hadamard transform of length ``count``, for kernels.
 
