@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from small_lm import TASK, Row, SmallLM, Trained
 
-import gradsketch as gs
 from gradsketch.demo.packages import package_folder
 from gradsketch.random import Stream
 
 __all__ = [
     "EPOCHS",
+    "FACTS",
     "TASK",
     "Trained",
     "facts",
@@ -57,11 +54,7 @@ WORDINGS = {
         "travellers find {} in",
     ),
 }
-COUNTRIES, QUESTIONS, EPOCHS, BATCH, RATE = 75, 30, 16, 16, 2e-3
-WIDTH, LAYERS, HEADS = 144, 4, 4
-TASK = gs.CausalLM()
-Row = dict[str, Any]
-Trained = tuple[nn.Module, list[dict[str, Tensor]]]
+COUNTRIES, QUESTIONS, EPOCHS = 75, 30, 16
 
 
 @cache
@@ -112,54 +105,6 @@ def _known(record: Row) -> tuple[str, dict[str, str]] | None:
     return (record["name"], found) if short and len(found["demonym"].split()) == 1 else None
 
 
-def untrained(seed: int = 0) -> nn.Module:
-    """A GPT-2 of a million parameters, without dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    rows, questions, words = facts()
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, n_positions=max(len(r["input_ids"]) for r in rows + questions),
-        vocab_size=words, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-def trained(rows: list[int], seed: int = 0) -> Trained:
-    """Return a model trained on these rows, and its weights at the end of each epoch."""
-    model, states, _ = trained_with_optimizer(rows, seed)
-    return model, states
-
-
-def trained_with_optimizer(
-    rows: list[int], seed: int = 0
-) -> tuple[nn.Module, list[dict[str, Tensor]], torch.optim.Optimizer]:
-    """Return what ``trained`` does, and the optimiser after its last step."""
-    data, model = facts()[0], untrained(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    steps, step, states = EPOCHS * -(-len(rows) // BATCH), 0, []
-    for epoch in range(EPOCHS):
-        order = Stream(seed, "order", str(epoch)).permutation(len(rows)).tolist()
-        for start in range(0, len(rows), BATCH):
-            warm, cold = min(1.0, (step + 1) / (0.05 * steps)), 1 - 0.9 * step / steps
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * warm * cold
-            batch = TASK.collate([data[rows[i]] for i in order[start : start + BATCH]])
-            TASK.losses(model, batch).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-        states.append({name: value.clone() for name, value in model.state_dict().items()})
-    return model.eval(), states, optimizer
-
-
-@torch.no_grad()
-def question_losses(model: nn.Module) -> Tensor:
-    """Return the loss of each question."""
-    return TASK.losses(model, TASK.collate(facts()[1]))
-
-
-def retrained(halves: int, path: Path | None) -> gs.Retrainings:
-    """Return the questions' losses after training on random halves; finished halves are kept in a file."""
-    rows = len(facts()[0])
-    return gs.retrain_on_subsets(lambda chosen: trained(chosen)[0], question_losses, rows, subsets=halves, path=path)
+FACTS = SmallLM(facts, EPOCHS)
+untrained, trained, trained_with_optimizer = FACTS.untrained, FACTS.trained, FACTS.trained_with_optimizer
+question_losses, retrained = FACTS.question_losses, FACTS.retrained

@@ -1,6 +1,7 @@
 """Does the metric help on a language model, and how few bytes a row are enough? By retraining on random halves.
 
     python benchmarks/lm_attribution.py --kept FOLDER                # 60 halves of facts_lm.py: an hour on one core
+    python benchmarks/lm_attribution.py --prose --kept FOLDER        # the same for prose_lm.py: another hour
     python benchmarks/lm_attribution.py --small                      # 30 halves, no ladder: a quarter of an hour
     python benchmarks/lm_attribution.py --small --retrained FILE     # keeps the halves there, and takes them up again
 
@@ -12,6 +13,8 @@ Every score is what ``Index.query`` says, for the model of facts_lm.py. What is 
   chosen on one half of the retrained models and judged on the other, and the other way round. ``rank_of_fact`` is the
   mean reciprocal rank of the better of the two rows that state the question's fact. ``tail_patch`` is the rank
   correlation with what one more AdamW step on each row does to each question.
+* lm_attribution_prose.json: the same ladder where nothing is learnt by heart. A question is a piece of text of its own,
+  and in the place of its fact stands its topic.
 * lm_attribution_small.json: the LDS of every score and λ, from indexes of the last weights, of one epoch and of four,
   with and without the metric, and the gain, whose interval is that of pairs. The builds are timed too.
 
@@ -33,8 +36,10 @@ import numpy as np
 import selection
 import torch
 from jaxtyping import Float
+from prose_lm import PROSE
 from record import table, write
 from scipy.stats import rankdata
+from small_lm import TASK, SmallLM
 from torch import Tensor
 
 import gradsketch as gs
@@ -53,6 +58,7 @@ SCORES = (("dot", None), *((name, damping) for name in ("influence", "ridge") fo
 WEIGHTS = {"last epoch": (15,), "epoch 8": (7,), "epochs 4, 8, 12, 16": (3, 7, 11, 15)}
 DRAWS = 300
 Scores = Float[Tensor, "q n"]
+Weights = dict[str, tuple[int, ...]]
 
 
 def scored(states: list[dict[str, Tensor]], variant: str, d: int, seed: int) -> tuple[dict[str, Scores], Any]:
@@ -107,14 +113,14 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(np.quantile(values, share)) for share in (0.025, 0.975)]
 
 
-def about_the_task(model: torch.nn.Module, retrained: gs.Retrainings) -> dict[str, Any]:
-    rows, questions, _ = facts_lm.facts()
+def about_the_task(lm: SmallLM, model: torch.nn.Module, retrained: gs.Retrainings) -> dict[str, Any]:
+    rows, questions, _ = lm.data()
     return {
         "rows": len(rows),
         "questions": len(questions),
         "halves": len(retrained.kept),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "question_loss": float(facts_lm.question_losses(model).mean()),
+        "question_loss": float(lm.question_losses(model).mean()),
         "question_loss_of_halves": float(retrained.losses.mean()),
     }
 
@@ -141,7 +147,7 @@ def measured(retrained: gs.Retrainings, d: int, seeds: int) -> dict[str, Any]:
                         entry["gain_interval"] = interval(draws - plain[name])
                     entries.append(entry)
                     print(json.dumps(entry), flush=True)
-    return about_the_task(model, retrained) | {
+    return about_the_task(facts_lm.FACTS, model, retrained) | {
         "d": d,
         "oracle": {"lds": gs.linear_datamodeling_score(oracle, retrained).value, "is": "states the same fact"},
         "scores": entries,
@@ -151,7 +157,14 @@ def measured(retrained: gs.Retrainings, d: int, seeds: int) -> dict[str, Any]:
 
 # -- the ladder -------------------------------------------------------------------------------------------------------
 
-EVERY_EPOCH = {"1, the last": (15,), "1, epoch 8": (7,), "2": (7, 15), "4": (3, 7, 11, 15), "8": tuple(range(1, 16, 2))}
+EVERY_EPOCH: Weights = {
+    "1, the last": (15,),
+    "1, epoch 8": (7,),
+    "2": (7, 15),
+    "4": (3, 7, 11, 15),
+    "8": tuple(range(1, 16, 2)),
+}
+OF_PROSE: Weights = {"1, the last": (7,), "2": (3, 7), "4": (1, 3, 5, 7)}
 # Metric, numbers of a sketch, and the types they are stored in.
 RUNGS: tuple[tuple[str | None, int, tuple[str, ...]], ...] = (
     (None, 4096, ("float16",)),
@@ -207,11 +220,11 @@ def rank_correlation(scores: Scores, wanted: Scores) -> float:
     return float(np.nanmean(_spearman(scores.numpy().T, wanted.numpy().T)))
 
 
-def ladder(retrained: gs.Retrainings, kept: Path) -> dict[str, Any]:
-    rows, questions, _ = facts_lm.facts()
+def ladder(lm: SmallLM, weights_of: Weights, retrained: gs.Retrainings, kept: Path) -> dict[str, Any]:
+    rows, questions, _ = lm.data()
     fact = torch.tensor([[float(row["fact"] == question["fact"]) for row in rows] for question in questions]).double()
-    model, states = facts_lm.trained(list(range(len(rows))))
-    judge, patched = Judge(retrained), once(kept / "tail_patch.pt", tail_patch)
+    model, states = lm.trained(list(range(len(rows))))
+    judge, patched = Judge(retrained), once(kept / "tail_patch.pt", lambda: tail_patch(lm))
 
     def entry(found: Found, about: dict[str, Any]) -> dict[str, Any]:
         judged = judge(found)
@@ -221,23 +234,25 @@ def ladder(retrained: gs.Retrainings, kept: Path) -> dict[str, Any]:
         return about | judged
 
     entries = [entry({"states the same fact": fact}, {"scores": "oracle"})]
-    entries += [entry(once(kept / f"{name}.pt", make), {"scores": name}) for name, make in TEXTS.items()]
-    for weights, epochs in EVERY_EPOCH.items():
+    entries += [
+        entry(once(kept / f"{name}.pt", lambda m=make: m(lm)), {"scores": name}) for name, make in TEXTS.items()
+    ]
+    for weights, epochs in weights_of.items():
         checkpoints, exact = [states[epoch] for epoch in epochs], None
         if len(epochs) < 8:
-            exact = once(kept / f"exact-{len(epochs)}-{epochs[0]}.pt", lambda c=checkpoints: every_exact(model, c))
+            exact = once(kept / f"exact-{len(epochs)}-{epochs[0]}.pt", lambda c=checkpoints: every_exact(lm, model, c))
             entries.append(entry(exact, {"scores": "exact EK-FAC over all rows", "weights": weights}))
         for metric_, d, stores in RUNGS:
             for store in stores:
                 about: dict[str, Any] = {"weights": weights, "metric": metric_, "d": d, "store": store}
                 name = "-".join(map(str, (*about.values(),))).replace(" ", "_").replace(",", "")
-                got = once(kept / f"{name}.pt", lambda a=(checkpoints, metric_, d, store): sketched(model, *a))
+                got = once(kept / f"{name}.pt", lambda a=(checkpoints, metric_, d, store): sketched(lm, model, *a))
                 about |= {key: got[key] for key in ("bytes_a_row", "build_seconds")}
                 entries.append(entry(got["sketches"], {"scores": "sketches", **about}))
                 if exact and (metric_, d, store) == ("kfac", 4096, "float16"):
                     again = {name: looked_at_again(scores, got["sketches"]) for name, scores in exact.items()}
                     entries.append(entry(again, {"scores": f"EK-FAC over {RERANKED} rows found", **about}))
-    return about_the_task(model, retrained) | {"table": entries}
+    return about_the_task(lm, model, retrained) | {"table": entries}
 
 
 def once(file: Path, make: Any) -> Any:
@@ -250,14 +265,14 @@ def once(file: Path, make: Any) -> Any:
 
 
 def sketched(
-    model: torch.nn.Module, checkpoints: list[dict[str, Tensor]], metric_: str | None, d: int, store: str
+    lm: SmallLM, model: torch.nn.Module, checkpoints: list[dict[str, Tensor]], metric_: str | None, d: int, store: str
 ) -> dict[str, Any]:
     """Return the scores of an index, its bytes a row, and seconds."""
-    rows, questions, _ = facts_lm.facts()
+    rows, questions, _ = lm.data()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         options: dict[str, Any] = {"d": d, "dtype": store, "precondition": metric_, "progress": False}
-        index = gs.build_index(folder, model, facts_lm.TASK, rows, checkpoints=checkpoints, **options)
+        index = gs.build_index(folder, model, TASK, rows, checkpoints=checkpoints, **options)
         seconds = time.perf_counter() - began
 
         def asked(**choice: Any) -> Scores:
@@ -276,48 +291,48 @@ def looked_at_again(exact: Scores, found: Found) -> Scores:
     return torch.zeros_like(exact).scatter(1, places, exact.gather(1, places))
 
 
-def every_exact(model: torch.nn.Module, checkpoints: list[dict[str, Tensor]]) -> Found:
+def every_exact(lm: SmallLM, model: torch.nn.Module, checkpoints: list[dict[str, Tensor]]) -> Found:
     """Return the scores of all rows by EK-FAC with whole gradients."""
-    rows, questions, _ = facts_lm.facts()
+    rows, questions, _ = lm.data()
     every, found = len(rows), {}
     with tempfile.TemporaryDirectory() as folder:
-        index = gs.build_index(folder, model, facts_lm.TASK, rows, d=256, checkpoints=checkpoints, progress=False)
+        index = gs.build_index(folder, model, TASK, rows, d=256, checkpoints=checkpoints, progress=False)
         for rate in (1e-3, 1e-2, 1e-1):
             hits = index.query(model, questions, k=every, rerank=every, score="dot", damping=rate, data=rows)
             found[f"EK-FAC, λ={rate:g}"] = table(hits)
     return found
 
 
-def tail_patch() -> Scores:
+def tail_patch(lm: SmallLM) -> Scores:
     """Return how much one more AdamW step on each row lowers each question's loss, beyond what momentum alone does."""
-    rows, questions, _ = facts_lm.facts()
-    model, _, optimizer = facts_lm.trained_with_optimizer(list(range(len(rows))))
+    rows, questions, _ = lm.data()
+    model, _, optimizer = lm.trained_with_optimizer(list(range(len(rows))))
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    asked = facts_lm.TASK.collate(questions)
+    asked = TASK.collate(questions)
 
     def after(row: dict[str, Any] | None) -> Tensor:
         model.load_state_dict(state[0])
         optimizer.load_state_dict(state[1])
         optimizer.zero_grad(set_to_none=False)
         if row is not None:
-            facts_lm.TASK.losses(model, facts_lm.TASK.collate([row])).mean().backward()
+            TASK.losses(model, TASK.collate([row])).mean().backward()
         optimizer.step()
         with torch.no_grad():
-            return facts_lm.TASK.losses(model, asked).double()
+            return TASK.losses(model, asked).double()
 
     before = after(None)
     return torch.stack([before - after(row) for row in rows], dim=1)
 
 
-def words() -> Found:
+def words(lm: SmallLM) -> Found:
     """Return Okapi's BM25 of the words of question and row."""
-    rows, questions, _ = facts_lm.facts()
+    rows, questions, _ = lm.data()
     return {"BM25": selection.bm25(*([{"text": text_of(row)} for row in part] for part in (rows, questions))).T}
 
 
-def embeddings() -> Found:
+def embeddings(lm: SmallLM) -> Found:
     """Return cosines of MiniLM's sentence embeddings of question and row."""
-    rows, questions, _ = facts_lm.facts()
+    rows, questions, _ = lm.data()
     return {"cosine": cosines([text_of(row) for row in questions], [text_of(row) for row in rows])}
 
 
@@ -338,7 +353,7 @@ def cosines(asked: list[str], texts: list[str]) -> Scores:
 
 
 def text_of(row: dict[str, Any]) -> str:
-    return f"{row['prompt']} {row['answer']}"
+    return row["text"] if "text" in row else f"{row['prompt']} {row['answer']}"
 
 
 TEXTS = {"BM25": words, "embeddings of MiniLM": embeddings}
@@ -346,6 +361,7 @@ TEXTS = {"BM25": words, "embeddings of MiniLM": embeddings}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prose", action="store_true", help="the second task, of prose_lm.py")
     parser.add_argument("--small", action="store_true", help="30 halves, without the ladder")
     parser.add_argument("--halves", type=int)
     parser.add_argument("--d", type=int, default=4096)
@@ -360,8 +376,11 @@ def main() -> None:
         return
     kept = options.kept or Path(tempfile.mkdtemp())
     kept.mkdir(parents=True, exist_ok=True)
-    retrained = facts_lm.retrained(options.halves or 60, options.retrained or kept / "halves.json")
-    print(write("lm_attribution", ladder(retrained, kept)))
+    name, lm, weights = (
+        ("lm_attribution_prose", PROSE, OF_PROSE) if options.prose else ("lm_attribution", facts_lm.FACTS, EVERY_EPOCH)
+    )
+    retrained = lm.retrained(options.halves or 60, options.retrained or kept / "halves.json")
+    print(write(name, ladder(lm, weights, retrained, kept)))
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def measured(kept: Path) -> dict[str, Any]:
             less = {} if name.startswith("gradsketch") else {"less_than_ours": interval(best - drawn)}
             entries.append({"scores": name, "weights": weights, "bytes_a_row": 2 * D * len(epochs)} | entry | less)
             print(json.dumps(entries[-1]), flush=True)
-    return about_the_task(model, retrained) | {"versions": versions, "table": entries}
+    return about_the_task(facts_lm.FACTS, model, retrained) | {"versions": versions, "table": entries}
 
 
 def _ours(
@@ -158,7 +158,7 @@ def _ours(
     for metric, d, store in ((None, D, "float16"), ("kfac", D, "float16"), ("kfac", 4 * D, "int4")):
         name, checkpoints = f"{metric or 'plain'}, {d:,} of {store}", [states[epoch] for epoch in epochs]
         file = kept / f"ours-{metric}-{d}-{'-'.join(map(str, epochs))}.pt"
-        got = once(file, lambda c=checkpoints, m=metric, d=d, s=store: sketched(model, c, m, d, s))
+        got = once(file, lambda c=checkpoints, m=metric, d=d, s=store: sketched(facts_lm.FACTS, model, c, m, d, s))
         yield f"gradsketch, {name}", got["sketches"]
 
 
