@@ -7,7 +7,7 @@ import pytest
 TEXTS = [f"the capital of {'abcdefghij'[i]} is {i}" for i in range(10)]
 
 
-def save_model(path, kind="gpt2"):
+def save_model(path, kind="gpt2", key_value_heads=1):
     """Write a GPT-2 of one layer or a Llama of two, and its tokenizer of words."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,7 +22,7 @@ def save_model(path, kind="gpt2"):
         model = transformers.GPT2LMHeadModel(config)
     else:
         sizes |= {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
-        config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)
+        config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=key_value_heads, **sizes)
         model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(path)
 

@@ -97,20 +97,55 @@ def test_ranks_that_share_out_the_model_make_the_very_shards(tmp_path, kind):
     assert together == alone
 
 
+@pytest.mark.slow
+def test_ranks_that_split_layers_make_the_index_of_one_process(tmp_path):
+    save_model(tmp_path / "model", "llama", key_value_heads=2)
+    write_rows(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+    assert main(arguments(tmp_path, tmp_path / "alone", "--store", "float32")) == 0
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
+    command = [*ranks, *arguments(tmp_path, tmp_path / "split", "--store", "float32", "--tp")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Now ask:") == 1
+    ask = ["--text", TEXTS[3], "--k", "2", "--json"]
+    answers = [
+        subprocess.run([*command, *ask], capture_output=True, text=True, env=ENVIRONMENT).stdout
+        for command in (
+            [sys.executable, "-m", "gradsketch", "query", str(tmp_path / "alone")],
+            [sys.executable, "-m", "gradsketch", "query", str(tmp_path / "split")],
+            [*ranks, "query", str(tmp_path / "split"), "--tp"],
+        )
+    ]
+    hits = [
+        [(h["row"], pytest.approx(h["score"], rel=1e-4)) for h in json.loads(a)["queries"][0]["proponents"]]
+        for a in answers
+    ]
+    assert hits[0] == hits[1] == hits[2]
+    for kind, words in (("llama", "num_key_value_heads = 1 on 2 ranks"), ("gpt2", "transformers has no plan")):
+        save_model(tmp_path / kind, kind)
+        command = [*ranks, *arguments(tmp_path, tmp_path / "none", "--tp", "--model", str(tmp_path / kind))]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode != 0
+        assert words in done.stderr
+
+
 def test_layers_are_shared_out_whole():
     experts = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
     model = nn.Sequential(nn.Embedding(3, 2), nn.Sequential(nn.ModuleList([experts, nn.Linear(2, 2)])))
     assert layers_of(model) == [experts, model[1][0][1]]
 
 
-def test_what_goes_not_with_fsdp(folder, capsys):
+@pytest.mark.parametrize("flag", ["--fsdp", "--tp"])
+def test_what_goes_not_with_ranks_that_share_a_model(folder, capsys, flag):
     for more, words in (
-        ((), "--fsdp without torchrun"),
-        (("--device", "cpu"), "--fsdp with --device cpu"),
-        (("--device-map", "auto"), "--fsdp with --device-map"),
+        ((), f"{flag} without torchrun"),
+        (("--device", "cpu"), f"{flag} with --device cpu"),
+        (("--device-map", "auto"), f"{flag} with --device-map"),
     ):
-        assert main(arguments(folder, folder / "none", "--fsdp", *more)) == 1
+        assert main(arguments(folder, folder / "none", flag, *more)) == 1
         assert words in capsys.readouterr().err
+    assert main(arguments(folder, folder / "none", "--fsdp", "--tp")) == 1
+    assert "--fsdp with --tp" in capsys.readouterr().err
 
 
 def test_a_share_says_what_is_still_to_come(folder, alone, capsys):

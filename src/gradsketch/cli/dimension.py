@@ -90,8 +90,9 @@ def run(options: Options) -> int:
 
 
 def _search(options: Options) -> IntrinsicDimension:
-    if options.model.fsdp:
-        raise InputError("--fsdp", "a model in one piece", "Leave --fsdp out; in Python, gs.Subspace trains one d")
+    if options.model.fsdp or options.model.tp:
+        flag = "--fsdp" if options.model.fsdp else "--tp"
+        raise InputError(flag, "a model in one piece", f"Leave {flag} out; in Python, gs.Subspace trains one d")
     options.model.find_early()
     from gradsketch.dimension.curve import check_dims, fine_tune
     from gradsketch.dimension.metrics import evaluated, is_lower_better

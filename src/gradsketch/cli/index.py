@@ -87,7 +87,7 @@ def built_with(index: str) -> IndexOptions | None:
     return run_file.read(IndexOptions, "index", file, untouched=True)
 
 
-def model_of(index: str, model: str | None, device: str, *, fsdp: bool = False) -> ModelOptions:
+def model_of(index: str, model: str | None, device: str, *, fsdp: bool = False, tp: bool = False) -> ModelOptions:
     """Return the options of an index's model as its run file has them, or of another model, on a device or shared out.
 
     Raises:
@@ -95,10 +95,10 @@ def model_of(index: str, model: str | None, device: str, *, fsdp: bool = False) 
     """
     stored = built_with(index)
     if stored is not None:
-        return replace(stored.model, model=model or stored.model.model, device=device, fsdp=fsdp)
+        return replace(stored.model, model=model or stored.model.model, device=device, fsdp=fsdp, tp=tp)
     if model is None:
         raise InputError(f"{index} without a {RUN_FILE}", "the name of its model", "Type --model NAME_OR_FOLDER")
-    return ModelOptions(model, device=device, fsdp=fsdp)
+    return ModelOptions(model, device=device, fsdp=fsdp, tp=tp)
 
 
 def run(options: IndexOptions) -> int:
@@ -135,7 +135,7 @@ def _run(options: IndexOptions) -> int:
         shard_rows=options.shard_rows,
         batch_tokens=options.batch_tokens,
         skip_bad=options.skip_bad,
-        worker=options.work.share(),
+        worker=_share(options),
         engine=options.work.chosen(),
     )
     if options.dry_run:
@@ -155,6 +155,11 @@ def _run(options: IndexOptions) -> int:
     outcome |= {"bad_rows": len(left_out), "seconds": round(time.perf_counter() - began, 2)}
     print(as_json(outcome, indent=None) if options.json else _sentence(outcome, list(left_out.values())))
     return 0
+
+
+def _share(options: IndexOptions) -> tuple[int, int]:
+    """Return (i, n): this is process i of n. Ranks that split layers all go through the same rows."""
+    return options.work.worker or (0, 1) if options.model.tp else options.work.share()
 
 
 def _save(options: IndexOptions) -> None:

@@ -37,6 +37,8 @@ class ModelOptions:
     """Spread a model over the devices, memory and disk of this machine, by accelerate."""
     fsdp: bool = False
     """Under torchrun: share the weights out among its ranks by FSDP2, each of which reads its own part of the files."""
+    tp: bool = False
+    """Under torchrun: split each layer over its ranks (tensor parallelism), by the plan that transformers has."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the weights while loading, by bitsandbytes or torchao; with --adapter, as QLoRA does."""
 

@@ -52,6 +52,8 @@ class QueryOptions:
     """cpu, cuda, …"""
     fsdp: bool = False
     """Under torchrun: share the model out among its ranks, as gradsketch index does."""
+    tp: bool = False
+    """Under torchrun: split the model's layers over its ranks, as gradsketch index does."""
     k: int = 10
     """Hits a query."""
     opponents: int = 0
@@ -88,7 +90,8 @@ def run(options: QueryOptions) -> int:
 
     Description.read(open_folder(options.index))  # a wrong path is found out before the model is loaded
     engine, examples = options.work.chosen(), _examples(options)
-    model, task = load(model_of(options.index, options.model, options.device, fsdp=options.fsdp))
+    chosen = model_of(options.index, options.model, options.device, fsdp=options.fsdp, tp=options.tp)
+    model, task = load(chosen)
     index = Index.open(options.index, task=task)
     with engine.reading() as each:  # one cluster for the columns and the query
         columns = columns_of(index.stores[0].snapshot(), each) if options.where else {}

@@ -84,6 +84,8 @@ def run(options: SpectrumOptions) -> int:
         )
     if options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}", "at least 1", "Type --batch-size 8")
+    if options.model.tp:
+        raise InputError("--tp", "layers in one piece, for second derivatives", "Type --fsdp")
     if options.model.fsdp and (options.out is not None or options.checkpoints is not None):
         raise InputError("--fsdp with --out or --checkpoints", "a result that is printed", "Leave them out; add --json")
     options.model.find_early()

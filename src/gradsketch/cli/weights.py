@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradsketch.cli.finding import ADAPTER_FILE, found
 from gradsketch.cli.pretrained import explained, pretrained
-from gradsketch.cli.sharing import shared_out
+from gradsketch.cli.sharing import shared_out, split
 from gradsketch.errors import GradsketchWarning, InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def load_weights(options: ModelOptions, kind: Any, device: str) -> nn.Module:
 
     dtype = getattr(torch, options.dtype)
     how = {"dtype": dtype, **_placed(options, device), **_quantised(options, device)}
-    load = shared_out if options.fsdp else pretrained
+    load = shared_out if options.fsdp else split if options.tp else pretrained
     model, report = load(options.model, kind, options.revision, output_loading_info=True, **how)
     missing = set(report["missing_keys"]) & {name for name, _ in model.named_parameters()}
     if options.adapter is not None:
@@ -40,7 +40,7 @@ def load_weights(options: ModelOptions, kind: Any, device: str) -> nn.Module:
     _refuse_random(options.model, type(model).__name__, sorted(missing))
     if options.load_in is not None and options.adapter is None:
         _tell_what_takes_part(model, options.load_in)
-    if "device_map" not in how and not options.fsdp:
+    if "device_map" not in how and not (options.fsdp or options.tp):
         model = model.to(device)
     result: nn.Module = model.eval()
     return result
@@ -48,8 +48,8 @@ def load_weights(options: ModelOptions, kind: Any, device: str) -> nn.Module:
 
 def _placed(options: ModelOptions, device: str) -> dict[str, Any]:
     """Return where the weights go, for accelerate; nothing where the whole model simply goes to one device."""
-    if options.fsdp:
-        _refuse_beside_fsdp(options)
+    if options.fsdp or options.tp:
+        _refuse_beside_ranks(options, "--fsdp" if options.fsdp else "--tp")
     if options.device_map is None and options.load_in is None:
         return {}
     _require("accelerate", "--device-map and --load-in")
@@ -60,8 +60,9 @@ def _placed(options: ModelOptions, device: str) -> dict[str, Any]:
     return {"device_map": options.device_map or {"": device}}
 
 
-def _refuse_beside_fsdp(options: ModelOptions) -> None:
+def _refuse_beside_ranks(options: ModelOptions, flag: str) -> None:
     others = {
+        "--tp": options.fsdp and options.tp,
         "--device-map": options.device_map is not None,
         "--load-in": options.load_in is not None,
         "--adapter": options.adapter is not None,
@@ -69,7 +70,7 @@ def _refuse_beside_fsdp(options: ModelOptions) -> None:
     }
     for other, given in others.items():
         if given:
-            raise InputError(f"--fsdp with {other}", "one of them", "Leave one out")
+            raise InputError(f"{flag} with {other}", "one of them", "Leave one out")
 
 
 def _quantised(options: ModelOptions, device: str) -> dict[str, Any]:
