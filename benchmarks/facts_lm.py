@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from small_lm import TASK, Row, SmallLM, Trained
+from small_lm import TASK, Row, SmallLM
 
 from gradsketch.demo.packages import package_folder
 from gradsketch.random import Stream
@@ -19,7 +19,6 @@ __all__ = [
     "EPOCHS",
     "FACTS",
     "TASK",
-    "Trained",
     "facts",
     "question_losses",
     "retrained",

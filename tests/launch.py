@@ -15,6 +15,7 @@ import torch.distributed as dist
 from gradsketch.errors import GradsketchWarning
 
 TESTS = Path(__file__).parent
+PYTHONPATH = f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}"
 
 
 def free_port() -> int:
@@ -26,7 +27,7 @@ def free_port() -> int:
 def run(module: str, *arguments: object) -> None:
     """Run a module of the tests on two ranks."""
     environment = os.environ | {
-        "PYTHONPATH": f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}",
+        "PYTHONPATH": PYTHONPATH,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",

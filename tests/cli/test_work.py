@@ -19,6 +19,9 @@ from processes import left_behind
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
 
+# Options stand behind the dashes, or torchrun takes --d for the beginning of one of its own.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -72,9 +75,7 @@ def test_ranks_of_torchrun_share_the_shards_and_one_speaks(folder, alone, monkey
 
 @pytest.mark.slow
 def test_torchrun_shares_the_shards_and_one_rank_speaks(folder, alone):
-    # Behind the dashes, or torchrun takes --d for the beginning of an option of its own.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
-    assert_builds([*command, *arguments(folder, folder / "torchrun")], folder / "torchrun", alone)
+    assert_builds([*TORCHRUN, *arguments(folder, folder / "torchrun")], folder / "torchrun", alone)
 
 
 @pytest.mark.slow
@@ -84,14 +85,15 @@ def test_ranks_that_share_out_the_model_make_the_very_shards(tmp_path, kind):
     save_model(tmp_path / "model", kind)
     write_rows(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
     assert main(arguments(tmp_path, tmp_path / "alone")) == 0
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
     assert_builds(
-        [*ranks, *arguments(tmp_path, tmp_path / "shared", "--fsdp")], tmp_path / "shared", shards(tmp_path / "alone")
+        [*TORCHRUN, *arguments(tmp_path, tmp_path / "shared", "--fsdp")],
+        tmp_path / "shared",
+        shards(tmp_path / "alone"),
     )
     ask = ["query", "--text", TEXTS[3], "--k", "2", "--json"]
     answers = [
         subprocess.run([*command, str(tmp_path / "shared")], capture_output=True, text=True, env=ENVIRONMENT).stdout
-        for command in ([sys.executable, "-m", "gradsketch", *ask], [*ranks, *ask, "--fsdp"])
+        for command in ([sys.executable, "-m", "gradsketch", *ask], [*TORCHRUN, *ask, "--fsdp"])
     ]
     alone, together = (json.loads(answer)["queries"] for answer in answers)
     assert together == alone
@@ -102,8 +104,7 @@ def test_ranks_that_split_layers_make_the_index_of_one_process(tmp_path):
     save_model(tmp_path / "model", "llama", key_value_heads=2)
     write_rows(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
     assert main(arguments(tmp_path, tmp_path / "alone", "--store", "float32")) == 0
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "gradsketch"]
-    command = [*ranks, *arguments(tmp_path, tmp_path / "split", "--store", "float32", "--tp")]
+    command = [*TORCHRUN, *arguments(tmp_path, tmp_path / "split", "--store", "float32", "--tp")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Now ask:") == 1
@@ -113,7 +114,7 @@ def test_ranks_that_split_layers_make_the_index_of_one_process(tmp_path):
         for command in (
             [sys.executable, "-m", "gradsketch", "query", str(tmp_path / "alone")],
             [sys.executable, "-m", "gradsketch", "query", str(tmp_path / "split")],
-            [*ranks, "query", str(tmp_path / "split"), "--tp"],
+            [*TORCHRUN, "query", str(tmp_path / "split"), "--tp"],
         )
     ]
     hits = [
@@ -123,7 +124,7 @@ def test_ranks_that_split_layers_make_the_index_of_one_process(tmp_path):
     assert hits[0] == hits[1] == hits[2]
     for kind, words in (("llama", "num_key_value_heads = 1 on 2 ranks"), ("gpt2", "transformers has no plan")):
         save_model(tmp_path / kind, kind)
-        command = [*ranks, *arguments(tmp_path, tmp_path / "none", "--tp", "--model", str(tmp_path / kind))]
+        command = [*TORCHRUN, *arguments(tmp_path, tmp_path / "none", "--tp", "--model", str(tmp_path / kind))]
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode != 0
         assert words in done.stderr

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
 import gradsketch as gs
-from launch import run
+from launch import PYTHONPATH, run
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(32) % 3
@@ -172,7 +172,9 @@ def test_a_pickle_is_read_in_another_process(tmp_path: Path) -> None:
         "x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1));"
         "assert torch.equal(s(x), torch.load(sys.argv[1] + '/wanted.pt', weights_only=False))"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=os.environ | _PATH)
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": PYTHONPATH}
+    )
 
 
 # --- casts, and other weights underneath ---
@@ -398,13 +400,6 @@ def test_packed_weights_are_left_alone() -> None:
 
 
 # --- several processes ---
-
-_PATH = {
-    "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[i]) for i in (1,))
-    + os.pathsep
-    + os.environ.get("PYTHONPATH", "")
-}
-_PATH["PYTHONPATH"] = f"{Path(__file__).parents[2] / 'src'}{os.pathsep}{_PATH['PYTHONPATH']}"
 
 
 def test_processes_train_together_or_are_refused() -> None:
