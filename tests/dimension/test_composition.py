@@ -90,6 +90,20 @@ def test_adapters_in_a_subspace() -> None:
     torch.testing.assert_close(merged(**BATCH).logits, point(**BATCH).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+def test_products_are_held_against_differences_in_float64(dtype: torch.dtype, error: float) -> None:
+    """Steps of w that the weights' own precision would swallow, for the lift follows what stands for w."""
+    subspace = moved(gs.Subspace(language_model().to(dtype), None, gs.AFFD(gs.Parameters(language_model()).n, 8)))
+    H = gs.hessian(subspace, TASK, BATCH)
+    ours = H.dense(torch.float32)
+    assert H.check is not None
+    assert H.check.scheme in ("steps of 1e-06 in float64", "steps of 1e-08 in float64")
+    assert H.check.error < error
+    assert subspace(**BATCH).logits.dtype == dtype
+    differences = gs.hessian(subspace, TASK, BATCH, mode="central-difference").dense(torch.float32)
+    torch.testing.assert_close(differences, ours, rtol=error, atol=error * ours.abs().max().item())
+
+
 # bfloat16 leaves no difference steady enough to check products of the subspace against, and they say so.
 @pytest.mark.filterwarnings("ignore:.*not checked:gradsketch.errors.GradsketchWarning")
 @pytest.mark.parametrize("build", [gs.hessian, gs.gauss_newton, gs.fisher])

@@ -73,8 +73,12 @@ class Point:
         theta0: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
         phi: HeldMap,
+        at_least: torch.dtype | None = None,
     ) -> Point:
-        """Compute theta0 + Phiᵀ w, as far as it is held, in the buffer that the lift returns."""
+        """Compute theta0 + Phiᵀ w, as far as it is held, in the buffer that the lift returns.
+
+        Values have their parameters' dtypes, or ``at_least`` where that is wider.
+        """
         if w.shape != (phi.sketch.d,):
             raise InputError(
                 f"w of shape {list(w.shape)} for {phi.sketch!r}",
@@ -93,7 +97,8 @@ class Point:
         for (name, parameter), flat in zip(theta0.items(), parts, strict=True):
             part = flat.view(parameter.shape)
             in_place = torch.promote_types(parameter.dtype, part.dtype) == part.dtype
-            plain[name] = (part.add_(parameter) if in_place else part + parameter).to(parameter.dtype)
+            dtype = parameter.dtype if at_least is None else torch.promote_types(parameter.dtype, at_least)
+            plain[name] = (part.add_(parameter) if in_place else part + parameter).to(dtype)
         return cls(source, version, _Steps.taken, w, found, plain, dict(constants))
 
     def is_made_from(self, w: Tensor) -> bool:

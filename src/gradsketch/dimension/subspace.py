@@ -86,6 +86,7 @@ class Subspace(nn.Module):
         self.model = model
         wide = torch.float64 if any(t.dtype == torch.float64 for _, t in parameters) else torch.float32
         self.w = nn.Parameter(torch.zeros(sketch.d, dtype=wide, device=device))
+        self._own_dtype = wide
         self._readings: Readings | None = readings
         self._found, self._found_buffers = found, buffers
         self._holding, self._block = holding, ExitStack()
@@ -195,6 +196,7 @@ class Subspace(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Subspace:
         with self._paused():
             super()._apply(fn, recurse)
+        self._own_dtype = self.w.dtype
         return self
 
     def _track(self, point: Point) -> None:
@@ -239,8 +241,19 @@ class Subspace(nn.Module):
             self._readings.check_there(self.model)
         self._point = None  # frees the old buffer before the new one is made
         self._holding.check_same(self.w)
-        self._point = Point.at(self.w, self._holding.answered, *self._holding.present(), self._holding.map)
+        holding = self._holding
+        self._point = Point.at(self.w, holding.answered, *holding.present(), holding.map, self._at_least())
         return self._point
+
+    def _at_least(self) -> torch.dtype | None:
+        """Return the dtype of what stands for w in a wider one: whoever put it there has widened all else.
+
+        Differences of gradients would else move w by steps that the weights' rounding swallows.
+        """
+        if isinstance(self.w, nn.Parameter):
+            self._own_dtype = self.w.dtype
+        wider = torch.promote_types(self._own_dtype, self.w.dtype) != self._own_dtype
+        return self.w.dtype if wider and not self._holding.is_shared_out else None
 
     # --- saving ---
 

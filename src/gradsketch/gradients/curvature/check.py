@@ -24,7 +24,7 @@ from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective
 from gradsketch.linear_map import widened
 from gradsketch.random import Stream
-from gradsketch.stand_ins import held
+from gradsketch.stand_ins import held, read_instead
 
 __all__ = ["Check", "calibrated", "examined"]
 
@@ -130,11 +130,12 @@ def _unsteady(change: float) -> str:
 
 def _asymmetry(compare: _Comparison, scheme: Scheme) -> float:
     """Return |D − Dᵀ| / |D| for differences D, from three random directions: <u, Dv> = <v, Du> where D is a Hessian."""
-    directions = [compare.direction(name).double() for name in ("first", "second", "third")]
-    found = [compare.products.difference(v.to(compare.dtype), scheme)[0].double() for v in directions]
+    directions = [compare.direction(name) for name in ("first", "second", "third")]
+    found = [compare.products.difference(v, scheme)[0].double() for v in directions]
     pairs = ((0, 1), (0, 2), (1, 2))
     total = compare.space.ranks.sum
-    gaps = [abs(total(float(directions[i] @ found[j] - directions[j] @ found[i]))) for i, j in pairs]
+    wide = [v.double() for v in directions]
+    gaps = [abs(total(float(wide[i] @ found[j] - wide[j] @ found[i]))) for i, j in pairs]
     if any(compare.vanishes(product) for product in found):
         return 0.0
     size = max(compare.space.length(product) for product in found)
@@ -183,8 +184,9 @@ class _Comparison:
         values = products.values()
         self.names, self._sizes = objective.parameters.names, [value.numel() for value in values]
         self.schemes = schemes(list(held(objective.model).values()), values[0].dtype)
-        # The narrowest of the weights decides what rounding explains.
-        self.dtype = max((value.dtype for value in values), key=lambda dtype: torch.finfo(dtype).eps)
+        # The narrowest of the weights decides what rounding explains, those that an open Subspace moves among them.
+        moved = [r.parameter for r in read_instead(objective.model).values() if r.parameter is not None]
+        self.dtype = max((value.dtype for value in (*values, *moved)), key=lambda dtype: torch.finfo(dtype).eps)
         self._padding = _padding_rows(objective)
         slope = torch.zeros(sum(self._sizes), dtype=widened(self.dtype), device=values[0].device)
         add_gradients(objective, Leaves(values), slope)
