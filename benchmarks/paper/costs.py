@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,10 +87,14 @@ def case(size: Size) -> Case:
     return Case(work.model, {"input_ids": work.batches(2)[0]["input_ids"]}, 1 << 16)
 
 
-def measured(size: Size, what: str, kinds: Sequence[str]) -> Results:
-    """Time ``what`` ("gradient" or "product") for every kind, both ways, in turn; peaks in vectors of n numbers."""
+@cache
+def measured(size: Size, what: str) -> Results:
+    """Time ``what`` ("gradient" or "product") for every kind, both ways, in turn; peaks in vectors of n numbers.
+
+    Tables of the same jobs share one measurement where they are run together.
+    """
     here = case(size)
-    rounds = pick(size, 1, 3, 6)
+    kinds, rounds = ("QK",) if size == "tiny" else tuple(KINDS), pick(size, 1, 3, 3)
     jobs = {"gradient": gradient_jobs, "product": product_jobs}[what](here, kinds)
     seconds = interleaved_rounds(jobs, rounds)
     return {

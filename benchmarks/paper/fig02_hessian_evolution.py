@@ -46,7 +46,7 @@ class Tuning:
 
 def run(size: Size) -> Results:
     steps, products = pick(size, (0, 2), (0, 20), (0, 10, 50, 100, 200)), pick(size, 8, 20, 60)
-    k, examples = pick(size, 3, 6, 10), pick(size, 4, 8, 16)
+    k, examples = pick(size, 3, 6, 10), pick(size, 4, 8, 8)
     makers = {
         "tiny": {"generation: a byte-level GPT": byte_gpt},
         "quick": {"classification: MiniLM, spam or ham": spam, "generation: a small GPT, facts of countries": facts},

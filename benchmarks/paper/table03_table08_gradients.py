@@ -22,7 +22,7 @@ PAPER = {
 
 
 def run(size: Size) -> Results:
-    return measured(size, "gradient", ("QK",) if size == "tiny" else list(KINDS))
+    return measured(size, "gradient")
 
 
 def kinds_of(results: Results) -> list[str]:

@@ -28,11 +28,10 @@ NEW = {
     "AFFD H over **AFFD**": ("AFFD H explicit", "AFFD explicit"),
     "AFJL H over **AFJL**": ("AFJL H explicit", "AFJL explicit"),
 }
-KINDS = ("FJL", "FFD", "AFFD H", "AFFD Q", "AFFD FFT", "AFJL H", "AFJL Q", "AFJL FFT", "QK", "AFFD", "AFJL")
 
 
 def run(size: Size) -> Results:
-    return measured(size, "gradient", ("QK",) if size == "tiny" else KINDS)
+    return measured(size, "gradient")
 
 
 def ratios(results: Results) -> dict[str, Interval]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.paper import table03_table08_gradients as gradients
-from benchmarks.paper.costs import KINDS, measured, milliseconds, named
+from benchmarks.paper.costs import measured, milliseconds, named
 from benchmarks.paper.numbers import ratio, shown, table
 from benchmarks.paper.table import Results, Size, Table
 
@@ -25,7 +25,7 @@ PAPER = {
 
 
 def run(size: Size) -> Results:
-    return measured(size, "product", ("QK",) if size == "tiny" else list(KINDS))
+    return measured(size, "product")
 
 
 def show(results: Results) -> str:
