@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 from torch.utils.checkpoint import checkpoint
 
 import gradsketch as gs
-from gradsketch.errors import GradsketchWarning
+from gradsketch.errors import GradsketchWarning, is_said_elsewhere
 from gradsketch.store import Store
 from launch import as_rank
 
@@ -368,12 +368,38 @@ def failures() -> None:
         with pytest.raises((OSError, RuntimeError, gs.InputError), match="out of luck") as raised:
             gs.sketch_gradients(model, failing, BATCH, sketch(model))
         assert str(raised.value).startswith("on rank 1: ") != here
+        assert is_said_elsewhere(raised.value) != here
     inside = split()
     inside.blocks[1].norms[1].register_forward_hook(partial(_fail, here))
     with pytest.raises((OSError, RuntimeError), match="out of luck"):
         gs.sketch_gradients(inside, losses, BATCH, sketch(inside))
     while_sketching(here)
+    of_all()
+    a_share_that_is_lost(here)
     check(made(Net), split())  # nobody is left behind
+
+
+def of_all() -> None:
+    """One rank says what all of them found."""
+    model = split()
+    with pytest.raises(ValueError, match="no luck at all") as raised:
+        gs.sketch_gradients(model, _unlucky, BATCH, sketch(model))
+    assert is_said_elsewhere(raised.value) == (dist.get_rank() == 1)
+
+
+def _unlucky(*_: Any) -> torch.Tensor:
+    raise ValueError("no luck at all")
+
+
+def a_share_that_is_lost(here: bool) -> None:
+    """Every rank sketches some of the parameters: what one of them loses is missing from the sum."""
+    plain, model = gs.BlockSum.add_outer, split()
+    try:
+        if here:
+            gs.BlockSum.add_outer = lambda *_: None
+        refused("rows that differ", lambda: gs.sketch_gradients(model, losses, BATCH, sketch(model)))
+    finally:
+        gs.BlockSum.add_outer = plain
 
 
 def _fail(here: bool, *_: Any) -> None:

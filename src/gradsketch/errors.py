@@ -8,6 +8,8 @@ __all__ = [
     "InputError",
     "NonFiniteError",
     "StoreError",
+    "is_said_elsewhere",
+    "leave_to_others",
 ]
 
 
@@ -47,3 +49,16 @@ class DamageError(StoreError):
 
 class GradsketchWarning(UserWarning):
     """A slower or less exact path was taken; the message names it and says how to avoid it."""
+
+
+_ELSEWHERE = "_gradsketch_said_elsewhere"
+
+
+def leave_to_others(error: Exception) -> None:
+    """Note that another process has raised this error too, and says so."""
+    setattr(error, _ELSEWHERE, True)
+
+
+def is_said_elsewhere(error: Exception) -> bool:
+    """Whether another process says this error."""
+    return hasattr(error, _ELSEWHERE)

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from gradsketch.errors import FingerprintError, GradsketchError, InputError, NonFiniteError, StoreError
+from gradsketch.errors import FingerprintError, GradsketchError, InputError, NonFiniteError, StoreError, leave_to_others
 
 __all__ = ["Lockstep", "in_step"]
 
@@ -202,6 +202,8 @@ class Lockstep:
         told: list[Any] = [None] * self.ranks
         self._do(torch.distributed.all_gather_object, told, None if own is None else _described(own))
         depth, first = min((row[2], rank) for rank, row in enumerate(rows) if row[0] == _Step.FAIL)
+        if own is not None and told[self.rank] in told[: self.rank]:
+            leave_to_others(own)
         return _FailedElsewhereError(depth, _made_again(first, *told[first]))
 
     def _do(self, collective: Any, *tensors: Any) -> None:
@@ -233,4 +235,5 @@ def _described(error: Exception) -> tuple[str, tuple[str, ...]]:
 def _made_again(rank: int, name: str, words: tuple[str, ...]) -> Exception:
     kind: Any = _KINDS.get(name, GradsketchError) if name else RuntimeError
     made: Exception = kind(f"on rank {rank}: {words[0]}", *words[1:])
+    leave_to_others(made)
     return made

@@ -7,6 +7,7 @@ from torch import nn
 import gradsketch as gs
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.index import Index
+from gradsketch.gradients.per_example.sketcher import _Sketches
 from kernels.pretend_device import bare, moved, pretend_device
 
 TASK = gs.Classification()
@@ -124,3 +125,16 @@ def test_a_subspace_says_that_it_wants_one_device():
         parameters = gs.Parameters(model)
         with pytest.raises(gs.InputError, match="parameters on one device"):
             gs.Subspace(model, parameters, gs.AFFD(parameters.n, 16))
+
+
+def test_a_device_whose_share_is_lost_is_seen(monkeypatch):
+    """Each device adds up what it holds; a row that is only the first one's is held against the whole gradient."""
+
+    def only_the_first(self):
+        for at, out in self.outs.items():
+            self.phi.add_vectors(out, self.vectors[at])
+        return next(iter(self.outs.values()))
+
+    monkeypatch.setattr(_Sketches, "result", only_the_first)
+    with pretend_device(), pytest.raises(gs.InputError, match="rows that differ"):
+        sketches()(spread())

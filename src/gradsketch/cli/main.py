@@ -15,7 +15,7 @@ from gradsketch import __version__
 from gradsketch.cli import check, demo, dimension, explore, export, index, query, run_file, select, spectrum, verify
 from gradsketch.cli.command import Command
 from gradsketch.cli.signals import TERMINATED, Terminated, received, terminable
-from gradsketch.errors import GradsketchError, GradsketchWarning, InputError
+from gradsketch.errors import GradsketchError, GradsketchWarning, InputError, is_said_elsewhere
 from gradsketch.table import one_line, wrapped
 
 __all__ = ["COMMANDS", "main", "register"]
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         if (kind := received()) is not None:
             return _stopped(name, kind)
-        print(f"{name}: {_sentence(error)}", file=sys.stderr)
+        if not is_said_elsewhere(error):
+            print(f"{name}: {_sentence(error)}", file=sys.stderr)
         return 1
 
 

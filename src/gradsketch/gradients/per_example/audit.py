@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,22 @@ from torch import Tensor
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.linear_map import widened
 
-__all__ = ["Audit", "Audits", "failed", "tolerance"]
+__all__ = ["Audit", "Audits", "Witness", "failed", "tolerance"]
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """What rows are to be, a linear map of gradients, by another way than that on which a consumer makes them.
+
+    Maps with one ``key`` are made by the same code on the same shapes.
+    """
+
+    @property
+    def key(self) -> Hashable:
+        """What the code depends on."""
+
+    def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
+        """Return the map of one gradient, given whole, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class Audit:
 
     def __init__(self, weights: Float[Tensor, " b"], tensors: Mapping[str, Tensor], seed: int) -> None:
         self.weights, self._seed = weights.double(), seed
+        self.row: Tensor | None = None  # what a witness makes of autograd's gradient of the weighted losses
+        self._length = 0.0  # of that gradient
         self._like = {name: tensor.detach() for name, tensor in tensors.items()}
         self._sums: dict[str, Tensor] = {}
         self._magnitudes = dict.fromkeys(tensors, 0.0)
@@ -76,6 +94,12 @@ class Audit:
         self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
         self._magnitudes[name] += contribution.magnitude(weights)
 
+    def witnessed(self, gradients: Mapping[str, Tensor], witness: Witness) -> None:
+        """Let a witness see autograd's gradients of the weighted losses, whole; those seen first count."""
+        if self.row is None and gradients.keys() == self._like.keys():
+            self.row = witness.row(gradients)
+            self._length = math.hypot(*(float(gradient.double().norm()) for gradient in gradients.values()))
+
     def seen(self, name: str, gradient: Tensor) -> Tensor:
         """Return what is kept of a parameter's gradient of the weighted losses until ``errors`` compares it."""
         along = self._along(name)
@@ -93,6 +117,21 @@ class Audit:
             name: _ratio(float(residual.double().norm()), magnitudes[name] + floor)
             for name, residual in residuals.items()
         }
+
+    def error_of_rows(self, values: Float[Tensor, "b d"], dtype: torch.dtype) -> float:
+        """Return how far Σ c_i row_i is from the witness's row, relative to their lengths; 0 where that is rounding.
+
+        The map is linear, so the two are one. It proves what comes after the contributions: how they are sketched, and
+        that those of all devices and ranks are added up. Rounding is a fraction of the terms' lengths, which the map
+        makes longer as it makes their sum.
+        """
+        assert self.row is not None
+        rows, weights, row = values.double().cpu(), self.weights.cpu(), self.row.double()
+        gap, length = float((weights @ rows - row).norm()), float(row.norm())
+        scale = float((weights.abs() * rows.norm(dim=1)).sum()) + length
+        terms = _ratio(sum(self._magnitudes.values()), self._length) * length
+        room = tolerance(dtype) * scale + _TERM_ROUNDINGS * torch.finfo(dtype).eps * terms
+        return 0.0 if not math.isfinite(gap) or gap <= room else _ratio(gap, scale)
 
     def conclusive(self, seen: Mapping[str, Tensor]) -> bool:
         """Whether all gradients are finite; what is not finite proves nothing and is reported by whoever sums up."""
@@ -125,6 +164,8 @@ def failed(errors: Mapping[str, float], allowed: float, loosely: Collection[str]
 # Along so many the length of a residual of rank one, the worst, has a standard deviation of an eighth.
 _DIRECTIONS = 32
 _SHRUNK = 0.6
+# What rounding makes of terms that cancel, in units of eps.
+_TERM_ROUNDINGS = 4
 # Of the largest gradient, in units of eps, which is the square of what is allowed.
 _ROUNDINGS = 16
 

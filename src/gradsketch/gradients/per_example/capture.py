@@ -19,7 +19,7 @@ from gradsketch.as_found import RandomState, buffers_aside
 from gradsketch.errors import GradsketchWarning, InputError
 from gradsketch.fsdp import Gathered, Ranks, whole
 from gradsketch.gradients.data import batch_length, batch_slice, differentiable, is_out_of_memory, without_padding
-from gradsketch.gradients.per_example.audit import Audit, Audits, failed, tolerance
+from gradsketch.gradients.per_example.audit import Audit, Audits, Witness, failed, tolerance
 from gradsketch.gradients.per_example.contributions import Consumer, Contribution, Direct
 from gradsketch.gradients.per_example.differences import error_of_differences
 from gradsketch.gradients.per_example.explicit import accumulated, gradients_by_loop, gradients_by_vmap, projections
@@ -41,6 +41,7 @@ from gradsketch.gradients.per_example.refusals import (
     refuse_other_draws,
     refuse_other_gradients,
     refuse_other_losses,
+    refuse_other_rows,
     refuse_replaced,
     refuse_sharded,
     refuse_strangers,
@@ -105,6 +106,8 @@ class Capture:
         self._gathered = Gathered(model, self.tensors)
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._drawn = self._chance = False  # whether this batch is to be audited; whether its losses are random
+        self._witness: Witness | None = None
+        self._passed: tuple[Audit, torch.dtype] | None = None  # this batch's audit, and in what it computes
         self._dtype = functools.reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
         self._recall()
 
@@ -130,14 +133,18 @@ class Capture:
         """How often the captured gradients were held against autograd's own."""
         return self._known.audits
 
-    def __call__(self, batch: Batch, begin: Callable[[], Consumer]) -> Float[Tensor, " b"]:
+    def __call__(
+        self, batch: Batch, begin: Callable[[], Consumer], witness: Witness | None = None
+    ) -> Float[Tensor, " b"]:
         """Hand over the contributions of one batch and return its losses.
 
-        ``begin`` returns a consumer for a new attempt; what earlier ones were given counts no more.
+        ``begin`` returns a consumer for a new attempt; what earlier ones were given counts no more. Where a ``witness``
+        says what the consumer makes of them, hand its rows to ``hold`` afterwards.
 
         Raises:
             InputError: an example depends on its batch mates, or gradients that cannot be had.
         """
+        self._witness, self._passed = witness, None
         refuse_replaced(self.model, self.tensors)
         self.heed_hooks()
         self._begin()
@@ -146,6 +153,21 @@ class Capture:
             refuse_other_batches(self.ranks.team, batch)
             with refuse_too_large(self.ranks, batch):
                 return self._contributions(batch, begin)
+
+    def hold(self, values: Float[Tensor, "b d"]) -> None:
+        """Hold the rows of the last batch, if it was audited, against what its witness makes of whole gradients.
+
+        Raises:
+            InputError: they are others.
+        """
+        passed, witness = self._passed, self._witness
+        self._passed = self._witness = None
+        if passed is not None and witness is not None:
+            audit, dtype = passed
+            error = audit.error_of_rows(values, dtype)
+            if error:
+                self._known.witnessed.discard(witness.key)
+                refuse_other_rows(error)
 
     def keep_up(self, batch: Batch) -> None:
         """Run a batch, for nothing, as often as other ranks of a sharded model run theirs, until none has one left."""
@@ -446,8 +468,18 @@ class Capture:
     def _is_due(self, kinds: set[Kind], losses: Tensor, *, proved: bool) -> bool:
         """Whether this batch is audited: the first, one with new kinds of calls or without usual ones, or by chance."""
         known = self._known
-        new = not proved or not known.audits.audited or not kinds <= known.seen
+        new = not proved or not known.audits.audited or not kinds <= known.seen or self._is_unwitnessed
         return (new or known.lacks(kinds) or self._drawn) and bool(torch.isfinite(losses).all())
+
+    @property
+    def _is_unwitnessed(self) -> bool:
+        """Whether rows are made that nobody has held against whole gradients, which a witness could."""
+        return self._sees_whole and self._witness is not None and self._witness.key not in self._known.witnessed
+
+    @property
+    def _sees_whole(self) -> bool:
+        """Whether this process ever sees whole gradients."""
+        return not self.ranks.several or self.ranks.split
 
     def _compare_with_plain(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
         """Hold the losses against those where nothing is intercepted, for a model may choose other kernels there."""
@@ -502,6 +534,10 @@ class Capture:
         if own is not None and other is not None and not self._chance:
             room = float(torch.finfo(dtype).eps ** 0.4)
             refuse_other_gradients(failed(audit.errors(other, room), room), self.model, "in parts of it")
+        if self._witness is not None:
+            known.witnessed.add(self._witness.key)
+            if audit.row is not None and not (self._chance and slow):
+                self._passed = audit, dtype
         known.covered(kinds)
         known.independent |= other is not None and len(audit.weights) > 1
         known.audits = replace(
@@ -590,10 +626,13 @@ class Capture:
     ) -> dict[str, Tensor]:
         """Return what an audit sees of autograd's gradients of weighted losses; ``keep`` the graph if it is wanted."""
         weighted = ((losses, weights.to(losses)) for losses, weights in parts)
-        if self.ranks.several and not self.ranks.split:  # nobody holds a whole gradient
+        if not self._sees_whole:
             return projections(weighted, self._gathered, audit.seen, keep=keep)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
-        return {n: audit.seen(n, whole(g)) for n, g in accumulated(weighted, tensors, keep=keep).items()}
+        gradients = {name: whole(g) for name, g in accumulated(weighted, tensors, keep=keep).items()}
+        if self._witness is not None:
+            audit.witnessed(gradients, self._witness)
+        return {name: audit.seen(name, gradient) for name, gradient in gradients.items()}
 
     def _hold_against_differences(self, batch: Batch, dtype: torch.dtype) -> None:
         """See once that what autograd returns for a split model is the derivative of its losses."""

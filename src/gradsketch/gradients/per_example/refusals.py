@@ -28,6 +28,7 @@ __all__ = [
     "refuse_other_draws",
     "refuse_other_gradients",
     "refuse_other_losses",
+    "refuse_other_rows",
     "refuse_replaced",
     "refuse_sharded",
     "refuse_strangers",
@@ -102,6 +103,16 @@ def refuse_other_gradients(failed: Mapping[str, float], model: nn.Module, where:
         f"together and {where}{under}",
         "backward hooks that are linear in the gradient" if hooked else wanted,
         "Remove the hook, or let it treat each example alone" if hooked else fix,
+    )
+
+
+def refuse_other_rows(error: float) -> None:
+    """Refuse rows that are not the map of the gradients they were made from, given how far they are off."""
+    raise InputError(
+        f"rows that differ by {error:.1e} from the sketch of autograd's own gradients, though what they were made from "
+        "agrees with these",
+        "rows that are sketches of gradients",
+        "This is a fault of gradsketch or of the machine: please report it. Until then type method='loop'",
     )
 
 

@@ -6,7 +6,7 @@ import functools
 import random
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class Known:
     seen: set[Kind] = field(default_factory=set)  # kinds of calls that an audit has covered
     usual: dict[bool, set[str]] = field(default_factory=dict)  # calls in every audited batch, of one and of several
     independent: bool = False  # rows were the same alone as in company
+    witnessed: set[Hashable] = field(default_factory=set)  # kinds of maps whose rows were held against whole gradients
     derivative: bool = False  # autograd's gradients of a split model were held against differences of losses
     apart: bool = False  # other kernels round so that other company proves too little
     audits: Audits = field(default_factory=Audits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.sketches.preconditioned import Preconditioned
 from gradsketch.stand_ins import ALONE
+from gradsketch.transforms.precision import full_precision
 
 __all__ = ["GradientSketcher", "Method", "SketchedGradients", "sketch_gradients"]
 
@@ -163,8 +164,10 @@ class GradientSketcher:
             sink.begin(batch_length(batch), next(iter(self._tensors.values())))
             return sink.add
 
-        losses = self._capture(batch, begin)
-        return sink.result(), losses
+        losses = self._capture(batch, begin, sink)
+        values = sink.result()
+        self._capture.hold(values)
+        return values, losses
 
     def _check_finite(self, batch: Batch, values: Tensor, losses: Tensor) -> dict[int, str]:
         bad = ~(torch.isfinite(losses) & torch.isfinite(values.sum(1)))
@@ -234,6 +237,14 @@ class _Sketches:
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         self.own = frozenset(by_size[team.rank :: team.ranks])
+        self.key = self._kind(), frozenset(self.devices.values())
+
+    def _kind(self) -> Hashable:
+        phi = self.phi
+        if isinstance(phi, Directions):
+            return Directions, phi.d
+        sketch = phi.sketch if isinstance(phi, Preconditioned) else phi
+        return type(phi), sketch.d, *sorted(sketch.options().items())
 
     def begin(self, b: int, like: Tensor) -> None:
         devices = dict.fromkeys([like.device, *self.devices.values()])
@@ -258,6 +269,17 @@ class _Sketches:
             first += other.to(first.device)
         return self.team.sums(first.flatten()).view_as(first)
 
+    def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
+        """Return the sketch of one whole gradient: parameter by parameter, each formed, on the CPU at the end."""
+        total = torch.zeros(self.phi.d, dtype=torch.float64)
+        for name, gradient in gradients.items():
+            gradient = gradient.to(widened(gradient.dtype))
+            out = gradient.new_zeros(1, self.phi.d)
+            with full_precision(gradient.device):
+                self.phi.add_gradient(out, name, gradient[None])
+            total += out[0].cpu()
+        return total
+
 
 def _made(
     model: nn.Module,
@@ -275,6 +297,7 @@ class _Formed:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.key = "formed", frozenset(tensor.device for tensor in tensors.values())
 
     def begin(self, b: int, like: Tensor) -> None:
         dtype = widened(like.dtype)
@@ -289,6 +312,11 @@ class _Formed:
 
     def result(self) -> Tensor:
         return self.out
+
+    def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """Return one whole gradient as a flat vector on the CPU."""
+        parts = [gradients[name].flatten().cpu() for name, shape in self.shapes.items() if shape.numel()]
+        return torch.cat([part.to(widened(part.dtype)) for part in parts])
 
 
 def _tensors_of(
