@@ -96,7 +96,7 @@ class Audit:
 
     def witnessed(self, gradients: Mapping[str, Tensor], witness: Witness) -> None:
         """Let a witness see autograd's gradients of the weighted losses, whole; those seen first count."""
-        if self.row is None and gradients.keys() == self._like.keys():
+        if self.row is None:
             self.row = witness.row(gradients)
             self._length = math.hypot(*(float(gradient.double().norm()) for gradient in gradients.values()))
 

@@ -630,7 +630,7 @@ class Capture:
             return projections(weighted, self._gathered, audit.seen, keep=keep)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
         gradients = {name: whole(g) for name, g in accumulated(weighted, tensors, keep=keep).items()}
-        if self._witness is not None:
+        if self._witness is not None and gradients.keys() == self.tensors.keys():
             audit.witnessed(gradients, self._witness)
         return {name: audit.seen(name, gradient) for name, gradient in gradients.items()}
 

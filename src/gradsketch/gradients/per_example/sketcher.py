@@ -271,7 +271,7 @@ class _Sketches:
 
     def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
         """Return the sketch of one whole gradient: parameter by parameter, each formed, on the CPU at the end."""
-        total = torch.zeros(self.phi.d, dtype=torch.float64)
+        total = torch.zeros(self.phi.d, dtype=torch.float64, device="cpu")
         for name, gradient in gradients.items():
             gradient = gradient.to(widened(gradient.dtype))
             out = gradient.new_zeros(1, self.phi.d)
