@@ -390,7 +390,7 @@ TABLE = Table(
     "peers",
     "Beside other libraries",
     "[P] compares with none of them.",
-    25,
+    17,
     run,
     show,
     short,

@@ -172,7 +172,7 @@ TABLE = Table(
     "a byte-level GPT trained on Python's own source text and SmolLM2-135M (in groups of five layers, weights "
     "rounded to four "
     "bits, no eigenvalues), where [P] has GPT-2.",
-    8,
+    14,
     run,
     show,
     short,

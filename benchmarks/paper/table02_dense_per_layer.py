@@ -124,7 +124,7 @@ TABLE = Table(
     "table02_dense_per_layer",
     "Table 2: dense projections of single layers",
     "a GPT-2 of random weights with a smaller embedding, on a CPU.",
-    3,
+    2,
     run,
     show,
     short,

@@ -119,7 +119,7 @@ TABLE = Table(
     "Tables 3 and 8: time and memory of a sketched gradient",
     "a GPT-2 with random weights on two CPU cores, where [P] has GPT-2 on a V100 and a TPUv2. H, Q and FFT are the "
     "transforms of [P]'s forms.",
-    6,
+    2,
     run,
     show,
     short,

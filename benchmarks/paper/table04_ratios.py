@@ -94,8 +94,8 @@ def draw(results: Results) -> Figure:
 TABLE = Table(
     "table04_ratios",
     "Table 4: ratios of speed",
-    "as for Table 3. Each ratio is of two times in the same round.",
-    5,
+    "as for Table 3, whose rounds it shares where both are run. Each ratio is of two times in the same round.",
+    2,
     run,
     show,
     short,

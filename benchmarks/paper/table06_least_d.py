@@ -139,7 +139,7 @@ TABLE = Table(
     "a byte-level GPT trained on Python's own source text, and an ALBERT of chemical reactions, where [P] has "
     "GPT-2: with "
     "far fewer parameters. [P]'s kinds have Gaussians; AFFD and AFJL without the word have signs.",
-    8,
+    12,
     run,
     show,
     short,

@@ -125,7 +125,7 @@ TABLE = Table(
     "table07_least_d_eigenvalues",
     "Table 7: the least d for eigenvalues",
     "a byte-level GPT trained here, of a quarter of a million parameters in the full size, where [P] has GPT-2.",
-    20,
+    5,
     run,
     show,
     short,

@@ -119,7 +119,7 @@ TABLE = Table(
     "table09_products",
     "Table 9: time and memory of a sketched Hessian-vector product",
     "as for Table 3; eager attention, and the graph is built anew for every product.",
-    8,
+    7,
     run,
     show,
     short,

@@ -190,7 +190,7 @@ TABLE = Table(
     "a perceptron and a language model of a million parameters in the place of RoBERTa on SNLI and BART on XSUM; "
     "with real "
     "weights only AFFD, from an earlier run.",
-    17,
+    13,
     run,
     show,
     short,

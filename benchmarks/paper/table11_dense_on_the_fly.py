@@ -111,7 +111,7 @@ TABLE = Table(
     "Table 11 and Figure 7: dense on the fly is linear in d, structured sketches are flat",
     "a shorter vector and smaller d, because a dense projection of [P]'s size takes hours on a CPU; [P] timed a CUDA "
     "kernel on a gradient of GPT-2, here it is the sketch alone.",
-    5,
+    11,
     run,
     show,
     short,
