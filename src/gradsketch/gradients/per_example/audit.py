@@ -98,7 +98,8 @@ class Audit:
         """Let a witness see autograd's gradients of the weighted losses, whole; those seen first count."""
         if self.row is None:
             self.row = witness.row(gradients)
-            self._length = math.hypot(*(float(gradient.double().norm()) for gradient in gradients.values()))
+            lengths = (torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values())
+            self._length = math.hypot(*map(float, lengths))
 
     def seen(self, name: str, gradient: Tensor) -> Tensor:
         """Return what is kept of a parameter's gradient of the weighted losses until ``errors`` compares it."""
