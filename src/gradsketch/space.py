@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradsketch.lockstep import Lockstep
 
-__all__ = ["Share", "Space", "dot", "gathered", "scattered"]
+__all__ = ["Share", "Space", "dot", "gathered", "length", "scattered"]
 
 # Single-precision sums stay this short; longer ones are added up in double precision.
 _PIECE, _PIECE_GPU = 1 << 16, 1 << 22
@@ -24,6 +24,18 @@ def dot(a: Float[Tensor, " m"], b: Float[Tensor, " m"]) -> float:
     piece = _PIECE if a.device.type == "cpu" else _PIECE_GPU
     products = [torch.dot(x, y) for x, y in zip(a.split(piece), b.split(piece), strict=True)]
     return float(torch.stack(products).sum(dtype=torch.float64))
+
+
+def length(a: Float[Tensor, "*m"]) -> float:
+    """Return ‖a‖, computed in double precision without a copy: of vectors so short that their squares are no floats."""
+    return float(_length(a))
+
+
+def _length(a: Tensor) -> Tensor:
+    # torch computes in another dtype by a copy; that of a piece is small.
+    pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in a.reshape(-1).split(_PIECE_GPU)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(pieces))
+    return total
 
 
 @dataclass(frozen=True)
@@ -130,13 +142,13 @@ class Space:
         return math.sqrt(self.dot(a, a))
 
     def length(self, a: Float[Tensor, "*m"]) -> float:
-        """Return ‖a‖, computed in double precision: of vectors so short that their squares are no floats."""
-        own = float(torch.linalg.vector_norm(a, dtype=torch.float64))
+        """Return ‖a‖, computed in double precision."""
+        own = length(a)
         return math.sqrt(self.ranks.sum(own * own)) if self.is_shared else own
 
     def lengths(self, parts: Sequence[Tensor]) -> list[float]:
         """Return ‖a‖ for each of several vectors."""
-        own = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+        own = [_length(part) for part in parts]
         return self.ranks.sums(torch.stack(own).square()).sqrt().tolist() if self.is_shared else list(map(float, own))
 
     def row(self, place: int, shape: torch.Size, row: int) -> slice:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.linear_map import widened
+from gradsketch.space import length
 
 __all__ = ["Audit", "Audits", "Witness", "failed", "tolerance"]
 
@@ -98,8 +99,7 @@ class Audit:
         """Let a witness see autograd's gradients of the weighted losses, whole; those seen first count."""
         if self.row is None:
             self.row = witness.row(gradients)
-            lengths = (torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values())
-            self._length = math.hypot(*map(float, lengths))
+            self._length = math.hypot(*map(length, gradients.values()))
 
     def seen(self, name: str, gradient: Tensor) -> Tensor:
         """Return what is kept of a parameter's gradient of the weighted losses until ``errors`` compares it."""
