@@ -174,6 +174,19 @@ def a_wrong_contribution_is_noticed() -> None:
         Outer.sketch, Outer.weighted = plain
 
 
+def a_wrong_row_is_noticed() -> None:
+    """Each rank holds the rows it made against the whole gradients that pass by."""
+    plain, model = gs.BlockSum.add_outer, sharded()
+    try:
+        gs.BlockSum.add_outer = lambda *_: None
+        refused(
+            "rows that differ",
+            lambda: gs.sketch_gradients(model, losses, {"ids": IDS}, gs.BlockSum(gs.Parameters(model), 64)),
+        )
+    finally:
+        gs.BlockSum.add_outer = plain
+
+
 def what_does_not_go_in_step_is_refused() -> None:
     batch, model, one = {"ids": IDS}, sharded(), net()
     fully_shard(one.blocks[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -234,6 +247,7 @@ def main() -> None:
     a_row_that_is_not_finite_holds_nobody_up()
     tied_weights_may_be_gathered_apart()
     a_wrong_contribution_is_noticed()
+    a_wrong_row_is_noticed()
     what_does_not_go_in_step_is_refused()
     an_index_is_that_of_one_process(Path(sys.argv[1]))
 

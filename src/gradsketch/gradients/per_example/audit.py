@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gradsketch.gradients.per_example.contributions import Contribution
 from gradsketch.linear_map import widened
-from gradsketch.space import length
 
 __all__ = ["Audit", "Audits", "Witness", "failed", "tolerance"]
 
@@ -29,8 +28,11 @@ class Witness(Protocol):
     def key(self) -> Hashable:
         """What the code depends on."""
 
-    def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
-        """Return the map of one gradient, given whole, on the CPU."""
+    def blank(self) -> Float[Tensor, " d"]:
+        """Return a row of zeros, on the CPU."""
+
+    def add_whole(self, row: Float[Tensor, " d"], name: str, gradient: Tensor) -> None:
+        """Add the map of one parameter's gradient, given whole."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,6 @@ class Audit:
     def __init__(self, weights: Float[Tensor, " b"], tensors: Mapping[str, Tensor], seed: int) -> None:
         self.weights, self._seed = weights.double(), seed
         self.row: Tensor | None = None  # what a witness makes of autograd's gradient of the weighted losses
-        self._length = 0.0  # of that gradient
         self._like = {name: tensor.detach() for name, tensor in tensors.items()}
         self._sums: dict[str, Tensor] = {}
         self._magnitudes = dict.fromkeys(tensors, 0.0)
@@ -95,11 +96,10 @@ class Audit:
         self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
         self._magnitudes[name] += contribution.magnitude(weights)
 
-    def witnessed(self, gradients: Mapping[str, Tensor], witness: Witness) -> None:
-        """Let a witness see autograd's gradients of the weighted losses, whole; those seen first count."""
-        if self.row is None:
-            self.row = witness.row(gradients)
-            self._length = math.hypot(*map(length, gradients.values()))
+    def witnessed(self, name: str, gradient: Tensor, witness: Witness) -> None:
+        """Let a witness see a parameter's whole gradient of the weighted losses, or a summand of it."""
+        self.row = witness.blank() if self.row is None else self.row
+        witness.add_whole(self.row, name, gradient)
 
     def seen(self, name: str, gradient: Tensor) -> Tensor:
         """Return what is kept of a parameter's gradient of the weighted losses until ``errors`` compares it."""
@@ -119,7 +119,7 @@ class Audit:
             for name, residual in residuals.items()
         }
 
-    def error_of_rows(self, values: Float[Tensor, "b d"], dtype: torch.dtype) -> float:
+    def error_of_rows(self, values: Float[Tensor, "b d"], seen: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Return how far Σ c_i row_i is from the witness's row, relative to their lengths; 0 where that is rounding.
 
         The map is linear, so the two are one. It proves what comes after the contributions: how they are sketched, and
@@ -130,7 +130,8 @@ class Audit:
         rows, weights, row = values.double().cpu(), self.weights.cpu(), self.row.double()
         gap, length = float((weights @ rows - row).norm()), float(row.norm())
         scale = float((weights.abs() * rows.norm(dim=1)).sum()) + length
-        terms = _ratio(sum(self._magnitudes.values()), self._length) * length
+        gradient = math.hypot(*(float(part.double().norm()) for part in seen.values()))
+        terms = _ratio(sum(self._magnitudes.values()), gradient) * length
         room = tolerance(dtype) * scale + _TERM_ROUNDINGS * torch.finfo(dtype).eps * terms
         return 0.0 if not math.isfinite(gap) or gap <= room else _ratio(gap, scale)
 

@@ -107,7 +107,8 @@ class Capture:
         self._told: set[str] = set()  # slow parameters and other things that were warned of
         self._drawn = self._chance = False  # whether this batch is to be audited; whether its losses are random
         self._witness: Witness | None = None
-        self._passed: tuple[Audit, torch.dtype] | None = None  # this batch's audit, and in what it computes
+        # This batch's audit, what it saw of autograd's gradients, and in what the model computes.
+        self._passed: tuple[Audit, Mapping[str, Tensor], torch.dtype] | None = None
         self._dtype = functools.reduce(coarser, (t.dtype for t in tensors.values()), torch.float64)
         self._recall()
 
@@ -163,8 +164,8 @@ class Capture:
         passed, witness = self._passed, self._witness
         self._passed = self._witness = None
         if passed is not None and witness is not None:
-            audit, dtype = passed
-            error = audit.error_of_rows(values, dtype)
+            audit, seen, dtype = passed
+            error = audit.error_of_rows(values, seen, dtype)
             if error:
                 self._known.witnessed.discard(witness.key)
                 refuse_other_rows(error)
@@ -474,12 +475,7 @@ class Capture:
     @property
     def _is_unwitnessed(self) -> bool:
         """Whether rows are made that nobody has held against whole gradients, which a witness could."""
-        return self._sees_whole and self._witness is not None and self._witness.key not in self._known.witnessed
-
-    @property
-    def _sees_whole(self) -> bool:
-        """Whether this process ever sees whole gradients."""
-        return not self.ranks.several or self.ranks.split
+        return self._witness is not None and self._witness.key not in self._known.witnessed
 
     def _compare_with_plain(self, tap: Interception, batch: Batch, losses: Tensor) -> None:
         """Hold the losses against those where nothing is intercepted, for a model may choose other kernels there."""
@@ -537,7 +533,7 @@ class Capture:
         if self._witness is not None:
             known.witnessed.add(self._witness.key)
             if audit.row is not None and not (self._chance and slow):
-                self._passed = audit, dtype
+                self._passed = audit, (own or other) or {}, dtype
         known.covered(kinds)
         known.independent |= other is not None and len(audit.weights) > 1
         known.audits = replace(
@@ -626,13 +622,18 @@ class Capture:
     ) -> dict[str, Tensor]:
         """Return what an audit sees of autograd's gradients of weighted losses; ``keep`` the graph if it is wanted."""
         weighted = ((losses, weights.to(losses)) for losses, weights in parts)
-        if not self._sees_whole:
-            return projections(weighted, self._gathered, audit.seen, keep=keep)
+        first = audit.row is None and audit.names == self.tensors.keys()
+        witness = self._witness if first else None
+
+        def see(name: str, gradient: Tensor) -> Tensor:
+            if witness is not None:
+                audit.witnessed(name, gradient, witness)
+            return audit.seen(name, gradient)
+
+        if self.ranks.several and not self.ranks.split:  # nobody holds all of the gradient at once
+            return projections(weighted, self._gathered, see, keep=keep)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in audit.names}
-        gradients = {name: whole(g) for name, g in accumulated(weighted, tensors, keep=keep).items()}
-        if self._witness is not None and gradients.keys() == self.tensors.keys():
-            audit.witnessed(gradients, self._witness)
-        return {name: audit.seen(name, gradient) for name, gradient in gradients.items()}
+        return {name: see(name, whole(g)) for name, g in accumulated(weighted, tensors, keep=keep).items()}
 
     def _hold_against_differences(self, batch: Batch, dtype: torch.dtype) -> None:
         """See once that what autograd returns for a split model is the derivative of its losses."""

@@ -269,16 +269,14 @@ class _Sketches:
             first += other.to(first.device)
         return self.team.sums(first.flatten()).view_as(first)
 
-    def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " d"]:
-        """Return the sketch of one whole gradient: parameter by parameter, each formed, on the CPU at the end."""
-        total = torch.zeros(self.phi.d, dtype=torch.float64, device="cpu")
-        for name, gradient in gradients.items():
-            gradient = gradient.to(widened(gradient.dtype))
-            out = gradient.new_zeros(1, self.phi.d)
-            with full_precision(gradient.device):
-                self.phi.add_gradient(out, name, gradient[None])
-            total += out[0].cpu()
-        return total
+    def blank(self) -> Float[Tensor, " d"]:
+        return torch.zeros(self.phi.d, dtype=torch.float64, device="cpu")
+
+    def add_whole(self, row: Float[Tensor, " d"], name: str, gradient: Tensor) -> None:
+        out = gradient.new_zeros(1, self.phi.d, dtype=widened(gradient.dtype))
+        with full_precision(gradient.device):
+            self.phi.add_gradient(out, name, gradient[None].to(out.dtype))
+        row += out[0].cpu()
 
 
 def _made(
@@ -313,10 +311,12 @@ class _Formed:
     def result(self) -> Tensor:
         return self.out
 
-    def row(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
-        """Return one whole gradient as a flat vector on the CPU."""
-        parts = [gradients[name].flatten().cpu() for name, shape in self.shapes.items() if shape.numel()]
-        return torch.cat([part.to(widened(part.dtype)) for part in parts])
+    def blank(self) -> Float[Tensor, " n"]:
+        return torch.zeros(self.out.shape[1], dtype=self.out.dtype, device="cpu")
+
+    def add_whole(self, row: Float[Tensor, " n"], name: str, gradient: Tensor) -> None:
+        parts = row.split([shape.numel() for shape in self.shapes.values()])
+        parts[list(self.shapes).index(name)].add_(gradient.flatten().cpu())
 
 
 def _tensors_of(
