@@ -49,8 +49,12 @@ def gradients_by_vmap(
     detached = {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
 
     def gradients(values: Gradients, example: Batch) -> tuple[Gradients, Tensor]:
-        alone = torch.utils._pytree.tree_map(lambda x: x.unsqueeze(0) if isinstance(x, Tensor) else x, example)
-        loss, pulled, *_ = torch.func.vjp(lambda v: torch.func.functional_call(runner, v, (alone,)).sum(), values)
+        def total(values: Gradients) -> Tensor:
+            # Made inside, for models may write to their batch, and not to what a transform finds outside.
+            alone = torch.utils._pytree.tree_map(lambda x: x[None].clone() if isinstance(x, Tensor) else x, example)
+            return torch.func.functional_call(runner, values, (alone,)).sum()  # type: ignore[no-any-return]
+
+        loss, pulled, *_ = torch.func.vjp(total, values)
         with outside_autocast(loss.device):  # so not grad_and_value
             (found,) = pulled(torch.ones_like(loss))
         return found, loss
