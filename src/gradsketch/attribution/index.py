@@ -134,8 +134,12 @@ class Index:
 
     @property
     def left_out(self) -> dict[int, str]:
-        """Return, by row, why rows have no sketch: they could not be read, encoded or differentiated."""
-        return self.stores[0].left_out()
+        """Return, by row, why rows have no sketch: they could not be read, encoded or differentiated.
+
+        A row that has none at one of several checkpoints has no score.
+        """
+        reasons = {row: reason for store in reversed(self.stores) for row, reason in store.left_out().items()}
+        return dict(sorted(reasons.items()))
 
     def __len__(self) -> int:
         return self.rows
@@ -302,7 +306,8 @@ class Index:
         leverage, from 0 to 1).
 
         Raises:
-            InputError: an unknown score.
+            InputError: an unknown score, or rows stored as int4 or signs.
+            NonFiniteError: a score beyond what float32 holds.
         """
         kind = kind_of(score)
         return self._scorer_of_now().self_influence(kind, damping)
@@ -333,8 +338,8 @@ class Index:
             tokens: rows of so many tokens in all.
             harmful: the rows that harm the targets most instead.
             aggregate: "mean" or "max" over the targets, or "rank": the mean place among all rows.
-            alike: a row is passed over where the cosine of its gradient with a chosen one's is above this; None: never.
-                Copies of a harmful row harm as it does, and are chosen too.
+            alike: a row is passed over where the cosine of its gradient with a chosen one's is above this at every
+                checkpoint; None: never. Copies of a harmful row harm as it does, and are chosen too.
             score: "ridge" (default), "influence", "cosine" or "dot".
             damping: see ``query``.
             batch_tokens: tokens a batch of targets.
@@ -358,7 +363,9 @@ class Index:
         store = scorer.stores[0]
         with (engine or Local()).reading() as each:
             values = target_scores(scorer.probes(queries, kind, damping, each=each), aggregate, sign, each)
-            found, copies = chosen_rows(store, sign * values, budget, alike=None if harmful else alike, each=each)
+            found, copies = chosen_rows(
+                scorer.stores, sign * values, budget, alike=None if harmful else alike, each=each
+            )
             data = data_digest(store, each)
         ids, lengths = described_rows(store, found)
         return Selection(

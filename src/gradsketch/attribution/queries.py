@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from gradsketch.fsdp import Ranks
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.tasks import Task
+from gradsketch.places import as_places
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
@@ -112,10 +113,13 @@ def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequen
     """
     if groups is None:
         return [[i] for i in range(count)]
-    groups = [list(group) for group in groups]
-    if not groups or not all(group and all(i in range(count) for i in group) for group in groups):
-        raise InputError(f"groups={groups}", f"lists of positions from 0 to {count - 1}", "Check the positions")
-    return groups
+    wanted = f"lists of positions from 0 to {count - 1}"
+    if not isinstance(groups, Iterable):
+        raise InputError(f"groups={groups!r}", wanted, "Type groups=[[0, 1], [2]]")
+    checked = [as_places(group, count, "groups: position") for group in groups]
+    if not checked or not all(checked):
+        raise InputError(f"groups={checked}", wanted, "Leave out empty groups")
+    return checked
 
 
 def ready_queries(
@@ -244,18 +248,16 @@ def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
         InputError: a row that is not there, or that has no sketch.
     """
     began = time.perf_counter()
-    if not len(rows):
+    rows = as_places(rows, stores[0].rows, "row")
+    if not rows:
         raise InputError("no row", "at least one", "Pass a list of rows")
-    for row in rows:
-        if row not in range(stores[0].rows):
-            raise InputError(f"row {row}", f"a row from 0 to {stores[0].rows - 1}", "Check its number")
     records = stores[0].records(rows)
-    without = [row for row, record in zip(rows, records, strict=True) if record["loss"] != record["loss"]]
+    sketched = [_stored(store, rows) for store in stores]
+    without = [row for place, row in enumerate(rows) if any(bool(each.losses[place].isnan()) for each in sketched)]
     if without:
         raise InputError(
             f"row {without[0]}, which was left out of the index", "a row with a sketch", "Ask about another"
         )
-    sketched = [_stored(store, rows) for store in stores]
     return Queries(records, [[i] for i in range(len(rows))], sketched, time.perf_counter() - began)
 
 

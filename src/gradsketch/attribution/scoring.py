@@ -14,7 +14,7 @@ from gradsketch.attribution.passes import Each, here
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
-from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top, tops
+from gradsketch.attribution.scan import Probe, RowFilter, Top, require_held, rescore, top, tops
 from gradsketch.attribution.scores import Kind
 from gradsketch.errors import InputError
 from gradsketch.store import Store
@@ -74,6 +74,7 @@ class Scorer:
 
         Raises:
             InputError: the rows are stored as int4 or signs, and a row's product with itself would count the rounding.
+            NonFiniteError: a score beyond what float32 holds.
         """
         dtype = self.stores[0].manifest.dtype
         if dtype in ("int4", "sign"):
@@ -84,6 +85,7 @@ class Scorer:
             )
         began, values = time.perf_counter(), torch.zeros(self.rows, dtype=torch.float32, device="cpu")
         ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan, dtype=torch.float32, device="cpu")
+        there = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
         for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
             for shard in store:
                 x, at = shard.decoded(), slice(shard.start, shard.start + shard.count)
@@ -91,7 +93,10 @@ class Scorer:
                 values[at] += weight * (x * self._solved(number, x, kind, damping)).sum(dim=-1)
                 if number == 0:
                     ids[at], losses[at] = shard.column("id"), shard.numbers("loss")
-        values = values.where(torch.isfinite(losses), torch.nan)
+                    there[at] = True
+                there[at] &= torch.isfinite(shard.numbers("loss"))  # a row may be left out at one checkpoint alone
+        require_held(values, there, "self-influence")
+        values = values.where(there, torch.nan)
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
 
