@@ -97,3 +97,40 @@ def test_groups_and_rows_may_be_tensors(tmp_path):
     wanted = f"{index}.scores(None, {index}.stored([1, 2]).grouped([[0, 1]]))"
     tensors = f"{index}.scores(None, {index}.stored(torch.tensor([1, 2])).grouped(torch.tensor([[0, 1]])))"
     assert errors_of([f"torch.testing.assert_close({tensors}, {wanted})"]) == [""]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    torch.manual_seed(0)
+    model = toys.TinyLM().eval()
+    begun = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moved = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in begun.items()}
+    options = {"checkpoints": [begun, moved], "d": 512, "dtype": "float32", "progress": False}
+    path = tmp_path_factory.mktemp("language")
+    return model, gs.build_index(path, model, toys.language_task(), toys.texts(40), **options)
+
+
+@pytest.mark.parametrize("rerank", [None, 5])
+def test_contributions_are_of_the_weights_that_the_hits_were_asked_with(language, rerank):
+    model, index = language
+    hits = index.query(model, ["the number 3 squared is 9"], k=3, weights=[0.25, 2.0], rerank=rerank)
+    assert hits.weights == (0.25, 2.0)
+    for hit in index.explain(model, hits)[0]:
+        assert sum(token.value for token in hit.tokens) == pytest.approx(hit.score, rel=1e-3)
+    with pytest.raises(InputError, match="those of the hits"):
+        index.explain(model, hits, weights=[1.0, 1.0])
+
+
+def test_a_damping_that_is_found_is_one_for_all_checkpoints(tmp_path):
+    # Gradients of the first checkpoint lie in fewer directions, for which another damping is likeliest.
+    torch.manual_seed(0)
+    model, data = toys.classifier(), toys.vectors(40)
+    state = model.state_dict()
+    flat = {name: tensor * (name != "2.weight") for name, tensor in state.items()}
+    options = {"checkpoints": [flat, state], "dtype": "float32", "progress": False, "d": 64}
+    index = gs.build_index(tmp_path, model, gs.Classification(), data, **options)
+    found = index.query(None, index.stored([1]), k=40, damping="auto")
+    same = index.query(None, index.stored([1]), k=40, damping=found.score.damping)
+    alone = gs.build_index(tmp_path / "flat", model, gs.Classification(), data, **options | {"checkpoints": [flat]})
+    assert alone.query(None, alone.stored([1]), damping="auto").score.damping != found.score.damping
+    assert [hit.score for hit in found[0]] == [hit.score for hit in same[0]]

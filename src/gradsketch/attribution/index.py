@@ -249,7 +249,8 @@ class Index:
         read = bytes_read(self.stores, self.d if coarse is None else coarse)
         cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows, reranking)
         found = answers(self.stores[0], queries, proponents, others)
-        return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
+        asked = tuple(float(w) for w in (scorer.weights if weights is None else weights))
+        return Hits(found, described, self.folder.uri, self.rows, self.d, cost, weights=asked)
 
     def query_sketches(
         self, sketches: Any, losses: Any, examples: Sequence[Any], sketch: BlockSum, **options: Any
@@ -404,12 +405,17 @@ class Index:
             top: proponents and opponents to explain, for each query.
             data: the training data, where its examples are not texts that the index holds.
             sketched: the questions of the hits, where ``sketch`` returned them.
-            weights: those that ``query`` was given.
+            weights: those that ``query`` was given, where the hits do not say.
 
         Raises:
             FingerprintError: the model is not the index's.
-            InputError: examples that are not texts, without ``data``.
+            InputError: examples that are not texts, without ``data``; other weights than those of the hits.
         """
+        if hits.weights and weights is not None and list(hits.weights) != list(map(float, weights)):
+            raise InputError(
+                f"weights={list(weights)}", f"those of the hits, {list(hits.weights)}", "Leave them out, or ask again"
+            )
+        weights = list(hits.weights) or weights
         damping = DAMPING if hits.score.damping is None else hits.score.damping
         require_whole(model, "token contributions")
         examples = training_examples(self.stores[0], first_rows(hits, top), data)

@@ -38,7 +38,8 @@ class Scorer:
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
         stores = [store.snapshot() for store in stores]  # one listing, so that every pass sees the same rows
         self.stores, self.weights, self.rows = stores, weights, stores[0].rows
-        self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
+        self._fitted: dict[tuple[int, bool, float], Preconditioner] = {}
+        self._held_out: dict[bool, float] = {}
 
     def probes(
         self,
@@ -110,14 +111,22 @@ class Scorer:
         return preconditioner.solve(q) / preconditioner.rows
 
     def _preconditioner(self, number: int, kind: Kind, damping: float | str, each: Each = here) -> Preconditioner:
-        if isinstance(damping, str) and damping != "auto":
-            raise InputError(f"damping={damping!r}", 'a positive number or "auto"', "Pass damping=1")
+        damping = self._number(kind.unit_length, damping, each)
         key = (number, kind.unit_length, damping)
         if key not in self._fitted:
-            store, unit = self.stores[number], kind.unit_length
-            value = held_out_damping(store, unit_length=unit, each=each) if isinstance(damping, str) else damping
-            self._fitted[key] = fit_preconditioner(store, unit_length=unit, damping=value, each=each)
+            store = self.stores[number]
+            self._fitted[key] = fit_preconditioner(store, unit_length=kind.unit_length, damping=damping, each=each)
         return self._fitted[key]
+
+    def _number(self, unit_length: bool, damping: float | str, each: Each) -> float:
+        """Return a damping as a number: "auto" is that of the last checkpoint, for all, as a result's score says it."""
+        if not isinstance(damping, str):
+            return damping
+        if damping != "auto":
+            raise InputError(f"damping={damping!r}", 'a positive number or "auto"', "Pass damping=1")
+        if unit_length not in self._held_out:
+            self._held_out[unit_length] = held_out_damping(self.stores[-1], unit_length=unit_length, each=each)
+        return self._held_out[unit_length]
 
 
 def both_ends(
