@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -61,13 +62,19 @@ def checked_weights(weights: Sequence[float], checkpoints: int) -> list[float]:
     """Return the weights of so many checkpoints.
 
     Raises:
-        InputError: they are not as many finite numbers.
+        InputError: they are not as many finite numbers, or all are 0.
     """
-    if len(weights) != checkpoints or not all(math.isfinite(w) for w in weights):
+    if len(weights) != checkpoints or not all(isinstance(w, Real | Tensor) and math.isfinite(w) for w in weights):
         raise InputError(
             f"{len(weights)} weights {list(weights)} for {checkpoints} checkpoints",
             "one finite number a checkpoint, such as its learning rate",
             "Pass weights=[...] of that length, or leave it out",
+        )
+    if not any(weights):
+        raise InputError(
+            f"weights {list(map(float, weights))}, with which every score is 0",
+            "one that is not 0",
+            "Check the learning rates, or leave weights out to count all checkpoints alike",
         )
     return list(map(float, weights))
 
