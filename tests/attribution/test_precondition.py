@@ -128,5 +128,5 @@ def test_fewer_rows_than_numbers_take_no_damping_that_magnifies_rounding(tmp_pat
     scores = fit_preconditioner(store, unit_length=False, damping=1e-4).solve(more).double() @ x.double().T
     assert float((scores - exact).norm() / exact.norm()) < 0.02
     for damping in (1e-5, 1e-7):
-        with pytest.raises(InputError, match="damping too small .* 30 rows"):
+        with pytest.raises(InputError, match=r"damping too small .* 30 rows"):
             fit_preconditioner(store, unit_length=False, damping=damping)
