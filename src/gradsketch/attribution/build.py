@@ -33,6 +33,7 @@ from gradsketch.durable import record_text
 from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
 from gradsketch.fsdp import Ranks, require_whole
 from gradsketch.gradients.factors.factors import Factors
+from gradsketch.gradients.fingerprints import settings_of
 from gradsketch.gradients.parameters import Selection, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
@@ -112,7 +113,8 @@ class Build:
         )
         source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
-        self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name)
+        settings = settings_of(model)
+        self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name, settings)
 
     def _ranks(self, model: nn.Module, checkpoints: Any) -> Ranks:
         """Return the ranks that hold parts of the model and go in step, through one checkpoint."""

@@ -23,6 +23,7 @@ from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.fsdp import Ranks
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.factors import Factors
+from gradsketch.gradients.fingerprints import settings_of
 from gradsketch.gradients.tasks import Task
 from gradsketch.places import as_places
 from gradsketch.sketches.block_sum import BlockSum
@@ -198,6 +199,7 @@ def sketch_queries(
     """
     began, sketched = time.perf_counter(), []
     rows, lengths = read_all(task, examples, _name)
+    settings, is_compared = settings_of(model), False
     team = Ranks(model).team
     for number, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
         with team.together(), weights_of(model, checkpoint):
@@ -208,28 +210,48 @@ def sketch_queries(
             fix = "Query with the model, task and parameters of the index, or build an index for these"
             require_same(comparable_facts(model, task, sketch, description, metric), facts, index, fix=fix)
             source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
-            _warn_of_another_loss(source, store)
+            is_compared |= _warn_of_another_loss(source, store)
             sketched.append(source(rows, lengths, name=_name))
+    if not is_compared:
+        _warn_of_other_settings(model, settings, description.settings, index)
     return Queries(examples, groups, sketched, time.perf_counter() - began)
 
 
-def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
+def _warn_of_other_settings(model: nn.Module, before: Mapping[str, str], stored: Mapping[str, str], index: str) -> None:
+    """Warn where modules have other numbers as attributes than when the index was built.
+
+    What the questions themselves changed, such as a counter of calls, tells nothing.
+    """
+    now = settings_of(model)
+    other = [name for name in stored if name in now and now[name] == before.get(name) != stored[name]]
+    if other:
+        module, value = next((n, vars(m)[other[0]]) for n, m in model.named_modules() if other[0] in vars(m))
+        warnings.warn(
+            f"{index}: {', '.join(map(repr, other[:3]))} of the model's modules is not what it was when the index was "
+            f"built ({'.'.join([module, other[0]]).lstrip('.')} is {value!r} now). Where it decides the loss, scores "
+            "are of another model than the rows: set it back, or build an index for this one",
+            GradsketchWarning,
+            stacklevel=5,
+        )
+
+
+def _warn_of_another_loss(source: GradientSource, store: Store) -> bool:
     """Warn where a training row's loss is not the stored one: some settings of a model are in none of its tensors.
 
-    The first checkpoint has the texts of rows; where it has none, nothing is compared.
+    The first checkpoint has the texts of rows. Returns whether there was one to compare.
     """
     if source.sketcher.ranks.several or not (ranges := store.ranges()):
-        return
+        return False
     start, count = ranges[0]
     rows = range(start, start + min(count, _LOOKED_AT))
     texts = ((row, rebuild(record)) for row, record in zip(rows, store.records(rows), strict=True))
     row, example = next(((row, example) for row, example in texts if example is not None), (None, None))
     if row is None:
-        return
+        return False
     try:
         losses = losses_of(source.model, source.sketcher.task, [example])
     except Exception:  # a task of the user's own need not take rows as the index rebuilds them
-        return
+        return False
     if (apart := first_apart(losses, store, [row])) is not None:
         _, now, then = apart
         warnings.warn(
@@ -239,6 +261,7 @@ def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
             GradsketchWarning,
             stacklevel=5,
         )
+    return True
 
 
 def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
