@@ -34,7 +34,7 @@ from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreE
 from gradsketch.fsdp import Ranks, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.fingerprints import settings_of
-from gradsketch.gradients.parameters import Selection, selected
+from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
@@ -87,6 +87,7 @@ class Build:
         # What a worker elsewhere makes the same build of.
         self.arguments = {n: v for n, v in locals().items() if n not in ("self", "worker", "engine", "progress")}
         self.engine = Local() if engine is None else engine
+        model = bare(model)
         self.ranks = self._ranks(model, checkpoints)
         worker = self.ranks.place if worker is None else worker
         if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):

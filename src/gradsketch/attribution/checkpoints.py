@@ -23,6 +23,9 @@ __all__ = ["Checkpoint", "as_checkpoints", "checked_weights", "weights_of"]
 # A state dict, or where to read one: a .safetensors or torch file, or a folder that holds one.
 Weights = Mapping[str, Tensor] | str | Path
 
+# Before the names of weights that a compiled model, or one for several devices, saved.
+_WRAPPERS = ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -107,11 +110,22 @@ def weights_of(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
         yield
         return
     state = _read(checkpoint.weights) if isinstance(checkpoint.weights, str | Path) else checkpoint.weights
+    state = _unwrapped(state, model)
     weights: dict[str, Tensor] = {name: deepcopy(parameter) for name, parameter in model.named_parameters()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with stand_ins(model, weights | buffers):
         _load(model, state, checkpoint.name)
         yield
+
+
+def _unwrapped(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """Return weights under the model's own names, where all have that of a wrapper before them."""
+    own = model.state_dict().keys()
+    for wrapper in _WRAPPERS:
+        inside = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+        if state.keys().isdisjoint(own) and inside.keys() <= own:
+            return inside
+    return state
 
 
 def _name(checkpoint: Weights, number: int) -> str:

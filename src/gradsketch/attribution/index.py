@@ -54,6 +54,7 @@ from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.fsdp import require_unsplit, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.inverse import InverseFisher
+from gradsketch.gradients.parameters import bare
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
@@ -416,7 +417,7 @@ class Index:
                 f"weights={list(weights)}", f"those of the hits, {list(hits.weights)}", "Leave them out, or ask again"
             )
         weights = list(hits.weights) or weights
-        damping = DAMPING if hits.score.damping is None else hits.score.damping
+        damping, model = DAMPING if hits.score.damping is None else hits.score.damping, bare(model)
         require_whole(model, "token contributions")
         examples = training_examples(self.stores[0], first_rows(hits, top), data)
         queries = self._sketched(model, *asked_again(hits), 4096) if sketched is None else sketched
@@ -442,7 +443,7 @@ class Index:
         require_unsplit(model, "exact scores", "Leave out rerank=, or load the model in one piece")
         data, kind = None if data is None else as_examples(data), exact_named(exact)
         return Reranker(
-            model,
+            bare(model),
             self._known_task(),
             kind,
             kind.damping if damping is None else damping,
@@ -483,7 +484,7 @@ class Index:
                 "questions without a model", "the model of the index", "Pass the model, or index.stored(rows)"
             )
         return sketch_queries(
-            model,
+            bare(model),
             self._known_task(),
             examples,
             groups,
