@@ -187,7 +187,7 @@ def net_losses(model, batch):
     return nn.functional.cross_entropy(model.net(batch["x"]), batch["labels"], reduction="none")
 
 
-def train(path, callback, *others, steps=12, model=None, resume=None, **options):
+def train(path, callback, *others, steps=12, model=None, resume=None, optimizer=None, **options):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -201,7 +201,8 @@ def train(path, callback, *others, steps=12, model=None, resume=None, **options)
     )
     model, table = model or Net(), toys.vectors(24)
     rows = [{"x": x, "labels": y} for x, y in zip(table["x"], table["labels"], strict=True)]
-    Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *others]).train(
+    own = {} if optimizer is None else {"optimizers": (optimizer(model), None)}
+    Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *others], **own).train(
         resume_from_checkpoint=resume
     )
     return model, rows
@@ -319,3 +320,48 @@ def test_a_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path):
     with pytest.raises(StoreError, match=r"step-1\.pt, which gradsketch did not write"):
         run(tmp_path, FALLING[:3], RATES, keep=1)
     assert (tmp_path / "step-1.pt").read_bytes() == b"mine"
+
+
+def groups_of(model, *rates):
+    """An optimizer with a learning rate for each parameter."""
+    parameters = zip(model.parameters(), rates, strict=True)
+    return torch.optim.SGD([{"params": [tensor], "lr": rate} for tensor, rate in parameters])
+
+
+def test_rates_of_several_groups_count_by_their_mean_and_are_told(tmp_path):
+    model = nn.Linear(6, 3)  # 18 weights, 3 biases
+    keeper = gs.Checkpointer(tmp_path / "a", gs.Classification(), toys.vectors(8))
+    with pytest.warns(GradsketchWarning, match=r"rates from 0 to 0.7: .* their mean, 0.6") as told:
+        keeper.step(model, groups_of(model, 0.7, 0.0))
+    assert len(told) == 1
+    for _ in range(2):  # without another warning, which would be an error here
+        keeper.step(model, groups_of(model, 0.7, 0.0))
+    assert keeper.rates == pytest.approx(3 * 0.6)
+    keeper.step(model, groups_of(model, 0.7, 0.0), rate=0.25)
+    assert keeper.rates == pytest.approx(3 * 0.6 + 0.25)
+    model.bias.requires_grad_(False)  # what does not train has no rate
+    assert gs.Checkpointer(tmp_path / "b", gs.Classification(), toys.vectors(8)).rate(groups_of(model, 0.7, 9.0)) == 0.7
+
+
+def test_the_callback_counts_several_groups_by_their_mean(tmp_path):
+    callback = gs.SketchCallback(tmp_path / "index", net_losses, trainer_rows(), keep=2, d=16, progress=False)
+    with pytest.warns(GradsketchWarning, match="rates from 0.001 to 0.1"):
+        train(tmp_path / "out", callback, optimizer=lambda model: groups_of(model, *[0.1, 0.001] * 2))
+    share = sum(checkpoint.weight for checkpoint in callback.index.description.checkpoints)
+    assert 0.001 * 6.5 < share < 0.1 * 6.5
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_a_rate_that_is_no_number_is_refused_at_once(tmp_path, rate):
+    model = Slope()
+    keeper = gs.Checkpointer(tmp_path, slope_losses, DATA)
+    with pytest.raises(InputError, match="rate="):
+        keeper.step(model, torch.optim.SGD(model.parameters(), lr=0.1), rate=rate)
+
+
+def test_weights_that_are_all_zero_are_refused(tmp_path):
+    model, options = toys.classifier(), {"weights": [0.0], "d": 16}
+    with pytest.raises(InputError, match="with which every score is 0"):
+        gs.build_index(
+            tmp_path, model, gs.Classification(), toys.vectors(8), checkpoints=[model.state_dict()], **options
+        )

@@ -118,3 +118,15 @@ def test_held_out_damping_follows_the_noise(tmp_path):
 def test_held_out_damping_needs_rows(tmp_path):
     with pytest.raises(InputError, match="at least ten"):
         held_out_damping(make_store(tmp_path, rows(9)), unit_length=True)
+
+
+def test_fewer_rows_than_numbers_take_no_damping_that_magnifies_rounding(tmp_path):
+    """At 1e-7, where Cholesky succeeds all the same, scores were off by more than their size."""
+    x, more = rows(40)[:30, :D], rows(40)[30:]
+    store = make_store(tmp_path, x)
+    exact = dense_solution(x, more, 1e-4, False) @ x.double().T
+    scores = fit_preconditioner(store, unit_length=False, damping=1e-4).solve(more).double() @ x.double().T
+    assert float((scores - exact).norm() / exact.norm()) < 0.02
+    for damping in (1e-5, 1e-7):
+        with pytest.raises(InputError, match=r"damping too small .* 30 rows"):
+            fit_preconditioner(store, unit_length=False, damping=damping)

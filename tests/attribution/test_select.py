@@ -62,6 +62,16 @@ def test_harmful_rows_are_those_of_lowest_score(index, aggregate, formula):
     assert "harm 3 targets" in found.summary()
 
 
+def test_rows_of_one_score_share_a_rank(tmp_path):
+    data = [DATA[3]["text"]] * 4 + [row["text"] for row in DATA[10:16]] + [DATA[3]["text"]] * 4
+    alike = build(tmp_path, data)
+    found = alike.select(toys.TinyLM(), TARGETS, rows=len(data), aggregate="rank", alike=None, score="dot")
+    values = dict(zip(found.rows, found.values.tolist(), strict=True))
+    copies = [values[row] for row in (0, 1, 2, 3, 10, 11, 12, 13)]
+    assert max(copies) - min(copies) < 1e-6
+    assert sum(values.values()) == pytest.approx(len(data) / 2, rel=1e-5)
+
+
 def test_budgets(index):
     model, lengths = toys.TinyLM(), [len(row["text"]) for row in DATA]
     assert len(index.select(model, TARGETS, share=0.05, alike=None).rows) == 3
@@ -69,7 +79,7 @@ def test_budgets(index):
     assert [lengths[row] for row in found.rows] == found.tokens.tolist()
     assert 100 - max(lengths) < float(found.tokens.sum()) <= 100
     assert len(index.select(model, TARGETS, rows=10**6, alike=None).rows) == ROWS
-    for wrong in ({}, {"rows": 0}, {"share": 1.5}, {"rows": 3, "share": 0.1}, {"tokens": -1}):
+    for wrong in ({}, {"rows": True}, {"rows": 0}, {"share": 1.5}, {"rows": 3, "share": 0.1}, {"tokens": -1}):
         with pytest.raises(InputError, match="a budget of"):
             index.select(model, TARGETS, **wrong)
     with pytest.raises(InputError, match="aggregate="):

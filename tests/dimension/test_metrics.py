@@ -289,3 +289,11 @@ def test_which_end_of_a_metric_is_better_is_true_or_false() -> None:
     model, data = nn.Linear(1, 2), (torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(gs.InputError, match="lower_is_better='no'"):
         gs.intrinsic_dimension(model, gs.Classification(), data, metric, target=2, d_min=1)
+
+
+def test_a_logit_that_is_nan_is_no_most_likely_class():
+    model, data = torch.nn.Linear(2, 2), [(torch.ones(2), 0), (-torch.ones(2), 1)]
+    with torch.no_grad():
+        model.weight.fill_(torch.nan)
+    with pytest.raises(gs.NonFiniteError, match="logits that are NaN"):
+        gs.Accuracy(gs.Classification(), data)(model)

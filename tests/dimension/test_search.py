@@ -319,6 +319,7 @@ def test_a_target_reached_before_training() -> None:
     assert result.d == 0
     assert result.steps == 0
     assert "was met before any training" in result.summary()
+    assert ("set evaluate.lower_is_better = True" in result.summary()) != result.lower_is_better
 
 
 def test_a_metric_that_is_not_a_number_ends_the_search_and_keeps_the_curve(tmp_path: Path) -> None:

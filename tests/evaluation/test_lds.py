@@ -109,3 +109,25 @@ def test_rows_without_a_score_are_named(world):
     scores[1, 7] = torch.nan
     with pytest.raises(InputError, match="row 7 for query 1 is nan"):
         linear_datamodeling_score(scores, retrainings)
+
+
+def test_another_number_of_queries_than_before_is_refused(tmp_path):
+    regression = Regression()
+    asked = [0, 1, 2]
+
+    def measure(model):
+        return regression.measure(model)[asked]
+
+    path = tmp_path / "losses.json"
+    retrain_on_subsets(regression.train, measure, 40, subsets=2, path=path)
+    asked.append(3)
+    with pytest.raises(InputError, match=r"losses of 4 queries under the model of subset 2. Wanted: of 3"):
+        retrain_on_subsets(regression.train, measure, 40, subsets=3, path=path)
+
+
+def test_four_subsets_have_an_error_and_three_have_none():
+    regression = Regression()
+    four, three = (retrain_on_subsets(regression.train, regression.measure, 40, subsets=m) for m in (4, 3))
+    assert 0 < linear_datamodeling_score(regression.influences(), four).standard_error < 1
+    error = linear_datamodeling_score(regression.influences(), three).standard_error
+    assert error != error  # NaN

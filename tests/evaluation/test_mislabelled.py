@@ -74,3 +74,17 @@ def test_wrong_labels_are_named_by_true_and_not_by_place():
     )
     assert "wrong of torch.int64" in places
     assert "of shapes [3], [4] and [4]" in short
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_order_of_the_data_is_no_suspicion(first):
+    wrong = torch.arange(20) < 5 if first else torch.arange(20) >= 15
+    constant = mislabelled_auc(torch.ones(20), torch.ones(20), wrong)
+    assert constant.suspicion.precision == pytest.approx(5 / 20)
+    suspicion = torch.where(wrong & (torch.arange(20) % 5 < 2), 2.0, 1.0)  # two found; 18 alike, three wrong
+    assert mislabelled_auc(suspicion, suspicion, wrong).suspicion.precision == pytest.approx((2 + 3 * 3 / 18) / 5)
+
+
+def test_lists_are_told_to_become_tensors():
+    (error,) = errors_of(["gs.mislabelled_auc([1.0] * 4, [1.0] * 4, [True, True, False, False])"])
+    assert error.startswith("InputError: suspicion, loss and wrong of types list, list, list")

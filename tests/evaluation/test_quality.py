@@ -86,3 +86,14 @@ def test_bad_input():
     with pytest.raises(InputError, match=r"Pearson r of 1\.0"):
         needed_size(torch.eye(3), 1.0, 1.0)
     assert needed_size(torch.ones(3, 3), 1.0, 0.5) == math.inf
+
+
+def test_inner_products_that_differ_by_rounding_alone_have_no_correlation():
+    # One gradient eight times, its inner products rounded to float32: r was a number of rounding errors.
+    exact = torch.full((8, 8), 3.0, dtype=torch.float64)
+    exact += 3e-7 * torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sketches = torch.ones(8, 64) + 1e-7 * torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    quality = sketch_quality(exact, sketches)
+    assert math.isnan(quality.pearson)
+    assert all(map(math.isnan, quality.pearson_interval))
+    assert needed_size(exact, 1.0, 0.95) == math.inf

@@ -148,7 +148,7 @@ def test_neighbours_have_colours_too(session):
 
 def test_neighbours_of_a_row_that_is_not_there(session):
     for row in (-1, desk.N):
-        with pytest.raises(InputError, match="a row from 0 to 39"):
+        with pytest.raises(InputError, match="from 0 to 39"):
             session.neighbours(Neighbours(row))
 
 

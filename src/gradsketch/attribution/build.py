@@ -33,7 +33,8 @@ from gradsketch.durable import record_text
 from gradsketch.errors import DamageError, GradsketchWarning, InputError, StoreError
 from gradsketch.fsdp import Ranks, require_whole
 from gradsketch.gradients.factors.factors import Factors
-from gradsketch.gradients.parameters import Selection, selected
+from gradsketch.gradients.fingerprints import settings_of
+from gradsketch.gradients.parameters import Selection, bare, selected
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
@@ -86,6 +87,7 @@ class Build:
         # What a worker elsewhere makes the same build of.
         self.arguments = {n: v for n, v in locals().items() if n not in ("self", "worker", "engine", "progress")}
         self.engine = Local() if engine is None else engine
+        model = bare(model)
         self.ranks = self._ranks(model, checkpoints)
         worker = self.ranks.place if worker is None else worker
         if not (worker[1] >= 1 and 0 <= worker[0] < worker[1]):
@@ -112,7 +114,8 @@ class Build:
         )
         source = str(data) if isinstance(data, str | Path) else str(getattr(data, "path", type(data).__name__))
         stored = tuple(StoredCheckpoint.of(c, i) for i, c in enumerate(self.checkpoints))
-        self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name)
+        settings = settings_of(model)
+        self.description = Description(d, seed, self.sketch.names, stored, source, self.metric.name, settings)
 
     def _ranks(self, model: nn.Module, checkpoints: Any) -> Ranks:
         """Return the ranks that hold parts of the model and go in step, through one checkpoint."""

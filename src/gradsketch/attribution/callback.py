@@ -94,7 +94,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the learning rate, which the end of a step has changed already."""
-        self._rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+        if self._checkpointer is not None:
+            self._rate = self._checkpointer.rate(kwargs["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep a checkpoint where the loss has changed."""

@@ -7,8 +7,11 @@ is kept whenever it has changed, and where there are too many, the one goes whos
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from gradsketch.attribution.build import build_index
 from gradsketch.attribution.examples import as_examples
 from gradsketch.attribution.index import Index
 from gradsketch.durable import damaged, is_sealed, read_record, require_same, write_record, write_tensors
-from gradsketch.errors import InputError, NonFiniteError, StoreError
+from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError, StoreError
 from gradsketch.gradients.data import Batcher
 from gradsketch.gradients.factors.adafactor import adafactor
 from gradsketch.gradients.factors.factors import Factors
@@ -93,7 +96,7 @@ class Checkpointer:
         self.keep, self.every, self.adam = keep, every, adam
         self.kept: list[Kept] = []
         self.steps, self.rates = 0, 0.0
-        self._begun = False
+        self._begun = self._told = False
         self._first: float | None = None  # the loss before the first step, where it is known
         self._measured: list[tuple[int, float]] = []  # steps, and the learning rates up to them
         self._saved: dict[str, str] = {}  # steps at which somebody saved the weights, and a hash of them
@@ -116,18 +119,48 @@ class Checkpointer:
             self._first = self._loss(model)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, rate: float | None = None) -> None:
-        """Hear of one step; ``rate`` is its learning rate, by default that of the optimizer's first group now.
+        """Hear of one step; ``rate`` is its learning rate, by default that of the optimizer now.
+
+        A checkpoint has one weight. Where groups of parameters have rates of their own, that is the mean over all
+        parameters that train, and a warning says so.
 
         Raises:
+            InputError: a rate that is no finite number.
             StoreError: the folder cannot be written.
         """
+        rate = self.rate(optimizer) if rate is None else rate
+        if isinstance(rate, bool) or not isinstance(rate, Real) or not math.isfinite(rate):
+            raise InputError(f"rate={rate!r}", "the step's learning rate", "Leave it out")
         if not self._begun:
             self._begin(model, 0)
         self.steps += 1
-        self.rates += float(optimizer.param_groups[0]["lr"]) if rate is None else rate
+        self.rates += float(rate)
         if self.steps % self.every == 0:
             self._measured.append((self.steps, self.rates))
             self._consider(model, optimizer)
+
+    def rate(self, optimizer: torch.optim.Optimizer) -> float:
+        """Return the learning rate of the optimizer now: the mean over parameters that train; warn of several, once."""
+        rates: list[tuple[float, int]] = [
+            (float(group["lr"]), tensor.numel())
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+            if tensor.requires_grad
+        ]
+        several = sorted({rate for rate, _ in rates})
+        if len(several) < 2:
+            return several[0] if several else 0.0
+        mean = sum(rate * count for rate, count in rates) / sum(count for _, count in rates)
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"parameters with learning rates from {several[0]:g} to {several[-1]:g}: a checkpoint's weight takes "
+                f"their mean, {mean:.3g}, so that scores count slow parameters as much as fast ones. Pass rate=, or "
+                "index the parameters of one rate with parameters=",
+                GradsketchWarning,
+                stacklevel=3,
+            )
+        return mean
 
     def saved(self, model: nn.Module) -> None:
         """Note that somebody saved the weights now, so that a run that begins again with them is known for the same.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ __all__ = ["Checkpoint", "as_checkpoints", "checked_weights", "weights_of"]
 
 # A state dict, or where to read one: a .safetensors or torch file, or a folder that holds one.
 Weights = Mapping[str, Tensor] | str | Path
+
+# Before the names of weights that a compiled model, or one for several devices, saved.
+_WRAPPERS = ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,19 @@ def checked_weights(weights: Sequence[float], checkpoints: int) -> list[float]:
     """Return the weights of so many checkpoints.
 
     Raises:
-        InputError: they are not as many finite numbers.
+        InputError: they are not as many finite numbers, or all are 0.
     """
-    if len(weights) != checkpoints or not all(math.isfinite(w) for w in weights):
+    if len(weights) != checkpoints or not all(isinstance(w, Real | Tensor) and math.isfinite(w) for w in weights):
         raise InputError(
             f"{len(weights)} weights {list(weights)} for {checkpoints} checkpoints",
             "one finite number a checkpoint, such as its learning rate",
             "Pass weights=[...] of that length, or leave it out",
+        )
+    if not any(weights):
+        raise InputError(
+            f"weights {list(map(float, weights))}, with which every score is 0",
+            "one that is not 0",
+            "Check the learning rates, or leave weights out to count all checkpoints alike",
         )
     return list(map(float, weights))
 
@@ -100,11 +110,22 @@ def weights_of(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
         yield
         return
     state = _read(checkpoint.weights) if isinstance(checkpoint.weights, str | Path) else checkpoint.weights
+    state = _unwrapped(state, model)
     weights: dict[str, Tensor] = {name: deepcopy(parameter) for name, parameter in model.named_parameters()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with stand_ins(model, weights | buffers):
         _load(model, state, checkpoint.name)
         yield
+
+
+def _unwrapped(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """Return weights under the model's own names, where all have that of a wrapper before them."""
+    own = model.state_dict().keys()
+    for wrapper in _WRAPPERS:
+        inside = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+        if state.keys().isdisjoint(own) and inside.keys() <= own:
+            return inside
+    return state
 
 
 def _name(checkpoint: Weights, number: int) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,10 @@ class StoredCheckpoint:
 
 @dataclass(frozen=True)
 class Description:
-    """Sketch size and seed, the parameters' names, the checkpoints, where the data came from, and the metric's name."""
+    """Sketch size and seed, the parameters' names, the checkpoints, where the data came from, and the metric's name.
+
+    ``settings`` are hashes of the numbers among the attributes of the model's modules; none where no model was seen.
+    """
 
     d: int
     seed: int
@@ -62,6 +65,7 @@ class Description:
     checkpoints: tuple[StoredCheckpoint, ...]
     source: str
     precondition: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the index's ``index.json``."""
@@ -92,11 +96,13 @@ class Description:
         """Return the description, every value of which is of its kind, and whose folders lie in the index."""
         checkpoints = tuple(StoredCheckpoint(**c) for c in body["checkpoints"])
         metric = body.get("precondition")
-        found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"], metric)
+        settings = body.get("settings", {})
+        found = cls(body["d"], body["seed"], tuple(body["parameters"]), checkpoints, body["source"], metric, settings)
         sound = all(isinstance(value, int) for value in (found.d, found.seed)) and found.d > 0
         sound = (
             sound
             and isinstance(metric, str | None)
+            and isinstance(settings, dict)
             and bool(checkpoints)
             and all(isinstance(name, str) for name in found.parameters)
         )
@@ -115,6 +121,7 @@ class Description:
         here, there = asdict(self), asdict(other)
         for body in (here, there):
             body.pop("source")
+            body.pop("settings")  # a counter of calls may be among them; a build that goes on compares losses
             body["parameters"] = _summary(body["parameters"])
         require_same(here, there, source)
 

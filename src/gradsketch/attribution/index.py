@@ -54,6 +54,7 @@ from gradsketch.errors import GradsketchWarning, InputError, StoreError
 from gradsketch.fsdp import require_unsplit, require_whole
 from gradsketch.gradients.factors.factors import Factors
 from gradsketch.gradients.factors.inverse import InverseFisher
+from gradsketch.gradients.parameters import bare
 from gradsketch.gradients.per_example.audit import Audits
 from gradsketch.gradients.tasks import Task, TaskLike, as_task
 from gradsketch.sketches.block_sum import BlockSum
@@ -134,8 +135,12 @@ class Index:
 
     @property
     def left_out(self) -> dict[int, str]:
-        """Return, by row, why rows have no sketch: they could not be read, encoded or differentiated."""
-        return self.stores[0].left_out()
+        """Return, by row, why rows have no sketch: they could not be read, encoded or differentiated.
+
+        A row that has none at one of several checkpoints has no score.
+        """
+        reasons = {row: reason for store in reversed(self.stores) for row, reason in store.left_out().items()}
+        return dict(sorted(reasons.items()))
 
     def __len__(self) -> int:
         return self.rows
@@ -245,7 +250,8 @@ class Index:
         read = bytes_read(self.stores, self.d if coarse is None else coarse)
         cost = Cost(queries.seconds, prepared - began, scanned - prepared, read, self.rows, reranking)
         found = answers(self.stores[0], queries, proponents, others)
-        return Hits(found, described, self.folder.uri, self.rows, self.d, cost)
+        asked = tuple(float(w) for w in (scorer.weights if weights is None else weights))
+        return Hits(found, described, self.folder.uri, self.rows, self.d, cost, weights=asked)
 
     def query_sketches(
         self, sketches: Any, losses: Any, examples: Sequence[Any], sketch: BlockSum, **options: Any
@@ -302,7 +308,8 @@ class Index:
         leverage, from 0 to 1).
 
         Raises:
-            InputError: an unknown score.
+            InputError: an unknown score, or rows stored as int4 or signs.
+            NonFiniteError: a score beyond what float32 holds.
         """
         kind = kind_of(score)
         return self._scorer_of_now().self_influence(kind, damping)
@@ -333,8 +340,8 @@ class Index:
             tokens: rows of so many tokens in all.
             harmful: the rows that harm the targets most instead.
             aggregate: "mean" or "max" over the targets, or "rank": the mean place among all rows.
-            alike: a row is passed over where the cosine of its gradient with a chosen one's is above this; None: never.
-                Copies of a harmful row harm as it does, and are chosen too.
+            alike: a row is passed over where the cosine of its gradient with a chosen one's is above this at every
+                checkpoint; None: never. Copies of a harmful row harm as it does, and are chosen too.
             score: "ridge" (default), "influence", "cosine" or "dot".
             damping: see ``query``.
             batch_tokens: tokens a batch of targets.
@@ -358,7 +365,9 @@ class Index:
         store = scorer.stores[0]
         with (engine or Local()).reading() as each:
             values = target_scores(scorer.probes(queries, kind, damping, each=each), aggregate, sign, each)
-            found, copies = chosen_rows(store, sign * values, budget, alike=None if harmful else alike, each=each)
+            found, copies = chosen_rows(
+                scorer.stores, sign * values, budget, alike=None if harmful else alike, each=each
+            )
             data = data_digest(store, each)
         ids, lengths = described_rows(store, found)
         return Selection(
@@ -397,13 +406,18 @@ class Index:
             top: proponents and opponents to explain, for each query.
             data: the training data, where its examples are not texts that the index holds.
             sketched: the questions of the hits, where ``sketch`` returned them.
-            weights: those that ``query`` was given.
+            weights: those that ``query`` was given, where the hits do not say.
 
         Raises:
             FingerprintError: the model is not the index's.
-            InputError: examples that are not texts, without ``data``.
+            InputError: examples that are not texts, without ``data``; other weights than those of the hits.
         """
-        damping = DAMPING if hits.score.damping is None else hits.score.damping
+        if hits.weights and weights is not None and list(hits.weights) != list(map(float, weights)):
+            raise InputError(
+                f"weights={list(weights)}", f"those of the hits, {list(hits.weights)}", "Leave them out, or ask again"
+            )
+        weights = list(hits.weights) or weights
+        damping, model = DAMPING if hits.score.damping is None else hits.score.damping, bare(model)
         require_whole(model, "token contributions")
         examples = training_examples(self.stores[0], first_rows(hits, top), data)
         queries = self._sketched(model, *asked_again(hits), 4096) if sketched is None else sketched
@@ -429,7 +443,7 @@ class Index:
         require_unsplit(model, "exact scores", "Leave out rerank=, or load the model in one piece")
         data, kind = None if data is None else as_examples(data), exact_named(exact)
         return Reranker(
-            model,
+            bare(model),
             self._known_task(),
             kind,
             kind.damping if damping is None else damping,
@@ -470,7 +484,7 @@ class Index:
                 "questions without a model", "the model of the index", "Pass the model, or index.stored(rows)"
             )
         return sketch_queries(
-            model,
+            bare(model),
             self._known_task(),
             examples,
             groups,

@@ -32,6 +32,9 @@ LOW_RANK = 1024
 _DAMPINGS = tuple(10.0**e for e in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1))
 _SAMPLE_ROWS = 2048
 _SMALLEST, _LARGEST = 1e-15, 1e15
+# In the dual space (I − Xᵀ(…)X) / λ magnifies float32's rounding: scores are off by some 6e-7 / damping of themselves,
+# 1 % at this one, and by more than their size at a thousandth of it, where Cholesky may still succeed.
+_LEAST = 1e-4
 
 
 class _Solver(ABC):
@@ -92,6 +95,8 @@ def fit_preconditioner(
             'Pass score="ridge", which compares directions, or leave out rows of an extreme gradient_norm',
         )
     moments = moments_of(rows, exact_size=exact_size, rank=rank, each=each)
+    if moments.method == "dual" and damping < _LEAST:
+        raise _too_small(f"scores of {rows.count} rows of {store.d} numbers would be rounding")
     return Preconditioner(_solver(rows, moments, damping * mean), rows.count, damping, mean, moments.method)
 
 
@@ -130,12 +135,16 @@ def _cholesky(matrix: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
-        raise InputError(
-            "a damping too small for moments in float32: F + λI is not positive definite",
-            "λ above F's rounding errors",
-            "Pass damping=1e-4 or more",
-        )
+        raise _too_small("F + λI is not positive definite")
     return factor
+
+
+def _too_small(why: str) -> InputError:
+    return InputError(
+        f"a damping too small for moments in float32: {why}",
+        "λ above F's rounding errors",
+        f"Pass damping={_LEAST:g} or more",
+    )
 
 
 class _LowRank(_Solver):

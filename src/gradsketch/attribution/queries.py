@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from gradsketch.errors import GradsketchWarning, InputError, NonFiniteError
 from gradsketch.fsdp import Ranks
 from gradsketch.gradients.data import read_all
 from gradsketch.gradients.factors.factors import Factors
+from gradsketch.gradients.fingerprints import settings_of
 from gradsketch.gradients.tasks import Task
+from gradsketch.places import as_places
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.store import Store
 
@@ -112,10 +114,13 @@ def checked_groups(groups: Sequence[Sequence[int]] | None, count: int) -> Sequen
     """
     if groups is None:
         return [[i] for i in range(count)]
-    groups = [list(group) for group in groups]
-    if not groups or not all(group and all(i in range(count) for i in group) for group in groups):
-        raise InputError(f"groups={groups}", f"lists of positions from 0 to {count - 1}", "Check the positions")
-    return groups
+    wanted = f"lists of positions from 0 to {count - 1}"
+    if not isinstance(groups, Iterable):
+        raise InputError(f"groups={groups!r}", wanted, "Type groups=[[0, 1], [2]]")
+    checked = [as_places(group, count, "groups: position") for group in groups]
+    if not checked or not all(checked):
+        raise InputError(f"groups={checked}", wanted, "Leave out empty groups")
+    return checked
 
 
 def ready_queries(
@@ -194,6 +199,7 @@ def sketch_queries(
     """
     began, sketched = time.perf_counter(), []
     rows, lengths = read_all(task, examples, _name)
+    settings, is_compared = settings_of(model), False
     team = Ranks(model).team
     for number, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
         with team.together(), weights_of(model, checkpoint):
@@ -204,28 +210,48 @@ def sketch_queries(
             fix = "Query with the model, task and parameters of the index, or build an index for these"
             require_same(comparable_facts(model, task, sketch, description, metric), facts, index, fix=fix)
             source = GradientSource(model, task, sketch, batch_tokens=batch_tokens)
-            _warn_of_another_loss(source, store)
+            is_compared |= _warn_of_another_loss(source, store)
             sketched.append(source(rows, lengths, name=_name))
+    if not is_compared:
+        _warn_of_other_settings(model, settings, description.settings, index)
     return Queries(examples, groups, sketched, time.perf_counter() - began)
 
 
-def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
+def _warn_of_other_settings(model: nn.Module, before: Mapping[str, str], stored: Mapping[str, str], index: str) -> None:
+    """Warn where modules have other numbers as attributes than when the index was built.
+
+    What the questions themselves changed, such as a counter of calls, tells nothing.
+    """
+    now = settings_of(model)
+    other = [name for name in stored if name in now and now[name] == before.get(name) != stored[name]]
+    if other:
+        module, value = next((n, vars(m)[other[0]]) for n, m in model.named_modules() if other[0] in vars(m))
+        warnings.warn(
+            f"{index}: {', '.join(map(repr, other[:3]))} of the model's modules is not what it was when the index was "
+            f"built ({'.'.join([module, other[0]]).lstrip('.')} is {value!r} now). Where it decides the loss, scores "
+            "are of another model than the rows: set it back, or build an index for this one",
+            GradsketchWarning,
+            stacklevel=5,
+        )
+
+
+def _warn_of_another_loss(source: GradientSource, store: Store) -> bool:
     """Warn where a training row's loss is not the stored one: some settings of a model are in none of its tensors.
 
-    The first checkpoint has the texts of rows; where it has none, nothing is compared.
+    The first checkpoint has the texts of rows. Returns whether there was one to compare.
     """
     if source.sketcher.ranks.several or not (ranges := store.ranges()):
-        return
+        return False
     start, count = ranges[0]
     rows = range(start, start + min(count, _LOOKED_AT))
     texts = ((row, rebuild(record)) for row, record in zip(rows, store.records(rows), strict=True))
     row, example = next(((row, example) for row, example in texts if example is not None), (None, None))
     if row is None:
-        return
+        return False
     try:
         losses = losses_of(source.model, source.sketcher.task, [example])
     except Exception:  # a task of the user's own need not take rows as the index rebuilds them
-        return
+        return False
     if (apart := first_apart(losses, store, [row])) is not None:
         _, now, then = apart
         warnings.warn(
@@ -235,6 +261,7 @@ def _warn_of_another_loss(source: GradientSource, store: Store) -> None:
             GradsketchWarning,
             stacklevel=5,
         )
+    return True
 
 
 def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
@@ -244,18 +271,16 @@ def stored_queries(stores: Sequence[Store], rows: Sequence[int]) -> Queries:
         InputError: a row that is not there, or that has no sketch.
     """
     began = time.perf_counter()
-    if not len(rows):
+    rows = as_places(rows, stores[0].rows, "row")
+    if not rows:
         raise InputError("no row", "at least one", "Pass a list of rows")
-    for row in rows:
-        if row not in range(stores[0].rows):
-            raise InputError(f"row {row}", f"a row from 0 to {stores[0].rows - 1}", "Check its number")
     records = stores[0].records(rows)
-    without = [row for row, record in zip(rows, records, strict=True) if record["loss"] != record["loss"]]
+    sketched = [_stored(store, rows) for store in stores]
+    without = [row for place, row in enumerate(rows) if any(bool(each.losses[place].isnan()) for each in sketched)]
     if without:
         raise InputError(
             f"row {without[0]}, which was left out of the index", "a row with a sketch", "Ask about another"
         )
-    sketched = [_stored(store, rows) for store in stores]
     return Queries(records, [[i] for i in range(len(rows))], sketched, time.perf_counter() - began)
 
 

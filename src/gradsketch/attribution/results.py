@@ -138,7 +138,8 @@ class Hits(Result):
 
     A sequence of its ``queries``: ``hits[0].proponents[0].text`` is the strongest proponent of the first one.
     ``score`` says what the numbers mean and ``sign`` how to read them; ``cost`` is in seconds and bytes; ``index`` is
-    the index that was asked, of ``rows`` examples and ``d`` numbers each. In JSON a value that is no text, number,
+    the index that was asked, of ``rows`` examples and ``d`` numbers each; ``weights`` are those of its checkpoints in
+    the sum of scores. In JSON a value that is no text, number,
     list, dict or tensor (in metadata, or in a query's ``example``) is its text.
     """
 
@@ -149,6 +150,7 @@ class Hits(Result):
     d: int
     cost: Cost
     sign: str = SIGN
+    weights: tuple[float, ...] = ()
 
     def __iter__(self) -> Iterator[QueryHits]:
         return iter(self.queries)

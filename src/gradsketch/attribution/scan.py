@@ -22,7 +22,7 @@ from gradsketch.errors import NonFiniteError
 from gradsketch.store import Shard, Store
 from gradsketch.store.products import products
 
-__all__ = ["Probe", "RowFilter", "Top", "every_score", "rescore", "scan", "top", "tops"]
+__all__ = ["Probe", "RowFilter", "Top", "every_score", "require_held", "rescore", "scan", "top", "tops"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -164,13 +164,23 @@ def _combined(
         out = products(stored, shard.dtype, probe.directions, width).mul_(factors * probe.weight)
         total = out if total is None else total.add_(out)
     assert total is not None
-    if bool((usable & ~torch.isfinite(total)).any()):
+    which = f"rows {shards[0].start} to {shards[0].start + shards[0].count - 1}"
+    require_held(total, usable, f"score of {which}")
+    return total
+
+
+def require_held(scores: Tensor, usable: Tensor, name: str) -> None:
+    """Refuse scores of usable rows that are not finite.
+
+    Raises:
+        NonFiniteError: one is not.
+    """
+    if bool((usable & ~torch.isfinite(scores)).any()):
         raise NonFiniteError(
-            f"a score of rows {shards[0].start} to {shards[0].start + shards[0].count - 1} beyond what float32 holds",
+            f"a {name} beyond what float32 holds",
             "products of gradients below 3e38",
             'Pass score="cosine" or "ridge", which compare directions, or leave out rows of such a gradient_norm',
         )
-    return total
 
 
 def _factors(probe: Probe, shard: Shard) -> Float[Tensor, " rows"]:

@@ -14,7 +14,7 @@ from gradsketch.attribution.passes import Each, here
 from gradsketch.attribution.precondition import Preconditioner, fit_preconditioner, held_out_damping
 from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
-from gradsketch.attribution.scan import Probe, RowFilter, Top, rescore, top, tops
+from gradsketch.attribution.scan import Probe, RowFilter, Top, require_held, rescore, top, tops
 from gradsketch.attribution.scores import Kind
 from gradsketch.errors import InputError
 from gradsketch.store import Store
@@ -38,7 +38,8 @@ class Scorer:
     def __init__(self, stores: Sequence[Store], weights: Sequence[float]) -> None:
         stores = [store.snapshot() for store in stores]  # one listing, so that every pass sees the same rows
         self.stores, self.weights, self.rows = stores, weights, stores[0].rows
-        self._fitted: dict[tuple[int, bool, float | str], Preconditioner] = {}
+        self._fitted: dict[tuple[int, bool, float], Preconditioner] = {}
+        self._held_out: dict[bool, float] = {}
 
     def probes(
         self,
@@ -74,6 +75,7 @@ class Scorer:
 
         Raises:
             InputError: the rows are stored as int4 or signs, and a row's product with itself would count the rounding.
+            NonFiniteError: a score beyond what float32 holds.
         """
         dtype = self.stores[0].manifest.dtype
         if dtype in ("int4", "sign"):
@@ -84,6 +86,7 @@ class Scorer:
             )
         began, values = time.perf_counter(), torch.zeros(self.rows, dtype=torch.float32, device="cpu")
         ids, losses = [""] * self.rows, torch.full((self.rows,), torch.nan, dtype=torch.float32, device="cpu")
+        there = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
         for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
             for shard in store:
                 x, at = shard.decoded(), slice(shard.start, shard.start + shard.count)
@@ -91,7 +94,10 @@ class Scorer:
                 values[at] += weight * (x * self._solved(number, x, kind, damping)).sum(dim=-1)
                 if number == 0:
                     ids[at], losses[at] = shard.column("id"), shard.numbers("loss")
-        values = values.where(torch.isfinite(losses), torch.nan)
+                    there[at] = True
+                there[at] &= torch.isfinite(shard.numbers("loss"))  # a row may be left out at one checkpoint alone
+        require_held(values, there, "self-influence")
+        values = values.where(there, torch.nan)
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
 
@@ -105,14 +111,22 @@ class Scorer:
         return preconditioner.solve(q) / preconditioner.rows
 
     def _preconditioner(self, number: int, kind: Kind, damping: float | str, each: Each = here) -> Preconditioner:
-        if isinstance(damping, str) and damping != "auto":
-            raise InputError(f"damping={damping!r}", 'a positive number or "auto"', "Pass damping=1")
+        damping = self._number(kind.unit_length, damping, each)
         key = (number, kind.unit_length, damping)
         if key not in self._fitted:
-            store, unit = self.stores[number], kind.unit_length
-            value = held_out_damping(store, unit_length=unit, each=each) if isinstance(damping, str) else damping
-            self._fitted[key] = fit_preconditioner(store, unit_length=unit, damping=value, each=each)
+            store = self.stores[number]
+            self._fitted[key] = fit_preconditioner(store, unit_length=kind.unit_length, damping=damping, each=each)
         return self._fitted[key]
+
+    def _number(self, unit_length: bool, damping: float | str, each: Each) -> float:
+        """Return a damping as a number: "auto" is that of the last checkpoint, for all, as a result's score says it."""
+        if not isinstance(damping, str):
+            return damping
+        if damping != "auto":
+            raise InputError(f"damping={damping!r}", 'a positive number or "auto"', "Pass damping=1")
+        if unit_length not in self._held_out:
+            self._held_out[unit_length] = held_out_damping(self.stores[-1], unit_length=unit_length, each=each)
+        return self._held_out[unit_length]
 
 
 def both_ends(

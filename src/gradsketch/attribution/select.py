@@ -7,14 +7,17 @@ budget is often filled by copies of one row, so a row whose gradient nearly equa
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
+from scipy.stats import rankdata
 from torch import Tensor
 
 from gradsketch.attribution.parts import digest_of
@@ -55,13 +58,18 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
-        fitting = len(given) == 1 and all(value > 0 for value in given.values()) and (self.share or 0) <= 1
-        if not fitting:
+        if not (len(given) == 1 and all(_is_amount(name, value) for name, value in given.items())):
             raise InputError(
                 f"a budget of {', '.join(f'{n}={v!r}' for n, v in given.items()) or 'nothing'}",
-                "a positive number of rows or tokens, or a share of all rows up to 1",
+                "a positive whole number of rows or tokens, or a share of all rows up to 1",
                 "Pass one of rows=1000, share=0.05 or tokens=100_000",
             )
+
+
+def _is_amount(name: str, value: Any) -> bool:
+    kind = Real if name == "share" else Integral
+    sound = isinstance(value, kind) and not isinstance(value, bool)
+    return sound and 0 < float(value) <= (1 if name == "share" else math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +163,7 @@ def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1, each: 
     """Return every row's score for the targets together; NaN for rows that were left out when the index was built.
 
     "mean" and "max" over the targets ("max" is the least with ``sign=-1``); "rank": the mean place among all rows, from
-    0 (worst) to 1 (best), so that no target with large gradients outvotes the others.
+    0 (worst) to 1 (best), so that no target with large gradients outvotes the others. Rows of one score share a place.
 
     Raises:
         InputError: another aggregate.
@@ -172,8 +180,8 @@ def target_scores(probes: Sequence[Probe], aggregate: str, sign: int = 1, each: 
     ranks, every = torch.zeros(total, dtype=torch.float32, device="cpu"), every_score(probes, each)
     usable = torch.isfinite(every).all(0)
     for scores in every:
-        places = scores[usable].argsort(stable=True).argsort()
-        ranks[usable] += places / max(1, len(places) - 1) / len(every)
+        places = rankdata(scores[usable].numpy()) - 1
+        ranks[usable] += torch.from_numpy(places / max(1, len(places) - 1) / len(every)).float()
     return ranks.where(usable, torch.nan)
 
 
@@ -188,12 +196,12 @@ def _aggregates_of(
 
 
 def chosen_rows(
-    store: Store, values: Float[Tensor, " rows"], budget: Budget, *, alike: float | None, each: Each = here
+    stores: Sequence[Store], values: Float[Tensor, " rows"], budget: Budget, *, alike: float | None, each: Each = here
 ) -> tuple[list[int], int]:
     """Return the rows of largest value within the budget, best first, and how many were passed over as copies.
 
-    A row is a copy where the cosine of its gradient with a chosen one's is above ``alike``. A row that would exceed the
-    budget of tokens is left out, and smaller ones may follow.
+    A row is a copy where the cosine of its gradient with a chosen one's is above ``alike`` at every checkpoint. A row
+    that would exceed the budget of tokens is left out, and smaller ones may follow.
 
     Raises:
         InputError: ``alike`` is out of range, or tokens were not counted when the index was built.
@@ -203,13 +211,13 @@ def chosen_rows(
     usable = torch.isfinite(values)
     order = values.where(usable, -torch.inf).sort(descending=True, stable=True).indices[: int(usable.sum())]
     tokens = (
-        _tokens(store, values, each)
+        _tokens(stores[0], values, each)
         if budget.tokens is not None
         else torch.ones(len(values), dtype=torch.float32, device="cpu")
     )
     limit = budget.tokens or budget.rows or max(1, round((budget.share or 0) * len(order)))
     rows: list[int] = []
-    known, copies, spent = _Copies(store, alike), 0, 0.0
+    known, copies, spent = _Copies(stores, alike), 0, 0.0
     for block in order.split(_COMPARED):
         if spent >= limit:
             break
@@ -229,20 +237,20 @@ def chosen_rows(
 class _Copies:
     """Finds rows whose gradients nearly equal those of chosen ones, block after block of candidates."""
 
-    def __init__(self, store: Store, alike: float | None) -> None:
-        self.store, self.alike = store, alike
-        self._chosen: list[Tensor] = []  # unit-length sketches
+    def __init__(self, stores: Sequence[Store], alike: float | None) -> None:
+        self.stores, self.alike = stores, alike
+        self._chosen: list[Tensor] = []  # unit-length sketches [checkpoints, rows, d]
         self._accepted: list[int] = []  # of the block
-        self._unit = torch.empty(0, store.d, dtype=torch.float32, device="cpu")
+        self._unit = torch.empty(len(stores), 0, 0, dtype=torch.float32, device="cpu")
 
     def begin(self, rows: list[int]) -> None:
         """Take the next block of candidates."""
         if self.alike is None:
             return
         if self._accepted:
-            self._chosen.append(self._unit[self._accepted])
-        self._accepted, self._unit = [], torch.nn.functional.normalize(_sketches(self.store, rows), dim=1)
-        alike = [(self._unit @ part.T).amax(1) > self.alike for part in self._chosen]
+            self._chosen.append(self._unit[:, self._accepted])
+        self._accepted, self._unit = [], _directions(torch.stack([_sketches(store, rows) for store in self.stores]))
+        alike = [(self._unit @ part.mT).amin(0).amax(1) > self.alike for part in self._chosen]
         self._copy = torch.stack(alike).any(0) if alike else torch.zeros(len(rows), dtype=torch.bool, device="cpu")
 
     def accepts(self, position: int) -> bool:
@@ -251,7 +259,7 @@ class _Copies:
             return True
         if bool(self._copy[position]):
             return False
-        self._copy |= self._unit @ self._unit[position] > self.alike
+        self._copy |= (self._unit @ self._unit[:, position, :, None]).amin(0)[:, 0] > self.alike
         self._accepted.append(position)
         return True
 
@@ -271,6 +279,12 @@ def _sketches(store: Store, rows: list[int]) -> Float[Tensor, "rows d"]:
     for shard, positions, places in store.by_shard(rows):
         out[positions] = shard.decoded(places)
     return out
+
+
+def _directions(sketches: Float[Tensor, "checkpoints rows d"]) -> Float[Tensor, "checkpoints rows _"]:
+    """Return unit-length sketches; of several checkpoints those that are zero are alike, for they tell nothing."""
+    unit: Tensor = torch.nn.functional.normalize(sketches, dim=2)
+    return unit if len(unit) == 1 else torch.cat([unit, (unit == 0).all(2, keepdim=True).float()], dim=2)
 
 
 def _tokens(store: Store, values: Float[Tensor, " rows"], each: Each) -> Float[Tensor, " rows"]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradsketch.as_found import evaluating
 from gradsketch.dimension.generation import greedy
@@ -38,6 +38,7 @@ class Accuracy:
 
     Raises:
         InputError: when called, batches without labels, labels that are no classes of the model, or none that counts.
+        NonFiniteError: when called, a logit is NaN: the most likely class would be the first of these.
 
     Example:
         >>> data = [(torch.ones(2), 1), (-torch.ones(2), 0)]
@@ -58,6 +59,7 @@ class Accuracy:
             for batch in _on_device_of(model, self.batches):
                 logits, labels = self.task.predictions(model, batch)
                 check_ids(labels, logits.shape[-1], "label")
+                _refuse_nan(logits, labels)
                 right += int((logits.argmax(-1) == labels).sum())
                 total += int((labels != IGNORED).sum())
         if not total:
@@ -239,6 +241,15 @@ def evaluated(metric: Metric, model: nn.Module, where: str) -> float:
 def _on_device_of(model: nn.Module, batches: Batches) -> Iterator[Any]:
     device = next(model.parameters()).device
     return (to_device(batch, device) for batch in batches)
+
+
+def _refuse_nan(logits: Tensor, labels: Tensor) -> None:
+    if bool((logits.isnan().any(-1) & (labels != IGNORED)).any()):
+        raise NonFiniteError(
+            "logits that are NaN, of which none is the largest",
+            "numbers",
+            "Look at the weights: a training that diverged leaves NaN",
+        )
 
 
 def _prompt_and_answer(example: Any) -> tuple[str, str]:

@@ -196,7 +196,8 @@ class IntrinsicDimension(Result):
                 f"best {best.value:.4g} at d = {best.d:,} after {best.step} steps ({cost}){self._fall()}"
             )
         if not any(s.d for s in self.searches):
-            return f"d = 0: the target {self.target:.4g} was met before any training ({self._values(0)})"
+            if_lower = "" if self.lower_is_better else "; if lower is better, set evaluate.lower_is_better = True"
+            return f"d = 0: the target {self.target:.4g} was met before any training ({self._values(0)}){if_lower}"
         low, high = self.interval
         share = f"{100 * self.d / self.n:.2g} % of n = {self.n:,} ({cost})"
         if self.conclusive:

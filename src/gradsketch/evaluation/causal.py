@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from gradsketch.errors import InputError
 from gradsketch.evaluation.retraining import Measure, Train, retrained_losses
+from gradsketch.places import as_places
 from gradsketch.random import Stream
 from gradsketch.report.numbers import groups_figure
 from gradsketch.results import Result
@@ -29,8 +31,8 @@ __all__ = ["Removal", "removal_check"]
 class Removal(Result):
     """Each query's loss under the model trained on everything, without its found rows, and without random ones.
 
-    The three are ``before``, ``after`` and, for each of r draws of rows, ``random``. ``removed`` counts the rows found
-    for each query, ``models`` the models that were trained.
+    The three are ``before``, ``after`` and, for each of r draws of as many rows, ``random``. ``removed`` counts the
+    rows found for each query, ``models`` the models that were trained.
     ``value`` is the rise of the loss when the found rows go, beyond the rise when as many random rows go, averaged
     over queries; ``standard_error`` takes the queries as a sample (of one query: the spread of the random removals).
     """
@@ -72,10 +74,11 @@ def removal_check(
 
     Args:
         train: from rows to a trained model; give it the same seed each time.
-        measure: from a model to the queries' losses ``[q]``.
+        measure: from a model, which is in evaluation mode, to the queries' losses ``[q]``.
         n: number of training rows.
         found: for each query the rows to remove, such as ``[[hit.row for hit in query] for query in hits]``.
-        controls: how many times as many random rows are removed instead, for comparison; at least two.
+        controls: how many times as many random rows are removed instead, for comparison; at least two. Queries of
+            several lengths have controls of several lengths, each of which is a model more.
         seed: of the random rows.
 
     Example:
@@ -94,12 +97,13 @@ def removal_check(
         NonFiniteError: a loss is not a finite number.
     """
     start = time.perf_counter()
-    groups = [frozenset(rows) for rows in found]
+    groups = [frozenset(as_places(rows, n, f"query {i}: row")) for i, rows in enumerate(found)]
     _check(groups, n, controls)
-    size = max(map(len, groups))
-    others = [frozenset(Stream(seed, "control", str(j)).permutation(n)[:size].tolist()) for j in range(controls)]
+    drawn = [Stream(seed, "control", str(j)).permutation(n).tolist() for j in range(controls)]
+    # As many as were found for the query: a query of few rows is not held against the loss of many.
+    others = [[frozenset(order[: len(group)]) for group in groups] for order in drawn]
     losses = {}
-    plan = list(dict.fromkeys([frozenset[int](), *groups, *others]))
+    plan = list(dict.fromkeys([frozenset[int](), *groups, *(group for draw in others for group in draw)]))
     for gone in tqdm(plan, desc="retraining", unit="model", disable=None):
         rows = [row for row in range(n) if row not in gone]
         losses[gone] = retrained_losses(train, measure, rows, f"{n - len(gone)} of {n} rows")
@@ -111,7 +115,7 @@ def removal_check(
             "Measure the queries that were asked",
         )
     after = torch.stack([losses[group][i] for i, group in enumerate(groups)])
-    random = torch.stack([losses[group] for group in others])
+    random = torch.stack([torch.stack([losses[group][i] for i, group in enumerate(draw)]) for draw in others])
     value, error = _rise(after, random)
     return Removal(before, after, random, value, error, tuple(map(len, groups)), len(plan), time.perf_counter() - start)
 
@@ -125,14 +129,13 @@ def _rise(after: Float[Tensor, " q"], random: Float[Tensor, "r q"]) -> tuple[flo
 
 def _check(groups: list[frozenset[int]], n: int, controls: int) -> None:
     for i, group in enumerate(groups):
-        if not 0 < len(group) < n or min(group) < 0 or max(group) >= n:
+        if not 0 < len(group) < n:
             raise InputError(
-                f"query {i} with {len(group)} rows to remove"
-                + (f", from {min(group)} to {max(group)}" if group else ""),
+                f"query {i} with {len(group)} rows to remove",
                 f"at least one row and not all, from 0 to {n - 1}",
                 "Pass [[hit.row for hit in query] for query in hits]",
             )
-    if not groups or controls < 2:
+    if not groups or not isinstance(controls, Integral) or controls < 2:
         raise InputError(
-            f"{len(groups)} queries and {controls} controls", "at least one query and two controls", "Type controls=3"
+            f"{len(groups)} queries and {controls!r} controls", "at least one query and two controls", "Type controls=3"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["LinearDatamodelingScore", "linear_datamodeling_score"]
 
 _RESAMPLES = 200
+_ENOUGH = 0.9  # of the draws must have a correlation
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class LinearDatamodelingScore(Result):
 
     ``per_query`` has each query's, over ``subsets`` models.
     ``standard_error`` is that of a bootstrap over both queries and subsets (200 draws), which are shared by all
-    queries. ``seconds`` is what the retraining took.
+    queries; NaN for fewer than four subsets. ``seconds`` is what the retraining took.
     """
 
     value: float
@@ -104,13 +107,15 @@ def linear_datamodeling_score(
     stream = Stream(seed, "lds bootstrap")
     subsets = stream.child("subsets").integers(0, _RESAMPLES * m, m).view(_RESAMPLES, m).numpy()
     queries = stream.child("queries").integers(0, _RESAMPLES * q, q).view(_RESAMPLES, q).numpy()
-    draws = [
-        np.nanmean(_spearman(predicted[rows], actual[rows])[columns])
-        for rows, columns in zip(subsets, queries, strict=True)
-    ]
-    return LinearDatamodelingScore(
-        float(per_query.mean()), float(np.std(draws, ddof=1)), tuple(per_query.tolist()), m, retrainings.seconds
-    )
+    draws = [_spearman(predicted[rows], actual[rows])[columns] for rows, columns in zip(subsets, queries, strict=True)]
+    error = _spread(draws)
+    return LinearDatamodelingScore(float(per_query.mean()), error, tuple(per_query.tolist()), m, retrainings.seconds)
+
+
+def _spread(draws: Sequence[np.ndarray]) -> float:
+    """Return the standard deviation of the draws' means; NaN where too many drew one subset alone."""
+    means = [np.nanmean(values) for values in draws if np.isfinite(values).any()]
+    return float(np.std(means, ddof=1)) if len(means) > _ENOUGH * len(draws) else math.nan
 
 
 def _predicted(kept: Bool[Tensor, "m n"], scores: Float[Tensor, "q n"]) -> np.ndarray:

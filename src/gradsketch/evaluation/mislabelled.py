@@ -25,7 +25,8 @@ __all__ = ["AreaUnderCurve", "Mislabelled", "mislabelled_auc"]
 class AreaUnderCurve:
     """The chance that a wrong label is ranked above a right one, with its standard error.
 
-    ``precision`` is the share of wrong labels among as many examples as there are wrong labels, most suspicious first.
+    ``precision`` is the share of wrong labels among as many examples as there are wrong labels, most suspicious first;
+    of examples that are equally suspicious at the end of that list, the mean over their orders.
     """
 
     value: float
@@ -87,6 +88,9 @@ def mislabelled_auc(
     Raises:
         InputError: fewer than two wrong or two right labels, a value that is not a number, or tensors of other shapes.
     """
+    if not all(isinstance(values, Tensor) for values in (suspicion, loss, wrong)):
+        kinds = ", ".join(type(values).__name__ for values in (suspicion, loss, wrong))
+        raise InputError(f"suspicion, loss and wrong of types {kinds}", "three tensors", "Type torch.as_tensor(...)")
     if wrong.dtype != torch.bool or not suspicion.shape == loss.shape == wrong.shape == (len(wrong),):
         raise InputError(
             f"suspicion, loss and wrong of shapes {list(suspicion.shape)}, {list(loss.shape)} and {list(wrong.shape)}, "
@@ -130,5 +134,10 @@ def _standard_error(above: Tensor, below: Tensor) -> float:
 
 
 def _precision(values: Tensor, wrong: Tensor) -> float:
+    """Return the precision; a tie is shared out, because the order of the data is no suspicion."""
+    values, wrong = values.detach().cpu(), wrong.cpu()
     count = int(wrong.sum())
-    return float(wrong.cpu()[values.detach().cpu().argsort(descending=True, stable=True)[:count]].double().mean())
+    last = values.sort(descending=True).values[count - 1]
+    above, tied = values > last, values == last
+    room = (count - int(above.sum())) / int(tied.sum())
+    return (int((wrong & above).sum()) + room * int((wrong & tied).sum())) / count

@@ -29,6 +29,8 @@ __all__ = ["Quality", "check_wanted", "needed_size", "sketch_quality"]
 
 _RESAMPLES = 1000
 _LEVEL = 0.95
+# The variance of exact values, over the mean square of the largest they could be, that float32's rounding explains.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +96,7 @@ def needed_size(exact: Float[Tensor, "b b"], noise: float, pearson: float) -> fl
     exact = exact.double().cpu()
     spread = exact[first, second].var().item()
     scale = (exact.diagonal()[first] * exact.diagonal()[second]).mean().item()
-    return math.inf if spread == 0 else pearson**2 / (1 - pearson**2) * noise**2 * scale / spread
+    return math.inf if spread <= _ROUNDING * scale else pearson**2 / (1 - pearson**2) * noise**2 * scale / spread
 
 
 def check_wanted(pearson: float) -> None:
@@ -126,6 +128,7 @@ class _Pairs:
         self.exact = exact[self.first, self.second]
         self.estimate = (wide @ other.T)[self.first, self.second]
         relative = (self.estimate - self.exact) / (norms[self.first] * norms[self.second])
+        self.least = _ROUNDING * float((norms[self.first] * norms[self.second]).square().mean())
         self.squared_noise = relative.square() * sketches.shape[1]
 
     def statistics(self, counts: Float[Tensor, "draws b"]) -> tuple[Tensor, Tensor]:
@@ -137,7 +140,8 @@ class _Pairs:
         x, y = self.exact - self.exact.mean(), self.estimate - self.estimate.mean()
         covariance = weights @ (x * y) - (weights @ x) * (weights @ y)
         variances = [(weights @ z.square() - (weights @ z).square()).clamp(min=0) for z in (x, y)]
-        return noise, covariance / (variances[0] * variances[1]).sqrt()
+        spread = variances[0].where(variances[0] > self.least, torch.nan)  # what differs by rounding is equal
+        return noise, covariance / (spread * variances[1]).sqrt()
 
 
 def _resamples(examples: int) -> Float[Tensor, "draws b"]:

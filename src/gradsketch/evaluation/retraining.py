@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gradsketch.as_found import evaluating
 from gradsketch.durable import read_record, require_same, write_record
 from gradsketch.errors import InputError, NonFiniteError
 from gradsketch.gradients.fingerprints import code_digest
@@ -28,7 +32,7 @@ __all__ = ["Measure", "Retrainings", "Train", "retrain_on_subsets", "retrained_l
 
 # From the rows to train on, in increasing order, to a trained model: the same rows must give the same model.
 Train = Callable[[list[int]], nn.Module]
-# From a model to the loss of each query, [q].
+# From a model, in evaluation mode, to the loss of each query, [q].
 Measure = Callable[[nn.Module], Float[Tensor, " q"]]
 
 
@@ -74,7 +78,7 @@ def retrain_on_subsets(
 
     Args:
         train: from rows to a trained model; give it the same seed each time.
-        measure: from a model to the queries' losses ``[q]``.
+        measure: from a model, which is in evaluation mode, to the queries' losses ``[q]``.
         n: number of training rows.
         subsets: how many models; the error of a score shrinks like 1/√subsets.
         fraction: share of the rows in each subset.
@@ -94,12 +98,12 @@ def retrain_on_subsets(
         torch.Size([5, 3])
 
     Raises:
-        InputError: fewer than two subsets, or subsets that are empty or everything.
+        InputError: fewer than two subsets, or subsets that are empty or everything; losses that are not one a query.
         NonFiniteError: a loss is not a finite number.
         FingerprintError: the file holds subsets that were drawn otherwise, or what other code made of them.
     """
-    size = round(fraction * n)
-    if not 0 < size < n or subsets < 2:
+    size = round(fraction * n) if math.isfinite(fraction) else 0
+    if not 0 < size < n or not isinstance(subsets, Integral) or subsets < 2:
         raise InputError(
             f"{subsets} subsets of {size} of {n} rows",
             "at least 2 subsets, each smaller than the data and not empty",
@@ -110,7 +114,7 @@ def retrain_on_subsets(
     decides = {"train": code_digest(train), "measure": code_digest(measure)}
     log = _Log(path, {"n": n, "fraction": fraction, "seed": seed, **decides})
     for j in tqdm(range(len(log.losses), subsets), desc="retraining", unit="model", disable=None):
-        log.append(retrained_losses(train, measure, drawn[j].tolist(), f"subset {j}").tolist())
+        log.append(retrained_losses(train, measure, drawn[j].tolist(), f"subset {j}").tolist(), j)
     kept = torch.zeros(subsets, n, dtype=torch.bool, device="cpu")
     for j, rows in enumerate(drawn):
         kept[j, rows] = True
@@ -121,12 +125,23 @@ def retrain_on_subsets(
 def retrained_losses(train: Train, measure: Measure, rows: Sequence[int], name: str) -> Float[Tensor, " q"]:
     """Return the queries' losses under a model trained on ``rows``, in float64 on the CPU.
 
+    The model is in evaluation mode while it is asked, so that no dropout stands between two models.
+
     Raises:
+        InputError: what was measured is not one number a query.
         NonFiniteError: one is not finite; ``name`` says of which model.
     """
     model = train(list(rows))
-    with torch.no_grad():
-        losses = measure(model).detach().double().cpu()
+    with torch.no_grad(), evaluating(model) if isinstance(model, nn.Module) else nullcontext():
+        came = measure(model)
+    if not isinstance(came, Tensor) or came.ndim != 1 or not len(came) or came.is_complex():
+        shape = f" of {came.dtype}, {list(came.shape)}" if isinstance(came, Tensor) else ""
+        raise InputError(
+            f"losses of type {type(came).__name__}{shape} under the model of {name}",
+            "a tensor of one loss a query, [q]",
+            "Return torch.stack of the queries' losses",
+        )
+    losses = came.detach().double().cpu()
     if not torch.isfinite(losses).all():
         raise NonFiniteError(
             f"the loss of query {int((~torch.isfinite(losses)).nonzero()[0])} under the model of {name} is not finite",
@@ -147,7 +162,14 @@ class _Log:
             self.losses = stored.pop("losses", [])
             require_same(facts, stored, self.path)
 
-    def append(self, losses: list[float]) -> None:
+    def append(self, losses: list[float], subset: int) -> None:
+        if self.losses and len(losses) != len(self.losses[0]):
+            kept = "" if self.path is None else f", or take another file than {self.path}"
+            raise InputError(
+                f"losses of {len(losses)} queries under the model of subset {subset}",
+                f"of {len(self.losses[0])}, as under those before it",
+                f"Measure the same queries under every model{kept}",
+            )
         self.losses.append(losses)
         if self.path is not None:
             write_record(self.path, {**self.facts, "losses": self.losses})

@@ -19,10 +19,21 @@ from torch import Tensor, nn
 
 from gradsketch.fsdp import at_rest, class_of, whole
 from gradsketch.gradients.data import Batches
+from gradsketch.gradients.parameters import bare
 from gradsketch.gradients.tasks import Function, Task
 from gradsketch.stand_ins import read_instead
+from gradsketch.walks import modules_of
 
-__all__ = ["canonical", "code_digest", "data_facts", "digest", "model_facts", "modes_digest", "task_facts"]
+__all__ = [
+    "canonical",
+    "code_digest",
+    "data_facts",
+    "digest",
+    "model_facts",
+    "modes_digest",
+    "settings_of",
+    "task_facts",
+]
 
 _JSON_SCALARS = frozenset({bool, int, float, str, type(None)})
 
@@ -39,6 +50,26 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         hashed.update(f"{name}{value.dtype}{list(value.shape)}".encode())
         hashed.update(value.view(-1).view(torch.uint8).numpy().data)
     return {"class": class_of(model).__name__, "weights": hashed.hexdigest()[:16]}
+
+
+def settings_of(model: nn.Module) -> dict[str, str]:
+    """Return, for each Python attribute of the modules that is a number, a hash of its values in all of them.
+
+    A temperature or a scale decides losses and stands in no tensor. Rates of dropout do not count, for they decide
+    nothing in evaluation mode.
+    """
+    found: dict[str, list[Any]] = {}
+    for place, module in enumerate(modules_of(bare(model))):
+        kind = type(module).__name__
+        for name, value in vars(module).items():
+            if not name.startswith("_") and "drop" not in f"{name} {kind}".lower() and _is_number(value):
+                found.setdefault(name, []).append([place, value])
+    return {name: digest(values) for name, values in sorted(found.items())}
+
+
+def _is_number(value: Any) -> bool:
+    values = list(value.values()) if isinstance(value, Mapping) else [value]
+    return bool(values) and all(type(each) in (int, float) for each in values)
 
 
 def modes_digest(model: nn.Module) -> str:
