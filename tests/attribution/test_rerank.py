@@ -138,9 +138,14 @@ def test_products_that_are_wrong_are_told(tmp_path, monkeypatch):
     def wrong(self, out, name, left, right_side):
         right(self, out, name, 1.02 * left, right_side)
 
+    index, model = build(tmp_path), toys.TinyLM()
+    index.query(model, QUESTIONS, k=2, rerank=N)
     monkeypatch.setattr(Directions, "add_outer", wrong)
+    # Products of this kind were held against whole gradients above; now one row is, at every question.
     with pytest.warns(GradsketchWarning, match="row 0: its products with whole gradients are off by"):
-        build(tmp_path).query(toys.TinyLM(), QUESTIONS, k=2, rerank=N)
+        index.query(model, QUESTIONS, k=2, rerank=N)
+    with pytest.raises(InputError, match="rows that differ"):
+        index.query(toys.TinyLM(), QUESTIONS, k=2, rerank=N)
 
 
 def test_an_inverse_that_did_not_settle_is_told(tmp_path):
