@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from gradsketch.lockstep import Lockstep
 
-__all__ = ["Share", "Space", "dot", "gathered", "length", "scattered"]
+__all__ = ["Share", "Space", "dot", "gathered", "scattered"]
 
 # Single-precision sums stay this short; longer ones are added up in double precision.
 _PIECE, _PIECE_GPU = 1 << 16, 1 << 22
@@ -26,13 +26,8 @@ def dot(a: Float[Tensor, " m"], b: Float[Tensor, " m"]) -> float:
     return float(torch.stack(products).sum(dtype=torch.float64))
 
 
-def length(a: Float[Tensor, "*m"]) -> float:
-    """Return ‖a‖, computed in double precision without a copy: of vectors so short that their squares are no floats."""
-    return float(_length(a))
-
-
-def _length(a: Tensor) -> Tensor:
-    # torch computes in another dtype by a copy; that of a piece is small.
+def _length(a: Float[Tensor, "*m"]) -> Float64[Tensor, ""]:
+    # In pieces, for torch computes in another dtype by a copy.
     pieces = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in a.reshape(-1).split(_PIECE_GPU)]
     total: Tensor = torch.linalg.vector_norm(torch.stack(pieces))
     return total
@@ -142,8 +137,8 @@ class Space:
         return math.sqrt(self.dot(a, a))
 
     def length(self, a: Float[Tensor, "*m"]) -> float:
-        """Return ‖a‖, computed in double precision."""
-        own = length(a)
+        """Return ‖a‖, computed in double precision: of vectors so short that their squares are no floats."""
+        own = float(_length(a))
         return math.sqrt(self.ranks.sum(own * own)) if self.is_shared else own
 
     def lengths(self, parts: Sequence[Tensor]) -> list[float]:

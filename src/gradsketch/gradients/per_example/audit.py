@@ -127,9 +127,9 @@ class Audit:
         makes longer as it makes their sum.
         """
         assert self.row is not None
-        rows, weights, row = values.double().cpu(), self.weights.cpu(), self.row.double()
-        gap, length = float((weights @ rows - row).norm()), float(row.norm())
-        scale = float((weights.abs() * rows.norm(dim=1)).sum()) + length
+        weights, row = self.weights.to(values), self.row.double()
+        gap, length = float(((weights @ values).cpu().double() - row).norm()), float(row.norm())
+        scale = float((weights.abs() * values.norm(dim=1)).sum()) + length
         gradient = math.hypot(*(float(part.double().norm()) for part in seen.values()))
         terms = _ratio(sum(self._magnitudes.values()), gradient) * length
         room = tolerance(dtype) * scale + _TERM_ROUNDINGS * torch.finfo(dtype).eps * terms
