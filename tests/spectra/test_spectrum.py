@@ -286,6 +286,17 @@ def test_small_sketches_find_no_ghosts_and_give_shares(d, seed):
     assert 0 <= result.gradient_in_outliers <= 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_gradient_among_outliers_lies_in_them_once(seed):
+    """Each length comes from a sketch of 64 numbers, so that the shares of a half each may sum to more than all."""
+    values, gradient = torch.full((400,), 0.01), torch.zeros(400)
+    values[:2], gradient[:2] = torch.tensor([2.0, 1.0]), 1.0
+    result = gs.spectrum(
+        Diagonal(values), 2, method="sketched-basis", sketch=64, steps=20, seed=seed, gradient=gradient
+    )
+    assert 0.5 < result.gradient_in_outliers <= 1
+
+
 def test_a_gradient_that_is_zero_is_said_and_left_out():
     result = gs.spectrum(Diagonal(torch.rand(50)), 2, gradient=torch.zeros(50))
     assert result.gradient_in_outliers is None

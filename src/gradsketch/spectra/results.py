@@ -185,9 +185,13 @@ class Spectrum(Result):
 
     @property
     def gradient_in_outliers(self) -> float | None:
-        """Share of the gradient's squared norm inside the outliers' eigenspace, where a gradient was given."""
+        """Share of the gradient's squared norm inside the outliers' eigenspace, where a gradient was given.
+
+        Lengths of eigenvectors that are known from sketches are off by some 1/√d, so that shares may sum to more than
+        all; it is 1 then.
+        """
         shares = [e.gradient_share for e in self.positive[: self.outliers]]
-        return None if None in shares or not shares else float(sum(s for s in shares if s is not None))
+        return None if None in shares or not shares else min(1.0, float(sum(s for s in shares if s is not None)))
 
     def summary(self) -> str:
         top = f"largest {self.positive[0].value:.4g}, " if self.positive else ""
