@@ -393,13 +393,11 @@ def _unlucky(*_: Any) -> torch.Tensor:
 
 def a_share_that_is_lost(here: bool) -> None:
     """Every rank sketches some of the parameters: what one of them loses is missing from the sum."""
-    plain, model = gs.BlockSum.add_outer, split()
-    try:
+    model = split()
+    with pytest.MonkeyPatch.context() as patch:
         if here:
-            gs.BlockSum.add_outer = lambda *_: None
+            patch.setattr(gs.BlockSum, "add_outer", lambda *_: None)
         refused("rows that differ", lambda: gs.sketch_gradients(model, losses, BATCH, sketch(model)))
-    finally:
-        gs.BlockSum.add_outer = plain
 
 
 def _fail(here: bool, *_: Any) -> None:
@@ -408,14 +406,12 @@ def _fail(here: bool, *_: Any) -> None:
 
 
 def while_sketching(here: bool) -> None:
-    plain, model = gs.BlockSum.add_outer, split()
-    try:
+    model = split()
+    with pytest.MonkeyPatch.context() as patch:
         if here:
-            gs.BlockSum.add_outer = lambda *_: _fail(here)
+            patch.setattr(gs.BlockSum, "add_outer", lambda *_: _fail(here))
         with pytest.raises((OSError, RuntimeError), match="out of luck"):
             gs.sketch_gradients(model, losses, BATCH, sketch(model))
-    finally:
-        gs.BlockSum.add_outer = plain
 
 
 def indexes(folder: Path) -> None:
