@@ -64,6 +64,8 @@ class SpectrumOptions:
     """Most Hessian-vector products."""
     tolerance: float = 1e-3
     """Relative residual of a settled eigenvalue."""
+    scratch: Path | None = None
+    """Folder for the Krylov vectors, a byte a number, where they are too long for memory: no product goes to copies."""
     density: bool = False
     """Estimate the density of all eigenvalues too, into --out (160 products more)."""
     seed: int = 0
@@ -162,7 +164,7 @@ def _operator(options: SpectrumOptions, data: list[Any]) -> tuple[LinearMap, Any
 
 
 def _solver(options: SpectrumOptions) -> dict[str, Any]:
-    names = ("which", "method", "steps", "tolerance", "seed")
+    names = ("which", "method", "steps", "tolerance", "seed", "scratch")
     return {name: getattr(options, name) for name in names} | {"sketch": options.d}
 
 

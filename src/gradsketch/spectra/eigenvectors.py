@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from gradsketch.errors import GradsketchError, InputError
 from gradsketch.linear_map import LinearMap
 from gradsketch.lockstep import in_step
 from gradsketch.sketches.affd import AFFD
+from gradsketch.spectra.krylov import Forgetful
+from gradsketch.spectra.lanczos import Lanczos
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Spectrum
 from gradsketch.spectra.resume import RunFile
-from gradsketch.spectra.solve import Run, checked_gradient, start
+from gradsketch.spectra.scratch import check_scratch
+from gradsketch.spectra.solve import Run, checked_gradient, sketched_basis, start
 
 __all__ = ["eigenvectors"]
 
@@ -26,12 +30,18 @@ _LEAST_COSINE = 0.9
 
 @in_step
 def eigenvectors(
-    operator: LinearMap, result: Spectrum, *, first: int | None = None, gradient: Float[Tensor, " n"] | None = None
+    operator: LinearMap,
+    result: Spectrum,
+    *,
+    first: int | None = None,
+    gradient: Float[Tensor, " n"] | None = None,
+    scratch: str | Path | None = None,
 ) -> Float[Tensor, "r n"]:
     """Return unit eigenvectors of the ``first`` eigenvalues asked for (default: all), in the order of ``values``.
 
     Repeats the ``result.steps`` products of the run, holds r + 3 vectors (the basis for the route "full") and compares
-    each vector with its stored sketch. ``gradient`` is the one that the run was given: it began there.
+    each vector with its stored sketch. ``gradient`` is the one that the run was given: it began there. ``scratch`` is a
+    folder for the Krylov vectors, where the run had one.
 
     Example:
         >>> model, task = torch.nn.Linear(20, 2), gs.Classification()
@@ -54,12 +64,14 @@ def eigenvectors(
         )
     _check_gradient(result, gradient)
     places = [result.eigenvalues.index(e) for e in result.asked[:first]]
-    plan = _plan(operator, result)
+    plan = _plan(operator, result, scratch)
     gradient = checked_gradient(gradient, plan)
     if result.method == "full":
         out = _search_again(plan, gradient, [result.columns[p] for p in places])
     else:
-        out = _combine_again(plan.operator, result, start(plan, gradient), places)
+        basis = Forgetful() if plan.scratch is None else sketched_basis(plan, None)
+        lanczos = Lanczos(plan.operator, basis, start(plan, gradient), plan.seed)
+        out = _combine_again(lanczos, result, places)
     for row in out:
         row.div_(plan.space.norm(row))
     out = torch.stack([plan.space.whole(row) for row in out]) if plan.space.is_shared else out
@@ -73,9 +85,17 @@ def _check_gradient(result: Spectrum, gradient: Tensor | None) -> None:
         raise InputError("no gradient for a spectrum that was given one", "the same gradient", "Type gradient=g")
 
 
-def _plan(operator: LinearMap, result: Spectrum) -> Plan:
+def _plan(operator: LinearMap, result: Spectrum, scratch: str | Path | None) -> Plan:
     plan = make_plan(operator, result.k, result.which, "full", None, None, result.tolerance, 0, result.seed)
-    return replace(plan, steps=result.steps, room=result.room)
+    plan = replace(plan, steps=result.steps, room=result.room)
+    if not result.disk_bytes:
+        return plan
+    if scratch is None:
+        raise InputError(
+            "no scratch folder for a spectrum whose Krylov vectors were kept in one", "a folder", "Type scratch='/tmp'"
+        )
+    check_scratch(scratch, result.steps, plan.space)
+    return replace(plan, scratch=Path(scratch))
 
 
 def _search_again(plan: Plan, gradient: Float[Tensor, " n"] | None, columns: list[int]) -> Float[Tensor, "r n"]:
@@ -84,23 +104,15 @@ def _search_again(plan: Plan, gradient: Float[Tensor, " n"] | None, columns: lis
     return run.lanczos.basis.combine(torch.from_numpy(np.ascontiguousarray(pairs.coefficients[:, columns])))
 
 
-def _combine_again(
-    operator: LinearMap, result: Spectrum, q: Float[Tensor, " n"], places: list[int]
-) -> Float[Tensor, "r n"]:
+def _combine_again(lanczos: Lanczos, result: Spectrum, places: list[int]) -> Float[Tensor, "r n"]:
     _, vectors = eigh_tridiagonal(np.array(result.alphas), np.array(result.betas[:-1]))
     coefficients = vectors[:, [result.columns[p] for p in places]]
-    out = q.new_zeros(coefficients.shape[1], len(q))
-    previous: Tensor | None = None
+    out = lanczos.q.new_zeros(coefficients.shape[1], len(lanczos.q))
     for j in range(result.steps):
         for row, weight in zip(out, coefficients[j], strict=True):
-            row.add_(q, alpha=float(weight))
-        if j + 1 == result.steps:
-            break
-        w = operator(q)
-        if previous is not None:
-            w.sub_(previous, alpha=result.betas[j - 1])
-        w.sub_(q, alpha=result.alphas[j]).div_(result.betas[j])
-        previous, q = q, w
+            row.add_(lanczos.q, alpha=float(weight))
+        if j + 1 < result.steps:
+            lanczos.step()
     return out
 
 

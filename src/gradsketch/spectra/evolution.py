@@ -21,6 +21,7 @@ from gradsketch.report.spectrum import evolution_figure
 from gradsketch.results import Result
 from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import OUTLIER, Spectrum
+from gradsketch.spectra.scratch import kept_file
 from gradsketch.spectra.solve import checked_gradient, require_same_map, spectrum
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def _one(step: int, point: Point, k: int, folder: Path | None, options: Mapping[
     result = spectrum(operator, k, gradient=gradient, resume=running, **options)
     write_record(path, {"facts": facts, "spectrum": json.loads(result.to_json())})
     running.unlink(missing_ok=True)
+    if options.get("scratch") is not None:
+        kept_file(options["scratch"], running).unlink(missing_ok=True)
     return result
 
 
@@ -182,7 +185,7 @@ def _planned(
 
 
 _DEFAULTS = {name: p.default for name, p in signature(spectrum).parameters.items() if p.default is not p.empty}
-_PLANNED = ("which", "method", "sketch", "steps", "tolerance", "memory", "seed")
+_PLANNED = ("which", "method", "sketch", "steps", "tolerance", "memory", "seed", "scratch")
 
 
 def plan_for(operator: LinearMap, k: int, options: Mapping[str, Any]) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -81,6 +82,18 @@ class KrylovBasis(ABC):
 
     def __init__(self) -> None:
         self.rows = GrowingMatrix()
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes kept on disk."""
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``restore`` needs besides the rows."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what an earlier run kept besides the rows."""
 
     @abstractmethod
     def append(self, q: Float[Tensor, " n"]) -> None:

@@ -162,6 +162,7 @@ class Lanczos(Steps):
             "q": self.q,
             "previous": self.previous,
             "rows": self.basis.rows.blocks(),
+            "basis": self.basis.state(),
             "alphas": list(self.alphas),
             "betas": list(self.betas),
             "drifts": list(self.drifts),
@@ -176,3 +177,4 @@ class Lanczos(Steps):
         self.closed = state["closed"]
         for row in (row for block in state["rows"] for row in block):
             self.basis.rows.append(row.to(device) if self.basis.is_orthogonal else row)
+        self.basis.restore(state.get("basis", {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import matmul
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from gradsketch.sketches.base import Sketch
 from gradsketch.sketches.block_sum import BlockSum
 from gradsketch.space import Space
 from gradsketch.spectra.results import Method, Which
+from gradsketch.spectra.scratch import check_scratch
 
 __all__ = ["Identity", "Plan", "check_operator", "home", "make_plan"]
 
@@ -63,6 +65,7 @@ class Plan:
     seed: int
     dtype: torch.dtype
     device: torch.device
+    scratch: Path | None = None
 
     @property
     def wanted(self) -> int:
@@ -84,8 +87,10 @@ class Plan:
         return {**dict(zip(names, values, strict=True)), **self._held(), **self.inner.facts()}
 
     def _held(self) -> dict[str, Any]:
-        """Return what decides the restarts: how many vectors are held and which are kept."""
-        return {} if self.method == "sketched-basis" else {"room": self.room, "which": self.which}
+        """Return what decides the course: the vectors held and which of them restarts keep, or those on disk."""
+        if self.method != "sketched-basis":
+            return {"room": self.room, "which": self.which}
+        return {} if self.scratch is None else {"orthogonalized": True}
 
     def request(self) -> dict[str, Any]:
         """Return what is asked for."""
@@ -102,6 +107,7 @@ def make_plan(
     tolerance: float,
     memory: int,
     seed: int,
+    scratch: str | Path | None = None,
 ) -> Plan:
     """Return the plan for ``spectrum``'s arguments.
 
@@ -117,10 +123,11 @@ def make_plan(
     if split is not None:
         return _of_sketched(plan, *split, method)
     fit = memory // (operator.shared().space.most * dtype.itemsize)
-    method, reason = _choose(plan, fit) if method == "auto" else (method, "as asked")
+    method, reason = _choose(plan, fit, scratch) if method == "auto" else (method, "as asked")
     if method == "full":
         plan = _with_room(plan, fit, most if steps else _COPIES * most)
-    return _finish(replace(plan, reason=reason), method, sketch)
+    plan = _finish(replace(plan, reason=reason), method, sketch)
+    return plan if scratch is None else _with_scratch(plan, Path(scratch))
 
 
 def split_sketched(operator: LinearMap) -> tuple[Sketch, LinearMap] | None:
@@ -141,11 +148,20 @@ def _with_room(plan: Plan, fit: int, steps: int) -> Plan:
     return replace(plan, steps=steps, room=min(max(fit, _least_room(plan)), steps))
 
 
-def _choose(plan: Plan, fit: int) -> tuple[Method, str]:
+def _with_scratch(plan: Plan, scratch: Path) -> Plan:
+    if plan.method != "sketched-basis":
+        return plan
+    check_scratch(scratch, plan.steps, plan.space)
+    return replace(plan, scratch=scratch)
+
+
+def _choose(plan: Plan, fit: int, scratch: str | Path | None) -> tuple[Method, str]:
     n, least = plan.operator.n, _least_room(plan)
     if fit >= least:
         return "full", f"{min(fit, n):,} Krylov vectors of n = {n} fit in memory, and {least} are enough"
     why = f"{least} Krylov vectors of n = {n} would take {least * n * plan.dtype.itemsize / 2**30:.3g} GiB"
+    if scratch is not None:
+        return "sketched-basis", f"{why}; their sketches are kept instead, and a byte a number on disk"
     if plan.k >= _MANY:
         return "sketched-operator", f"{why}, and k = {plan.k} eigenvalues even more products"
     return "sketched-basis", f"{why}; their sketches are kept instead"

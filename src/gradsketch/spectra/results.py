@@ -91,10 +91,10 @@ class Spectrum(Result):
     eigenvalue more than 0.1 % beyond the last one asked for was missed, copies of repeated ones included; None where
     the route cannot count copies, so that a value stands for its eigenspace once. ``hvps`` counts products with the
     operator, ``settled_after`` those until all values asked for had settled, ``room`` the most Krylov vectors held,
-    ``vectors_held`` vectors of length n held at once besides the operator's own, ``copies`` the eigenvalues found again
-    and dropped, ``noise`` how far products are from those of a symmetric map, ``notes`` what a reader should know.
-    ``alphas`` and ``betas`` are the tridiagonal matrix of the recurrence, and ``columns`` those of its eigenvectors
-    that are given: ``eigenvectors`` needs them.
+    ``vectors_held`` vectors of length n held at once besides the operator's own, ``disk_bytes`` those of the vectors
+    kept in a scratch folder, ``copies`` the eigenvalues found again and dropped, ``noise`` how far products are from
+    those of a symmetric map, ``notes`` what a reader should know. ``alphas`` and ``betas`` are the tridiagonal matrix
+    of the recurrence, and ``columns`` those of its eigenvectors that are given: ``eigenvectors`` needs them.
     """
 
     derived = ("r_neg", "outliers", "values")
@@ -127,6 +127,7 @@ class Spectrum(Result):
     betas: tuple[float, ...] = field(repr=False)
     columns: tuple[int, ...] = field(repr=False)
     sketches: Float[Tensor, "r d"] = field(repr=False)
+    disk_bytes: int = 0
 
     @property
     def positive(self) -> tuple[Eigenvalue, ...]:
@@ -208,6 +209,7 @@ class Spectrum(Result):
         lines = [_line(e, share) for e in self.eigenvalues]
         r_neg = f"R_NEG {self.r_neg:.3f}, {self.outliers} outlier(s) above {OUTLIER:.0%} of the largest"
         cost = f"{self.hvps} products, {self.seconds:.1f} s, {self.vectors_held} vectors of n = {self.n} held"
+        cost += f", {self.disk_bytes / 1e9:.3g} GB of them on disk" if self.disk_bytes else ""
         return "\n".join([head, *lines, r_neg, cost, f"{self.method}: {self.reason}", *self.notes])
 
 

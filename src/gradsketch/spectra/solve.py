@@ -31,6 +31,7 @@ from gradsketch.spectra.plan import Plan, make_plan
 from gradsketch.spectra.results import Eigenvalue, Estimate, Method, Spectrum, Which
 from gradsketch.spectra.resume import RunFile
 from gradsketch.spectra.ritz import RitzPairs, ritz_pairs
+from gradsketch.spectra.scratch import OrthogonalizedBasis, kept_file
 from gradsketch.spectra.search import Search
 from gradsketch.spectra.truncation import differenced
 
@@ -60,6 +61,7 @@ def spectrum(
     seed: int = 0,
     memory: int = 1 << 28,
     resume: str | Path | None = None,
+    scratch: str | Path | None = None,
     progress: bool | None = None,
 ) -> Spectrum:
     """Return the outermost eigenvalues of a self-adjoint map, positive and negative, by Lanczos' method.
@@ -93,6 +95,9 @@ def spectrum(
         seed: of the start vector and of the sketch.
         memory: bytes that the basis of "full" may take, if it is large enough for what is asked.
         resume: file that holds the state of the run. A run that finds its file goes on from there.
+        scratch: folder in which "sketched-basis" keeps the Krylov vectors, too, a byte a number, and makes every new
+            one orthogonal to them: up to ``steps`` n bytes, read twice a step. Hardly a product is spent on copies
+            then, which are half of them otherwise. With ``resume`` the file stays there, for the run to go on.
         progress: show a progress bar; by default where there is a terminal.
 
     Example:
@@ -107,7 +112,7 @@ def spectrum(
         FingerprintError: the file in ``resume`` is of another run: other weights, data, task, parameters, options.
         StoreError: the file in ``resume`` is damaged, or cannot be written.
     """
-    plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed)
+    plan = make_plan(operator, k, which, method, sketch, steps, tolerance, memory, seed, scratch)
     if resume is not None and plan.inner.ranks.several:
         raise InputError("resume= for a model that ranks share out", "a run without a file", "Leave resume out")
     given, gradient = gradient is not None, checked_gradient(gradient, plan)
@@ -143,7 +148,9 @@ class Run:
         saved = file.load()
         run = cls(
             plan,
-            recurrence(plan, torch.empty(0, dtype=torch.float32, device="cpu") if saved else start(plan, gradient)),
+            recurrence(
+                plan, torch.empty(0, dtype=torch.float32, device="cpu") if saved else start(plan, gradient), file
+            ),
             gradient,
             file,
         )
@@ -330,6 +337,7 @@ class Run:
             betas=tuple(lanczos.betas),
             columns=tuple(int(c) for c in pairs.columns[chosen]),
             sketches=self._sketches(pairs.coefficients[:, chosen]),
+            disk_bytes=lanczos.basis.disk_bytes,
         )
 
     def _eigenvalues(self, pairs: RitzPairs, chosen: Int[np.ndarray, " r"]) -> list[Eigenvalue]:
@@ -490,11 +498,19 @@ def gradient_mark(plan: Plan, gradient: Float[Tensor, " m"]) -> float:
     return plan.space.dot(gradient, random_start(plan))
 
 
-def recurrence(plan: Plan, first: Float[Tensor, " m"]) -> Lanczos | Search:
+def recurrence(plan: Plan, first: Float[Tensor, " m"], file: RunFile) -> Lanczos | Search:
     """Return the recurrence that a plan asks for."""
     if plan.method == "sketched-basis":
-        return Lanczos(plan.operator, SketchedBasis(plan.sketch, plan.space), first, plan.seed)
+        return Lanczos(plan.operator, sketched_basis(plan, file.path), first, plan.seed)
     return Search(plan.operator, first, plan.seed, plan.room, plan.which)
+
+
+def sketched_basis(plan: Plan, run: Path | None) -> SketchedBasis:
+    """Return the memory of a recurrence that keeps sketches, of a run that may be kept in a file."""
+    if plan.scratch is None:
+        return SketchedBasis(plan.sketch, plan.space)
+    path = None if run is None else kept_file(plan.scratch, run)
+    return OrthogonalizedBasis(plan.sketch, plan.space, plan.scratch, path)
 
 
 def random_start(plan: Plan) -> Float[Tensor, " m"]:

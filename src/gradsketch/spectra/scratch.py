@@ -1,0 +1,225 @@
+"""Krylov vectors on disk, in one byte a number: too coarse to compute with, enough to keep new vectors orthogonal.
+
+What rounding adds to the product of a stored vector with another is their lengths times 0.007/√n, no more than what
+float32 adds. Packed to half a byte it would be twenty times as much, and copies of eigenvalues come back.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from gradsketch.durable import checksum, damaged, failed
+from gradsketch.errors import InputError, StoreError
+from gradsketch.linear_map import LinearMap
+from gradsketch.space import Space
+from gradsketch.spectra.krylov import GrowingMatrix, SketchedBasis
+from gradsketch.store.encoding import encode
+from gradsketch.transforms.precision import full_precision
+
+__all__ = ["OrthogonalizedBasis", "StoredVectors", "check_scratch", "kept_file"]
+
+# Numbers that share a scale: gradients of different tensors differ by orders of magnitude.
+_BLOCK = 1024
+# Numbers of each row read at a time: they stay in the cache between conversion and product.
+_PIECE, _PIECE_GPU = 1 << 16, 1 << 22
+# Rows are taken in groups of so many bytes, which the system still has in memory when they are read a second time.
+_GROUP_BYTES = 1 << 29
+
+
+def check_scratch(folder: str | Path, vectors: int, space: Space) -> None:
+    """Refuse a folder that cannot hold so many vectors.
+
+    Raises:
+        InputError: it is no folder, or the disk has less room.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"scratch={str(folder)!r}", "a folder that exists", f"Type mkdir -p {folder}")
+    wanted, free = vectors * space.most, shutil.disk_usage(folder).free
+    if wanted > free:
+        raise InputError(
+            f"{free / 1e9:.1f} GB free in {folder} for up to {vectors} vectors of {space.most:,} bytes",
+            f"{wanted / 1e9:.1f} GB",
+            "Lower steps=, name a folder on a larger disk, or leave scratch out",
+        )
+
+
+def _bytes(numbers: Int8[Tensor, "*b"]) -> memoryview:
+    flat: Any = numbers.view(-1).numpy()
+    return memoryview(flat)
+
+
+def _nameless(folder: str | Path) -> io.FileIO:
+    return tempfile.TemporaryFile(buffering=0, dir=folder)
+
+
+def _opened(path: Path) -> io.FileIO:
+    return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+
+
+def kept_file(folder: str | Path, run: str | Path) -> Path:
+    """Return where the vectors of a run lie that is kept in a file of its own, and may be taken up."""
+    run = Path(run).resolve()
+    return Path(folder) / f"{run.name}-{checksum(str(run).encode()):08x}.krylov"
+
+
+class StoredVectors:
+    """A file of vectors, one byte a number, that grows by a vector at a time.
+
+    Without a path the file has no name either: the system takes it away with the process, however that ends.
+    """
+
+    def __init__(self, folder: str | Path, length: int, group: int, path: Path | None = None) -> None:
+        self._width = -(-length // _BLOCK) * _BLOCK
+        self._group = group
+        self._scales = GrowingMatrix()
+        self._checksums: list[int] = []
+        self.place = str(path or folder)
+        try:
+            # Unbuffered, for what is written is read again at once.
+            self._file = _nameless(folder) if path is None else _opened(path)
+        except OSError as error:
+            raise failed("open", self.place, error) from error
+
+    def __len__(self) -> int:
+        return len(self._checksums)
+
+    @property
+    def bytes(self) -> int:
+        """Length of the file."""
+        return len(self) * self._width
+
+    def append(self, vector: Float[Tensor, " m"]) -> None:
+        """Write a vector.
+
+        Raises:
+            StoreError: the disk is full, or does not write.
+        """
+        scales, total, at = [], 0, self.bytes
+        for piece in vector.split(_PIECE_GPU):
+            blocks = torch.nn.functional.pad(piece, (0, -len(piece) % _BLOCK)).view(-1, _BLOCK)
+            numbers, scale = encode(blocks, "int8")
+            scales.append(scale)
+            data = _bytes(numbers)
+            total = checksum(data, total)
+            self._write(data, at)
+            at += len(data)
+        self._scales.append(torch.cat(scales))
+        self._checksums.append(total)
+
+    def _write(self, data: memoryview, at: int) -> None:
+        try:
+            self._file.seek(at)
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise failed("write", self.place, error) from error
+
+    def remove_from(self, w: Float[Tensor, " m"], space: Space) -> None:
+        """Remove from w, in place, its components along the stored vectors: one group of them after the other."""
+        groups = torch.arange(len(self)).split(self._group)
+        # To and fro, step by step: what was read last is still in memory.
+        backwards = len(self) % 2 == 0
+        with full_precision(w.device):
+            for group in reversed(groups) if backwards else groups:
+                rows = range(int(group[0]), int(group[-1]) + 1)
+                overlaps = w.new_zeros(len(rows), dtype=torch.float64)
+                for piece, vectors in self._pieces(rows, w):
+                    overlaps += vectors.mv(piece)
+                overlaps = space.ranks.sums(overlaps).to(w.dtype)
+                for piece, vectors in self._pieces(rows, w):
+                    piece.addmv_(vectors.T, overlaps, alpha=-1.0)
+
+    def _pieces(self, rows: range, w: Float[Tensor, " m"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield views of w, and the numbers of the stored vectors there, in memory that the next ones take."""
+        size = min(_PIECE if w.device.type == "cpu" else _PIECE_GPU, self._width)
+        scales = torch.stack([self._scales[row] for row in rows])
+        bytes_ = torch.empty(len(rows), size, dtype=torch.int8, device="cpu")
+        numbers = torch.empty(len(rows), size // _BLOCK, _BLOCK, dtype=w.dtype, device=w.device)
+        for start in range(0, len(w), size):
+            piece = w[start : start + size]
+            blocks = -(-len(piece) // _BLOCK)
+            for target, row in zip(bytes_, rows, strict=True):
+                self._read(target[: blocks * _BLOCK], row * self._width + start)
+            vectors = numbers[:, :blocks].copy_(bytes_[:, : blocks * _BLOCK].view(len(rows), blocks, _BLOCK))
+            vectors.mul_(scales[:, start // _BLOCK :][:, :blocks, None].to(w))
+            yield piece, vectors.flatten(1)[:, : len(piece)]
+
+    def _read(self, target: Int8[Tensor, " c"], at: int) -> None:
+        data = _bytes(target)
+        try:
+            self._file.seek(at)
+            while data:
+                count = self._file.readinto(data)
+                if not count:
+                    raise damaged(self.place, "it ends too soon")
+                data = data[count:]
+        except OSError as error:
+            raise failed("read", self.place, error) from error
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``restore`` needs besides the file."""
+        return {"scales": self._scales.blocks(), "checksums": list(self._checksums)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the vectors that the file holds since an earlier run.
+
+        Raises:
+            StoreError: they are not there, or are not those that were written.
+        """
+        count = len(state["checksums"])
+        if self._file.seek(0, os.SEEK_END) < count * self._width:
+            raise StoreError(
+                f"{self.place} does not hold the {count} vectors of the run",
+                "the folder that the run was begun with",
+                "Name that folder with scratch=, or delete the run's file to start again",
+            )
+        for place, wanted in enumerate(state["checksums"]):
+            found = 0
+            for start in range(0, self._width, _PIECE_GPU):
+                numbers = torch.empty(min(_PIECE_GPU, self._width - start), dtype=torch.int8, device="cpu")
+                self._read(numbers, place * self._width + start)
+                found = checksum(_bytes(numbers), found)
+            if found != wanted:
+                raise damaged(self.place, f"vector {place} is not what was written")
+        for scales in (row for block in state["scales"] for row in block):
+            self._scales.append(scales)
+        self._checksums = list(state["checksums"])
+
+
+class OrthogonalizedBasis(SketchedBasis):
+    """Sketches of the Krylov vectors, and the vectors themselves in a file, to which new ones are made orthogonal.
+
+    So hardly a product is spent on copies. The sketches still tell those that there are.
+    """
+
+    def __init__(self, sketch: LinearMap, space: Space, folder: str | Path, path: Path | None = None) -> None:
+        super().__init__(sketch, space)
+        # As many on every rank, for they add up the products of a group.
+        self.stored = StoredVectors(folder, space.size, max(1, _GROUP_BYTES // space.most), path)
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.stored.bytes
+
+    def append(self, q: Float[Tensor, " n"]) -> None:
+        super().append(q)
+        self.stored.append(q)
+
+    def orthogonalize(self, w: Float[Tensor, " n"]) -> None:
+        self.stored.remove_from(w, self.space)
+
+    def state(self) -> dict[str, Any]:
+        return self.stored.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stored.restore(state)
