@@ -84,6 +84,11 @@ class KrylovBasis(ABC):
         self.rows = GrowingMatrix()
 
     @property
+    def noise(self) -> float:
+        """Length of what this memory adds to a product."""
+        return 0.0
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes kept on disk."""
         return 0

@@ -108,6 +108,10 @@ class Lanczos(Steps):
         self.previous: Tensor | None = None
         self.closed = False
 
+    @property
+    def noise(self) -> float:
+        return max(super().noise, self.basis.noise)
+
     def step(self, product: Float[Tensor, " n"] | None = None) -> None:
         """Take one product and one step; ``product`` is H q_j where the caller has it already.
 
