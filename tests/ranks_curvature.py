@@ -1,5 +1,6 @@
 """Curvature of a model that FSDP2 shares out between two ranks; run as a module with the variables torchrun sets."""
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -202,6 +203,11 @@ def spectra_are_those_of_one_process() -> None:
     vector, value = gs.eigenvectors(together, found, first=1, gradient=gradient)[0], found.asked[0].value
     assert error(alone(vector), value * vector) < 1e-3
     assert gs.spectrum(-together, k=1, method="sketched-basis", steps=3).n == alone.n
+    given = {"k": 1, "steps": 20, "method": "sketched-basis", "sketch": sketch, "progress": False}
+    with tempfile.TemporaryDirectory() as scratch:
+        shared = gs.spectrum(together, scratch=scratch, **given)
+    assert abs(shared.asked[0].value - wanted.asked[0].value) < shared.asked[0].error
+    assert shared.disk_bytes < 0.8 * alone.n * shared.steps
     wanted_nodes, nodes = (gs.density(h, probes=1, steps=5, progress=False).nodes[0] for h in (alone, together))
     assert nodes == pytest.approx(wanted_nodes, rel=1e-9)
     assert gs.trace(together, 4).value == pytest.approx(gs.trace(alone, 4).value, rel=1e-9)

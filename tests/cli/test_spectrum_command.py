@@ -47,6 +47,8 @@ def test_one_model(folder, capsys):
     assert {"run.json", "spectrum.json", "spectrum.png", "density.json", "density.png", "spectrum.run"} <= names
     assert main([*base, "--which", "both"]) == 0
     assert "R_NEG" in capsys.readouterr().out
+    assert main([*base, "--method", "sketched-basis", "--scratch", str(folder)]) == 0
+    assert "of them on disk" in capsys.readouterr().out
     assert main([*base, "--density"]) == 1
     assert "--out" in capsys.readouterr().err
     assert main([*base, "--fsdp", "--out", str(out)]) == 1
