@@ -200,7 +200,7 @@ def pyhessian(operator: gs.LinearMap, model: nn.Module, batch: Batch) -> dict[st
     module.hessian_vector_product = counted
     try:
         torch.manual_seed(0)
-        data = (_Movable(batch), batch["input_ids"][:, 1:].flatten())
+        data = (Movable(batch), batch["input_ids"][:, 1:].flatten())
         peer = pyhessian.hessian(Logits(model), nn.CrossEntropyLoss(), data=data, cuda=False)
         start = time.perf_counter()
         values, vectors = peer.eigenvalues(top_n=K)
@@ -212,10 +212,10 @@ def pyhessian(operator: gs.LinearMap, model: nn.Module, batch: Batch) -> dict[st
     return checked(operator, np.array(values), flat, count[0], K + 3, seconds)
 
 
-class _Movable(dict):  # type: ignore[type-arg]
+class Movable(dict):  # type: ignore[type-arg]
     """A batch with the method ``to`` that PyHessian calls."""
 
-    def to(self, _: Any) -> _Movable:
+    def to(self, _: Any) -> Movable:
         return self
 
 

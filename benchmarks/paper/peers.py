@@ -195,12 +195,27 @@ def curvlinops_density(_: Any, operator: Any, pair: Any, runs: int, steps: int) 
     return grid.numpy(), density.clamp(min=0).numpy(), runs * steps
 
 
-def pyhessian_density(_: Any, __: Any, ___: Any, runs: int, steps: int) -> tuple[Any, Any, int]:
-    import pyhessian  # noqa: F401
+def pyhessian_density(_: Any, __: Any, pair: Any, runs: int, steps: int) -> tuple[Any, Any, int]:
+    import pyhessian
+    from spectrum import Logits, Movable
 
-    if not hasattr(torch, "eig"):
-        raise RuntimeError(LEGACY)
-    raise NotImplementedError("not measured with this torch")
+    model, batch = pair
+    others = [p for name, p in model.named_parameters() if not name.startswith("transformer.h.")]
+    for parameter in others:  # it takes all that has a gradient
+        parameter.requires_grad_(False)
+    try:
+        torch.manual_seed(0)
+        data = (Movable(batch), batch["input_ids"][:, 1:].flatten())
+        peer = pyhessian.hessian(Logits(model), torch.nn.CrossEntropyLoss(), data=data, cuda=False)
+        places, weights = peer.density(iter=steps, n_v=runs)
+    except RuntimeError as error:
+        if "linalg.eig" not in str(error):
+            raise
+        raise RuntimeError(LEGACY) from error
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+    return [x for row in places for x in row], [w for row in weights for w in row], runs * steps
 
 
 DENSITIES: dict[str, Callable[..., tuple[Any, Any, int]]] = {
