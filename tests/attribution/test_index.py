@@ -12,6 +12,7 @@ import toys
 import gradsketch as gs
 from gradsketch.attribution.build import build_index
 from gradsketch.attribution.index import Index
+from gradsketch.attribution.scoring import Scorer
 from gradsketch.errors import FingerprintError, GradsketchWarning, InputError, StoreError
 from unchecked import errors_of
 
@@ -365,6 +366,17 @@ def test_self_influence(index, kind):
     if kind != "cosine":  # the cosine of a gradient with itself is 1: every row ties
         assert row == int(expected.argmax())
     assert list(found.to_pandas()["row"]) == list(range(N))
+
+
+def test_self_influence_that_no_query_finds_is_refused(index, monkeypatch):
+    solved = Scorer._solved
+
+    def wrong_for_many(self, number, q, *arguments):
+        return solved(self, number, q, *arguments) * (1.01 if len(q) > 3 else 1)
+
+    monkeypatch.setattr(Scorer, "_solved", wrong_for_many)
+    with pytest.raises(gs.GradsketchError, match="queries with those rows find"):
+        index.self_influence("ridge")
 
 
 def test_automatic_damping_is_reported(index):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gradsketch.attribution.checkpoints import checked_weights
@@ -16,7 +16,7 @@ from gradsketch.attribution.queries import Queries
 from gradsketch.attribution.results import SelfInfluence
 from gradsketch.attribution.scan import Probe, RowFilter, Top, require_held, rescore, top, tops
 from gradsketch.attribution.scores import Kind
-from gradsketch.errors import InputError
+from gradsketch.errors import GradsketchError, InputError
 from gradsketch.store import Store
 from gradsketch.store.encoding import row_bytes
 
@@ -29,6 +29,8 @@ DAMPING = 1.0
 # Rows scored exactly for every hit wanted, where a coarse scan goes first.
 _CANDIDATES_A_HIT = 20
 _CANDIDATES_AT_LEAST = 200
+# Two ways of one product of float32 vectors, over their lengths: rounding gives 1e-6.
+_SAME = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -73,9 +75,12 @@ class Scorer:
     def self_influence(self, kind: Kind, damping: float | str) -> SelfInfluence:
         """Return every row's score for itself.
 
+        A few of them are held against what a query with that row finds.
+
         Raises:
             InputError: the rows are stored as int4 or signs, and a row's product with itself would count the rounding.
             NonFiniteError: a score beyond what float32 holds.
+            GradsketchError: a query finds another score.
         """
         dtype = self.stores[0].manifest.dtype
         if dtype in ("int4", "sign"):
@@ -97,9 +102,33 @@ class Scorer:
                     there[at] = True
                 there[at] &= torch.isfinite(shard.numbers("loss"))  # a row may be left out at one checkpoint alone
         require_held(values, there, "self-influence")
+        self._require_scores(values, there, kind, damping)
         values = values.where(there, torch.nan)
         score = kind.described(self.damping(kind, damping))
         return SelfInfluence(tuple(ids), values, losses, score, time.perf_counter() - began)
+
+    def _require_scores(
+        self, values: Float[Tensor, " rows"], there: Bool[Tensor, " rows"], kind: Kind, damping: float | str
+    ) -> None:
+        """Hold the first, the last and a middle row's score for itself against what a query with the row finds."""
+        held = there.nonzero()[:, 0]
+        if not len(held):
+            return
+        rows = held[[0, len(held) // 2, -1]]
+        probes, lengths = [], torch.zeros(len(rows), dtype=torch.float32, device="cpu")
+        for number, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True)):
+            x = _decoded(store, rows, kind.unit_length)
+            directions = self._solved(number, x, kind, damping)
+            probes.append(Probe(store, directions, weight, kind.unit_length))
+            lengths += abs(weight) * x.norm(dim=1) * directions.norm(dim=1)
+        found = rescore(probes, rows[:, None])[:, 0]
+        if bool(((found - values[rows]).abs() > _SAME * lengths).any()):
+            raise GradsketchError(
+                f"the self-influence of rows {rows.tolist()} is {values[rows].tolist()}, and queries with those rows"
+                f" find {found.tolist()}",
+                "the same scores",
+                "Do not trust either, and report this index",
+            )
 
     def _solved(
         self, number: int, q: Float[Tensor, "m d"], kind: Kind, damping: float | str, each: Each = here
@@ -127,6 +156,16 @@ class Scorer:
         if unit_length not in self._held_out:
             self._held_out[unit_length] = held_out_damping(self.stores[-1], unit_length=unit_length, each=each)
         return self._held_out[unit_length]
+
+
+def _decoded(store: Store, rows: Int64[Tensor, " r"], unit_length: bool) -> Float[Tensor, "r d"]:
+    found = []
+    for row in rows.tolist():
+        start, count = store.manifest.shard_at(row)
+        shard = store.shard(start, count)
+        x = shard.decoded([row - start])
+        found.append(x / shard.numbers("gradient_norm")[row - start].clamp_min(_TINY) if unit_length else x)
+    return torch.cat(found)
 
 
 def both_ends(
