@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -141,7 +141,7 @@ class Space:
         own = float(_length(a))
         return math.sqrt(self.ranks.sum(own * own)) if self.is_shared else own
 
-    def lengths(self, parts: Sequence[Tensor]) -> list[float]:
+    def lengths(self, parts: Iterable[Tensor]) -> list[float]:
         """Return ‖a‖ for each of several vectors."""
         own = [_length(part) for part in parts]
         return self.ranks.sums(torch.stack(own).square()).sqrt().tolist() if self.is_shared else list(map(float, own))

@@ -150,8 +150,10 @@ class Curvature(LinearMap):
         """Add a batch's product by forward-mode tangents; return examples and whether any leaf was reached."""
 
     @abstractmethod
-    def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
-        """Return the sum of products with a unit vector by central differences, examples, whether any was reached."""
+    def _add_difference(
+        self, vector: Tensor, step: float, dtype: torch.dtype | None, out: Tensor, weight: float
+    ) -> tuple[int, bool]:
+        """Add ``weight`` times products with a unit vector by central differences; return examples, any reached."""
 
     def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         with self.ranks.together():
@@ -177,8 +179,7 @@ class Curvature(LinearMap):
         """Return products with vectors of which this process holds its share, as shares."""
         with torch.inference_mode(False), torch.enable_grad(), translated(self.objective.model):
             x = x.detach().clone() if x.is_inference() else x.detach()
-            out = torch.zeros_like(x, dtype=widened(x.dtype))
-            examples, reached = self._multiply(x, out)
+            out, examples, reached = self._multiply(x)
             self.objective.check_reached(reached)
             out.div_(self.ranks.total(examples))
             if self.ranks.any(not torch.isfinite(out).all()):
@@ -205,16 +206,18 @@ class Curvature(LinearMap):
 
     # --- three ways to multiply ---
 
-    def _multiply(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
+    def _multiply(self, x: Tensor) -> tuple[Tensor, int, bool]:
+        """Return the sum of products over all examples, their number, and whether any leaf was reached."""
         if self.mode != "central-difference":
             try:
                 with self.ranks.together():
-                    return self.multiply_exactly(x, out)
+                    self._look_at_first_batch()  # before there is ``out``, for differences take vectors of their own
+                    out = torch.zeros_like(x, dtype=widened(x.dtype))
+                    return out, *self.multiply_exactly(x, out)
             except RuntimeError as error:
                 self._kept.clear()
                 self._give_up_double_backward(error)
-                out.zero_()
-        return self._multiply_by_differences(x, out)
+        return self._multiply_by_differences(x)
 
     def multiply_exactly(self, x: Tensor, out: Tensor, dtype: torch.dtype | None = None) -> tuple[int, bool]:
         """Add products by differentiating twice at weights in ``dtype``; return examples, whether any was reached."""
@@ -286,13 +289,13 @@ class Curvature(LinearMap):
                 self._examine(next(self.objective.batches()), set())
         return totals
 
-    def _multiply_by_differences(self, x: Tensor, out: Tensor) -> tuple[int, bool]:
-        scheme, examples, reached = self._calibrated(), 0, False
+    def _multiply_by_differences(self, x: Tensor) -> tuple[Tensor, int, bool]:
+        scheme, out, examples, reached = self._calibrated(), torch.zeros_like(x, dtype=widened(x.dtype)), 0, False
         for vector, target in zip(x, out, strict=True):
             norm = self.objective.space.length(vector) or 1.0
             product, examples, reached = self.difference(vector / norm, scheme)
             target.copy_(product.mul_(norm))
-        return examples, reached
+        return out, examples, reached
 
     def _calibrated(self) -> Scheme:
         """Return how differences are taken, decided and said at the first product."""
@@ -311,9 +314,10 @@ class Curvature(LinearMap):
 
     def difference(self, vector: Tensor, scheme: Scheme) -> tuple[Tensor, int, bool]:
         """Return the sum of products with a unit vector by a scheme, examples, whether any was reached."""
-        product, examples, reached = self._central(vector, scheme.step, scheme.dtype)
-        if scheme.is_extrapolated:
-            product.mul_(4 / 3).sub_(self._central(vector, 2 * scheme.step, scheme.dtype)[0], alpha=1 / 3)
+        dtype = widened(scheme.dtype or self.objective.values[0].dtype)
+        product, examples, reached = torch.zeros_like(vector, dtype=dtype), 0, False
+        for step, weight in scheme.steps:
+            examples, reached = self._add_difference(vector, step, scheme.dtype, product, weight)
         return product, examples, reached
 
     def values(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -336,6 +340,19 @@ class Curvature(LinearMap):
         found = operations(nodes) | recorded.besides
         unseen = (found if self._checks else suspects(found)) - self._examined
         return unseen or found if self.ranks.any(bool(unseen)) else unseen
+
+    def _look_at_first_batch(self) -> None:
+        """Examine the first batch's graph, unless it has been or nothing in it needs it."""
+        if self._seen_all or self._examined or not self._checks or self.mode == "jvp-of-grad":
+            return
+        with differentiable_attention():
+            batch, leaves = next(self.objective.batches()), Leaves(self.values())
+            with self.objective.at(leaves.tensors) as losses:
+                recorded = self._recorded(leaves, losses, batch)
+                unseen = self._unseen(recorded)
+            del recorded, leaves
+            if unseen:
+                self._examine(batch, unseen)
 
     def _examine(self, batch: Batch, found: set[str]) -> None:
         """Hold products over one batch against differences, once for every kind of graph.

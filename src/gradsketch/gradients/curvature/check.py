@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gradsketch.gradients.curvature.differences import Scheme, schemes
+from gradsketch.gradients.curvature.differences import Scheme, schemes, steps_for
 from gradsketch.gradients.curvature.failures import WrongDerivativeError
 from gradsketch.gradients.curvature.gradient import add_gradients
-from gradsketch.gradients.curvature.graph import causes
+from gradsketch.gradients.curvature.graph import causes, narrowest
 from gradsketch.gradients.curvature.leaves import Leaves
 from gradsketch.gradients.curvature.objective import Objective
 from gradsketch.linear_map import widened
@@ -39,6 +39,8 @@ _NOTHING = 1e-8
 _GOOD = 1e-6
 # Agreement as close as this is rounding of float32; what is less close may be noise of the difference.
 _CLOSE = 1e-5
+# Error of products in float32 that rounding inside the model explains, where weights in half precision are widened.
+_ROUGH = 0.03
 # Products a direction is multiplied by to lean towards the leading eigenvectors, where steps truncate most.
 _POWER_STEPS = 4
 
@@ -183,6 +185,7 @@ class _Comparison:
         self.space = objective.space
         values = products.values()
         self.names, self._sizes = objective.parameters.names, [value.numel() for value in values]
+        self.narrows = _narrows(objective, values)
         self.schemes = schemes(list(held(objective.model).values()), values[0].dtype)
         # The narrowest of the weights decides what rounding explains, those that an open Subspace moves among them.
         moved = [r.parameter for r in read_instead(objective.model).values() if r.parameter is not None]
@@ -190,7 +193,14 @@ class _Comparison:
         self._padding = _padding_rows(objective)
         slope = torch.zeros(sum(self._sizes), dtype=widened(self.dtype), device=values[0].device)
         add_gradients(objective, Leaves(values), slope)
-        self.nothing = _NOTHING * self.space.length(slope)
+        self.slope = self.space.length(slope)
+        self.nothing = _NOTHING * self.slope
+
+    def steps_along(self, product: Tensor) -> tuple[Scheme, ...]:
+        """Return schemes to try first along a direction whose product is this, where float64 gains nothing."""
+        if not self.narrows or self.vanishes(product):
+            return ()
+        return steps_for(self.slope / self.space.length(product))
 
     def direction(self, name: str) -> Tensor:
         """Return a random unit vector."""
@@ -207,6 +217,7 @@ class _Comparison:
             if not math.isfinite(length) or length <= self.nothing:
                 return vector
             vector = self._unit(following)
+            del following
         return vector
 
     def is_finite(self, vector: Tensor) -> bool:
@@ -220,17 +231,23 @@ class _Comparison:
     def total(self, came: Tensor, wanted: Tensor) -> float:
         """Return the relative error of a whole product."""
         length = self.space.length(wanted)
-        error = self.space.length(came - wanted)
+        error = math.hypot(*self._distances(came, wanted))
         return error / length if length > self.nothing else 0.0 if error <= self.nothing else math.inf
 
     def worst(self, came: Tensor, wanted: Tensor) -> tuple[float, str]:
         """Return the largest relative error of one parameter's rows, and the parameter."""
-        if self.space.length(came - wanted) <= self.nothing:
+        errors = self._distances(came, wanted)
+        if math.hypot(*errors) <= self.nothing:
             return 0.0, self.names[0]
-        floor = self._share * self.space.length(wanted)
-        errors, lengths = (self.space.lengths(v.split(self._sizes)) for v in (came - wanted, wanted))
+        lengths = self.space.lengths(wanted.split(self._sizes))
+        floor = self._share * math.hypot(*lengths)
         rows = zip(errors, lengths, self.names, strict=True)
         return max((_relative(error, length + floor), name) for error, length, name in rows)
+
+    def _distances(self, came: Tensor, wanted: Tensor) -> list[float]:
+        """Return the length of each parameter's difference, without a vector of length n."""
+        pairs = zip(came.split(self._sizes), wanted.split(self._sizes), strict=True)
+        return self.space.lengths(a - b for a, b in pairs)
 
     @property
     def _share(self) -> float:
@@ -242,10 +259,30 @@ class _Comparison:
         return _TOLERANCE.get(self.dtype, _HALF_TOLERANCE)
 
     def _unit(self, vector: Tensor) -> Tensor:
-        vector = vector.clone()
+        """Make a vector one of length one that moves no frozen row, in place."""
         for place, entries in self._padding:
             vector.split(self._sizes)[place][entries] = 0.0
         return vector.div_(self.space.length(vector))
+
+
+def _narrows(objective: Objective, values: list[Tensor]) -> bool:
+    """Whether the loss computes in less than float64 though the weights are of it, as norms in float32 make it."""
+    if values[0].dtype == torch.float64:
+        return False
+    # What the weights are matters to few models: one number stands for all, without a copy of the model.
+    number = torch.full((), 0.01, dtype=torch.float64)
+    found = _narrowest(objective, [number.to(value.device).expand(value.shape) for value in values])
+    found = found or _narrowest(objective, [value.double() for value in values])
+    return objective.ranks.any(found != torch.float64)
+
+
+def _narrowest(objective: Objective, values: list[Tensor]) -> torch.dtype | None:
+    """Return the least exact dtype that the loss computes in at these weights, or None where it cannot."""
+    try:
+        with objective.ranks.together(), objective.at(Leaves(values).tensors) as losses_of:
+            return narrowest([losses_of(next(objective.batches())).grad_fn])
+    except Exception:  # a layer that knows no float64, too little memory, or the user's own check of the weights
+        return None
 
 
 def _relative(error: float, scale: float) -> float:
@@ -269,9 +306,10 @@ def _padding_rows(objective: Objective) -> list[tuple[int, slice]]:
 
 class _Tried(NamedTuple):
     scheme: Scheme
-    difference: Tensor
+    total: float
     error: float
     name: str
+    difference: Tensor | None  # where it may be proof
 
 
 class _Examination:
@@ -287,8 +325,8 @@ class _Examination:
         vector = self.compare.direction("check")
         check = self._along(vector, "a random direction")
         if check.conclusive:
-            leading = self.compare.leading(vector, self._product)
-            other = self._along(leading, "the leading direction")
+            vector = self.compare.leading(vector, self._product)
+            other = self._along(vector, "the leading direction")
             check = other if not other.conclusive or other.error > check.error else check
         return check, self.agreed
 
@@ -301,26 +339,43 @@ class _Examination:
         product, compare = self._product(vector), self.compare
         if not compare.is_finite(product):  # the product itself says so
             return self._check(math.inf, None, conclusive=False)
-        tried: list[_Tried] = []
-        agreed: list[tuple[float, Scheme]] = []
-        for scheme, difference in self._differences(vector):
-            error, name = compare.worst(product, difference)
-            total = compare.total(product, difference)
-            if self._agrees(vector, difference, near=error <= compare.tolerance):
-                agreed.append((total, scheme))
-            elif not agreed:
-                tried.append(_Tried(scheme, difference, error, name))
-            if agreed and (min(agreed)[0] <= _CLOSE or agreed[-1][1] != scheme or len(agreed) > 1):
-                break  # the next scheme was looked at because it may have less noise
+        tried, agreed = self._tried(vector, product, compare.steps_along(product))
+        if not agreed and not self._is_close(tried):
+            more, agreed = self._tried(vector, product, compare.schemes)
+            tried += more
         if not agreed:
             return self._judge(vector, product, tried, where)
         total, self.agreed = min(agreed)
         return self._rounding(total, self.agreed)
 
-    def _differences(self, vector: Tensor) -> Iterator[tuple[Scheme, Tensor]]:
+    def _tried(
+        self, vector: Tensor, product: Tensor, own: tuple[Scheme, ...]
+    ) -> tuple[list[_Tried], list[tuple[float, Scheme]]]:
+        """Return the schemes that do not agree with a product, and distance and scheme of those that do."""
+        tried: list[_Tried] = []
+        agreed: list[tuple[float, Scheme]] = []
+        compare = self.compare
+        for scheme, difference in self._differences(vector, own):
+            error, name = compare.worst(product, difference)
+            total = compare.total(product, difference)
+            if self._agrees(vector, difference, near=error <= compare.tolerance):
+                agreed.append((total, scheme))
+            elif not agreed:
+                kept = difference.to(vector.dtype) if self._may_prove(scheme) else None
+                tried.append(_Tried(scheme, total, error, name, kept))
+            if agreed and (compare.narrows or min(agreed)[0] <= _CLOSE or agreed[-1][1] != scheme or len(agreed) > 1):
+                break  # the next scheme was looked at because it may have less noise
+            del difference
+        return tried, agreed
+
+    def _is_close(self, tried: list[_Tried]) -> bool:
+        """Whether a product is as near a difference as rounding explains, though small rows of it are not."""
+        nearest = min((one.total for one in tried), default=math.inf)
+        return not self.suspected and nearest <= self.compare.tolerance
+
+    def _differences(self, vector: Tensor, own: tuple[Scheme, ...]) -> Iterator[tuple[Scheme, Tensor]]:
         """Yield differences by every scheme the model can do, the one that agreed last first."""
-        own = self.compare.schemes
-        for scheme in own if self.agreed is None else (self.agreed, *(s for s in own if s != self.agreed)):
+        for scheme in own if self.agreed not in own else (self.agreed, *(s for s in own if s != self.agreed)):
             try:
                 with self.compare.space.ranks.together():
                     difference = self.products.difference(vector, scheme)[0]
@@ -328,6 +383,7 @@ class _Examination:
                 continue
             if self.compare.is_finite(difference):
                 yield scheme, difference
+            del difference  # a vector of length n
 
     def _agrees(self, vector: Tensor, difference: Tensor, *, near: bool) -> bool:
         """Whether a product that is near its difference, or not, is as it should be but for rounding.
@@ -338,6 +394,8 @@ class _Examination:
         half = self.compare.dtype not in _TOLERANCE
         if near and not half and not self.suspected:
             return True
+        if near and half and self.compare.narrows and difference.dtype == torch.float32:
+            return self.compare.total(self._product(vector, difference.dtype), difference) <= _ROUGH
         if self.compare.dtype == torch.float64 or difference.dtype != torch.float64 or self._contradicted:
             return near and not self._contradicted
         try:
@@ -369,47 +427,49 @@ class _Examination:
             return self._check(math.inf, None, conclusive=False, note=note)
         steady = self._steady(tried)
         if steady is None:
-            nearest = min(tried, key=lambda one: self.compare.total(product, one.difference))
-            change = self.compare.total(product, nearest.difference)
+            nearest = min(tried, key=lambda one: one.total)
+            change = nearest.total
             # Small rows are lost in the noise of all differences; a layer of a float64 model may compute in float32.
             inner = not self.suspected and nearest.error <= _TOLERANCE[torch.float32]
             if change <= self.compare.tolerance or inner:
                 self.agreed = nearest.scheme
                 return self._check(change, nearest.scheme)
             return self._check(change, None, conclusive=False, note=f"not checked, because {_unsteady(change)}")
-        off = self.compare.total(product, steady.difference)
-        if not self._is_symmetric(vector, product, steady):
+        one, difference = steady
+        if not self._is_symmetric(vector, product, one.scheme, difference):
             note = f"{_NO_FUNCTION}. Products hold it constant, as autograd does"
-            return self._check(off, steady.scheme, conclusive=False, note=note)
+            return self._check(one.total, one.scheme, conclusive=False, note=note)
         raise WrongDerivativeError(
-            f"differentiating twice is {max(off, 1e-4):.2%} off along {where}, most in {steady.name!r}"
+            f"differentiating twice is {max(one.total, 1e-4):.2%} off along {where}, most in {one.name!r}"
             f"{causes(self.suspected)}"
         )
 
-    def _steady(self, tried: list[_Tried]) -> _Tried | None:
-        """Return a difference that another step confirms, far from the product.
+    def _may_prove(self, scheme: Scheme) -> bool:
+        """Whether two differences that agree prove a product wrong.
 
         Long steps cross so many kinks that they agree on their average, which is no Hessian; so they are believed only
         where the graph holds an operation that is suspected anyway.
         """
+        return scheme.step < 1e-5 or bool(self.suspected)
+
+    def _steady(self, tried: list[_Tried]) -> tuple[_Tried, Tensor] | None:
+        """Return a difference that another step confirms, far from the product."""
         for place, one in enumerate(tried):
             for other in tried[:place]:
-                if self.compare.vanishes(one.difference):
+                if one.difference is None or other.difference is None or self.compare.vanishes(one.difference):
                     continue  # inner rounding swallows short steps: that proves nothing
-                short = max(one.scheme.step, other.scheme.step) < 1e-5
-                if short or self.suspected:
-                    change = self.compare.worst(other.difference, one.difference)[0]
-                    if 4 * change < min(one.error, other.error):
-                        return one
+                change = self.compare.worst(other.difference, one.difference)[0]
+                if 4 * change < min(one.error, other.error):
+                    return one, one.difference
         return None
 
-    def _is_symmetric(self, vector: Tensor, product: Tensor, steady: _Tried) -> bool:
+    def _is_symmetric(self, vector: Tensor, product: Tensor, scheme: Scheme, difference: Tensor) -> bool:
         """Whether differences are those of a gradient: <u, Dv> = <v, Du>; what is detached makes them differ."""
-        off = self.compare.space.length(product.double() - steady.difference)
+        off = self.compare.space.length(product.double() - difference)
         for name in ("first", "second", "third"):
             u = self.compare.direction(name)
-            turned = self.products.difference(u, steady.scheme)[0]
-            gap = float(u.double() @ steady.difference.double() - vector.double() @ turned.double())
+            turned = self.products.difference(u, scheme)[0]
+            gap = float(u.double() @ difference.double() - vector.double() @ turned.double())
             if abs(self.compare.space.ranks.sum(gap)) > 0.1 * off / self.compare.space.n**0.5:
                 return False
         return True

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Scheme", "at_least_float32", "schemes"]
+__all__ = ["Scheme", "at_least_float32", "schemes", "steps_for"]
 
 # Weights of up to 512 M numbers are copied to float64; beyond that a copy could take the machine's memory.
 _WIDE_NUMBERS = 1 << 29
@@ -26,9 +26,9 @@ class Scheme(NamedTuple):
     dtype: torch.dtype | None = None
 
     @property
-    def is_extrapolated(self) -> bool:
-        """Whether each difference takes four gradients rather than two."""
-        return self.step > 1e-5
+    def steps(self) -> tuple[tuple[float, float], ...]:
+        """Steps whose differences are added, and their weights."""
+        return ((self.step, 4 / 3), (2 * self.step, -1 / 3)) if self.step > 1e-5 else ((self.step, 1.0),)
 
     @property
     def doubled(self) -> Scheme:
@@ -46,6 +46,8 @@ class Scheme(NamedTuple):
 
 _WIDE = tuple(Scheme(step, torch.float64) for step in (1e-6, 1e-8, 1e-4, 2.5e-3, 5e-2))
 _NATIVE = tuple(Scheme(step) for step in (2.5e-3, 2.5e-4, 2.5e-2, 2e-1))
+# Shares of the gradient by which steps change it.
+_SHARES = (0.03, 0.01, 0.1, 0.003)
 
 
 def schemes(held: Sequence[Tensor], own: torch.dtype) -> tuple[Scheme, ...]:
@@ -54,6 +56,15 @@ def schemes(held: Sequence[Tensor], own: torch.dtype) -> tuple[Scheme, ...]:
         return _WIDE
     numbers = sum(tensor.numel() for tensor in held if tensor.is_floating_point())
     return (*_WIDE, *_NATIVE) if numbers <= _WIDE_NUMBERS else _NATIVE
+
+
+def steps_for(length: float) -> tuple[Scheme, ...]:
+    """Return the schemes to try in float32 along a direction in which a step of ``length`` doubles the gradient.
+
+    Steps that change the gradient by a hundredth leave four digits to rounding and six to truncation, along a random
+    direction of a hundred million parameters and along the leading one, whose curvature is thousands of times as large.
+    """
+    return tuple(Scheme(share * length) for share in _SHARES)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

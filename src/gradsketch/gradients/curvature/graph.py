@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-__all__ = ["REENTRANT", "causes", "counted_bytes", "nodes_of", "operations", "suspects"]
+__all__ = ["REENTRANT", "causes", "counted_bytes", "narrowest", "nodes_of", "operations", "suspects"]
 
 # Operations of PyTorch's own whose double backward is wrong without an error (2.13, on the CPU).
 _WRONG_IN_PYTORCH = frozenset({"WeightNormInterfaceBackward0"})
@@ -34,6 +34,16 @@ def nodes_of(roots: Iterable[Any]) -> set[Any]:
             seen.add(node)
             left.extend(following for following, _ in node.next_functions)
     return seen
+
+
+def narrowest(roots: Iterable[Any]) -> torch.dtype:
+    """Return the least exact floating dtype that a graph computes in; float64 of an empty one."""
+    found = {kept.dtype for node in nodes_of(roots) for kept in getattr(node, "_input_metadata", ())}
+    return max((kind for kind in found if kind.is_floating_point), key=_rounding, default=torch.float64)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def _is_hand_written(node: Any) -> bool:

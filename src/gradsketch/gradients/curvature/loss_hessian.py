@@ -15,7 +15,7 @@ from gradsketch.gradients.curvature.leaves import Leaves, derivatives
 from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import Batch, TaskLike
-from gradsketch.linear_map import LinearMap, widened
+from gradsketch.linear_map import LinearMap
 
 __all__ = ["Hessian", "hessian"]
 
@@ -108,12 +108,12 @@ class Hessian(Curvature):
                     leaves.add(index, tangent)
             return len(losses), True
 
-    def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
-        totals, out = (0, False), None
+    def _add_difference(
+        self, vector: Tensor, step: float, dtype: torch.dtype | None, out: Tensor, weight: float
+    ) -> tuple[int, bool]:
+        totals = (0, False)
         for sign in (1.0, -1.0):
             leaves = self._shifted(vector, sign * step, dtype)
-            if out is None:
-                out = torch.zeros_like(vector, dtype=widened(leaves.tensors[0].dtype))
-            totals = add_gradients(self.objective, leaves, out, sign)
-        assert out is not None
-        return out.div_(2 * step), *totals
+            totals = add_gradients(self.objective, leaves, out, sign * weight / (2 * step))
+            del leaves  # before the next ones are made
+        return totals

@@ -29,7 +29,7 @@ from gradsketch.gradients.curvature.objective import LossesOf, Objective
 from gradsketch.gradients.data import batch_slice, is_out_of_memory
 from gradsketch.gradients.parameters import Selection
 from gradsketch.gradients.tasks import Batch, TaskLike
-from gradsketch.linear_map import LinearMap, widened
+from gradsketch.linear_map import LinearMap
 
 __all__ = ["fisher", "gauss_newton"]
 
@@ -371,10 +371,11 @@ class OuterProducts(Curvature):
             self._pull(leaves, outputs, self._heard(outputs, outputs.curve(directions)))
         return outputs.examples, _reached(outputs)
 
-    def _central(self, vector: Tensor, step: float, dtype: torch.dtype | None) -> tuple[Tensor, int, bool]:
+    def _add_difference(
+        self, vector: Tensor, step: float, dtype: torch.dtype | None, out: Tensor, weight: float
+    ) -> tuple[int, bool]:
         ahead, behind = self._shifted(vector, step, dtype), self._shifted(vector, -step, dtype)
         leaves, examples, reached = self._shifted(vector, 0.0, dtype), 0, False
-        out = torch.zeros_like(vector, dtype=widened(leaves.tensors[0].dtype))
         for batch in self.objective.batches():
             wide = self.objective.widened(batch, leaves.tensors)
             with self.objective.at(leaves.tensors) as losses_of:
@@ -382,11 +383,11 @@ class OuterProducts(Curvature):
             values = zip(self._values_at(ahead, outputs), self._values_at(behind, outputs), strict=True)
             directions = [(high - low) / (2 * step) for high, low in values]
             if _reached(outputs):
-                with leaves.adding_to(out):
+                with leaves.adding_to(out, weight):
                     curved = outputs.curve_by_differences(directions, step)
                     self._pull(leaves, outputs, self._heard(outputs, curved))
             examples, reached = examples + outputs.examples, reached or _reached(outputs)
-        return out, examples, reached
+        return examples, reached
 
     def _heard(self, outputs: _Outputs, curved: list[Tensor]) -> list[Tensor]:
         """Say once that products are zero where a model returns its own loss: one number an example, or a batch."""
