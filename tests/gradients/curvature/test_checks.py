@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from curvature_situations import Applies, FusedCrossEntropy, FusedSwish, cross_entropy, fused_cross_entropy, mlp, points
+from curvature_situations import (
+    Applies,
+    FusedCrossEntropy,
+    FusedNorm,
+    FusedSwish,
+    cross_entropy,
+    fused_cross_entropy,
+    mlp,
+    points,
+)
 from test_curvature_situations import gradient, trained
 from torch import Tensor, nn
 
@@ -119,6 +128,65 @@ def test_a_check_costs_a_bounded_number_of_passes_over_one_batch(mode: str) -> N
     del calls[:]
     operator(torch.randn(operator.n))
     assert first - len(calls) <= 24
+
+
+class Root(nn.Module):
+    """Layers with norms in float32, as language models have them."""
+
+    def __init__(self, norm: Any, width: int = 300, layers: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.head, self.norm, self.seen = nn.Linear(width, 3), norm, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.head.weight.dtype)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(self.norm(x.float()).to(layer.weight)))
+        return self.head(x)
+
+
+def root_norm(x: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_narrow_inside_are_checked_in_their_own_precision(dtype: torch.dtype) -> None:
+    """Weights in float64 would gain nothing, and cost twice the memory and five schemes of differences."""
+    torch.manual_seed(0)
+    model, x = Root(root_norm).to(dtype), torch.randn(16, 300, dtype=dtype)
+    operator = gs.hessian(model, cross_entropy, (x, torch.arange(16) % 3))
+    del model.seen[:]
+    operator(torch.randn(operator.n))
+    assert operator.check is not None
+    assert operator.check.conclusive
+    assert operator.check.error < (1e-2 if dtype == torch.float32 else 0.2)
+    assert model.seen.count(torch.float64) == 1  # where it shows that it narrows
+    assert len(model.seen) < 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_derivative_in_a_model_that_narrows_is_found(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Root(FusedNorm.apply).to(dtype), torch.randn(16, 300, dtype=dtype)
+    operator = gs.hessian(model, cross_entropy, (x, torch.arange(16) % 3), mode="grad-of-grad")
+    with pytest.raises(InputError, match="hand-written function"):
+        operator(torch.randn(operator.n))
+
+
+def test_weights_that_a_model_looks_at_do_not_end_its_check() -> None:
+    """One number stands for all weights where the precision of a model is looked for."""
+
+    def forward(x: Tensor) -> Tensor:
+        if float(x.std()) < 1e-3:
+            raise ValueError("all alike")
+        return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), Applies(forward), nn.Linear(5, 3))
+    operator = gs.hessian(model, cross_entropy, points())
+    operator(torch.randn(operator.n))
+    assert operator.check is not None
+    assert operator.check.error < 1e-5
 
 
 def test_kinks_are_said_where_steps_must_be_long() -> None:

@@ -39,8 +39,6 @@ _NOTHING = 1e-8
 _GOOD = 1e-6
 # Agreement as close as this is rounding of float32; what is less close may be noise of the difference.
 _CLOSE = 1e-5
-# Error of products in float32 that rounding inside the model explains, where weights in half precision are widened.
-_ROUGH = 0.03
 # Products a direction is multiplied by to lean towards the leading eigenvectors, where steps truncate most.
 _POWER_STEPS = 4
 
@@ -395,7 +393,8 @@ class _Examination:
         if near and not half and not self.suspected:
             return True
         if near and half and self.compare.narrows and difference.dtype == torch.float32:
-            return self.compare.total(self._product(vector, difference.dtype), difference) <= _ROUGH
+            wide = self._product(vector, difference.dtype)
+            return self.compare.worst(wide, difference)[0] <= _TOLERANCE[torch.float32]
         if self.compare.dtype == torch.float64 or difference.dtype != torch.float64 or self._contradicted:
             return near and not self._contradicted
         try:
