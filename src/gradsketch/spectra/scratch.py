@@ -136,12 +136,12 @@ class StoredVectors:
         One group of vectors is removed after the other.
         """
         removed = 0.0
-        groups = torch.arange(len(self)).split(self._group)
+        count = len(self)
+        groups = [range(first, min(first + self._group, count)) for first in range(0, count, self._group)]
         # To and fro, step by step: what was read last is still in memory.
         backwards = len(self) % 2 == 0
         with full_precision(w.device):
-            for group in reversed(groups) if backwards else groups:
-                rows = range(int(group[0]), int(group[-1]) + 1)
+            for rows in reversed(groups) if backwards else groups:
                 overlaps = w.new_zeros(len(rows), dtype=torch.float64)
                 for piece, vectors in self._pieces(rows, w):
                     overlaps += vectors.mv(piece)

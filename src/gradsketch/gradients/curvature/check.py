@@ -268,8 +268,8 @@ def _narrows(objective: Objective, values: list[Tensor]) -> bool:
     if values[0].dtype == torch.float64:
         return False
     # What the weights are matters to few models: one number stands for all, without a copy of the model.
-    number = torch.full((), 0.01, dtype=torch.float64)
-    found = _narrowest(objective, [number.to(value.device).expand(value.shape) for value in values])
+    alike = [value.new_full((), 0.01, dtype=torch.float64).expand(value.shape) for value in values]
+    found = _narrowest(objective, alike)
     found = found or _narrowest(objective, [value.double() for value in values])
     return objective.ranks.any(found != torch.float64)
 
