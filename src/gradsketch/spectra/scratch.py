@@ -138,7 +138,7 @@ class StoredVectors:
         removed = 0.0
         count = len(self)
         groups = [range(first, min(first + self._group, count)) for first in range(0, count, self._group)]
-        # To and fro, step by step: what was read last is still in memory.
+        # In turn forwards and backwards: what was read last is still in memory.
         backwards = len(self) % 2 == 0
         with full_precision(w.device):
             for rows in reversed(groups) if backwards else groups:
