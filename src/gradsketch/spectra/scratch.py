@@ -1,7 +1,7 @@
 """Krylov vectors on disk, in one byte a number: too coarse to compute with, enough to keep new vectors orthogonal.
 
-What rounding adds to the product of a stored vector with another is their lengths times 0.007/√n, no more than what
-float32 adds. Packed to half a byte it would be twenty times as much, and copies of eigenvalues come back.
+Rounding adds to the product of a stored vector with another their lengths times some 0.007/√n, where numbers are of
+one size. Packed to half a byte it would be twenty times as much, and copies of eigenvalues come back.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class OrthogonalizedBasis(SketchedBasis):
     """Sketches of the Krylov vectors, and the vectors themselves in a file, to which new ones are made orthogonal.
 
     So hardly a product is spent on copies; the sketches tell those that there are. What is removed from a product is
-    missing in T = QᵀHQ, so its length is an error of the eigenvalues. It is that of rounding where n is large.
+    missing in T = QᵀHQ, so the longest such piece counts as an error of every eigenvalue: a bound, and a wide one.
     """
 
     def __init__(self, sketch: LinearMap, space: Space, folder: str | Path, path: Path | None = None) -> None:
