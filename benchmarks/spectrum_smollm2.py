@@ -1,7 +1,7 @@
 """SmolLM2-135M, all 134.5 M parameters, before and after a short fine-tune: 20 eigenvalues of each sign in 8 GB.
 
     python benchmarks/spectrum_smollm2.py                   # about 20 minutes on 2 cores; --quick: about 4
-    python benchmarks/spectrum_smollm2.py --scratch /tmp    # about 40 minutes, and 22 GB of disk
+    python benchmarks/spectrum_smollm2.py --scratch /tmp    # about an hour, and 22 GB of disk
 
 The loss is that of one batch of 4 x 16 tokens out of the documentation of torch.nn, on which the model is then
 fine-tuned: 30 steps of AdamW on 4 x 32 tokens at 2e-5. Eager attention, float32; the weights are 4-bit (Q4_1),

@@ -139,7 +139,7 @@ class StoredVectors:
         count = len(self)
         groups = [range(first, min(first + self._group, count)) for first in range(0, count, self._group)]
         # In turn forwards and backwards: what was read last is still in memory.
-        backwards = len(self) % 2 == 0
+        backwards = count % 2 == 0
         with full_precision(w.device):
             for rows in reversed(groups) if backwards else groups:
                 overlaps = w.new_zeros(len(rows), dtype=torch.float64)

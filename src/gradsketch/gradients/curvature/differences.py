@@ -61,8 +61,8 @@ def schemes(held: Sequence[Tensor], own: torch.dtype) -> tuple[Scheme, ...]:
 def steps_for(length: float) -> tuple[Scheme, ...]:
     """Return the schemes to try in float32 along a direction in which a step of ``length`` doubles the gradient.
 
-    Steps that change the gradient by a hundredth leave four digits to rounding and six to truncation, along a random
-    direction of a hundred million parameters and along the leading one, whose curvature is thousands of times as large.
+    One length does not serve all: along the leading direction the curvature is thousands of times that along a random
+    one of many parameters. Shares of the gradient balance rounding and truncation along both.
     """
     return tuple(Scheme(share * length) for share in _SHARES)
 
